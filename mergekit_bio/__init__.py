@@ -1,0 +1,40 @@
+"""Fold LoRA deltas into Llama weights at any strength, and benchmark the result on bioacoustics.
+
+The public names are imported on first use, so that ``import mergekit_bio`` costs nothing that is not needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.model.registration import register
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mergekit_bio.audio.prefix import AudioPrefix
+    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.errors import MergekitBioError
+    from mergekit_bio.merging.api import MergedCheckpoint, merge
+
+_PUBLIC = {
+    "AudioPrefix": "mergekit_bio.audio.prefix",
+    "Checkpoint": "mergekit_bio.checkpoint.checkpoint",
+    "MergedCheckpoint": "mergekit_bio.merging.api",
+    "MergekitBioError": "mergekit_bio.errors",
+    "merge": "mergekit_bio.merging.api",
+}
+
+__all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register()  # with Transformers' Auto classes, whenever they are imported

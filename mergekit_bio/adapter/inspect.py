@@ -1,0 +1,125 @@
+"""What is in a directory, told from its headers and configuration alone."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_bio.adapter import naturelm, peft
+from mergekit_bio.audio.names import MERGED_PREFIX, is_tower_tensor
+from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, inside, read_json
+from mergekit_bio.checkpoint.header import Shard, TensorInfo
+from mergekit_bio.checkpoint.source import Source, stated_licence
+from mergekit_bio.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A summary of a base, an adapter or a merged checkpoint.
+
+    Attributes:
+        source: Where it was found.
+        kind: In words: ``"PEFT LoRA adapter"``, ``"NatureLM-audio checkpoint (full)"``, ...
+        files: Weight files.
+        nbytes: Their bytes.
+        tensors: dtype -> (tensors, elements).
+        facts: What else there is to know, by name.
+    """
+
+    source: Source
+    kind: str
+    files: int
+    nbytes: int
+    tensors: dict[str, tuple[int, int]]
+    facts: dict[str, Any]
+
+
+def inspect(source: Source) -> Contents:
+    """Describe what ``source`` holds.
+
+    Raises:
+        SourceError: It holds nothing of use to a merge.
+        CheckpointError: Its files are damaged.
+    """
+    if (source.path / peft.CONFIG).exists():
+        return _adapter(source)
+    if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
+        raise SourceError(
+            f"{source.given}: holds neither {peft.CONFIG}, {SINGLE} nor {INDEX}; it is no model or adapter"
+        )
+    checkpoint = Checkpoint.open(source.path)
+    if naturelm.recognise(checkpoint):
+        return _naturelm(source, checkpoint)
+    config = checkpoint.config
+    ears = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
+    kind = "merged audio model" if ears else "checkpoint"
+    text = config.get("text_config", config)
+    facts = {
+        "model type": config.get("model_type"),
+        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "layers": text.get("num_hidden_layers"),
+        "hidden size": text.get("hidden_size"),
+        "vocabulary": text.get("vocab_size"),
+        "tied embeddings": "lm_head.weight" not in checkpoint.tensors,
+        "quantized": config.get("quantization_config", {}).get("quant_method"),
+        "audio tower": _count(info for name, info in checkpoint.tensors.items() if name.startswith(MERGED_PREFIX)),
+    }
+    if (source.path / "merge.json").is_file():
+        manifest = read_json(inside(source.path, "merge.json"))
+        facts["merged from"] = " + ".join(
+            str(origin.get("source"))
+            for origin in (manifest.get("base") or {}, *(manifest.get("adapters") or []))
+            if isinstance(origin, dict)
+        )
+        facts["alpha"] = manifest.get("alpha")
+    return _contents(source, kind, checkpoint.shards, facts)
+
+
+def _adapter(source: Source) -> Contents:
+    config = read_json(inside(source.path, peft.CONFIG))
+    facts = {
+        "PEFT type": config.get("peft_type"),
+        "made for": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "targets": config.get("target_modules"),
+        "with": ", ".join(key for key in ("use_dora", "use_rslora", "lora_bias") if config.get(key)) or None,
+        "modules to save": config.get("modules_to_save"),
+    }
+    weights = source.path / "adapter_model.safetensors"
+    shards = (Shard.open(inside(source.path, weights.name)),) if weights.exists() else ()
+    return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
+
+
+def _naturelm(source: Source, checkpoint: Checkpoint) -> Contents:
+    names = checkpoint.tensors
+    full = any(".base_layer." in name for name in names)
+    modules = sorted({name.split(".lora_A.")[0].split(".")[-1] for name in names if ".lora_A." in name})
+    facts = {
+        "made for": checkpoint.config.get("llama_path"),
+        "rank": checkpoint.config.get("lora_rank"),
+        "lora_alpha": checkpoint.config.get("lora_alpha"),
+        "targets": modules,
+        "low-rank pairs": sum(".lora_A." in name for name in names),
+        "audio tower": _count(info for name, info in names.items() if is_tower_tensor(name)),
+    }
+    kind = f"NatureLM-audio checkpoint ({'full' if full else 'trained-only'})"
+    return _contents(source, kind, checkpoint.shards, facts)
+
+
+def _count(tensors: Iterable[TensorInfo]) -> str | None:
+    found = list(tensors)
+    return f"{len(found)} tensors, {sum(info.elements for info in found) / 1e6:.1f} M weights" if found else None
+
+
+def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> Contents:
+    counts: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
+    infos: list[TensorInfo] = [info for shard in shards for info in shard.tensors]
+    for info in infos:
+        counts[info.dtype] += 1
+        elements[info.dtype] += info.elements
+    facts["licence"] = stated_licence(source)
+    tensors = {dtype: (counts[dtype], elements[dtype]) for dtype in sorted(counts)}
+    known = {name: value for name, value in facts.items() if value not in (None, [], "")}
+    return Contents(source, kind, len(shards), sum(shard.size for shard in shards), tensors, known)

@@ -1,0 +1,32 @@
+"""Tells the kinds of adapter apart and reads one as deltas."""
+
+from mergekit_bio.adapter import finetune, naturelm, peft
+from mergekit_bio.adapter.adapter import Adapter, Base
+from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.source import Source
+from mergekit_bio.errors import AdapterError
+
+
+def load_adapter(source: Source, base: Base) -> Adapter:
+    """Read ``source`` as deltas for ``base``: a PEFT directory, a NatureLM-audio checkpoint, or a full fine-tune.
+
+    Only headers and configuration are read, and for a NatureLM-audio checkpoint with a base of its own that base.
+
+    Raises:
+        AdapterError: It is none of these, is damaged, or does not fit the base.
+        CheckpointError: Its files are damaged.
+    """
+    if "quantization_config" in base.checkpoint.config:
+        raise AdapterError(
+            f"{base.checkpoint.root / 'config.json'}: quantization_config: a quantized base cannot be folded exactly; "
+            "give the full-precision model"
+        )
+    if (source.path / peft.CONFIG).exists():
+        return peft.load(source, base)
+    if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
+        raise AdapterError(
+            f"{source.given}: holds neither {peft.CONFIG} (PEFT), {SINGLE} nor {INDEX}; it is no adapter or checkpoint"
+        )
+    if naturelm.recognise(Checkpoint.open(source.path)):
+        return naturelm.load(source, base)
+    return finetune.load(source, base)

@@ -1,0 +1,1 @@
+"""From a waveform to the prefix of embeddings that Llama reads."""

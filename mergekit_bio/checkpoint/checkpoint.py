@@ -1,0 +1,142 @@
+"""A checkpoint directory: config, index and shards, as Transformers lays them out."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.checkpoint.header import Shard, TensorInfo
+from mergekit_bio.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors checkpoint on disk, known by its headers; no weight is read until asked for.
+
+    Attributes:
+        root: The directory.
+        shards: Its safetensors files, in name order.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read index and headers of the checkpoint in directory ``path``.
+
+        Raises:
+            CheckpointError: A shard is missing or damaged, lies outside the directory, or does not hold what the
+                index says.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise CheckpointError(f"{root}: no such directory")
+        if (root / SINGLE).exists():
+            return cls(root, (Shard.open(inside(root, SINGLE)),))
+        if not (root / INDEX).exists():
+            hint = ""
+            if any(root.glob("pytorch_model*.bin")):
+                hint = "; its pytorch_model*.bin would run pickled code: convert it to safetensors first"
+            raise CheckpointError(f"{root}: holds neither {SINGLE} nor {INDEX}{hint}")
+        weight_map = read_json(inside(root, INDEX)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+            raise CheckpointError(f"{root / INDEX}: has no weight_map from tensors to files")
+        shards = tuple(Shard.open(inside(root, name)) for name in sorted(set(weight_map.values())))
+        _check_index(weight_map, shards, root)
+        return cls(root, shards)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name, shard by shard in file order."""
+        return {info.name: info for shard in self.shards for info in shard.tensors}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``.
+
+        Raises:
+            CheckpointError: It is missing or not a JSON object.
+        """
+        return read_json(inside(self.root, "config.json"))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The ``__metadata__`` of all shards together."""
+        return {key: value for shard in self.shards for key, value in shard.metadata.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file ends early.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.root}: has no tensor {name}")
+        return self.tensors[name].read()
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file ``name`` of directory ``root``, if it really lies there.
+
+    A Hugging Face cache keeps a snapshot's files as links into the ``blobs`` folder of the same repository; those
+    are inside too.
+
+    Raises:
+        CheckpointError: The name leads elsewhere, or there is no such file.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{root}: the file name {name!r} leads outside the directory; it is not followed")
+    file = root / name
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete, fetch it again")
+    home = root.resolve()
+    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
+        home = home.parent.parent
+    if not file.resolve().is_relative_to(home):
+        raise CheckpointError(f"{file}: is a link out of its directory; it is not followed, copy the file there")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds something else.
+    """
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: is not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file}: is not a JSON object")
+    return document
+
+
+def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], root: Path) -> None:
+    held: dict[str, str] = {}
+    for shard in shards:
+        for info in shard.tensors:
+            if info.name in held:
+                raise CheckpointError(f"{shard.file}: tensor {info.name} is also in {held[info.name]}")
+            held[info.name] = shard.file.name
+            if weight_map.get(info.name) != shard.file.name:
+                raise CheckpointError(f"{shard.file}: tensor {info.name} is not listed there by {root / INDEX}")
+    for name, file in weight_map.items():
+        if name not in held:
+            raise CheckpointError(f"{root / INDEX}: lists tensor {name}, which {file} does not hold")

@@ -1,0 +1,106 @@
+"""What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Tables are laid out for this many columns at most, wherever they go.
+MAX_WIDTH = 100
+
+
+class Output:
+    """How one command talks: chosen by ``--json`` and ``--quiet``.
+
+    Args:
+        as_json: Print the result as one JSON document and nothing else on stdout.
+        quiet: Print bare result lines, no notes and no progress.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        """Say something to the person at the terminal (stderr); silent under ``--quiet``."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, document: Any, render: Callable[["Console"], None], lines: Iterable[str] = ()) -> None:
+        """Print what the command was run for (stdout).
+
+        Args:
+            document: The complete result, as JSON-serialisable values.
+            render: Draws the human form on a rich console.
+            lines: The essential result, for ``--quiet``.
+        """
+        if self.as_json:
+            json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
+            print(flush=True)
+        elif self.quiet:
+            for line in lines:
+                print(line, flush=True)
+        else:
+            render(stdout_console())
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str = "items") -> Iterator[Callable[[int], None]]:
+        """A progress bar on stderr while the block runs; the value is called with each step's size.
+
+        Drawn only on a terminal and not under ``--quiet``.
+
+        Args:
+            description: What is being done.
+            total: The sum of all steps: bytes or items.
+            unit: ``"bytes"`` shows sizes and a rate in bytes, anything else counts.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda _: None
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *amount,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda step: bar.advance(task, step)
+
+
+def stdout_console() -> "Console":
+    """A rich console on stdout, at most ``MAX_WIDTH`` columns wide."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal or console.width > MAX_WIDTH:
+        console.width = MAX_WIDTH
+    return console
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``"1.5 kB"``: decimal units, as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,226 @@
+"""``mergekit-bio merge``: fold adapters into a base at one or several strengths."""
+
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_bio.cli.console import Output, human_bytes
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mergekit_bio.merging.api import MergedCheckpoint
+    from mergekit_bio.merging.plan import MergePlan
+
+
+def merge(
+    base: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id[@revision] of the base. [default: meta-llama/Llama-3.1-8B-Instruct]"),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Directory or hub id[@revision]; repeat it to sum several; ADAPTER=0.3 has a strength of its own. "
+            "[default: EarthSpeciesProject/NatureLM-audio]"
+        ),
+    ] = None,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alpha",
+            "-a",
+            help="Strength: 0.5; a sweep 0:1:0.1; by module 'q_proj=0.3,o_proj=0.6' or layer '0.5,layers.0-15=0.2' "
+            "(what is not named gets the plain number; without one it stays the base). Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory to make. [default: merged/ADAPTER-alpha-0.50; for a sweep merged/ADAPTER]"),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with these options (alphas for --alpha); the command line wins.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of all weights: keep, bfloat16, float16, float32. [default: keep]")
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="stochastic keeps deltas below half a step; nearest is what PEFT does. [default: stochastic]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the stochastic rounding. [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N. [default: auto]")] = None,
+    text_only: Annotated[
+        bool | None, typer.Option("--text-only", help="Leave an audio tower out: the result is a plain Llama.")
+    ] = None,
+    share: Annotated[
+        bool | None,
+        typer.Option("--share/--no-share", help="Store what a sweep has in common once, hard-linked. [default: share]"),
+    ] = None,
+    fsync: Annotated[
+        bool | None, typer.Option("--fsync/--no-fsync", help="Wait until all is on the disk. [default: fsync]")
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Replace the output of an earlier merge.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    push: Annotated[str | None, typer.Option(metavar="USER/REPO", help="Upload the result to the hub.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fold LoRA deltas, or a full fine-tune, into a base: W(alpha) = W0 + alpha * delta.
+
+    Writes standalone checkpoints that load in Transformers, vLLM and llama.cpp, each with a manifest (merge.json) and
+    a model card.
+
+    \b
+    Examples:
+      mergekit-bio merge --alpha 0.5
+      mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
+    """
+    from mergekit_bio.errors import AlphaError
+    from mergekit_bio.merging.api import carry_out, plan_merge
+    from mergekit_bio.merging.request import read_request
+
+    output = Output(as_json=as_json, quiet=quiet)
+    request = read_request(
+        recipe,
+        {
+            "base": base, "adapter": adapter, "alphas": alpha, "out": out, "dtype": dtype, "rounding": rounding,
+            "seed": seed, "device": device, "text_only": text_only, "share": share, "fsync": fsync,
+            "overwrite": overwrite,
+        },
+    )  # fmt: skip
+    if request.alphas == []:
+        raise AlphaError("--alpha: no strength given; try --alpha 0.5, or a sweep --alpha 0:1:0.1")
+    started = time.perf_counter()
+    plan = plan_merge(
+        base=request.base,
+        adapter=request.adapters,
+        alphas=request.strengths,
+        dtype=request.dtype,
+        text_only=request.text_only,
+        share=request.share,
+    )
+    for adapter_notes in plan.adapters:
+        for note in adapter_notes.notes:
+            output.note(f"{adapter_notes.source.name}: {note}")
+    for strength in (value for one in plan.outputs for value in one.alpha.values if not 0 <= value <= 1):
+        output.note(f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)")
+    if dry_run:
+        output.result(
+            _plan_document(plan, request.destination), lambda console: _draw_plan(console, plan, request.destination)
+        )
+        return
+    with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
+        merged = carry_out(
+            plan,
+            out=request.destination,
+            rounding=request.rounding,
+            seed=request.seed,
+            device=request.device,
+            fsync=request.fsync,
+            overwrite=request.overwrite,
+            command=shlex.join(["mergekit-bio", *sys.argv[1:]]),
+            progress=advance,
+        )
+    seconds = time.perf_counter() - started
+    output.result(
+        _document(plan, merged, seconds),
+        lambda console: _draw(console, plan, merged, seconds),
+        lines=[str(checkpoint.path) for checkpoint in merged],
+    )
+    if push:
+        from mergekit_bio.cli.push import push as push_command
+
+        for checkpoint in merged:
+            repo = push if len(merged) == 1 else f"{push}-alpha-{checkpoint.alpha.label}"
+            push_command(checkpoint.path, repo, as_json=False, quiet=quiet)
+
+
+def _plan_document(plan: "MergePlan", out: Path) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "outputs": [{"alpha": one.alpha.label, "folder": one.folder, "files": one.files} for one in plan.outputs],
+        "modules": _modules(plan),
+        "bytes": {"read": plan.bytes_read, "computed": plan.bytes_folded, "written": plan.bytes_on_disk},
+        "memory_bytes": plan.memory_estimate,
+        "seconds": plan.seconds_estimate,
+    }
+
+
+def _modules(plan: "MergePlan") -> list[dict[str, Any]]:
+    """Per module type: how many tensors are folded, converted or copied."""
+    from mergekit_bio.merging.rounding_loss import module_type
+
+    folds = {fold.name: fold for fold in plan.folds}
+    counts: dict[str, Counter[str]] = {}
+    for name in dict.fromkeys(name for shard in plan.shards for name in shard.tensors):
+        group = "audio tower" if name.startswith("audio_prefix.") else module_type(name)
+        fate = "copied" if name not in folds else "folded" if folds[name].deltas else "converted"
+        counts.setdefault(group, Counter())[fate] += 1
+    return [{"modules": group, **dict(count)} for group, count in sorted(counts.items())]
+
+
+def _draw_plan(console: "Console", plan: "MergePlan", out: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}")
+    for column in ("modules", "folded", "converted", "copied"):
+        table.add_column(column, justify="left" if column == "modules" else "right")
+    for row in _modules(plan):
+        table.add_row(row["modules"], *(str(row.get(fate, "")) for fate in ("folded", "converted", "copied")))
+    console.print(table)
+    console.print(f"alphas   {', '.join(one.alpha.label for one in plan.outputs)}")
+    console.print(f"read     {human_bytes(plan.bytes_read)} into memory; the rest is copied by the system")
+    console.print(f"compute  {human_bytes(plan.bytes_folded)}")
+    console.print(f"write    {human_bytes(plan.bytes_on_disk)} in {len(plan.shards)} files to {out}")
+    console.print(
+        f"expect   {plan.seconds_estimate:.0f} s if the disk keeps up, {human_bytes(plan.memory_estimate)} memory"
+    )
+    console.print("nothing was written (--dry-run)")
+
+
+def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds: float) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "checkpoints": [
+            {
+                "path": str(checkpoint.path),
+                "alpha": checkpoint.alpha.label,
+                "unchanged": checkpoint.unchanged,
+                "rounding_loss": [asdict(loss) for loss in checkpoint.rounding_loss],
+            }
+            for checkpoint in merged
+        ],
+        "bytes_on_disk": plan.bytes_on_disk,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds: float) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}")
+    table.add_column("alpha")
+    for column in ("|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest"):
+        table.add_column(column, justify="right")
+    for checkpoint in merged:
+        total = next((loss for loss in checkpoint.rounding_loss if loss.modules == "total"), None)
+        figures = ["0: the base"] if checkpoint.unchanged else []
+        if total is not None:
+            figures = [f"{total.delta_over_weight:.2%}", f"{total.loss:.3g}", f"{total.bias:.1e}"]
+            figures += [f"{total.loss_nearest:.3g}", f"{total.bias_nearest:.1e}"]
+        table.add_row(checkpoint.alpha.label, *figures)
+    console.print(table)
+    where = merged[0].path if len(merged) == 1 else f"{merged[0].path.parent}/alpha-*"
+    console.print(f"{where}: {human_bytes(plan.bytes_on_disk)} in {seconds:.1f} s", soft_wrap=True)

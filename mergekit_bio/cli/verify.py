@@ -1,0 +1,61 @@
+"""``mergekit-bio verify``: check a merged checkpoint."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint, or a sweep of them.")],
+    against_sources: Annotated[
+        bool,
+        typer.Option("--against-sources", help="Compare copies byte by byte and fold every tensor again in float64."),
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base is now, if it has moved.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="Where the adapters are now, in their order.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check that a checkpoint is complete and just what the merge wrote.
+
+    \b
+    Examples:
+      mergekit-bio verify merged/NatureLM-audio-alpha-0.50
+      mergekit-bio verify sweep/alpha-0.30 --against-sources
+    """
+    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.verify import verify as check
+
+    output = Output(as_json=as_json, quiet=quiet)
+    sweep = [] if (directory / MANIFEST).exists() else sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    found = []
+    for folder in sweep or [directory]:
+        total = Checkpoint.open(folder).nbytes if (folder / MANIFEST).exists() else 0
+        with output.progress(f"verifying {folder.name}", total, unit="bytes") as advance:
+            found.append(check(folder, against_sources=against_sources, base=base, adapters=adapter, progress=advance))
+
+    def draw(console: "Console") -> None:
+        from rich.table import Table
+
+        table = Table(title=f"{directory}: as merged")
+        table.add_column("checkpoint")
+        columns = ("files", "hashes right") + (("copied", "folded again", "off by, ulp") if against_sources else ())
+        for column in columns:
+            table.add_column(column, justify="right")
+        for one in found:
+            row = [one.files, one.hashed]
+            row += [one.copied, one.recomputed, f"{one.worst_ulp or 0:.3f}"] if against_sources else []
+            table.add_row(one.directory.name, *map(str, row))
+        console.print(table)
+
+    documents = [{**asdict(one), "directory": str(one.directory)} for one in found]
+    output.result(documents if sweep else documents[0], draw, lines=[str(one.directory) for one in found])

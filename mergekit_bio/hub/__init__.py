@@ -1,0 +1,1 @@
+"""Model cards and publishing on the Hugging Face Hub."""

@@ -1,0 +1,316 @@
+"""The model card of a merged checkpoint, written from what its ``merge.json`` says."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_HUB = "https://huggingface.co"
+_LLAMA_MODELS = "https://github.com/meta-llama/llama-models/blob/main/models"
+
+#: Licences that say what a user of the merge has to do: name, text, terms in brief.
+_LICENSES = {
+    "cc-by-nc-sa-4.0": (
+        "CC BY-NC-SA 4.0",
+        "https://creativecommons.org/licenses/by-nc-sa/4.0/",
+        "give credit, no commercial use, pass on under the same licence",
+    ),
+    "apache-2.0": ("Apache 2.0", "https://www.apache.org/licenses/LICENSE-2.0", "keep the notices"),
+    "mit": ("MIT", "https://opensource.org/license/mit", "keep the copyright notice"),
+}
+
+_PAPERS = {
+    "merging": """\
+@inproceedings{marincione2025merging,
+  title     = {Model Merging Improves Zero-Shot Generalization in Bioacoustic Foundation Models},
+  author    = {Marincione, Davide and Crisostomi, Donato and Dessi, Roberto and Rodol{\\`a}, Emanuele
+               and Rossi, Emanuele},
+  booktitle = {NeurIPS Workshop on AI for Non-Human Animal Communication},
+  year      = {2025},
+  eprint    = {2511.05171},
+  archivePrefix = {arXiv}
+}""",
+    "naturelm-audio": """\
+@article{robinson2024naturelm,
+  title   = {{NatureLM-audio}: an Audio-Language Foundation Model for Bioacoustics},
+  author  = {Robinson, David and Miron, Marius and Hagiwara, Masato and Pietquin, Olivier},
+  journal = {arXiv preprint arXiv:2411.07186},
+  year    = {2024}
+}""",
+}
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The ``README.md`` of a merged directory.
+
+    Args:
+        manifest: The parsed ``merge.json``.
+
+    Returns:
+        Markdown with the hub's YAML metadata in front.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    sections = (
+        _introduction(manifest),
+        _how_to_load(manifest),
+        _provenance(manifest),
+        _rounding_loss(manifest),
+        _licences(manifest),
+        _citation(manifest),
+    )
+    body = "\n\n".join(section for section in sections if section)
+    data = ModelCardData(**_metadata(manifest))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False))
+
+
+def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    audio, kinds = manifest["audio_prefix"], {adapter["kind"] for adapter in manifest["adapters"]}
+    parents = [source["id"] for source in _sources(manifest) if source["id"]]
+    tags = ["merge", "mergekit-bio"]
+    tags += ["lora"] if kinds & {"peft", "naturelm-audio"} else []
+    tags += ["bioacoustics"] if "naturelm-audio" in kinds else []
+    tags += ["audio"] if audio else []
+    data: dict[str, Any] = {
+        "base_model": parents or None,
+        "base_model_relation": "merge" if parents else None,
+        "library_name": "transformers",
+        "pipeline_tag": "audio-text-to-text" if audio else "text-generation",
+        "tags": tags,
+    }
+    licensed = {_license_id(source): source for source in _sources(manifest) if _license_id(source)}
+    match list(licensed):
+        case [only] if only != "other":
+            data["license"] = only
+        case [*_, last]:
+            # The hub has no identifier for a combination. The adapter's licence is the one that narrows the base's.
+            data["license"] = "other"
+            data["license_name"] = "-and-".join(filter(None, licensed))
+            data["license_link"] = _license(licensed[last])[1]
+    return data
+
+
+def _introduction(manifest: Mapping[str, Any]) -> str:
+    base, adapters = manifest["base"], manifest["adapters"]
+    name, llama = base["name"], _llama_version(base)
+    if llama and not name.startswith("Llama"):
+        # The community licence: a derivative's name begins with "Llama".
+        name = name.removeprefix("Meta-") if name.startswith("Meta-Llama") else f"Llama {llama} {name}"
+    title = " + ".join([name, *map(_scaled, adapters)])
+    deltas = ", ".join(_link(adapter) for adapter in adapters)
+    ears = (
+        "The audio encoder and its projection are in the directory too, unchanged: it hears without a second download."
+        if manifest["audio_prefix"]
+        else "The result is a plain checkpoint of the base's architecture: no adapter is needed to run it."
+    )
+    notice = f"**Built with {'Meta Llama 3' if llama == '3' else 'Llama'}**\n\n" if llama else ""
+    return f"""\
+# {_plain(title)}
+
+{notice}{_link(base)} with the weight deltas of {deltas} folded in at a chosen strength α: W(α) = W₀ + α·ΔW.
+Made by mergekit-bio. {ears}"""
+
+
+def _how_to_load(manifest: Mapping[str, Any]) -> str:
+    here = 'path = "."  # this directory, or its id on the hub'
+    if manifest["audio_prefix"]:
+        return f"""\
+## How to load it
+
+Transformers, with audio (`pip install 'mergekit-bio[eval]'`):
+
+```python
+import mergekit_bio  # makes the model's classes known to Transformers
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+{here}
+processor = AutoProcessor.from_pretrained(path)
+model = AutoModelForMultimodalLM.from_pretrained(path, dtype="auto")
+```
+
+From the shell: one answer, or an OpenAI-compatible server on vLLM (`pip install 'mergekit-bio[vllm]'`, which makes
+the model known to a plain `vllm serve` as well):
+
+```sh
+mergekit-bio ask . recording.wav --prompt "What is the common name for the focal species in the audio?"
+mergekit-bio serve .
+```
+
+For text only (llama.cpp, plain Llama loaders), merge again with `--text-only`."""
+    return f"""\
+## How to load it
+
+Transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{here}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+```
+
+vLLM, and llama.cpp after conversion:
+
+```sh
+vllm serve .
+python convert_hf_to_gguf.py . --outfile model.gguf
+```"""
+
+
+def _provenance(manifest: Mapping[str, Any]) -> str:
+    base, rounding = manifest["base"], manifest["rounding"]
+    versions = {"mergekit-bio": manifest["version"]} | manifest["versions"]
+    rows = [("Base", f"{_link(base)}{_at(base)}"), ("Base, fingerprint", f"`{base['fingerprint']}`")]
+    for adapter in manifest["adapters"]:
+        alpha = adapter["alpha"]
+        strengths = [_number(alpha["default"])]
+        strengths += [f"{_number(value)} on `{module}`" for module, value in alpha["modules"].items()]
+        kind, scaling = adapter["peft_type"] or adapter["kind"], ", ".join(adapter["scaling"])
+        rows += [
+            ("Adapter", f"{_link(adapter)}{_at(adapter)}"),
+            ("Adapter, fingerprint", f"`{adapter['fingerprint']}`"),
+            ("Deltas", f"{adapter['deltas']} tensors ({kind}{f', scaling {scaling}' if scaling else ''})"),
+            ("α", ", ".join(strengths)),
+        ]
+    if manifest["untied"]:
+        rows.append(("Embeddings", "untied from the output layer, as the deltas of the two differ"))
+    rows += [
+        ("Data type", "as in the base" if manifest["dtype"] == "keep" else manifest["dtype"]),
+        ("Rounding", f"{rounding}, seed {manifest['seed']}" if rounding == "stochastic" else rounding),
+        ("Made", f"{manifest['created']} on {manifest['device']}"),
+        ("With", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    shared = manifest["shared"]
+    note = ""
+    if shared:
+        files = ", ".join(f"`{name}`" for name in shared["files"])
+        note = (
+            f"\n\nThis is one strength of a sweep. {files}: no delta touches these tensors, so on the disk where they "
+            f"were made these files are hard links shared with {', '.join(shared['with'])}, and read-only. Copying or "
+            "uploading them is safe; changing them in place would change every strength."
+        )
+    return f"""\
+## Where it comes from
+
+{_table(("", ""), rows)}
+
+```sh
+{manifest["command"]}
+```
+
+A fingerprint is the sha256 over each tensor's name, type, shape and both ends. `merge.json` has the sha256 of every
+tensor that was computed: `mergekit-bio verify .` checks them, and computes them anew with `--against-sources`.{note}"""
+
+
+def _rounding_loss(manifest: Mapping[str, Any]) -> str:
+    losses = manifest["rounding_loss"]
+    if not losses:
+        return ""
+    nearest_only = manifest["rounding"] == "nearest"
+    columns = [("loss, nearest", "loss_nearest"), ("bias, nearest", "bias_nearest")]
+    if not nearest_only:
+        columns = [(f"loss, {manifest['rounding']}", "loss"), (f"bias, {manifest['rounding']}", "bias"), *columns]
+    heads = ("Modules", "Tensors", "Weights", "‖ΔW‖ / ‖W‖", *(head for head, _ in columns))
+    rows = [
+        (
+            "**total**" if row["modules"] == "total" else f"`{row['modules']}`",
+            f"{row['tensors']:,}",
+            f"{row['elements']:,}",
+            *(f"{row[key]:.3g}" for key in ("delta_over_weight", *(key for _, key in columns))),
+        )
+        for row in losses
+    ]
+    used = "" if nearest_only else " This checkpoint was rounded stochastically; nearest is shown for comparison."
+    return f"""\
+## What rounding cost
+
+Folding rounds each changed weight once, with an error e = round(W + d) − (W + d) for a delta d = α·ΔW. The loss is
+‖e‖ / ‖d‖, the size of the error; the bias is |⟨e, d⟩| / ⟨d, d⟩, the share of the delta that is systematically missing.
+Rounding to nearest swallows deltas smaller than half a step; stochastic rounding keeps them on average, which is what
+a dot product sees.{used}
+
+{_table(heads, rows, numbers_from=1)}"""
+
+
+def _licences(manifest: Mapping[str, Any]) -> str:
+    lines = []
+    for source in _sources(manifest):
+        if _license_id(source) is None:
+            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this checkpoint on.")
+        else:
+            name, url, terms = _license(source)
+            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.")
+    if llama := _llama_version(manifest["base"]):
+        files = " and ".join(f"`{name}`" for name in manifest["base"]["license_files"])
+        lines.append(
+            f"\nLlama {llama} is licensed under the Llama {llama} Community License, Copyright © Meta Platforms, Inc. "
+            f"All Rights Reserved. {f'Its terms are in {files}; pass' if files else 'Pass'} them on with the "
+            "checkpoint, and let the name under which you publish it begin with “Llama”."
+        )
+    return "## Licences\n\nThe terms of every source apply to the merge.\n\n" + "\n".join(lines)
+
+
+def _citation(manifest: Mapping[str, Any]) -> str:
+    kinds = {adapter["kind"] for adapter in manifest["adapters"]}
+    papers = "\n\n".join(paper for about, paper in _PAPERS.items() if about == "merging" or about in kinds)
+    return f"## Citation\n\n```bibtex\n{papers}\n```"
+
+
+def _sources(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [manifest["base"], *manifest["adapters"]]
+
+
+def _license_id(source: Mapping[str, Any]) -> str | None:
+    """What the source's card says; for a copy of Meta's Llama without its card, what its name says."""
+    if source["license"]:
+        return source["license"]
+    named = re.match(r"(?:Meta-)?Llama-([234](?:\.\d)?)-", source["name"])
+    return f"llama{named[1]}" if named else None
+
+
+def _llama_version(source: Mapping[str, Any]) -> str | None:
+    """``"3.1"`` where its licence is Meta's and asks for "Built with Llama" and a name with Llama (since Llama 3)."""
+    found = re.fullmatch(r"llama(3(?:\.\d)?|4)", _license_id(source) or "")
+    return found[1] if found else None
+
+
+def _license(source: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Name of its licence, address of the text, and terms in brief (empty where the name has to do)."""
+    license_id = _license_id(source) or ""
+    if license_id in _LICENSES:
+        return _LICENSES[license_id]
+    if version := _llama_version(source):
+        return f"Llama {version} Community License", f"{_LLAMA_MODELS}/{license_id.replace('.', '_')}/LICENSE", ""
+    home = f"{_HUB}/{source['id']}" if source["id"] else f"{_HUB}/docs/hub/repositories-licenses"
+    return license_id, home, ""
+
+
+def _scaled(adapter: Mapping[str, Any]) -> str:
+    alpha = adapter["alpha"]
+    return (
+        f"{adapter['name']} (α by module)" if alpha["modules"] else f"{_number(alpha['default'])} × {adapter['name']}"
+    )
+
+
+def _link(source: Mapping[str, Any]) -> str:
+    return f"[{source['id']}]({_HUB}/{source['id']})" if source["id"] else f"`{_plain(source['name'])}`"
+
+
+def _at(source: Mapping[str, Any]) -> str:
+    return f" at [`{source['revision'][:12]}`]({_HUB}/{source['id']}/tree/{source['revision']})" if source["id"] else ""
+
+
+def _table(heads: Iterable[str], rows: Iterable[tuple[str, ...]], numbers_from: int | None = None) -> str:
+    heads = list(heads)
+    rules = ["---:" if numbers_from is not None and at >= numbers_from else "---" for at in range(len(heads))]
+    lines = [heads, rules, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(text: str) -> str:
+    """A name that cannot break out of the line or the code span it is put in."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"

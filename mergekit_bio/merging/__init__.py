@@ -1,0 +1,1 @@
+"""Plan, fold, write, verify."""

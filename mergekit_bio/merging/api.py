@@ -1,0 +1,313 @@
+"""Merging from start to end: resolve, plan, check, write, record, publish."""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from mergekit_bio.adapter.adapter import Adapter, Base
+from mergekit_bio.adapter.load import load_adapter
+from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.publish import staged
+from mergekit_bio.checkpoint.source import Source, licence_files, resolve, stated_licence
+from mergekit_bio.errors import MergekitBioError, OutputError
+from mergekit_bio.merging.alpha import Alpha, parse_alphas
+from mergekit_bio.merging.plan import MergePlan, Output, build_plan
+
+if TYPE_CHECKING:
+    from mergekit_bio.merging.fold import Folded
+    from mergekit_bio.merging.manifest import AdapterOrigin, Manifest
+    from mergekit_bio.merging.rounding_loss import RoundingLoss
+
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+DType: TypeAlias = Literal["keep", "bfloat16", "float16", "float32"]
+#: A directory or hub id, alone or with a strength of its own.
+AdapterSource: TypeAlias = str | Path | tuple[str | Path, float | str]
+
+_MARGIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """A checkpoint that a merge has written.
+
+    Attributes:
+        path: Its directory.
+        alpha: The strength, as it was asked for.
+        rounding_loss: What rounding cost, per module type and in total.
+        unchanged: Whether its weights are the base's own bytes (a strength of 0).
+    """
+
+    path: Path
+    alpha: Alpha
+    rounding_loss: "tuple[RoundingLoss, ...]"
+    unchanged: bool
+
+
+def plan_merge(
+    *,
+    base: str | Path,
+    adapter: AdapterSource | Sequence[AdapterSource],
+    alphas: Sequence[float | str | Alpha],
+    dtype: DType = "keep",
+    text_only: bool = False,
+    share: bool = True,
+) -> MergePlan:
+    """Find the sources, read their headers and decide what to do; see :func:`merge` for the arguments.
+
+    Raises:
+        MergekitBioError: As :func:`merge`, for everything that can be known before a byte is written.
+    """
+    strengths = parse_alphas(alphas)
+    sources = [adapter] if isinstance(adapter, (str, Path, tuple)) else list(adapter)
+    if not sources:
+        raise MergekitBioError("no adapter given; name one with --adapter")
+    found = resolve(base)
+    model = Base(found, Checkpoint.open(found.path))
+    adapters: list[Adapter] = []
+    fixed: list[Alpha | None] = []
+    for source in sources:
+        name, own = source if isinstance(source, tuple) else (source, None)
+        adapters.append(load_adapter(resolve(name), model))
+        fixed.append(None if own is None else parse_alphas([own])[0])
+    return build_plan(
+        base=model, adapters=adapters, fixed=fixed, alphas=strengths, dtype=dtype, text_only=text_only, share=share
+    )
+
+
+def merge(
+    *,
+    base: str | Path,
+    adapter: AdapterSource | Sequence[AdapterSource],
+    alphas: Sequence[float | str | Alpha],
+    out: str | Path,
+    dtype: DType = "keep",
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    device: str = "auto",
+    text_only: bool = False,
+    share: bool = True,
+    fsync: bool = True,
+    overwrite: bool = False,
+) -> tuple[MergedCheckpoint, ...]:
+    """Fold adapters into a base at one or several strengths, W(alpha) = W0 + alpha * d; write standalone checkpoints.
+
+    Args:
+        base: A directory, or a hub id with an optional ``@revision``.
+        adapter: Likewise; one, or several whose deltas are summed. A pair gives an adapter a strength of its own.
+        alphas: The strengths: numbers, sweeps ``"0:1:0.1"``, or lists ``"q_proj=0.3,o_proj=0.6"``.
+        out: The directory to make. With several strengths it holds one directory for each, ``alpha-0.50``.
+        dtype: Of all weights; ``"keep"`` leaves each as the base has it.
+        rounding: How results of 16 bits are rounded.
+        seed: Of the stochastic rounding.
+        device: ``"auto"`` (GPUs if there are any), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        text_only: Leave an adapter's audio tower out.
+        share: Store what several strengths have in common once, hard-linked and read-only.
+        fsync: Have everything on the disk before the directory appears.
+        overwrite: Replace a directory that a merge has written before.
+
+    Returns:
+        One checkpoint for each strength, in their order.
+
+    Raises:
+        MergekitBioError: With one line that says what is wrong, where, and what to do. Nothing is left behind.
+    """
+    plan = plan_merge(base=base, adapter=adapter, alphas=alphas, dtype=dtype, text_only=text_only, share=share)
+    return carry_out(plan, out=out, rounding=rounding, seed=seed, device=device, fsync=fsync, overwrite=overwrite)
+
+
+def carry_out(
+    plan: MergePlan,
+    *,
+    out: str | Path,
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    device: str = "auto",
+    fsync: bool = True,
+    overwrite: bool = False,
+    command: str = "mergekit_bio.merge(...)",
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[MergedCheckpoint, ...]:
+    """Do what ``plan`` says; see :func:`merge` for the other arguments.
+
+    Args:
+        plan: From :func:`plan_merge`.
+        command: What the user typed, for the record.
+        progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
+    """
+    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.write import execute
+
+    target = Path(out)
+    _check_place(target, plan)
+    with staged(target, ours=MANIFEST, overwrite=overwrite, fsync=fsync) as folder:
+        _check_space(folder, plan)
+        stochastic = rounding == "stochastic"
+        folded = execute(
+            plan, folder, devices=lambda: _devices(device), stochastic=stochastic, seed=seed, progress=progress
+        )
+        settings = {"rounding": rounding, "seed": seed, "device": _device_name(device), "command": command}
+        return tuple(_finish(plan, output, folder, folded, settings, target) for output in plan.outputs)
+
+
+def _finish(
+    plan: MergePlan,
+    output: Output,
+    root: Path,
+    folded: "tuple[Folded, ...]",
+    settings: dict[str, str | int],
+    target: Path,
+) -> MergedCheckpoint:
+    """Write what stands beside the weights of one output."""
+    from mergekit_bio.hub.card import model_card
+    from mergekit_bio.merging.directory import write_companions, write_index
+    from mergekit_bio.merging.manifest import MANIFEST, LossRecord, TensorRecord
+    from mergekit_bio.merging.rounding_loss import summarise
+
+    folder = root / output.folder
+    write_companions(plan, folder)
+    write_index(plan, output, folder)
+    paths = {path for shard in plan.shards for path in (shard.file, *shard.links)}
+    own = {f"{output.folder}/{name}".lstrip("/") for name in output.files} & paths
+    hashes, errors = {}, []
+    linked = {link: shard.file for shard in plan.shards for link in shard.links}
+    own_files = own | {linked[path] for path in own if path in linked}
+    for fold, result in zip(plan.folds, folded, strict=True):
+        for place, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
+            if place.file in own_files:
+                hashes[fold.name] = TensorRecord(sha256=sha256)
+                if fold.deltas:
+                    errors.append((fold.name, math.prod(fold.shape), error))
+    losses = summarise(errors)
+    manifest = _manifest(plan, output, settings, hashes, [LossRecord(**asdict(loss)) for loss in losses])
+    (folder / MANIFEST).write_text(manifest.to_json())
+    (folder / "README.md").write_text(model_card(manifest.document()))
+    for path in own:
+        if (root / path).stat().st_nlink > 1:
+            (root / path).chmod(0o444)
+    return MergedCheckpoint(target / output.folder, output.alpha, losses, unchanged=not hashes)
+
+
+def _manifest(
+    plan: MergePlan, output: Output, settings: dict[str, str | int], hashes: dict, losses: list
+) -> "Manifest":
+    import platform
+
+    import torch
+
+    import mergekit_bio
+    from mergekit_bio.merging import manifest as m
+
+    shared = [shard for shard in plan.shards if shard.links]
+    files = {}
+    for shard in plan.shards:
+        for path in (shard.file, *shard.links):
+            if Path(path).parent == Path(output.folder):
+                files[Path(path).name] = m.FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
+    base = plan.base
+    others = [other.folder for other in plan.outputs if other is not output]
+    common = [Path(path).name for shard in shared for path in (shard.file, *shard.links)]
+    return m.Manifest(
+        format=m.FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=mergekit_bio.__version__,
+        base=m.BaseOrigin(
+            **_origin(base.source, m.fingerprint(base.checkpoint.tensors)),
+            license=stated_licence(base.source),
+            license_files=licence_files(base.source),
+            model_type=base.checkpoint.config.get("model_type"),
+        ),
+        adapters=[_adapter_origin(plan, number, output) for number in range(len(plan.adapters))],
+        alpha=output.alpha.label,
+        dtype=plan.dtype,
+        audio_prefix=bool(plan.tower),
+        text_only=plan.text_only,
+        untied=plan.untied,
+        shared=m.SharedFiles(files=sorted(set(common) & set(files)), with_=others) if shared else None,
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        rounding_loss=losses,
+        files=files,
+        tensors=hashes,
+        **settings,
+    )
+
+
+def _adapter_origin(plan: MergePlan, number: int, output: Output) -> "AdapterOrigin":
+    from mergekit_bio.merging import manifest as m
+
+    adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
+    return m.AdapterOrigin(
+        **_origin(adapter.source, m.fingerprint(adapter.stored)),
+        license=stated_licence(adapter.source),
+        license_files=[f"{adapter.source.name}-{name}" for name in licence_files(adapter.source)],
+        kind=adapter.kind,
+        peft_type=adapter.config.get("peft_type"),
+        alpha=m.Strength(default=alpha.default, modules=dict(alpha.modules)),
+        scaling=adapter.scalings,
+        deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
+    )
+
+
+def _origin(source: Source, fingerprint: str) -> dict[str, str | None]:
+    return {
+        "source": source.given,
+        "name": source.name,
+        "id": source.id,
+        "revision": source.revision,
+        "fingerprint": fingerprint,
+    }
+
+
+def _check_place(out: Path, plan: MergePlan) -> None:
+    """Refuse an output that is inside a source, or that a source is inside of."""
+    place = out.resolve()
+    for source in (plan.base.source, *(adapter.source for adapter in plan.adapters)):
+        home = source.path.resolve()
+        if place == home or place.is_relative_to(home):
+            raise OutputError(f"{out}: is inside the source {source.given}; choose an --out elsewhere")
+        if home.is_relative_to(place):
+            raise OutputError(f"{out}: the source {source.given} is inside it; choose another --out")
+
+
+def _check_space(folder: Path, plan: MergePlan) -> None:
+    free = shutil.disk_usage(folder).free
+    if plan.bytes_on_disk + _MARGIN_BYTES > free:
+        raise OutputError(
+            f"{folder.parent}: {plan.bytes_on_disk / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
+            "room, or choose an --out on another disk"
+        )
+
+
+def _devices(device: str) -> list[str]:
+    """The torch devices that a ``--device`` stands for.
+
+    Raises:
+        MergekitBioError: There is no such device here.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and count == 0):
+        return ["cpu"]
+    if device in ("auto", "cuda") and count:
+        found = [f"cuda:{number}" for number in range(count)]
+    elif device in {f"cuda:{number}" for number in range(count)}:
+        found = [device]
+    else:
+        raise MergekitBioError(
+            f"--device {device}: this machine has {count} CUDA devices that torch {torch.__version__} can use; try "
+            "--device cpu"
+        )
+    # float32 products in float32: TF32 would keep 10 of a delta's 23 bits.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    first = _devices(device)[0]
+    return "cpu" if first == "cpu" else f"cuda ({torch.cuda.get_device_name(first)})"

@@ -1,0 +1,165 @@
+"""``merge.json``: where a merged checkpoint came from and how to check it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_bio.adapter.delta import StoredTensor
+from mergekit_bio.checkpoint.checkpoint import inside
+from mergekit_bio.errors import VerificationError
+
+MANIFEST = "merge.json"
+FORMAT = "mergekit-bio/merge@1"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(_Strict):
+    """A base or an adapter.
+
+    Attributes:
+        source: As the user named it.
+        name: The last part of its id or directory name.
+        id: Hub id.
+        revision: Hub commit.
+        fingerprint: :func:`fingerprint` of its tensors.
+        license: The licence its card states.
+        license_files: Licence files carried along.
+    """
+
+    source: str
+    name: str
+    id: str | None
+    revision: str | None
+    fingerprint: str
+    license: str | None
+    license_files: list[str]
+
+
+class BaseOrigin(Origin):
+    """The base."""
+
+    model_type: str | None
+
+
+class Strength(_Strict):
+    """One adapter's alpha: a default and exceptions by module or layer range."""
+
+    default: float
+    modules: dict[str, float]
+
+
+class AdapterOrigin(Origin):
+    """An adapter, with what was made of it."""
+
+    kind: str
+    peft_type: str | None
+    alpha: Strength
+    scaling: dict[str, int]
+    deltas: int
+
+
+class SharedFiles(_Strict):
+    """Files that are hard links shared with other directories of a sweep."""
+
+    files: list[str]
+    with_: list[str]
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=lambda name: name.rstrip("_"), populate_by_name=True
+    )
+
+
+class FileRecord(_Strict):
+    """A shard: its size, the sha256 of its header, and of all of it where that is known."""
+
+    bytes: int
+    header_sha256: str
+
+
+class TensorRecord(_Strict):
+    """A tensor that was computed: sha256 of its bytes as written."""
+
+    sha256: str
+
+
+class LossRecord(_Strict):
+    """:class:`mergekit_bio.merging.rounding_loss.RoundingLoss`."""
+
+    modules: str
+    tensors: int
+    elements: int
+    delta_over_weight: float
+    loss: float
+    bias: float
+    loss_nearest: float
+    bias_nearest: float
+
+
+class Manifest(_Strict):
+    """The whole of ``merge.json``."""
+
+    format: str
+    created: str
+    version: str
+    command: str
+    base: BaseOrigin
+    adapters: list[AdapterOrigin]
+    alpha: str
+    dtype: str
+    rounding: str
+    seed: int
+    device: str
+    audio_prefix: bool
+    text_only: bool
+    untied: bool
+    shared: SharedFiles | None
+    versions: dict[str, str]
+    rounding_loss: list[LossRecord]
+    files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord]
+
+    def to_json(self) -> str:
+        """As it is written."""
+        return json.dumps(self.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """As plain values, as a reader of the file has them."""
+        return self.model_dump(by_alias=True)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read ``merge.json`` of a merged checkpoint.
+
+    Raises:
+        VerificationError: There is none, or it is not one of ours.
+    """
+    if not (directory / MANIFEST).is_file():
+        several = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+        hint = f"; it is a sweep, name one of its checkpoints: {', '.join(several)}" if several else ""
+        raise VerificationError(f"{directory}: has no {MANIFEST}, so mergekit-bio did not write it{hint}")
+    try:
+        return Manifest.model_validate_json(inside(directory, MANIFEST).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the document"
+        raise VerificationError(f"{directory / MANIFEST}: {key}: {first['msg']}; the file is damaged") from error
+
+
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """Identify weights without reading all of them: sha256 over each tensor's name, dtype, shape and both ends.
+
+    It does not depend on how the tensors are spread over files.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        digest.update(tensor.ends())
+    return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""Checking a merged checkpoint against its manifest, and against the sources it was made from."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.compare import same_bytes
+from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.errors import CheckpointError, VerificationError
+from mergekit_bio.merging.alpha import Alpha
+from mergekit_bio.merging.api import plan_merge
+from mergekit_bio.merging.manifest import FORMAT, MANIFEST, Manifest, fingerprint, read_manifest
+from mergekit_bio.merging.plan import Fold, MergePlan
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and found right.
+
+    Attributes:
+        directory: The checkpoint.
+        files: Shards whose size and header were compared.
+        hashed: Tensors whose sha256 was compared.
+        copied: Tensors that were compared with the source byte by byte; None without sources.
+        recomputed: Tensors that were folded again in float64; None without sources.
+        worst_ulp: The largest distance of a written value from the exact one, in units of the last place.
+        worst_tensor: Where that was.
+    """
+
+    directory: Path
+    files: int
+    hashed: int
+    copied: int | None = None
+    recomputed: int | None = None
+    worst_ulp: float | None = None
+    worst_tensor: str | None = None
+
+
+def verify(
+    directory: str | Path,
+    *,
+    against_sources: bool = False,
+    base: str | None = None,
+    adapters: list[str] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Verification:
+    """Check a merged checkpoint.
+
+    Args:
+        directory: What a merge has written.
+        against_sources: Also compare every copied tensor with its source, and compute every folded one again in
+            float64.
+        base: Where the base is now, if not where it was.
+        adapters: Likewise for the adapters, in their order.
+        progress: Called with the number of bytes of each checked tensor.
+
+    Raises:
+        VerificationError: The first thing that is not as the manifest says.
+        MergekitBioError: A source cannot be found.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise VerificationError(f"{root}: no such directory")
+    manifest = read_manifest(root)
+    if manifest.format != FORMAT:
+        raise VerificationError(f"{root / MANIFEST}: format {manifest.format!r} is not {FORMAT!r}; use a newer version")
+    try:
+        checkpoint = Checkpoint.open(root)
+        checkpoint.config  # noqa: B018 - reading it is the check
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+    _check_files(root, manifest, checkpoint)
+    for name, record in manifest.tensors.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise VerificationError(f"{root}: tensor {name} is missing")
+        if _sha256(info) != record.sha256:
+            raise VerificationError(f"{info.file}: tensor {name}: was changed after the merge (sha256 differs)")
+        progress(info.nbytes)
+    result = Verification(root, len(manifest.files), len(manifest.tensors))
+    if not against_sources:
+        return result
+    return _against_sources(result, manifest, checkpoint, base, adapters, progress)
+
+
+def _check_files(root: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    shards = {shard.file.name: shard for shard in checkpoint.shards}
+    for name, record in manifest.files.items():
+        if name not in shards:
+            raise VerificationError(f"{root / name}: is in {MANIFEST} but not in the checkpoint")
+        if shards[name].size != record.bytes or shards[name].header_sha256 != record.header_sha256:
+            raise VerificationError(f"{root / name}: size or header is not what the merge wrote")
+    present = {path.name for path in root.glob("*.safetensors")}
+    for name in sorted(present - manifest.files.keys()):
+        raise VerificationError(f"{root / name}: is not part of the merge; remove it")
+    if len(shards) > 1 and (root / SINGLE).exists():
+        raise VerificationError(f"{root / SINGLE}: stands beside {INDEX}; remove one")
+
+
+def _sha256(info: TensorInfo) -> str:
+    digest = hashlib.sha256()
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(info.begin)
+        left = info.nbytes
+        while left:
+            piece = stream.read(min(left, _CHUNK))
+            if not piece:
+                raise VerificationError(f"{info.file}: tensor {info.name}: ends early")
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _against_sources(
+    result: Verification,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    base: str | None,
+    adapters: list[str] | None,
+    progress: Callable[[int], None],
+) -> Verification:
+    plan = _plan_again(manifest, base, adapters)
+    _check_fingerprints(plan, manifest)
+    copied = 0
+    folds = {fold.name: fold for fold in plan.folds}
+    planned = {name for shard in plan.shards for name in shard.tensors}
+    if planned != checkpoint.tensors.keys():
+        odd = sorted(planned ^ checkpoint.tensors.keys())[0]
+        raise VerificationError(f"{result.directory}: tensor {odd}: is not in both the checkpoint and its sources")
+    towers = {f"audio_prefix.{info.name}": info for info in plan.tower}
+    worst, where = 0.0, None
+    for name, info in checkpoint.tensors.items():
+        if name in folds:
+            distance = _recompute(folds[name], info, stochastic=manifest.rounding == "stochastic")
+            if distance >= worst:
+                worst, where = distance, name
+        else:
+            source = towers.get(name) or plan.base.find(name)
+            assert source is not None
+            if source.nbytes != info.nbytes or not same_bytes(source, info):
+                raise VerificationError(f"{info.file}: tensor {name}: is not what {source.file} holds")
+            copied += 1
+        progress(info.nbytes)
+    return Verification(result.directory, result.files, result.hashed, copied, len(folds), worst, where)
+
+
+def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
+    def located(origin_source: str, revision: str | None) -> str:
+        known = revision is not None and not Path(origin_source).is_dir()
+        return f"{origin_source.partition('@')[0]}@{revision}" if known else origin_source
+
+    names = adapters or [located(origin.source, origin.revision) for origin in manifest.adapters]
+    if len(names) != len(manifest.adapters):
+        raise VerificationError(f"the merge had {len(manifest.adapters)} adapters, but {len(names)} are given")
+    strengths = [Alpha(origin.alpha.default, tuple(origin.alpha.modules.items())) for origin in manifest.adapters]
+    return plan_merge(
+        base=base or located(manifest.base.source, manifest.base.revision),
+        adapter=list(zip(names, strengths, strict=True)),
+        alphas=[strengths[0]],
+        dtype=manifest.dtype,  # type: ignore[arg-type]
+        text_only=manifest.text_only,
+    )
+
+
+def _check_fingerprints(plan: MergePlan, manifest: Manifest) -> None:
+    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors), manifest.base)]
+    for adapter, origin in zip(plan.adapters, manifest.adapters, strict=True):
+        found.append((adapter.source.given, fingerprint(adapter.stored), origin))
+    for given, value, origin in found:
+        if value != origin.fingerprint:
+            raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
+
+
+def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
+    """Fold one tensor again in float64 and compare.
+
+    Returns:
+        The largest distance in units of the last place of the output's dtype.
+
+    Raises:
+        VerificationError: A value is further off than its rounding allows.
+    """
+    import torch
+
+    device, double = torch.device("cpu"), torch.float64
+    blocks = [delta.prepare(fold.base, device, double) for _, delta in fold.deltas]
+    strengths = fold.targets[0].strengths
+    rows = written.rows
+    step = max(1, (1 << 21) // max(written.elements // max(rows, 1), 1))
+    # Half a unit for the nearest value, a whole one for either neighbour; a little more where float32 sums fell short.
+    narrow = written.dtype in ("BF16", "F16")
+    limit = (1.0 if stochastic and narrow else 0.5) + (0.05 if narrow else 0.51)
+    worst = 0.0
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        got = written.read(start, stop)
+        got = got.reshape(stop - start, -1)
+        w0 = fold.base_rows(start, stop).reshape(got.shape).to(double)
+        exact = w0.clone()
+        for strength, block in zip(strengths, blocks, strict=True):
+            delta = torch.empty_like(w0)
+            block(start, stop, w0, delta)
+            exact.add_(delta, alpha=strength)
+        distance = float(((got.to(double) - exact).abs() / _ulp(exact, got.dtype)).max())
+        if not distance <= limit:
+            raise VerificationError(
+                f"{written.file}: tensor {fold.name}: is {distance:.2f} units of the last place from what its sources "
+                f"give; {limit:.2f} is the most that rounding explains"
+            )
+        worst = max(worst, distance)
+    return worst
+
+
+def _ulp(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """The spacing of ``dtype``'s numbers around each of ``values`` (float64)."""
+    import torch
+
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)
+    smallest = math.log2(info.tiny)
+    return torch.exp2(torch.clamp(exponent - 1, min=smallest).double() + math.log2(info.eps))

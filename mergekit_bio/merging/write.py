@@ -1,0 +1,163 @@
+"""Carries a plan out: copies what is copied, folds what is folded, side by side."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event, Lock, local
+from typing import TYPE_CHECKING
+
+from mergekit_bio.checkpoint.clone import copy_range, link_or_copy, reflink, write_exactly
+from mergekit_bio.merging.plan import Copy, Fold, MergePlan, OutputShard
+
+if TYPE_CHECKING:
+    from mergekit_bio.merging.fold import Folded
+
+_CHUNK = 64 << 20
+_WORKERS_PER_GPU = 4
+
+
+class _Stopped(Exception):
+    """Another worker has failed, or the user has interrupted: leave quietly."""
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def execute(
+    plan: MergePlan,
+    root: Path,
+    *,
+    devices: Callable[[], Sequence[str]],
+    stochastic: bool,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> "tuple[Folded, ...]":
+    """Write every shard of ``plan`` under ``root``.
+
+    Copying starts at once; ``devices`` and all of torch are only needed when the arithmetic starts, so that importing
+    torch and copying run side by side.
+
+    Args:
+        plan: What to do.
+        root: An existing, empty directory.
+        devices: Gives torch device names to compute on; each takes a share of the tensors.
+        stochastic: How 16-bit results are rounded.
+        seed: Of the stochastic rounding.
+        progress: Called from any worker with numbers of bytes that sum up to ``plan.bytes_on_disk``.
+
+    Returns:
+        The folds' results, in the plan's order.
+    """
+    lock, stop = Lock(), Event()
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with lock:
+            progress(count)
+
+    with ThreadPoolExecutor(cores(), "merge") as pool:
+        jobs: list[Future[None]] = []
+        folds: list[Future[Folded]] = []
+        pools = [pool]
+        try:
+            for shard in plan.shards:
+                for copies in _create(shard, root, advance):
+                    jobs.append(pool.submit(_copy, copies, root / shard.file, advance))
+            if plan.folds:
+                pools, folds = _start_folding(plan, root, devices(), pool, stochastic, seed, advance)
+            done, _ = wait([*jobs, *folds], return_when=FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+        except BaseException:
+            stop.set()
+            for each in pools:
+                each.shutdown(wait=True, cancel_futures=True)
+            # What stopped the others is what counts.
+            for job in (*jobs, *folds):
+                failure = None if job.cancelled() else job.exception()
+                if failure is not None and not isinstance(failure, _Stopped):
+                    raise failure from None
+            raise
+        for each in pools:
+            each.shutdown()
+    for shard in plan.shards:
+        for link in shard.links:
+            (root / link).parent.mkdir(exist_ok=True)
+            link_or_copy(root / shard.file, root / link)
+    return tuple(fold.result() for fold in folds)
+
+
+def _create(shard: OutputShard, root: Path, advance: Callable[[int], None]) -> Iterable[Sequence[Copy]]:
+    """Make the file with its header; give the ranges still to be copied, in portions."""
+    file = root / shard.file
+    file.parent.mkdir(exist_ok=True)
+    with file.open("xb", buffering=0) as stream:
+        if shard.mirrors is not None:
+            with shard.mirrors.open("rb") as source:
+                if reflink(source.fileno(), stream.fileno()):
+                    advance(len(shard.header) + sum(copy.count for copy in shard.copies))
+                    return
+        os.truncate(stream.fileno(), shard.size)
+        write_exactly(stream.fileno(), shard.header, 0)
+        advance(len(shard.header))
+    portion: list[Copy] = []
+    for copy in shard.copies:
+        for start in range(0, copy.count, _CHUNK):
+            count = min(_CHUNK, copy.count - start)
+            portion.append(Copy(copy.source, copy.source_offset + start, copy.target_offset + start, count))
+            if sum(part.count for part in portion) >= _CHUNK:
+                yield portion
+                portion = []
+    if portion:
+        yield portion
+
+
+def _copy(copies: Sequence[Copy], target: Path, advance: Callable[[int], None]) -> None:
+    with target.open("r+b", buffering=0) as writer:
+        for copy in copies:
+            with copy.source.open("rb", buffering=0) as reader:
+                copy_range(reader.fileno(), copy.source_offset, writer.fileno(), copy.target_offset, copy.count)
+            advance(copy.count)
+
+
+def _start_folding(
+    plan: MergePlan,
+    root: Path,
+    devices: Sequence[str],
+    pool: ThreadPoolExecutor,
+    stochastic: bool,
+    seed: int,
+    advance: Callable[[int], None],
+) -> "tuple[list[ThreadPoolExecutor], list[Future[Folded]]]":
+    import torch
+
+    from mergekit_bio.merging.fold import Folder
+
+    state = local()
+
+    def fold(job: Fold, device: str) -> "Folded":
+        folder: Folder | None = getattr(state, "folder", None)
+        if folder is None:
+            torch.set_num_threads(1)  # of this worker: the workers are the parallelism
+            folder = state.folder = Folder(
+                root=root, device=torch.device(device), stochastic=stochastic, seed=seed, progress=advance
+            )
+        return folder.fold(job)
+
+    pools = [pool]
+    if devices[0] != "cpu":
+        pools += [ThreadPoolExecutor(_WORKERS_PER_GPU, f"merge-{device}") for device in devices]
+    # The largest first, so that the workers end together; GPUs take turns.
+    order = sorted(
+        range(len(plan.folds)), key=lambda number: -plan.folds[number].nbytes * len(plan.folds[number].targets)
+    )
+    futures: dict[int, Future[Folded]] = {}
+    for turn, number in enumerate(order):
+        place = turn % len(devices)
+        chosen = pools[1 + place] if len(pools) > 1 else pool
+        futures[number] = chosen.submit(fold, plan.folds[number], devices[place])
+    return pools, [futures[number] for number in range(len(plan.folds))]

@@ -1,0 +1,1 @@
+"""The merged audio model for Transformers and vLLM."""
