@@ -55,7 +55,7 @@ def staged(out: Path, *, ours: str, overwrite: bool = False, fsync: bool = True)
             raise OutputError(
                 f"{out}: the disk is full; nothing was left behind, free some space or use --out"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
         raise
 

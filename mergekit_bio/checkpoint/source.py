@@ -95,6 +95,8 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
             "path of a copy"
         ) from error
     except errors.HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise SourceError(f"{given}: the hub does not accept your token; renew it with `hf auth login`") from error
         raise SourceError(f"{given}: the hub answered: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise SourceError(f"{given}: cannot be fetched: {error}") from error

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import mergekit_bio
-from mergekit_bio.cli import demo, inspect, merge, push, verify
+from mergekit_bio.cli import ask, demo, embed, inspect, merge, push, verify
 
 app = typer.Typer(
     name="mergekit-bio",
@@ -35,7 +35,7 @@ def _root(
     pass
 
 
-for command in (merge.merge, inspect.inspect, verify.verify, push.push, demo.demo):
+for command in (merge.merge, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, demo.demo):
     app.command()(command)
 
 

@@ -52,7 +52,7 @@ def verify(
         for column in columns:
             table.add_column(column, justify="right")
         for one in found:
-            row = [one.files, one.hashed]
+            row: list[object] = [one.files, one.hashed]
             row += [one.copied, one.recomputed, f"{one.worst_ulp or 0:.3f}"] if against_sources else []
             table.add_row(one.directory.name, *map(str, row))
         console.print(table)

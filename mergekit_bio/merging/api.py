@@ -3,8 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -12,20 +11,20 @@ from mergekit_bio.adapter.adapter import Adapter, Base
 from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.publish import staged
-from mergekit_bio.checkpoint.source import Source, licence_files, resolve, stated_licence
+from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import MergekitBioError, OutputError
 from mergekit_bio.merging.alpha import Alpha, parse_alphas
 from mergekit_bio.merging.plan import MergePlan, Output, build_plan
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
-    from mergekit_bio.merging.manifest import AdapterOrigin, Manifest
+    from mergekit_bio.merging.record import Settings
     from mergekit_bio.merging.rounding_loss import RoundingLoss
 
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
 DType: TypeAlias = Literal["keep", "bfloat16", "float16", "float32"]
 #: A directory or hub id, alone or with a strength of its own.
-AdapterSource: TypeAlias = str | Path | tuple[str | Path, float | str]
+AdapterSource: TypeAlias = str | Path | tuple[str | Path, float | str | Alpha]
 
 _MARGIN_BYTES = 64 << 20
 
@@ -139,6 +138,7 @@ def carry_out(
         progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
     """
     from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.record import Settings
     from mergekit_bio.merging.write import execute
 
     target = Path(out)
@@ -149,116 +149,38 @@ def carry_out(
         folded = execute(
             plan, folder, devices=lambda: _devices(device), stochastic=stochastic, seed=seed, progress=progress
         )
-        settings = {"rounding": rounding, "seed": seed, "device": _device_name(device), "command": command}
+        settings = Settings(rounding, seed, _device_name(device), command)
         return tuple(_finish(plan, output, folder, folded, settings, target) for output in plan.outputs)
 
 
 def _finish(
-    plan: MergePlan,
-    output: Output,
-    root: Path,
-    folded: "tuple[Folded, ...]",
-    settings: dict[str, str | int],
-    target: Path,
+    plan: MergePlan, output: Output, root: Path, folded: "tuple[Folded, ...]", settings: "Settings", target: Path
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
     from mergekit_bio.hub.card import model_card
     from mergekit_bio.merging.directory import write_companions, write_index
-    from mergekit_bio.merging.manifest import MANIFEST, LossRecord, TensorRecord
+    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.record import describe
     from mergekit_bio.merging.rounding_loss import summarise
 
-    folder = root / output.folder
+    folder, files = root / output.folder, plan.files_of(output)
     write_companions(plan, folder)
     write_index(plan, output, folder)
-    paths = {path for shard in plan.shards for path in (shard.file, *shard.links)}
-    own = {f"{output.folder}/{name}".lstrip("/") for name in output.files} & paths
+    stored_in = {shard.file for shard in files.values()}
     hashes, errors = {}, []
-    linked = {link: shard.file for shard in plan.shards for link in shard.links}
-    own_files = own | {linked[path] for path in own if path in linked}
     for fold, result in zip(plan.folds, folded, strict=True):
         for place, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
-            if place.file in own_files:
-                hashes[fold.name] = TensorRecord(sha256=sha256)
-                if fold.deltas:
-                    errors.append((fold.name, math.prod(fold.shape), error))
+            if place.file in stored_in:
+                hashes[fold.name] = sha256
+                errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
     losses = summarise(errors)
-    manifest = _manifest(plan, output, settings, hashes, [LossRecord(**asdict(loss)) for loss in losses])
+    manifest = describe(plan, output, settings, hashes, losses)
     (folder / MANIFEST).write_text(manifest.to_json())
     (folder / "README.md").write_text(model_card(manifest.document()))
-    for path in own:
-        if (root / path).stat().st_nlink > 1:
-            (root / path).chmod(0o444)
+    for name, shard in files.items():
+        if shard.links:
+            (folder / name).chmod(0o444)
     return MergedCheckpoint(target / output.folder, output.alpha, losses, unchanged=not hashes)
-
-
-def _manifest(
-    plan: MergePlan, output: Output, settings: dict[str, str | int], hashes: dict, losses: list
-) -> "Manifest":
-    import platform
-
-    import torch
-
-    import mergekit_bio
-    from mergekit_bio.merging import manifest as m
-
-    shared = [shard for shard in plan.shards if shard.links]
-    files = {}
-    for shard in plan.shards:
-        for path in (shard.file, *shard.links):
-            if Path(path).parent == Path(output.folder):
-                files[Path(path).name] = m.FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
-    base = plan.base
-    others = [other.folder for other in plan.outputs if other is not output]
-    common = [Path(path).name for shard in shared for path in (shard.file, *shard.links)]
-    return m.Manifest(
-        format=m.FORMAT,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=mergekit_bio.__version__,
-        base=m.BaseOrigin(
-            **_origin(base.source, m.fingerprint(base.checkpoint.tensors)),
-            license=stated_licence(base.source),
-            license_files=licence_files(base.source),
-            model_type=base.checkpoint.config.get("model_type"),
-        ),
-        adapters=[_adapter_origin(plan, number, output) for number in range(len(plan.adapters))],
-        alpha=output.alpha.label,
-        dtype=plan.dtype,
-        audio_prefix=bool(plan.tower),
-        text_only=plan.text_only,
-        untied=plan.untied,
-        shared=m.SharedFiles(files=sorted(set(common) & set(files)), with_=others) if shared else None,
-        versions={"torch": torch.__version__, "python": platform.python_version()},
-        rounding_loss=losses,
-        files=files,
-        tensors=hashes,
-        **settings,
-    )
-
-
-def _adapter_origin(plan: MergePlan, number: int, output: Output) -> "AdapterOrigin":
-    from mergekit_bio.merging import manifest as m
-
-    adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
-    return m.AdapterOrigin(
-        **_origin(adapter.source, m.fingerprint(adapter.stored)),
-        license=stated_licence(adapter.source),
-        license_files=[f"{adapter.source.name}-{name}" for name in licence_files(adapter.source)],
-        kind=adapter.kind,
-        peft_type=adapter.config.get("peft_type"),
-        alpha=m.Strength(default=alpha.default, modules=dict(alpha.modules)),
-        scaling=adapter.scalings,
-        deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
-    )
-
-
-def _origin(source: Source, fingerprint: str) -> dict[str, str | None]:
-    return {
-        "source": source.given,
-        "name": source.name,
-        "id": source.id,
-        "revision": source.revision,
-        "fingerprint": fingerprint,
-    }
 
 
 def _check_place(out: Path, plan: MergePlan) -> None:

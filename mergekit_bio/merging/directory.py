@@ -38,9 +38,10 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     towers = [adapter for adapter in plan.adapters if adapter.tower and not plan.text_only]
     for adapter in towers:
         tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
-        sources = {"text_config": config, "naturelm_config": dict(adapter.config), "tokenizer": tokenizer}
-        _write_json(folder / "processor_config.json", processor_config(**sources))
-        config = merged_config(**sources)
+        ears = dict(adapter.config)
+        processor = processor_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer)
+        _write_json(folder / "processor_config.json", processor)
+        config = merged_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer)
     _write_json(folder / "config.json", config)
 
 
@@ -48,11 +49,7 @@ def write_index(plan: MergePlan, output: Output, folder: Path) -> None:
     """Write the index of a checkpoint of several shards."""
     if len(output.files) == 1:
         return
-    held = {}
-    for shard in plan.shards:
-        for path in (shard.file, *shard.links):
-            if Path(path).parent == Path(output.folder):
-                held[Path(path).name] = shard
+    held = plan.files_of(output)
     weight_map = {name: file for file, shard in held.items() for name in shard.tensors}
     total = sum(shard.size - len(shard.header) for shard in held.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -59,7 +59,7 @@ def write_example(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 def _write_base(folder: Path, weights: "dict[str, torch.Tensor]") -> None:
     names = list(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         _write_tensors(folder / file, {name: weights[name] for name in part}, "BF16")
@@ -75,10 +75,10 @@ def _write_base(folder: Path, weights: "dict[str, torch.Tensor]") -> None:
 
 
 def _write_tensors(file: Path, tensors: "dict[str, torch.Tensor]", dtype: str) -> None:
-    import torch
+    from mergekit_bio.merging.fold import memory_of
 
     header = build_header(((name, dtype, tuple(value.shape)) for name, value in tensors.items()), {"format": "pt"})
     with file.open("wb") as stream:
         stream.write(header)
         for value in tensors.values():
-            stream.write(bytes(value.contiguous().flatten().view(torch.uint8).untyped_storage()))
+            stream.write(memory_of(value))

@@ -74,7 +74,7 @@ class _Slot:
             self._stream.synchronize()
         pending, self._pending = self._pending, []
         for offset, rounded in pending:
-            yield offset, _bytes(rounded)
+            yield offset, memory_of(rounded)
 
     def begin(self, job: _Job) -> None:
         """Turn to another tensor."""
@@ -132,7 +132,7 @@ class _Slot:
         if start < own:
             raw = self._buffer("raw", (own - start, job.cols), stored, torch.device("cpu"))
             offset = info.begin + start * job.cols * stored.itemsize
-            read_exactly(base, _bytes(raw), offset, info.file)
+            read_exactly(base, memory_of(raw), offset, info.file)
             weights[: own - start].copy_(raw, non_blocking=True)
         if own < stop:
             first = max(own, start)
@@ -244,7 +244,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], TensorInfo("", "U8", shape[1:], Path(), 0).elements
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     array: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")

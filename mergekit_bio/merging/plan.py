@@ -166,6 +166,15 @@ class MergePlan:
     dtype: str = "keep"
     text_only: bool = False
 
+    def files_of(self, output: Output) -> dict[str, OutputShard]:
+        """The shards of one output, by the name they have there."""
+        return {
+            Path(path).name: shard
+            for shard in self.shards
+            for path in (shard.file, *shard.links)
+            if Path(path).parent == Path(output.folder)
+        }
+
     @property
     def tower(self) -> tuple[TensorInfo, ...]:
         """The audio tower that goes along."""

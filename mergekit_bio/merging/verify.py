@@ -13,7 +13,7 @@ from mergekit_bio.checkpoint.header import TensorInfo
 from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.api import plan_merge
-from mergekit_bio.merging.manifest import FORMAT, MANIFEST, Manifest, fingerprint, read_manifest
+from mergekit_bio.merging.manifest import FORMAT, MANIFEST, Manifest, Origin, fingerprint, read_manifest
 from mergekit_bio.merging.plan import Fold, MergePlan
 
 if TYPE_CHECKING:
@@ -172,9 +172,11 @@ def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None
 
 
 def _check_fingerprints(plan: MergePlan, manifest: Manifest) -> None:
-    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors), manifest.base)]
-    for adapter, origin in zip(plan.adapters, manifest.adapters, strict=True):
-        found.append((adapter.source.given, fingerprint(adapter.stored), origin))
+    found: list[tuple[str, str, Origin]] = [
+        (plan.base.source.given, fingerprint(plan.base.checkpoint.tensors), manifest.base)
+    ]
+    for adapter, merged in zip(plan.adapters, manifest.adapters, strict=True):
+        found.append((adapter.source.given, fingerprint(adapter.stored), merged))
     for given, value, origin in found:
         if value != origin.fingerprint:
             raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event, Lock, local
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.clone import copy_range, link_or_copy, reflink, write_exactly
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, OutputShard
@@ -69,7 +69,8 @@ def execute(
                     jobs.append(pool.submit(_copy, copies, root / shard.file, advance))
             if plan.folds:
                 pools, folds = _start_folding(plan, root, devices(), pool, stochastic, seed, advance)
-            done, _ = wait([*jobs, *folds], return_when=FIRST_EXCEPTION)
+            everything: list[Future[Any]] = [*jobs, *folds]
+            done, _ = wait(everything, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
         except BaseException:
@@ -77,8 +78,8 @@ def execute(
             for each in pools:
                 each.shutdown(wait=True, cancel_futures=True)
             # What stopped the others is what counts.
-            for job in (*jobs, *folds):
-                failure = None if job.cancelled() else job.exception()
+            for stopped in (*jobs, *folds):
+                failure = None if stopped.cancelled() else stopped.exception()
                 if failure is not None and not isinstance(failure, _Stopped):
                     raise failure from None
             raise

@@ -1,0 +1,108 @@
+"""``mergekit-bio ask``: a question about recordings, answered in the shell."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from mergekit_bio.model.ask import Answer, Asker
+
+
+def ask(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model with an audio tower, or its hub id.")],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Recordings, or folders of them.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <AudioHere> marks where an audio goes.")],
+    window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
+    hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy decoding.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 300,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Ask a merged model about recordings.
+
+    Without <AudioHere> in the prompt, every recording is asked about on its own, in windows of 10 s to its end. With
+    several, the recordings fill them in order and there is one answer. A recording that cannot be used is named and
+    counted, and the others are answered.
+
+    Examples:
+
+      mergekit-bio ask merged/alpha-0.50 wren.wav --prompt "What is the common name for the focal species in the audio?"
+
+      mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
+    """
+    from mergekit_bio.audio.recording import find_recordings
+    from mergekit_bio.model.ask import Asker
+    from mergekit_bio.model.layout import AUDIO_SLOT
+    from mergekit_bio.model.loading import load_model
+    from mergekit_bio.model.prompt import check_audio_count, render_prompt
+
+    output = Output(as_json=as_json, quiet=quiet)
+    recordings = find_recordings(audio)
+    slots = prompt.count(AUDIO_SLOT)
+    together = slots > 1 or (slots == 1 and len(recordings) > 1)
+    # Before a minute of loading, what can be said at once.
+    if together:
+        check_audio_count(slots=slots, audios=len(recordings))
+    render_prompt(prompt, template="{}", num_audios=max(slots, 1))
+    asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
+    failed: dict[str, str] = {}
+    if together:
+        answers = [asker.together(recordings, prompt)]
+    else:
+        answers = _ask_each(asker, recordings, prompt, window, hop, output, failed)
+    document = {
+        "prompt": prompt,
+        "answers": [
+            {"recordings": answer.recordings, "start": answer.start, "end": answer.end, "text": answer.text}
+            for answer in answers
+        ],
+        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
+    }
+    output.result(
+        document,
+        lambda console: [
+            console.print(f"{_where(answer)}  {answer.text}", markup=False, soft_wrap=True) for answer in answers
+        ],
+        lines=[answer.text for answer in answers],
+    )
+
+
+def _ask_each(
+    asker: "Asker",
+    recordings: list[Path],
+    prompt: str,
+    window: float,
+    hop: float | None,
+    output: Output,
+    failed: dict[str, str],
+) -> "list[Answer]":
+    from mergekit_bio.errors import AudioError
+
+    answers = []
+    with output.progress("listening", total=len(recordings)) as advance:
+        for recording in recordings:
+            try:
+                answers += asker.each_window(recording, prompt, window=window, hop=hop)
+            except AudioError as error:
+                if len(recordings) == 1:
+                    raise
+                failed[str(recording)] = str(error)
+                output.note(f"skipped: {error}")
+            advance(1)
+    if failed:
+        output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
+    if not answers:
+        raise AudioError(
+            f"none of the {len(recordings)} recordings could be used; the first: {next(iter(failed.values()))}"
+        )
+    return answers
+
+
+def _where(answer: "Answer") -> str:
+    return f"{' + '.join(answer.recordings)} [{answer.start:.1f}-{answer.end:.1f} s]"

@@ -1,0 +1,74 @@
+"""``mergekit-bio embed``: recordings to vectors, for similarity and clustering."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+
+def embed(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A merged model with an audio tower, or NatureLM-audio; or a hub id.")
+    ],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Recordings, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .safetensors or .npz.")],
+    window: Annotated[float, typer.Option(help="Seconds an embedding stands for, 0.5 to 10.")] = 10.0,
+    hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Embed recordings: the prefix that Llama reads, and the mean of the encoder's output, for every 10 s.
+
+    A recording that cannot be used is named and counted, and the others are embedded. The file holds the arrays
+    prefix, encoder, recording, start and end, a row for every window.
+
+    Examples:
+
+      mergekit-bio embed merged/alpha-0.50 recordings/ --out embeddings.safetensors
+
+      mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
+    """
+    from mergekit_bio.audio.device import pick_device
+    from mergekit_bio.audio.embeddings import open_embeddings
+    from mergekit_bio.audio.prefix import AudioPrefix
+    from mergekit_bio.audio.recording import find_recordings
+    from mergekit_bio.errors import AudioError
+
+    output = Output(as_json=as_json, quiet=quiet)
+    recordings = find_recordings(audio)
+    failed: dict[str, str] = {}
+    with open_embeddings(out, overwrite=overwrite) as embeddings:
+        prefix = AudioPrefix.from_pretrained(model).to(pick_device(device))
+        with output.progress("listening", total=len(recordings)) as advance:
+            for recording in recordings:
+                try:
+                    embeddings.add(prefix, recording, window=window, hop=hop)
+                except AudioError as error:
+                    if len(recordings) == 1:
+                        raise
+                    failed[str(recording)] = str(error)
+                    output.note(f"skipped: {error}")
+                advance(1)
+        if failed:
+            output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
+        if not embeddings.clips:
+            first = next(iter(failed.values()))
+            raise AudioError(f"none of the {len(recordings)} recordings could be used; the first: {first}")
+        clips = embeddings.clips
+    used = len(recordings) - len(failed)
+    document = {
+        "out": str(out),
+        "recordings": used,
+        "clips": clips,
+        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
+    }
+    output.result(
+        document,
+        lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", markup=False, soft_wrap=True),
+        lines=[str(out)],
+    )

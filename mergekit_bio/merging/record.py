@@ -1,0 +1,114 @@
+"""Writes down what a merge has done, as the manifest of one of its outputs."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TypedDict
+
+import torch
+
+import mergekit_bio
+from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
+from mergekit_bio.merging.manifest import (
+    FORMAT,
+    AdapterOrigin,
+    BaseOrigin,
+    FileRecord,
+    LossRecord,
+    Manifest,
+    SharedFiles,
+    Strength,
+    TensorRecord,
+    fingerprint,
+)
+from mergekit_bio.merging.plan import MergePlan, Output
+from mergekit_bio.merging.rounding_loss import RoundingLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan was carried out: the parts of the record that are not in the plan."""
+
+    rounding: str
+    seed: int
+    device: str
+    command: str
+
+
+class _Found(TypedDict):
+    source: str
+    name: str
+    id: str | None
+    revision: str | None
+    license: str | None
+
+
+def describe(
+    plan: MergePlan, output: Output, settings: Settings, hashes: Mapping[str, str], losses: Sequence[RoundingLoss]
+) -> Manifest:
+    """The manifest of ``output``.
+
+    Args:
+        plan: What was done.
+        output: The checkpoint described.
+        settings: How it was done.
+        hashes: sha256 of every tensor that was computed.
+        losses: What rounding cost.
+    """
+    base, files = plan.base, plan.files_of(output)
+    shared = sorted(name for name, shard in files.items() if shard.links)
+    others = [other.folder for other in plan.outputs if other is not output]
+    return Manifest(
+        format=FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=mergekit_bio.__version__,
+        command=settings.command,
+        base=BaseOrigin(
+            **_found(base.source),
+            fingerprint=fingerprint(base.checkpoint.tensors),
+            license_files=licence_files(base.source),
+            model_type=base.checkpoint.config.get("model_type"),
+        ),
+        adapters=[_adapter(plan, number, output) for number in range(len(plan.adapters))],
+        alpha=output.alpha.label,
+        dtype=plan.dtype,
+        rounding=settings.rounding,
+        seed=settings.seed,
+        device=settings.device,
+        audio_prefix=bool(plan.tower),
+        text_only=plan.text_only,
+        untied=plan.untied,
+        shared=SharedFiles(files=shared, with_=others) if shared else None,
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+        rounding_loss=[LossRecord(**asdict(loss)) for loss in losses],
+        files={
+            name: FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
+            for name, shard in sorted(files.items())
+        },
+        tensors={name: TensorRecord(sha256=sha256) for name, sha256 in sorted(hashes.items())},
+    )
+
+
+def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
+    adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
+    return AdapterOrigin(
+        **_found(adapter.source),
+        fingerprint=fingerprint(adapter.stored),
+        license_files=[f"{adapter.source.name}-{name}" for name in licence_files(adapter.source)],
+        kind=adapter.kind,
+        peft_type=adapter.config.get("peft_type"),
+        alpha=Strength(default=alpha.default, modules=dict(alpha.modules)),
+        scaling=adapter.scalings,
+        deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
+    )
+
+
+def _found(source: Source) -> _Found:
+    return {
+        "source": source.given,
+        "name": source.name,
+        "id": source.id,
+        "revision": source.revision,
+        "license": stated_licence(source),
+    }

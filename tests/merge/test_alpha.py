@@ -1,0 +1,88 @@
+"""Reading strengths, and which tensor gets which."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_bio.errors import AlphaError
+from mergekit_bio.merging.alpha import Alpha, matches, parse_alphas
+
+Q3 = "model.layers.3.self_attn.q_proj.weight"
+O17 = "model.layers.17.self_attn.o_proj.weight"
+
+
+def test_a_sweep_includes_both_ends_without_floating_point_dust():
+    alphas = parse_alphas(["0:1:0.1"])
+    assert [alpha.default for alpha in alphas] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert [alpha.label for alpha in alphas][:4] == ["0.00", "0.10", "0.20", "0.30"]
+
+
+def test_numbers_and_sweeps_together():
+    assert [alpha.default for alpha in parse_alphas(["0.4", 1, "2:3:0.5"])] == [0.4, 1.0, 2.0, 2.5, 3.0]
+
+
+def test_modules_and_layers():
+    (alpha,) = parse_alphas(["0.5,q_proj=0.3,layers.0-15=0.2,layers.17.o_proj=0.9"])
+    assert alpha.of(Q3) == 0.2
+    assert alpha.of(O17) == 0.9
+    assert alpha.of("model.layers.20.self_attn.q_proj.weight") == 0.3
+    assert alpha.of("lm_head.weight") == 0.5
+
+
+def test_what_is_not_named_stays_the_base():
+    (alpha,) = parse_alphas(["q_proj=0.3"])
+    assert (alpha.of(Q3), alpha.of(O17)) == (0.3, 0.0)
+    assert alpha.label == "q_proj-0.30"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tensor", "expected"),
+    [
+        ("layers.3", Q3, True),
+        ("layers.3", "model.layers.13.self_attn.q_proj.weight", False),
+        ("layers.1-3.q_proj", Q3, True),
+        ("q_proj.layers", Q3, False),
+        ("q", Q3, False),
+    ],
+)
+def test_patterns_are_whole_components_in_order(pattern, tensor, expected):
+    assert matches(pattern, tensor) is expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nan", "inf", "-inf", "half", "0:1", "0:1:0", "1:0:0.1", "0:1:-1", "0:1:nan", "0:1:1e-9", "q_proj=", "=0.5",
+     "0.1,0.2,q_proj=1", "q_proj=nan", "../x=1", "0.5,0.5"],
+)  # fmt: skip
+def test_nonsense_is_one_line(text):
+    with pytest.raises(AlphaError, match="--alpha") as error:
+        parse_alphas([text])
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_strength_twice_is_refused():
+    with pytest.raises(AlphaError, match=r"0\.50 is given twice"):
+        parse_alphas(["0:1:0.5", "0.5"])
+
+
+def test_a_module_that_nothing_changes_is_named_with_the_nearest():
+    (alpha,) = parse_alphas(["0.5,q_porj=0.1"])
+    with pytest.raises(AlphaError, match="did you mean q_proj"):
+        alpha.check_used([Q3, O17])
+
+
+@given(st.floats(-10, 10))
+def test_a_label_tells_two_strengths_apart(value):
+    other = value + 0.001
+    assert Alpha(value).label != Alpha(other).label
+    assert abs(float(Alpha(value).label) - value) < 1e-6
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_read_or_refused(text):
+    try:
+        alphas = parse_alphas([text])
+    except AlphaError as error:
+        assert "\n" not in str(error).replace(repr(text), "")
+    else:
+        assert alphas
