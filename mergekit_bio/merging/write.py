@@ -33,6 +33,7 @@ def execute(
     devices: Callable[[], Sequence[str]],
     stochastic: bool,
     seed: int,
+    meanwhile: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> "tuple[Folded, ...]":
     """Write every shard of ``plan`` under ``root``.
@@ -46,6 +47,7 @@ def execute(
         devices: Gives torch device names to compute on; each takes a share of the tensors.
         stochastic: How 16-bit results are rounded.
         seed: Of the stochastic rounding.
+        meanwhile: Called once the workers are busy.
         progress: Called from any worker with numbers of bytes that sum up to ``plan.bytes_on_disk``.
 
     Returns:
@@ -69,6 +71,7 @@ def execute(
                     jobs.append(pool.submit(_copy, copies, root / shard.file, advance))
             if plan.folds:
                 pools, folds = _start_folding(plan, root, devices(), pool, stochastic, seed, advance)
+            meanwhile()
             everything: list[Future[Any]] = [*jobs, *folds]
             done, _ = wait(everything, return_when=FIRST_EXCEPTION)
             for job in done:
