@@ -1,6 +1,8 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,70 @@ def golden() -> Path:
 def published() -> Path:
     """The paper's published predictions and the scores they must give."""
     return _shared("published")
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small merged model with ears, bf16 Llama and float32 tower; its sources lie beside it."""
+    from audio.tiny import write_base, write_naturelm
+
+    import mergekit_bio
+
+    root = tmp_path_factory.mktemp("merged")
+    write_base(root / "llama")
+    write_naturelm(root / "naturelm")
+    (result,) = mergekit_bio.merge(
+        base=root / "llama", adapter=root / "naturelm", alphas=[0.5], out=root / "alpha-0.50", device="cpu"
+    )
+    return result.path
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a finished evaluation run: a sweep whose middle alpha is best."""
+    from mergekit_bio.eval.predictions import Prediction
+    from mergekit_bio.eval.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name
+
+    labels = ("Coruro", "Great <b>Grig</b>", "Wild Boar & Sons")
+
+    def make(
+        *, name: str = "frogs", alphas: tuple[float, ...] = (0.0, 0.5, 1.0), clips: int = 60, rows: int = 0, **extra
+    ) -> Path:
+        generator = random.Random(0)
+        cells = tuple(
+            CellRecord(
+                file=cell_file_name(dataset="frogs", query=0, checkpoint=f"alpha {alpha}", alpha=alpha),
+                dataset="frogs",
+                task="classification",
+                query=0,
+                checkpoint=f"alpha {alpha}",
+                alpha=alpha,
+                rows=rows or clips,
+                identity={"seed": 0},
+                query_text="What is it?\nOne of: {species_list}",
+            )
+            for alpha in alphas
+        )
+        path = tmp_path_factory.mktemp("runs") / name
+        record = RunRecord(name=name, recipe={}, scorer="exact", cells=cells)
+        with RunDirectory(path, record) as run:
+            for cell in cells:
+                chance = 0.9 - abs(cell.alpha - 0.5)
+                with run.writer(cell) as writer:
+                    for number in range(clips):
+                        label = labels[number % 3]
+                        text = label if generator.random() < chance else generator.choice([*labels, "no idea"])
+                        writer.append(
+                            Prediction(
+                                prediction=text,
+                                label=label,
+                                id=f"clip{number}",
+                                dataset_name="frogs",
+                                prompt=f"<|user|>What? </script> {number}",
+                                lora_scale=cell.alpha,
+                                **extra,
+                            )
+                        )
+        return path
+
+    return make

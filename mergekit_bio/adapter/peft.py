@@ -43,6 +43,8 @@ _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?|base_layer\.(?:weight|bias))"
 )
+# A saved module of a resized model comes thrice: as trained, and with both sides of PEFT's wrapper.
+_WRAPPED = re.compile(r"(?P<module>.+)\.(?:modules_to_save|original_module)\.(?P<part>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,18 @@ def load(source: Source, base: Base) -> Adapter:
     file, tensors = _stored(source.path)
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     deltas: dict[str, list[Delta]] = defaultdict(list)
+    doubled: set[str] = set()
     for key, tensor in tensors.items():
         check_float(tensor)
         if not key.startswith(_PREFIX):
             raise AdapterError(f"{file}: tensor {key}: does not begin with {_PREFIX!r} as PEFT's names do")
         name = key.removeprefix(_PREFIX)
-        match = _LORA_PART.fullmatch(name)
+        match, wrapped = _LORA_PART.fullmatch(name), _WRAPPED.fullmatch(name)
         if match:
             parts[match["module"]][match["part"].removesuffix(".weight")] = tensor
+            doubled |= {key} if "base_layer" in match["part"] else set()  # both sides of tied embeddings bring theirs
+        elif wrapped and f"{_PREFIX}{wrapped['module']}.{wrapped['part']}" in tensors:
+            doubled.add(key)
         else:  # a bias, a module to save or a resized embedding, whole
             deltas[name].append(Dense(tensor))
     adapted = {module for module, found in parts.items() if _is_lora(found)}
@@ -104,7 +110,7 @@ def load(source: Source, base: Base) -> Adapter:
         for delta in added:
             check_fits(name, delta, base)
     used = {tensor.name for added in deltas.values() for delta in added for tensor in delta.stored}
-    check_all_used(tensors, used, file)
+    check_all_used(tensors, used | doubled, file)
     if not deltas:
         raise AdapterError(f"{file}: holds no tensors; there is nothing to merge")
     frozen = {name: tuple(added) for name, added in deltas.items()}
@@ -193,12 +199,12 @@ def _module_deltas(
     if origin is None:
         return
     # PEFT saves an adapted embedding's own matrix along; with a tied head it is the head's too.
-    if not any(isinstance(delta, Dora) for delta in deltas[weight]):
-        deltas[weight].append(Dense(origin))
+    sides = [weight]
     if base.tied and weight in (base.input_embedding, LM_HEAD):
-        other = LM_HEAD if weight == base.input_embedding else str(base.input_embedding)
-        if not any(isinstance(delta, Dense) for delta in deltas[other]):
-            deltas[other].append(Dense(origin))
+        sides = [str(base.input_embedding), LM_HEAD]
+    for side in sides:
+        if not any(isinstance(delta, (Dense, Dora)) for delta in deltas[side]):
+            deltas[side].append(Dense(origin))
 
 
 def _low_rank(

@@ -47,7 +47,11 @@ class Checkpoint:
                 hint = "; its pytorch_model*.bin would run pickled code: convert it to safetensors first"
             raise CheckpointError(f"{root}: holds neither {SINGLE} nor {INDEX}{hint}")
         weight_map = read_json(inside(root, INDEX)).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(value, str) for value in weight_map.values())
+        ):
             raise CheckpointError(f"{root / INDEX}: has no weight_map from tensors to files")
         shards = tuple(Shard.open(inside(root, name)) for name in sorted(set(weight_map.values())))
         _check_index(weight_map, shards, root)
@@ -101,7 +105,7 @@ def inside(root: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"{root}: the file name {name!r} leads outside the directory; it is not followed")
     file = root / name
-    if not file.exists():
+    if not file.is_file():
         raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete, fetch it again")
     home = root.resolve()
     if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():

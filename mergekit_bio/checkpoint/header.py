@@ -224,7 +224,7 @@ def _layout(entries: dict[str, Any], begin: int, size: int, file: Path) -> tuple
             raise CheckpointError(
                 f"{where}: has no dtype, shape and two data_offsets; the header is damaged"
             ) from error
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"{where}: dtype {dtype!r} is not known to this version")
         if not isinstance(shape, list) or not all(_is_size(n) for n in [*shape, first, last]):
             raise CheckpointError(f"{where}: shape or offsets are not whole numbers; the header is damaged")

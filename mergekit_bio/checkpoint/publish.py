@@ -14,6 +14,8 @@ from pathlib import Path
 
 from mergekit_bio.errors import OutputError
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG)
+
 
 @contextmanager
 def staged(out: Path, *, ours: str, overwrite: bool = False, fsync: bool = True) -> Iterator[Path]:
@@ -55,7 +57,7 @@ def staged(out: Path, *, ours: str, overwrite: bool = False, fsync: bool = True)
             raise OutputError(
                 f"{out}: the disk is full; nothing was left behind, free some space or use --out"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise OutputError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
         raise
 

@@ -133,17 +133,22 @@ def merge(
             progress=advance,
         )
     seconds = time.perf_counter() - started
+    pushed = [_push(checkpoint, push, len(merged) > 1, output) for checkpoint in merged] if push else []
     output.result(
-        _document(plan, merged, seconds),
+        _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
         lambda console: _draw(console, plan, merged, seconds),
-        lines=[str(checkpoint.path) for checkpoint in merged],
+        lines=pushed or [str(checkpoint.path) for checkpoint in merged],
     )
-    if push:
-        from mergekit_bio.cli.push import push as push_command
 
-        for checkpoint in merged:
-            repo = push if len(merged) == 1 else f"{push}-alpha-{checkpoint.alpha.label}"
-            push_command(checkpoint.path, repo, as_json=False, quiet=quiet)
+
+def _push(checkpoint: "MergedCheckpoint", repo_id: str, several: bool, output: Output) -> str:
+    """Publish one checkpoint; those of a sweep each in a repository of its own."""
+    from mergekit_bio.hub.push import push
+
+    name = f"{repo_id}-alpha-{checkpoint.alpha.label}" if several else repo_id
+    report = push(checkpoint.path, name, progress=lambda file: output.note(f"{file.state}  {file.path}"))
+    output.note(report.url)
+    return report.url
 
 
 def _plan_document(plan: "MergePlan", out: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def report(
         typer.Option(help="Folder for CSV, JSON, figures and report.html. [default: RUN/report of one run, ./report]"),
     ] = None,
     label_map: Annotated[
-        Path | None, typer.Option(help="CSV file (label,scientific) to use instead of the run's own.")
+        Path | None,
+        typer.Option(help="CSV file (label,scientific) instead of the run's own; watkins_corrected.csv is at hand."),
     ] = None,
     tables_only: Annotated[bool, typer.Option("--tables-only", help="Print, and write no file.")] = False,
     as_json: JsonOption = False,
@@ -36,12 +37,13 @@ def report(
     mergekit-bio report published/watkins --scorer exact --tables-only
     """
     from mergekit_bio.eval.cells import read_runs
+    from mergekit_bio.eval.recipe import find_label_map
     from mergekit_bio.eval.report import build_report, to_document
     from mergekit_bio.eval.report_files import default_folder, write_report
     from mergekit_bio.eval.report_tables import print_report
 
     output = Output(as_json=as_json, quiet=quiet)
-    cells = read_runs(runs, label_map)
+    cells = read_runs(runs, label_map and find_label_map(label_map))
     with output.progress("scoring", len(cells), "cells") as advance:
         scored = build_report(cells, scorer=scorer, progress=advance)
     for note in scored.notes:

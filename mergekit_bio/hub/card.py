@@ -235,17 +235,18 @@ a dot product sees.{used}
 def _licences(manifest: Mapping[str, Any]) -> str:
     lines = []
     for source in _sources(manifest):
+        files = ", ".join(f"`{_plain(name)}`" for name in source["license_files"])
+        here = f" The text is here: {files}." if files else ""
         if _license_id(source) is None:
-            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this checkpoint on.")
+            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this on.{here}")
         else:
             name, url, terms = _license(source)
-            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.")
+            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.{here}")
     if llama := _llama_version(manifest["base"]):
-        files = " and ".join(f"`{name}`" for name in manifest["base"]["license_files"])
         lines.append(
             f"\nLlama {llama} is licensed under the Llama {llama} Community License, Copyright © Meta Platforms, Inc. "
-            f"All Rights Reserved. {f'Its terms are in {files}; pass' if files else 'Pass'} them on with the "
-            "checkpoint, and let the name under which you publish it begin with “Llama”."
+            "All Rights Reserved. Pass its terms on with the checkpoint, and let the name under which you publish it "
+            "begin with “Llama”."
         )
     return "## Licences\n\nThe terms of every source apply to the merge.\n\n" + "\n".join(lines)
 

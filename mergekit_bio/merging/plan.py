@@ -275,10 +275,8 @@ def build_plan(
         layout.extend((tower, owner) for owner in owners)
     folders = [f"alpha-{alpha.label}" if several else "" for alpha in alphas]
     outputs, shards, folds = _place(layout, folders, alphas, base)
-    grown = [piece.shape[0] for piece in pieces.values() if piece.shape != piece.source.shape]
-    return MergePlan(
-        base, tuple(adapters), tuple(fixed), outputs, shards, folds, untied, max(grown, default=None), dtype, text_only
-    )
+    grown = _grown_rows(base, pieces)
+    return MergePlan(base, tuple(adapters), tuple(fixed), outputs, shards, folds, untied, grown, dtype, text_only)
 
 
 def _nbytes(tensor: object) -> int:
@@ -326,6 +324,21 @@ def _shape(name: str, source: TensorInfo, deltas: tuple[tuple[int, Delta], ...])
             f"{first.file}: tensor {first.name}: is for a larger vocabulary, but the new rows are not there"
         )
     return next(iter(grown.values()))
+
+
+def _grown_rows(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
+    """The new number of rows, if the vocabulary grows; both sides must then grow alike."""
+    sides = [pieces[name] for name in (base.input_embedding, LM_HEAD) if name in pieces]
+    grown = {piece.shape[0] for piece in sides if piece.shape != piece.source.shape}
+    if not grown:
+        return None
+    for piece in sides:
+        if {piece.shape[0]} != grown:
+            raise AdapterError(
+                f"{piece.name}: the adapter brings a vocabulary of {max(grown)}, but no rows for this tensor of "
+                f"{piece.shape[0]}; save the adapter with save_embedding_layers=True"
+            )
+    return grown.pop()
 
 
 def _base_groups(base: Base, pieces: Mapping[str, _Piece], untied: bool) -> list[list[_Piece]]:

@@ -30,7 +30,10 @@ def resolve_tying(base: Base, adapters: Sequence[Adapter]) -> tuple[Changes, boo
     embedding = base.input_embedding
     if not base.tied or embedding is None or not {embedding, LM_HEAD} & changes.keys():
         return changes, False
-    one, other = changes.get(embedding, ()), changes.get(LM_HEAD, ())
+    one, other = (
+        sorted(changes.get(name, ()), key=lambda change: (change[0], type(change[1]).__name__))
+        for name in (embedding, LM_HEAD)
+    )
     if len(one) == len(other) and all(a[0] == b[0] and _same(a[1], b[1]) for a, b in zip(one, other, strict=True)):
         del changes[LM_HEAD]
         return changes, False

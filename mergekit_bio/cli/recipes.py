@@ -1,0 +1,127 @@
+"""``mergekit-bio recipes``: the evaluation recipes that come with the package."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, show or copy the recipes that come with the package."
+)
+
+
+@app.command("list")
+def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """List the recipes: name, datasets, number of queries and checkpoints.
+
+    mergekit-bio recipes list
+
+    mergekit-bio recipes list --json
+    """
+    from mergekit_bio.eval.recipe import load_recipe, shipped_recipes
+
+    recipes = {name: load_recipe(file).recipe for name, file in shipped_recipes().items()}
+
+    def table(console: "Console") -> None:
+        from rich import box
+        from rich.table import Table
+
+        rows = Table("recipe", "datasets", "queries", "checkpoints", box=box.SIMPLE_HEAD)
+        for name, recipe in recipes.items():
+            datasets = [choice.name for choice in recipe.datasets]
+            shown = datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets"
+            checkpoints = len(recipe.merge.alphas) if recipe.merge else len(recipe.checkpoints)
+            rows.add_row(name, shown, str(len(recipe.queries) or "own"), str(checkpoints))
+        console.print(rows)
+
+    document = [
+        {"name": name, "file": str(file), "datasets": [choice.name for choice in recipes[name].datasets]}
+        for name, file in shipped_recipes().items()
+    ]
+    Output(as_json=as_json, quiet=quiet).result(document, table, recipes)
+
+
+@app.command("show")
+def show_recipe(
+    recipe: Annotated[str, typer.Argument(help="The name of a recipe, or a YAML file.")],
+    prompts: Annotated[int, typer.Option(help="Show so many prompts of every cell; needs the data.")] = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Print a recipe as it is understood: checked, defaults filled in, the reference's format translated.
+
+    mergekit-bio recipes show watkins
+
+    mergekit-bio recipes show my_recipe.yaml --prompts 3
+    """
+    from dataclasses import asdict
+
+    import yaml
+
+    from mergekit_bio.eval.questions import show_prompts
+    from mergekit_bio.eval.recipe import find_recipe, load_recipe
+
+    output = Output(as_json=as_json, quiet=quiet)
+    loaded = load_recipe(find_recipe(recipe))
+    for note in loaded.notes:
+        output.note(f"note: {note}")
+    resolved = asdict(loaded.recipe)
+    shown: list[dict[str, object]] = []
+    lines: list[str] = []
+    for dataset, query, questions in show_prompts(loaded.recipe, prompts) if prompts else ():
+        for note in dataset.notes:
+            output.note(f"note: {note}")
+        for question in questions:
+            clip, prompt = question.clip, question.prompt
+            shown.append(
+                {
+                    "dataset": dataset.name,
+                    "query": query,
+                    "id": clip.id,
+                    "prompt": prompt.text,
+                    "audios": [*prompt.clips],
+                }
+            )
+            lines += [f"--- {dataset.name}, query {query}, clip {clip.id} ({clip.label})", prompt.text]
+    if not prompts:
+        lines = [yaml.safe_dump(_lists(resolved), sort_keys=False, allow_unicode=True, width=110)]
+
+    def text(console: "Console") -> None:
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
+
+    output.result({"recipe": resolved, "prompts": shown}, text, lines)
+
+
+@app.command("copy")
+def copy_recipe(
+    recipe: Annotated[str, typer.Argument(help="The name of a recipe.")],
+    destination: Annotated[Path, typer.Argument(help="A file or an existing folder.")] = Path(),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Copy a recipe, and the label map it uses, to start one's own from.
+
+    mergekit-bio recipes copy closed_set
+
+    mergekit-bio recipes copy watkins my_whales.yaml
+    """
+    from mergekit_bio.eval.recipe import copy_shipped
+
+    files = [str(file) for file in copy_shipped(recipe, destination)]
+    Output(as_json=as_json, quiet=quiet).result(
+        {"files": files}, lambda console: console.print("\n".join(files), markup=False, soft_wrap=True), files
+    )
+
+
+def _lists(value: object) -> object:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(part) for key, part in value.items()}
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value

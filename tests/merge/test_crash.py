@@ -1,0 +1,185 @@
+"""Whatever interrupts a merge, there is a complete output or none, and the next merge is not hindered.
+
+``MERGEKIT_BIO_KILLS=100`` repeats the kill -9 test that often; it takes some eight seconds a kill.
+"""
+
+import contextlib
+import filecmp
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+synthetic = pytest.importorskip("synthetic", reason="eval/ is not on the path")
+
+KILLS = int(os.environ.get("MERGEKIT_BIO_KILLS", "3"))
+PROGRAM = Path(sys.executable).with_name("mergekit-bio")
+ALPHAS = ("0.00", "0.25", "0.50", "0.75", "1.00")
+TELLS_TIME = {"merge.json", "README.md"}  # these differ between two runs
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """base/ of 90 MB and adapter/: large enough to catch a sweep at every stage."""
+    directory = tmp_path_factory.mktemp("sources")
+    shape = synthetic.Dimensions(
+        hidden=512, heads=8, kv_heads=4, head_dim=64, intermediate=2048, layers=8, vocabulary=16384
+    )
+    synthetic.write_llama(directory / "base", shape)
+    synthetic.write_adapter(directory / "adapter", shape, base=directory / "base")
+    return directory
+
+
+def start(sources: Path, out: Path, *options: str) -> subprocess.Popen:
+    inputs = ["--base", sources / "base", "--adapter", sources / "adapter", "--alpha", "0:1:0.25", "--device", "cpu"]
+    command = [PROGRAM, "merge", *inputs, "--out", out, "--quiet", *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Its messages, when it has ended."""
+    return process.communicate(timeout=120)[1]
+
+
+def accepted(checkpoint: Path) -> bool:
+    return subprocess.run([PROGRAM, "verify", checkpoint], capture_output=True).returncode == 0
+
+
+def wait_until_writing(process: subprocess.Popen, folder: Path) -> None:
+    while process.poll() is None and not any(folder.rglob("*.safetensors")):
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def reference(sources, tmp_path_factory) -> Path:
+    """What an undisturbed sweep makes."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    process = start(sources, out)
+    assert (finish(process), process.returncode) == ("", 0)
+    assert sorted(path.name for path in out.iterdir()) == [f"alpha-{alpha}" for alpha in ALPHAS]
+    assert all(map(accepted, out.iterdir()))
+    return out
+
+
+def differences(found: Path, wanted: Path) -> set[str]:
+    """Files below two directories that are not in both, or not the same to the byte."""
+    files = {str(path.relative_to(root)) for root in (found, wanted) for path in root.rglob("*") if path.is_file()}
+    compared = {file for file in files if Path(file).name not in TELLS_TIME}
+    _, different, unreadable = filecmp.cmpfiles(found, wanted, compared, shallow=False)
+    return {*different, *unreadable, *(file for file in files if not (found / file).exists())}
+
+
+def merge_undisturbed(sources: Path, out: Path, reference: Path) -> None:
+    """The next merge succeeds, and clears away what it finds."""
+    process = start(sources, out, "--overwrite")
+    assert (finish(process), process.returncode) == ("", 0)
+    assert list(out.parent.iterdir()) == [out]
+    assert differences(out, reference) == set()
+
+
+def check_leftovers(folder: Path, reference: Path) -> None:
+    """After an interruption: all of the output or none, and nothing incomplete, hidden or not, that is accepted."""
+    if (folder / "out").exists():
+        assert differences(folder / "out", reference) == set()
+    for checkpoint in (path.parent for path in folder.rglob("config.json")):
+        lacking = differences(checkpoint, reference / checkpoint.name)
+        assert not lacking or not accepted(checkpoint), f"verify accepts {checkpoint} without {lacking}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 60 * KILLS)
+def test_kill_at_a_random_moment(sources, reference, tmp_path):
+    chance = random.Random(0)
+    out = tmp_path / "out"
+    began = time.monotonic()
+    merge_undisturbed(sources, out, reference)
+    duration = time.monotonic() - began
+    for number in range(KILLS):
+        if number % 2 == 0:  # else the killed one is about to overwrite
+            shutil.rmtree(out)
+        process = start(sources, out, "--overwrite")
+        moment = chance.uniform(0, duration)
+        if number % 4:  # start-up takes most of the time, and leaves nothing to find
+            wait_until_writing(process, tmp_path)
+            moment /= 3
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        process.kill()
+        finish(process)
+        check_leftovers(tmp_path, reference)
+        merge_undisturbed(sources, out, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_merge_cleans_up_and_says_so(number, sources, tmp_path):
+    process = start(sources, tmp_path / "out")
+    wait_until_writing(process, tmp_path)
+    process.send_signal(number)
+    assert (finish(process), process.returncode) == ("interrupted\n", 130)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a filesystem in memory with the given options of tmpfs(5)."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_too_small_is_refused_before_writing(sources, disk):
+    folder = disk("size=64m")
+    process = start(sources, folder / "out")
+    message = finish(process)
+    assert process.returncode == 1
+    assert message.startswith("error: ") and message.count("\n") == 1 and str(folder) in message
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_meanwhile(sources, reference, disk):
+    folder = disk("size=1g")
+    out = folder / "out"
+    process = start(sources, out)
+    wait_until_writing(process, folder)
+    filler = os.open(folder, os.O_TMPFILE | os.O_RDWR)  # has no name, so that nobody else can remove it
+    try:
+        with contextlib.suppress(OSError):
+            while process.poll() is None:
+                os.write(filler, bytes(1 << 20))
+        message = finish(process)
+    finally:
+        os.close(filler)
+    assert process.returncode == 1
+    assert message.startswith("error: ") and message.count("\n") == 1 and "disk is full" in message
+    assert list(folder.iterdir()) == []
+    merge_undisturbed(sources, out, reference)
+
+
+@pytest.mark.slow
+def test_a_disk_that_runs_out_of_files_halfway(sources, disk):
+    folder = disk("size=1g,nr_inodes=8")
+    process = start(sources, folder / "out")
+    message = finish(process)
+    assert process.returncode == 1
+    assert message.startswith("error: ") and message.count("\n") == 1 and "disk is full" in message
+    assert list(folder.iterdir()) == []
