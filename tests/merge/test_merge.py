@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_bio
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging import fold
 from mergekit_bio.merging.api import plan_merge
 from mergekit_bio.merging.example import write_example
@@ -232,3 +233,34 @@ def test_memory_is_bounded_whatever_the_models_size(tmp_path, gigabytes):
     paths = [tmp_path / name for name in ("base", "adapter", "out")]
     done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200e6
+
+
+def as_bin(adapter: Path, folder: Path, document: object) -> Path:
+    """The adapter directory with an old-style adapter_model.bin instead of safetensors."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    torch.save(document, folder / "adapter_model.bin")
+    return folder
+
+
+def test_an_old_adapter_in_a_bin_file_gives_the_same_bytes(sources, tmp_path):
+    old = as_bin(sources[1], tmp_path / "old", load_file(sources[1] / "adapter_model.safetensors"))
+    (merged,) = merge((sources[0], old), tmp_path / "out", 0.5)
+    (expected,) = merge(sources, tmp_path / "expected", 0.5)
+    ours, theirs = read_tensors(merged.path), read_tensors(expected.path)
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+def test_no_pickle_is_executed(sources, tmp_path):
+    old = as_bin(sources[1], tmp_path / "old", {"x": Evil(tmp_path / "was-here")})
+    with pytest.raises(AdapterError, match="is not loaded"):
+        merge((sources[0], old), tmp_path / "out", 0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
