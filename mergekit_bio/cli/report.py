@@ -37,10 +37,10 @@ def report(
     mergekit-bio report published/watkins --scorer exact --tables-only
     """
     from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.recipe import find_label_map
     from mergekit_bio.eval.report import build_report, to_document
     from mergekit_bio.eval.report_files import default_folder, write_report
     from mergekit_bio.eval.report_tables import print_report
+    from mergekit_bio.eval.shipped import find_label_map
 
     output = Output(as_json=as_json, quiet=quiet)
     cells = read_runs(runs, label_map and find_label_map(label_map))

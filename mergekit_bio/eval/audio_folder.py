@@ -1,0 +1,129 @@
+"""A folder of one's own recordings with metadata.csv or metadata.jsonl (the Hub's AudioFolder convention)."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.audio.recording import CLIP_SECONDS
+from mergekit_bio.errors import AudioError, DatasetError
+from mergekit_bio.eval.components import Task
+from mergekit_bio.eval.dataset import Clip, Dataset, checked_samples, unique_clips
+
+if TYPE_CHECKING:
+    import numpy as np
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+REQUIRED = ("file_name", "label")
+#: Values of the column ``split``: rows of the first are examples only, rows of the second are asked only.
+EXAMPLES, ASKED = ("examples", "train"), ("", "test")
+
+
+def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
+    """Open a folder of recordings.
+
+    Args:
+        folder: Holds the recordings and one of ``METADATA`` with the columns ``file_name`` (relative to the folder),
+            ``label`` and, if wanted, ``split``: "examples" (or "train") sets a row apart for in-context examples.
+            Without such rows examples are drawn from the rows that are asked.
+        name: The dataset's name.
+        task: How its answers are scored.
+
+    Raises:
+        DatasetError: The metadata is missing, damaged or names a file that is not there; file and line are named.
+    """
+    found = [folder / file for file in METADATA if (folder / file).is_file()]
+    if not found:
+        raise DatasetError(f"{folder}: no metadata.csv or metadata.jsonl in it; it needs the columns file_name,label")
+    if len(found) > 1:
+        raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
+    asked: list[Clip] = []
+    examples: list[Clip] = []
+    for where, row in _rows(found[0]):
+        split = row.get("split") or ""
+        if split not in EXAMPLES + ASKED:
+            raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
+        (examples if split in EXAMPLES else asked).append(_clip(folder, where, row))
+    unique_clips([*asked, *examples], str(found[0]))
+    clips = unique_clips(asked, f"{found[0]} (rows that are asked)")
+    return Dataset(
+        name=name,
+        task=task,
+        clips=clips,
+        examples=tuple(examples) or clips,
+        labels=len({clip.label for clip in clips}),
+        seconds=CLIP_SECONDS,
+        source=str(folder),
+        recording=partial(_recording, {clip.id: clip.path for clip in (*asked, *examples) if clip.path}),
+    )
+
+
+def _clip(folder: Path, where: str, row: dict[str, str]) -> Clip:
+    for column in REQUIRED:
+        if not row.get(column):
+            raise DatasetError(f"{where}: no {column}")
+    path = folder / row["file_name"]
+    if "\0" in row["file_name"] or not path.resolve().is_relative_to(folder.resolve()):
+        raise DatasetError(f"{where}: '{row['file_name']}' is outside the folder")
+    if not path.is_file():
+        raise DatasetError(f"{where}: the recording '{row['file_name']}' does not exist")
+    return Clip(id=row["file_name"], label=row["label"], path=path)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each row stands, and its texts."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read ({error})") from None
+    rows = _json_rows(file, text) if file.suffix == ".jsonl" else _csv_rows(file, text)
+    for number, row in rows:
+        for column in REQUIRED:
+            if column not in row:
+                raise DatasetError(
+                    f"{file}:{number}: no column '{column}'; it has {', '.join(map(str, row)) or 'none'}"
+                )
+        for column in (*REQUIRED, "split"):
+            if not isinstance(row.get(column), str | None):
+                raise DatasetError(f"{file}:{number}: '{column}' must be a text")
+        yield f"{file}:{number}", row
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DatasetError(
+                    f"{file}:{reader.line_num}: {'more' if None in row else 'fewer'} values than columns"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DatasetError(f"{file}:{reader.line_num}: damaged ({error})") from None
+
+
+def _json_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines: a JSON text may hold other line separators than the newline.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DatasetError(f"{file}:{number}: not a JSON object") from None
+        if not isinstance(row, dict):
+            raise DatasetError(f"{file}:{number}: not a JSON object")
+        yield number, row
+
+
+def _recording(paths: dict[str, Path], clip_id: str) -> "tuple[np.ndarray, int]":
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(paths[clip_id], dtype="float64")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise AudioError(f"{paths[clip_id]}: cannot be decoded ({error})") from None
+    return checked_samples(samples, str(paths[clip_id])), rate

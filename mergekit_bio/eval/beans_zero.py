@@ -1,0 +1,227 @@
+"""BEANS-Zero through the ``datasets`` library: one component at a time, never the whole benchmark."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.errors import DatasetError, MissingPackageError
+from mergekit_bio.eval.components import Component
+from mergekit_bio.eval.dataset import Clip, Dataset, checked_samples, unique_clips
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONFIGURATION, SPLIT = "BEANS-Zero", "test"
+#: Everything about a row that is asked before its recording is.
+TEXT_COLUMNS = ("id", "dataset_name", "instruction", "output")
+AUDIO_COLUMNS = ("id", "dataset_name", "audio", "metadata")
+
+
+def open_component(component: Component, *, source: str, streaming: bool = False) -> Dataset:
+    """Open a component.
+
+    From the Hub only its row groups are fetched: without ``streaming`` into the ``datasets`` cache, from where
+    recordings are read in any order; with it the texts only, and the recordings as they are asked for, front to back.
+
+    Args:
+        component: What to open, and what it should hold.
+        source: A hub id, a ``save_to_disk`` folder, or a parquet or arrow file or a folder of such files.
+        streaming: See above; folders of arrow files are read in place either way.
+
+    Raises:
+        DatasetError: The data cannot be had, or is not of BEANS-Zero's schema.
+        MissingPackageError: ``datasets`` is not installed.
+    """
+    if find_spec("datasets") is None:
+        raise MissingPackageError("datasets", "eval", "reading BEANS-Zero")
+    rows: _Table | _Stream
+    with _one_line_errors(source):
+        if streaming and not _arrow_files(source):
+            rows = _Stream(component.name, source)
+        else:
+            rows = _Table(_table(component.name, source))
+        clips = [_clip(row, source) for row in rows.texts()]
+    return Dataset(
+        name=component.name,
+        task=component.task,
+        clips=(kept := unique_clips(clips, f"{source}: component {component.name}")),
+        examples=kept,
+        labels=None if component.labels is None else len(component.labels),
+        seconds=component.duration,
+        source=source,
+        recording=partial(_recording, rows, source),
+        notes=tuple(_differences(component, kept)),
+    )
+
+
+def _clip(row: dict[str, Any], source: str) -> Clip:
+    for column in ("id", "output", "instruction"):
+        if not isinstance(row[column], str):
+            raise DatasetError(f"{source}: row {row['id']!r}: the column '{column}' holds {row[column]!r}, not a text")
+    return Clip(id=row["id"], label=row["output"], instruction=row["instruction"])
+
+
+def _differences(component: Component, clips: tuple[Clip, ...]) -> Iterator[str]:
+    """How the rows differ from what the component should hold."""
+    if len(clips) != component.rows:
+        yield (
+            f"{component.name}: {len(clips)} clips, the benchmark has {component.rows}: figures cannot be compared"
+            " with published ones"
+        )
+    if component.labels is not None:
+        several = component.task == "detection"
+        labels = {part for clip in clips for part in (clip.label.split(", ") if several else [clip.label])}
+        unknown = sorted(labels - set(component.labels))
+        if unknown:
+            yield f"{component.name}: {len(unknown)} label(s) the benchmark does not have: {', '.join(unknown[:3])}"
+
+
+def _recording(rows: "_Table | _Stream", source: str, clip_id: str) -> "tuple[np.ndarray, int]":
+    """Samples, float64 [samples], and their rate in Hz, which the row's metadata states."""
+    where = f"{source}: row '{clip_id}'"
+    with _one_line_errors(source):
+        row = rows.audio(clip_id)
+    try:
+        rate = json.loads(row["metadata"])["sample_rate"]
+    except (TypeError, ValueError, KeyError):
+        rate = None
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+        raise DatasetError(f"{where}: the metadata states no sample_rate")
+    return checked_samples(row["audio"], where), int(rate)
+
+
+class _Table:
+    """The rows of a component in a memory-mapped table: recordings in any order."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table.with_format("numpy", columns=["audio"], output_all_columns=True)
+        self._index = {key: index for index, key in enumerate(table["id"])}
+
+    def texts(self) -> Iterator[dict[str, Any]]:
+        return iter(self._table.with_format(None).select_columns([*TEXT_COLUMNS]))
+
+    def audio(self, clip_id: str) -> dict[str, Any]:
+        return dict(self._table[self._index[clip_id]])
+
+
+class _Stream:
+    """The rows of a component as they come: recordings front to back."""
+
+    def __init__(self, component: str, source: str) -> None:
+        self._component, self._source = component, source
+        self._rows: Iterator[dict[str, Any]] = iter(())
+
+    def texts(self) -> Iterator[dict[str, Any]]:
+        return _streamed(self._source, self._component, TEXT_COLUMNS)
+
+    def audio(self, clip_id: str) -> dict[str, Any]:
+        """Read on until the clip comes; once more from the beginning if it has gone by."""
+        for rows in (self._rows, _streamed(self._source, self._component, AUDIO_COLUMNS)):
+            self._rows = rows
+            for row in rows:
+                if row["id"] == clip_id:
+                    return row
+        raise DatasetError(f"{self._source}: the row '{clip_id}' is gone")
+
+
+def _streamed(source: str, component: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a component from the Hub or from parquet files, read row group by row group."""
+    from datasets import load_dataset
+
+    files = _files(source, "parquet")
+    where = {"path": "parquet", "data_files": files} if files else {"path": source, "name": CONFIGURATION}
+    rows = load_dataset(
+        **where,
+        split="train" if files else SPLIT,
+        streaming=True,
+        filters=[("dataset_name", "==", component)],
+        columns=list(columns),
+    )
+    yield from rows
+
+
+def _table(component: str, source: str) -> Any:
+    """The rows of a component as a ``datasets.Dataset`` on this disk."""
+    import datasets
+
+    columns = sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS})
+    if arrow := _arrow_files(source):
+        table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in arrow])
+        missing = set(columns) - set(table.column_names)
+        if missing:
+            raise DatasetError(f"{source}: no column '{min(missing)}'; BEANS-Zero has {', '.join(columns)}")
+        kept = [index for index, name in enumerate(table.data.column("dataset_name").to_pylist()) if name == component]
+        return table.select(kept).select_columns(columns)
+    # Cached under the function and its arguments: the second run reads nothing from the source.
+    try:
+        return datasets.Dataset.from_generator(_rows, gen_kwargs={"source": source, "component": component})
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):
+            raise DatasetError(f"{source}: component {component}: no clip in it") from None
+        raise
+
+
+def _rows(source: str, component: str) -> Iterator[dict[str, Any]]:
+    return _streamed(source, component, sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS}))
+
+
+def _arrow_files(source: str) -> list[str]:
+    return _files(source, "arrow")
+
+
+def _files(source: str, suffix: str) -> list[str]:
+    """The files of a kind that a local source has; none for a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(map(str, path.rglob(f"*.{suffix}")))
+    return [source] if path.is_file() and path.suffix == f".{suffix}" else []
+
+
+@contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    """What ``datasets``, pyarrow and the Hub raise, as one line."""
+    import datasets
+    import pyarrow
+    from huggingface_hub.errors import HfHubHTTPError
+
+    local = Path(source).exists()
+    if local and not _files(source, "parquet") and not _arrow_files(source):
+        raise DatasetError(f"{source}: no parquet or arrow file in it")
+    try:
+        with _quiet(bars=not local and sys.stderr.isatty()):
+            yield
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, HfHubHTTPError, OSError) as error:
+        first = str(error.__cause__ or error).split("\n")[0]
+        if local:
+            raise DatasetError(f"{source}: not BEANS-Zero's parquet or arrow data: {first}") from None
+        raise DatasetError(
+            f"{source}: cannot be fetched from the Hub ({first}); check the network and `hf auth login`, or give a"
+            " local copy (data: FOLDER in the recipe)"
+        ) from None
+
+
+@contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """The libraries' warnings and, unless ``bars``, their progress bars kept from the terminal."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    shown = not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if not bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,177 @@
+"""Cells of runs, read back from disk: our own run directories and the layout of the published predictions."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from mergekit_bio.errors import RunError
+from mergekit_bio.eval.components import Task, components
+from mergekit_bio.eval.label_map import read_label_map
+from mergekit_bio.eval.predictions import Prediction, read_predictions
+from mergekit_bio.eval.run_directory import RECORD_NAME, Target, read_record
+
+_PUBLISHED_NAME = re.compile(
+    r"beans_zero_eval_(?P<dataset>.+)_query(?P<query>\d{1,4})_lora(?P<hundredths>\d{1,6})\.jsonl(\.gz)?"
+)
+#: The published layout does not say what its queries ask for; in these two, query 1 and 2 ask for more than the label.
+_NAMING_COMPONENTS = ("watkins", "cbi")
+_NAMING_TARGETS: tuple[Target, ...] = ("label", "scientific", "combined")
+_NAME_FILES = ("names.jsonl", "{dataset}_vernacular_scientific_mapping.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The answers of one checkpoint to one query about one dataset.
+
+    Attributes:
+        run: Name of the run or of the published experiment.
+        rows: The predictions, ordered by id, so that cells of one sweep are aligned.
+        expected_rows: How many there are once the run is complete; None if nobody says.
+        names: label -> scientific name, where ``target`` needs it.
+        scorer: The scorer that the run asks for; None in the published layout.
+        file: Where the predictions stand.
+    """
+
+    run: str
+    dataset: str
+    task: Task
+    query: int
+    checkpoint: str
+    alpha: float | None
+    target: Target
+    names: Mapping[str, str]
+    rows: tuple[Prediction, ...]
+    expected_rows: int | None
+    query_text: str | None
+    scorer: str | None
+    file: Path
+
+    def __str__(self) -> str:
+        return f"{self.run}, {self.dataset}, query {self.query}, {self.checkpoint}"
+
+
+def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
+    """Read every cell below the given paths.
+
+    Args:
+        paths: Run directories, folders of published predictions files, folders of such folders, or single
+            published files.
+        label_map: Used instead of the label maps that the runs bring.
+
+    Returns:
+        The cells in the order of run, dataset, query and alpha.
+
+    Raises:
+        RunError: A path holds no run, no prediction at all, or something damaged.
+    """
+    names = None if label_map is None else read_label_map(label_map)
+    cells: list[Cell] = []
+    for path in {path.resolve(): path for path in paths}.values():
+        found = list(_cells_at(path, names))
+        if not found:
+            raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
+        cells += [cell for cell in found if cell.rows]
+        if not cells:
+            raise RunError(f"{path}: the run has no prediction yet; let `mergekit-bio eval` go on")
+    cells = _told_apart(cells)
+    order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
+    return sorted(
+        cells,
+        key=lambda cell: (
+            order[cell.run],
+            cell.dataset,
+            cell.query,
+            cell.alpha is None,
+            cell.alpha or 0.0,
+            cell.checkpoint,
+        ),
+    )
+
+
+def _told_apart(cells: list[Cell]) -> list[Cell]:
+    """Runs of one name in different folders, called by their folders."""
+    folders: dict[str, set[Path]] = {}
+    for cell in cells:
+        folders.setdefault(cell.run, set()).add(cell.file.parent)
+    return [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+
+
+def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
+    if not path.exists():
+        raise RunError(f"{path}: no such run")
+    if path.is_file():
+        yield from _published([path], names)
+    elif (path / RECORD_NAME).is_file():
+        yield from _own(path, names)
+    elif files := [file for file in sorted(path.iterdir()) if _PUBLISHED_NAME.fullmatch(file.name)]:
+        yield from _published(files, names)
+    else:
+        for folder in sorted(path.iterdir()):
+            if folder.is_dir() and any(
+                file.name == RECORD_NAME or _PUBLISHED_NAME.fullmatch(file.name) for file in folder.iterdir()
+            ):
+                yield from _cells_at(folder, names)
+
+
+def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
+    record = read_record(path)
+    for cell in record.cells:
+        file = path / cell.file
+        if file.exists():
+            yield Cell(
+                run=record.name,
+                dataset=cell.dataset,
+                task=cell.task,
+                query=cell.query,
+                checkpoint=cell.checkpoint,
+                alpha=cell.alpha,
+                target=cell.target,
+                names=record.label_map if names is None else names,
+                rows=_by_id(read_predictions(file)),
+                expected_rows=cell.rows,
+                query_text=cell.query_text,
+                scorer=record.scorer,
+                file=file,
+            )
+
+
+def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:
+    for file in files:
+        name = _PUBLISHED_NAME.fullmatch(file.name)
+        if not name:
+            raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
+        dataset, query, alpha = name["dataset"], int(name["query"]), int(name["hundredths"]) / 100
+        naming = dataset in _NAMING_COMPONENTS and query < len(_NAMING_TARGETS)
+        target: Target = _NAMING_TARGETS[query] if naming else "label"
+        component = components().get(dataset)
+        yield Cell(
+            run=file.resolve().parent.name,
+            dataset=dataset,
+            task=component.task if component else "classification",
+            query=query,
+            checkpoint=f"alpha {alpha:.2f}",
+            alpha=alpha,
+            target=target,
+            names=(_names_beside(file.parent, dataset) if names is None else names) if target != "label" else {},
+            rows=_by_id(read_predictions(file)),
+            expected_rows=None,
+            query_text=None,
+            scorer=None,
+            file=file,
+        )
+
+
+@cache
+def _names_beside(folder: Path, dataset: str) -> Mapping[str, str]:
+    """The scientific names that were published with the predictions; empty without them."""
+    for name in _NAME_FILES:
+        path = folder / name.format(dataset=dataset)
+        if path.exists():
+            return read_label_map(path)
+    return {}
+
+
+def _by_id(rows: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
+    return tuple(sorted(rows, key=lambda row: row.id))

@@ -1,0 +1,167 @@
+"""The figures of a classification cell: accuracy, both F1 averages, error breakdowns, baselines, confusion."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.eval.matching import MAX_EDITS, NO_LABEL, Match
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Accuracy and averages over the classes, by scikit-learn with ``zero_division=0``.
+
+    ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
+    ``f1_macro`` averages over every class that occurs as a target or an answer, so that "None", once answered, is a
+    class with F1 0; ``f1_macro_true`` averages over the targets' classes only. ``top1`` is beans-zero's "Top-1
+    Accuracy": a target with commas counts as the list of its parts.
+
+    Args:
+        targets: The n true labels.
+        answers: The n matched labels or "None".
+    """
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+    weighted = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
+    right = sum(
+        answer in [part.strip() for part in target.split(",")] for target, answer in zip(targets, answers, strict=True)
+    )
+    return {
+        "accuracy": float(accuracy_score(targets, answers)),
+        "f1_weighted": float(weighted[2]),
+        "f1_macro": float(f1_score(targets, answers, average="macro", zero_division=0)),
+        "f1_macro_true": float(
+            f1_score(targets, answers, average="macro", zero_division=0, labels=sorted(set(targets)))
+        ),
+        "precision_weighted": float(weighted[0]),
+        "recall_weighted": float(weighted[1]),
+        "top1": right / len(targets),
+    }
+
+
+def error_rates(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[float, float]:
+    """The share of answers that are no label at all, and of those that are a label but the wrong one."""
+    labels = set(targets)
+    out_of_set = sum(answer not in labels for answer in answers)
+    wrong = sum(answer in labels and answer != target for target, answer in zip(targets, answers, strict=True))
+    return out_of_set / len(targets), wrong / len(targets)
+
+
+def baselines(targets: Sequence[str]) -> dict[str, float]:
+    """What always answering the most frequent label gives, and the expectation of a uniform guess.
+
+    The F1 of a guess is taken from its expected counts, as in the paper's scripts. Every figure is given in the
+    average of the curve it is drawn under.
+    """
+    counts = [count for _, count in sorted(Counter(targets).items())]
+    total, classes = sum(counts), len(counts)
+    largest = max(counts)
+    # The most frequent label answered everywhere: precision largest / total, recall 1; every other class has F1 0.
+    majority_f1 = 2 * largest / (total + largest)
+    # A guess gets count / classes right of the total / classes times that it names a class.
+    guess_f1 = [2 * (count / classes) / (total / classes + count) for count in counts]
+    return {
+        "accuracy_majority": largest / total,
+        "accuracy_random": 1 / classes,
+        "f1_weighted_majority": majority_f1 * largest / total,
+        "f1_weighted_random": sum(f1 * count for f1, count in zip(guess_f1, counts, strict=True)) / total,
+        "f1_macro_majority": majority_f1 / classes,
+        "f1_macro_random": sum(guess_f1) / classes,
+    }
+
+
+def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[str, float | None]:
+    """How the texts met the labels: exactly, within the limit, beyond it; and how often the nearest was a tie."""
+    inexact = [match for match in matches if match.edits]
+    tied = [
+        (match, target)
+        for match, target in zip(matches, targets, strict=True)
+        if match.edits and len(match.nearest) > 1
+    ]
+    return {
+        "exact": len(matches) - len(inexact),
+        "near": sum(match.edits <= MAX_EDITS for match in inexact),
+        "far": sum(match.edits > MAX_EDITS for match in inexact),
+        "ties": len(tied),
+        "ties_with_target": sum(target in match.nearest for match, target in tied),
+        "ties_near": sum(match.edits <= MAX_EDITS for match, _ in tied),
+        "ties_near_with_target": sum(match.edits <= MAX_EDITS and target in match.nearest for match, target in tied),
+        "mean_edits_inexact": sum(match.edits for match in inexact) / len(inexact) if inexact else None,
+    }
+
+
+def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], "np.ndarray"]:
+    """Rows and columns (sorted labels, then "None" where it was answered) and counts, int64 [labels, labels]."""
+    from sklearn.metrics import confusion_matrix
+
+    labels = sorted(set(targets))
+    if set(answers) - set(labels):
+        labels.append(NO_LABEL)
+    return labels, confusion_matrix(targets, answers, labels=labels)
+
+
+def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str]) -> Any:
+    """Per-clip indicators from whose sums ``resampled_figures`` computes.
+
+    Args:
+        targets: The n true labels.
+        answers: The n matched labels or "None".
+        listed: The n answers matched as lists, for the error breakdown of the paper.
+
+    Returns:
+        scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong.
+    """
+    import numpy as np
+    from scipy.sparse import csr_matrix, hstack
+
+    labels = sorted(set(targets))
+    position = {label: index for index, label in enumerate(dict.fromkeys([*labels, *sorted(set(answers))]))}
+
+    def one_hot(values: Sequence[str], where: Sequence[bool]) -> Any:
+        rows = [row for row, wanted in enumerate(where) if wanted]
+        columns = [position[values[row]] for row in rows]
+        return csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(values), len(position)))
+
+    def column(where: Sequence[bool]) -> Any:
+        return csr_matrix(np.asarray(where, dtype=np.float64)[:, None])
+
+    everywhere = [True] * len(targets)
+    known = set(labels)
+    return hstack(
+        [
+            one_hot(targets, everywhere),
+            one_hot(answers, everywhere),
+            one_hot(targets, [target == answer for target, answer in zip(targets, answers, strict=True)]),
+            column([text not in known for text in listed]),
+            column([text in known and text != target for target, text in zip(targets, listed, strict=True)]),
+        ],
+        format="csr",
+    )
+
+
+def resampled_figures(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+    """The figures that get an interval, from sums of ``indicators``.
+
+    Args:
+        sums: float64 [resamples, 3 * classes + 2].
+
+    Returns:
+        float64 [resamples] each, equal to ``figures`` of the resample.
+    """
+    import numpy as np
+
+    classes = (sums.shape[1] - 2) // 3
+    true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))
+    clips = true.sum(axis=1)
+    occurs = true + answered
+    f1 = np.divide(2 * hit, occurs, out=np.zeros_like(hit), where=occurs > 0)
+    return {
+        "accuracy": hit.sum(axis=1) / clips,
+        "f1_weighted": (f1 * true).sum(axis=1) / clips,
+        "f1_macro": f1.sum(axis=1) / (occurs > 0).sum(axis=1),
+        "f1_macro_true": (f1 * (true > 0)).sum(axis=1) / (true > 0).sum(axis=1),
+        "out_of_set": sums[:, -2] / clips,
+        "in_set_wrong": sums[:, -1] / clips,
+    }

@@ -1,0 +1,47 @@
+"""The 22 components of BEANS-Zero: what each should hold."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Task = Literal["classification", "detection", "captioning"]
+
+#: Clips of components that state no longest duration are cut here (seconds).
+DEFAULT_DURATION = 10.0
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component, as the configuration of the beans-zero library describes it (EarthSpeciesProject/BEANS-Zero).
+
+    Attributes:
+        name: The value of the column ``dataset_name``.
+        task: How its answers are scored.
+        rows: Number of clips.
+        duration: Where clips are cut, in seconds.
+        labels: Every label, "None" included where a detection clip may be empty; None for captioning.
+    """
+
+    name: str
+    task: Task
+    rows: int
+    duration: float
+    labels: tuple[str, ...] | None
+
+
+@cache
+def components() -> dict[str, Component]:
+    """All components by name, in the benchmark's order."""
+    rows = json.loads(Path(__file__).with_name("beans_zero_components.json").read_text(encoding="utf-8"))
+    return {
+        row["name"]: Component(
+            name=row["name"],
+            task=row["task"],
+            rows=row["rows"],
+            duration=row["max_duration_s"] or DEFAULT_DURATION,
+            labels=row["labels"] and tuple(row["labels"]),
+        )
+        for row in rows
+    }

@@ -1,0 +1,157 @@
+"""Clips to be asked about: one dataset's rows, their recordings decoded when they are needed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.errors import DatasetError
+from mergekit_bio.eval.components import Task, components
+from mergekit_bio.eval.recipe import DatasetChoice, Recipe
+from mergekit_bio.eval.validation import nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row of a dataset, without its recording.
+
+    Attributes:
+        id: Unique within the dataset.
+        label: Comma-separated for detection, a text for captioning.
+        instruction: The dataset's own question, its audio slot included; None where it has none.
+        path: The recording's file, for local data.
+    """
+
+    id: str
+    label: str
+    instruction: str | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The clips of one dataset.
+
+    Attributes:
+        name: The component, or the name of the local folder.
+        clips: The rows that are asked, in the dataset's order.
+        examples: The rows that in-context examples are drawn from.
+        labels: The number of labels that the dataset has as a whole; None where nobody counts.
+        seconds: Recordings are cut here.
+        source: Where it came from, for the record.
+        notes: What a user must be told about the data.
+        recording: Clip id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
+    """
+
+    name: str
+    task: Task
+    clips: tuple[Clip, ...]
+    examples: tuple[Clip, ...]
+    labels: int | None
+    seconds: float
+    source: str
+    recording: Callable[[str], "tuple[np.ndarray, int]"]
+    notes: tuple[str, ...] = ()
+
+    def audio(self, clip_id: str) -> "tuple[np.ndarray, int]":
+        """The recording of a clip, cut at the dataset's longest duration.
+
+        Returns:
+            Samples, float64 [samples] or [samples, channels], and their rate in Hz.
+
+        Raises:
+            DatasetError: The row has no usable recording.
+            AudioError: The file cannot be decoded.
+        """
+        samples, rate = self.recording(clip_id)
+        return samples[: round(self.seconds * rate)], rate
+
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, labels, instructions and, for local data, the recordings' bytes."""
+        digest = hashlib.sha256()
+        for clip in sorted({*self.clips, *self.examples}, key=lambda clip: clip.id):
+            for part in (clip.id, clip.label, clip.instruction or ""):
+                digest.update(part.encode() + b"\0")
+            if clip.path is not None:
+                with clip.path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{digest.hexdigest()}"
+
+    def species(self, top: int) -> list[str]:
+        """The most frequent labels, the most frequent first, equals by name."""
+        counts = Counter(clip.label for clip in self.clips)
+        return sorted(counts, key=lambda label: (-counts[label], label))[:top]
+
+
+def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
+    """Open one of a recipe's datasets and keep the clips that the recipe asks about.
+
+    Only the rows' texts are read; recordings are decoded when ``audio`` asks for them.
+
+    Raises:
+        DatasetError: The data is missing, damaged or not of the expected schema, or has no clip of a species.
+        MissingPackageError: The ``datasets`` package is not installed.
+    """
+    if choice.path is not None:
+        from mergekit_bio.eval.audio_folder import open_audio_folder
+
+        dataset = open_audio_folder(Path(choice.path), name=choice.name, task=choice.task or "classification")
+    else:
+        from mergekit_bio.eval.beans_zero import open_component
+
+        component = components()[choice.name]
+        dataset = open_component(component, source=recipe.data, streaming=recipe.streaming)
+    wanted = species_asked(dataset, recipe)
+    if not wanted:
+        return dataset
+    present = {clip.label for clip in dataset.clips}
+    for name in wanted:
+        if name not in present:
+            raise DatasetError(f"{dataset.name}: no clip of the species '{name}'{nearest(name, sorted(present))}")
+    kept = set(wanted)
+    return replace(
+        dataset,
+        clips=tuple(clip for clip in dataset.clips if clip.label in kept),
+        examples=tuple(clip for clip in dataset.examples if clip.label in kept),
+    )
+
+
+def species_asked(dataset: Dataset, recipe: Recipe) -> list[str]:
+    """The names behind ``{species_list}``: the recipe's, or the most frequent; empty where neither is asked for."""
+    if recipe.species:
+        return [one.name for one in recipe.species]
+    return [] if recipe.top_k_species is None else dataset.species(recipe.top_k_species)
+
+
+def unique_clips(clips: Sequence[Clip], where: str) -> tuple[Clip, ...]:
+    """The clips, once their ids are found to differ.
+
+    Raises:
+        DatasetError: There is none, or two share an id.
+    """
+    if not clips:
+        raise DatasetError(f"{where}: no clip in it")
+    ids = Counter(clip.id for clip in clips)
+    twice = next((key for key, count in ids.items() if count > 1), None)
+    if twice is not None:
+        raise DatasetError(f"{where}: the id '{twice}' stands in {ids[twice]} rows")
+    return tuple(clips)
+
+
+def checked_samples(samples: Any, where: str) -> "np.ndarray":
+    """Samples as float64, once they are found to be some and finite.
+
+    Raises:
+        DatasetError: They are not.
+    """
+    import numpy as np
+
+    values = np.asarray(samples, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        raise DatasetError(f"{where}: the recording is empty or not finite")
+    return values

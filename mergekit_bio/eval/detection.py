@@ -1,0 +1,79 @@
+"""The figures of a detection cell: several labels a clip, or none."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.eval.matching import NO_LABEL
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def label_set(text: str) -> frozenset[str]:
+    """The labels of a comma-separated text; "None" in any case, and nothing, are no label."""
+    parts = (part.strip() for part in text.split(","))
+    return frozenset(part for part in parts if part and part.casefold() != NO_LABEL.casefold())
+
+
+def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> Any:
+    """Per-clip indicators: label k is there, is answered, both; and a column of ones.
+
+    Args:
+        targets: The n true sets; their union are the K classes.
+        answers: The n answered sets.
+
+    Returns:
+        scipy CSR matrix float64 [n, 3 * K + 1].
+    """
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    labels = sorted(frozenset().union(*targets))
+    true, answered = (
+        np.array([[label in row for label in labels] for row in rows], dtype=np.float64).reshape(len(rows), len(labels))
+        for rows in (targets, answers)
+    )
+    return csr_matrix(np.hstack([true, answered, true * answered, np.ones((len(true), 1))]))
+
+
+def resampled_figures(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+    """Figures from sums of ``indicators``; all averages are macro over the classes that occur in the targets.
+
+    ``map`` is scikit-learn's average precision with the yes or no answers as scores: at the one threshold precision
+    and recall are those of the answers, at none they are the class's frequency and 1. beans-zero ranks tied scores
+    by the order of the rows, so that its mAP changes when the file is shuffled.
+
+    Args:
+        sums: float64 [resamples, 3 * K + 1].
+
+    Returns:
+        float64 [resamples] each.
+    """
+    import numpy as np
+
+    classes = (sums.shape[1] - 1) // 3
+    true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))
+    clips = sums[:, -1:]
+
+    def ratio(part: "np.ndarray", whole: "np.ndarray") -> "np.ndarray":
+        return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
+
+    precision, recall = ratio(hit, answered), ratio(hit, true)
+    average_precision = recall * precision + (1 - recall) * true / clips
+    occurring = true > 0
+    number = np.maximum(occurring.sum(axis=1), 1)
+    return {
+        name: (values * occurring).sum(axis=1) / number
+        for name, values in {
+            "map": average_precision,
+            "f1_macro": ratio(2 * hit, true + answered),
+            "precision_macro": precision,
+            "recall_macro": recall,
+        }.items()
+    }
+
+
+def figures(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> dict[str, float]:
+    """mAP, and F1, precision and recall averaged over the labels."""
+    sums = indicators(targets=targets, answers=answers).sum(axis=0)
+    return {name: float(values[0]) for name, values in resampled_figures(sums.reshape(1, -1).A).items()}

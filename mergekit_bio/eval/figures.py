@@ -1,0 +1,309 @@
+"""The figures of a report: PNG and PDF, one style, colours that colour-blind readers can tell apart."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.errors import MissingPackageError
+from mergekit_bio.eval.classification import confusion
+from mergekit_bio.eval.report import TITLES, Report, Sweep
+from mergekit_bio.eval.report_tables import model
+from mergekit_bio.eval.run_directory import Target
+from mergekit_bio.eval.scoring import Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+# Okabe and Ito, "Color Universal Design" (2008).
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+MARKERS = "osD^vP"
+GREY = "#6e6e6e"
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "pdf.fonttype": 42,  # text stays text: journals ask for it
+    "savefig.bbox": "tight",
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+}
+#: Labels of a confusion matrix are written out up to this many, its counts up to a third of that.
+MOST_LABELS = 60
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure.
+
+    Attributes:
+        name: Its file name without suffix.
+        title: What it shows, for the page.
+        png: The picture.
+        files: The PNG and the PDF.
+    """
+
+    name: str
+    title: str
+    png: bytes
+    files: tuple[Path, ...]
+
+
+def draw_figures(
+    report: Report,
+    folder: Path,
+    *,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+) -> list[Figure]:
+    """Draw everything that the report has the cells for.
+
+    Args:
+        report: Scored and compared cells.
+        folder: Made when missing.
+        progress: Opens a progress bar, given a description and a total.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingPackageError("matplotlib", "eval", "drawing figures") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = list(_plans(report))
+    figures = []
+    with matplotlib.rc_context(STYLE), progress("drawing", len(plans)) as advance:
+        for title, kind, draw in plans:
+            figures.append(_save(folder, kind, title, draw()))
+            advance(1)
+    return figures
+
+
+def _save(folder: Path, kind: str, title: str, canvas: "Canvas") -> Figure:
+    name = f"{kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in title).replace("__", "_")
+    files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
+    for file in files:
+        # Without a date the same report gives the same bytes.
+        canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    return Figure(name=name, title=f"{_KINDS[kind]}: {title}", png=files[0].read_bytes(), files=files)
+
+
+_KINDS = {
+    "sweep": "Against alpha",
+    "errors": "Error breakdown",
+    "names": "Common, scientific and combined names",
+    "runs": "Runs over the same clips",
+    "wordings": "Wordings of one question",
+    "confusion": "Confusion",
+}
+_Plan = tuple[str, str, Callable[[], "Canvas"]]
+
+
+def _plans(report: Report) -> Iterator[_Plan]:
+    """Title, kind and drawing function of every figure there is something for."""
+    for sweep in report.sweeps:
+        if sweep.by_alpha and len(sweep.scores) > 1:
+            yield sweep.title, "sweep", partial(_draw_sweep, sweep)
+        if sweep.cell.task == "classification":
+            if len(sweep.scores) > 1:
+                yield sweep.title, "errors", partial(_draw_errors, sweep)
+            best = sweep.best(sweep.main_figures[0])
+            yield f"{sweep.title}, {best.cell.checkpoint}", "confusion", partial(_draw_confusion, best)
+    for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
+        sweeps = [sweep for sweep in members if sweep.cell.task == "classification"]
+        title = run if run == dataset else f"{run}, {dataset}"
+        named = {sweep.cell.target: sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1}
+        if len(named) == 3:
+            yield title, "names", partial(_draw_names, named)
+        for _, alike in groupby(sweeps, key=lambda sweep: sweep.cell.target):
+            wordings = list(alike)
+            if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings):
+                yield title, "wordings", partial(_draw_wordings, wordings)
+    yield from _run_plans(report)
+
+
+def _run_plans(report: Report) -> Iterator[_Plan]:
+    """Runs that asked about the same clips, laid over one another (in-context examples or none, for one)."""
+    alike: dict[Any, list[Sweep]] = {}
+    for sweep in report.sweeps:
+        if sweep.by_alpha and sweep.comparisons and sweep.cell.task == "classification":
+            key = (sweep.cell.dataset, sweep.cell.target, sweep.scores[0].ids)
+            alike.setdefault(key, []).append(sweep)
+    for sweeps in alike.values():
+        if len({sweep.cell.run for sweep in sweeps}) > 1:
+            yield sweeps[0].cell.dataset, "runs", partial(_draw_runs, sweeps)
+
+
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:
+    """A figure and its axes, without pyplot: no window system, nothing to close."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=figsize)
+    return canvas, canvas.subplots(rows, columns, squeeze=squeeze)
+
+
+def _curve(axes: "Axes", scores: Sequence[Score], figure: str, label: str, order: int = 0) -> None:
+    colour = COLOURS[order % len(COLOURS)]
+    alphas = [item.cell.alpha or 0.0 for item in scores]
+    low, high = zip(*(item.intervals[figure] for item in scores), strict=True)
+    axes.fill_between(alphas, low, high, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(
+        alphas,
+        [item.figures[figure] for item in scores],
+        color=colour,
+        marker=MARKERS[order % len(MARKERS)],
+        markerfacecolor="white",
+        markeredgewidth=1.3,
+        label=label,
+    )
+
+
+def _alpha_axis(axes: "Axes", title: str) -> None:
+    axes.set_xlabel("merge strength alpha")
+    axes.set_title(title, loc="left")
+    axes.set_ylim(bottom=0)
+
+
+def _baselines(axes: "Axes", item: Score, figure: str) -> None:
+    for kind, dashes in (("majority", (5, 2)), ("random", (1, 1.5))):
+        if f"{figure}_{kind}" in item.baselines:
+            axes.axhline(item.baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
+
+
+def _draw_sweep(sweep: Sweep) -> "Canvas":
+    names = sweep.main_figures
+    canvas, grid = _subplots(1, len(names), figsize=(2.5 * len(names), 2.3), squeeze=False)
+    for axes, name in zip(grid[0], names, strict=True):
+        comparison = sweep.comparison(name)
+        if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
+            axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
+        _curve(axes, sweep.scores, name, "value, 95% interval")
+        _baselines(axes, sweep.scores[0], name)
+        _alpha_axis(axes, TITLES[name])
+    handles: dict[str, Any] = {}
+    for axes in grid[0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return canvas
+
+
+def _draw_errors(sweep: Sweep) -> "Canvas":
+    out = [item.figures["out_of_set"] for item in sweep.scores]
+    wrong = [item.figures["in_set_wrong"] for item in sweep.scores]
+    canvas, axes = _subplots(figsize=(4.2, 2.4))
+    places = range(len(out))
+    axes.bar(places, out, color=ORANGE, label="out of set", width=0.75)
+    axes.bar(
+        places, wrong, bottom=out, color=BLUE, label="in set, but wrong", width=0.75, hatch="///", edgecolor="white"
+    )
+    axes.set_xticks(places, [model(sweep, item) for item in sweep.scores])
+    if not sweep.by_alpha:
+        axes.tick_params(axis="x", rotation=30)
+    axes.set_xlabel("merge strength alpha" if sweep.by_alpha else "")
+    axes.set_ylabel("share of the clips")
+    axes.grid(axis="x", visible=False)
+    canvas.legend(loc="outside upper center", ncols=2)
+    return canvas
+
+
+def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
+    """Left: accuracy against alpha for the three targets. Right: combined against the mean of the other two."""
+    canvas, (left, right) = _subplots(1, 2, figsize=(6.6, 2.7))
+    words: dict[Target, str] = {"label": "common", "scientific": "scientific", "combined": "combined"}
+    for order, (target, word) in enumerate(words.items()):
+        _curve(left, named[target].scores, "accuracy", word, order)
+    _alpha_axis(left, "Accuracy")
+    left.legend(loc="upper left")
+    values = [
+        {item.cell.alpha: item.figures["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
+        for target in words
+    ]
+    alphas = sorted(set.intersection(*(set(part) for part in values)))
+    trained = [(values[0][alpha] + values[1][alpha]) / 2 for alpha in alphas]
+    combined = [values[2][alpha] for alpha in alphas]
+    right.plot(trained, combined, color=GREY, linewidth=1)
+    points = right.scatter(
+        trained, combined, c=alphas, cmap="cividis", vmin=0, vmax=1, zorder=3, edgecolor="black", s=26
+    )
+    canvas.colorbar(points, ax=right, label="alpha")
+    limit = max(trained + combined) * 1.05 or 1
+    right.plot([0, limit], [0, limit], color=GREY, linewidth=0.8, dashes=(1, 1.5))
+    right.set(xlabel="accuracy on the training tasks (mean)", ylabel="accuracy on combined names")
+    right.set_title("Combined against trained", loc="left")
+    return canvas
+
+
+def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
+    scores = [sweep.scores[0] for sweep in sweeps]
+    canvas, axes = _subplots(figsize=(1.2 + 1.1 * len(scores), 2.4))
+    values = [item.figures["accuracy"] for item in scores]
+    low, high = zip(*(item.intervals["accuracy"] for item in scores), strict=True)
+    errors = [
+        [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)],
+        [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)],
+    ]
+    names = [f"query {item.cell.query}" for item in scores]
+    axes.bar(names, values, yerr=errors, width=0.6, color=SKY, edgecolor="black", linewidth=0.6, capsize=3)
+    _baselines(axes, scores[0], "accuracy")
+    axes.set_ylabel("Accuracy")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper right")
+    return canvas
+
+
+def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
+    names = sweeps[0].main_figures[:2]
+    canvas, grid = _subplots(1, len(names), figsize=(3.2 * len(names), 2.4), squeeze=False)
+    for axes, name in zip(grid[0], names, strict=True):
+        for order, sweep in enumerate(sweeps):
+            _curve(axes, sweep.scores, name, sweep.title, order)
+        _alpha_axis(axes, TITLES[name])
+    canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return canvas
+
+
+def _draw_confusion(item: Score) -> "Canvas":
+    """Counts as shares of their row: how the clips of each label were answered."""
+    labels, counts = confusion(targets=item.targets, answers=item.answers)
+    answers, labels = labels, sorted(set(item.targets))
+    counts = counts[: len(labels)]  # no clip's label is the "None" of an answer out of the set
+    side = min(7.0, max(2.6, 0.17 * len(labels) + 1.4))
+    canvas, axes = _subplots(figsize=(side + 0.8, side))
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / totals.clip(min=1)
+    picture = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    axes.set(xlabel="answer", ylabel="label")
+    if len(labels) <= MOST_LABELS:
+        columns, rows = ([text if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels))
+        size = 8 if len(labels) < 12 else 5.5
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if len("".join(columns)) > 24 else 0, fontsize=size)
+        axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    if len(labels) <= MOST_LABELS // 3:
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "black" if shares[row, column] > 0.5 else "white"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=7)
+    canvas.colorbar(picture, ax=axes, label="share of the label's clips", shrink=0.7)
+    return canvas

@@ -1,0 +1,165 @@
+"""The report as one HTML page that needs nothing beside it: tables, figures, every prediction, prompts, recordings."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mergekit_bio.errors import MissingPackageError
+from mergekit_bio.eval.figures import Figure
+from mergekit_bio.eval.matching import SCORERS
+from mergekit_bio.eval.predictions import Prediction
+from mergekit_bio.eval.report import TITLES, Report, Sweep
+from mergekit_bio.eval.report_tables import RATES, mark, model, model_header, sentences
+
+#: Recordings go into the page until they fill this many bytes; the rest is linked.
+AUDIO_BUDGET = 48_000_000
+#: Seconds of a recording that go into the page.
+AUDIO_SECONDS = 30
+
+
+def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> str:
+    """The page's HTML.
+
+    Args:
+        report: Scored and compared cells.
+        figures: They go into the page as PNG.
+        folder: Where the page will stand; recordings too many to be embedded are linked from there.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingPackageError("jinja2", "eval", "the HTML page") from None
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    )
+    runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
+    return template.render(
+        title=", ".join(runs),
+        scorers={name: SCORERS[name] for name in report.scorers},
+        notes=report.notes,
+        sweeps=[_sweep(sweep) for sweep in report.sweeps],
+        figures=[(figure.title, base64.b64encode(figure.png).decode()) for figure in figures],
+        data=_predictions(report, folder),
+    )
+
+
+def _sweep(sweep: Sweep) -> dict[str, Any]:
+    """What the page shows above the predictions, as texts."""
+    figures = sweep.main_figures
+    rates = [name for name in RATES if name in sweep.scores[0].figures]
+    first = sweep.scores[0]
+    adjusted = {
+        name: {row.checkpoint: row.p_adjusted for row in comparison.against}
+        for name in figures
+        if (comparison := sweep.comparison(name))
+    }
+
+    def cells(item: Any) -> list[str]:
+        texts = []
+        for name in figures:
+            low, high = item.intervals[name]
+            texts.append(f"{item.figures[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
+            if name in adjusted:
+                p = adjusted[name].get(item.cell.checkpoint)
+                texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
+        return texts + [f"{item.figures[name]:.3f}" for name in rates]
+
+    header = [text for name in figures for text in (TITLES[name], *(["p"] if name in adjusted else []))]
+    blank = [""] * len(rates)
+    return {
+        "title": sweep.title,
+        "about": f"{len(first.ids)} clips, scorer {first.scorer}",
+        "query": sweep.cell.query_text,
+        "prompt": first.cell.rows[0].prompt,
+        "header": [model_header(sweep), *header, *(TITLES[name] for name in rates)],
+        "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
+        "baselines": [
+            (
+                kind,
+                [t for n in figures for t in (f"{first.baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))]
+                + blank,
+            )
+            for kind in ("majority", "random")
+            if first.baselines
+        ],
+        "sentences": sentences(sweep),
+    }
+
+
+def _predictions(report: Report, folder: Path) -> str:
+    """The predictions table as JSON that may stand inside a script element."""
+    prompts: dict[str | None, int] = {None: -1}
+    recordings = _Recordings(folder)
+    rows = []
+    for number, sweep in enumerate(report.sweeps):
+        for item in sweep.scores:
+            labels = set(item.targets)
+            caption = item.cell.task == "captioning"
+            for row, answer, target, correct in zip(
+                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+            ):
+                # 0 right, 1 a wrong label, 2 no label, 3 a caption
+                outcome = 3 if caption else 0 if correct else 1 if answer in labels else 2
+                prompt = prompts.setdefault(row.prompt, len(prompts) - 1)
+                shown = (row.id, row.prediction, answer, target)
+                rows.append([number, model(sweep, item), *shown, outcome, prompt, recordings.add(row)])
+    data = {
+        "sweeps": [sweep.title for sweep in report.sweeps],
+        "prompts": [prompt for prompt in prompts if prompt is not None],
+        "audio": recordings.sources,
+        "rows": rows,
+    }
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+class _Recordings:
+    """The recordings of the page, each once: inside it as FLAC, or linked once the page is full."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sources: list[str] = []
+        self._folder = folder
+        self._known: dict[str, int] = {}
+        self._bytes = 0
+
+    def add(self, row: Prediction) -> int:
+        """The index of the row's recording in ``sources``; -1 where it has none that is still there."""
+        if row.audio is None:
+            return -1
+        if row.audio not in self._known:
+            source = self._source(Path(row.audio))
+            self._known[row.audio] = -1 if source is None else len(self.sources)
+            self.sources += [] if source is None else [source]
+        return self._known[row.audio]
+
+    def _source(self, path: Path) -> str | None:
+        if not path.is_file():
+            return None
+        if self._bytes < AUDIO_BUDGET:
+            flac = _flac(path)
+            if flac is not None:
+                self._bytes += len(flac)
+                return "data:audio/flac;base64," + base64.b64encode(flac).decode()
+        return quote(os.path.relpath(path.resolve(), self._folder.resolve()))
+
+
+def _flac(path: Path) -> bytes | None:
+    """The beginning of a recording as mono 16-bit FLAC; None where libsndfile cannot read or write it."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            samples = file.read(AUDIO_SECONDS * rate, dtype="float32", always_2d=True).mean(axis=1)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    except soundfile.LibsndfileError:
+        return None
+    return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""Label maps: which scientific name belongs to a label."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mergekit_bio.errors import RecipeError
+
+
+def read_label_map(path: Path) -> dict[str, str]:
+    """Read label -> scientific name.
+
+    Args:
+        path: A CSV file with the columns ``label`` and ``scientific``, or the published layout: a JSON object a
+            line with ``label`` and ``scientific_name``.
+
+    Raises:
+        RecipeError: The file cannot be read, a line lacks a value, or a label stands in it twice.
+    """
+    names: dict[str, str] = {}
+    for number, label, scientific in _rows(path):
+        if not (isinstance(label, str) and isinstance(scientific, str) and label and scientific):
+            raise RecipeError(f"{path}:{number}: a line needs a label and a scientific name")
+        if label in names:
+            raise RecipeError(f"{path}:{number}: the label {label!r} stands in the file twice")
+        names[label] = scientific
+    if not names:
+        raise RecipeError(f"{path}: no label in it; it needs the columns label,scientific")
+    return names
+
+
+def _rows(path: Path) -> Iterator[tuple[int, object, object]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the label map cannot be read ({error})") from None
+    try:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.splitlines(), start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise RecipeError(f"{path}:{number}: a line is a JSON object")
+                    yield number, row.get("label"), row.get("scientific_name")
+        else:
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            missing = {"label", "scientific"} - set(reader.fieldnames or ())
+            if missing:
+                raise RecipeError(f"{path}:1: the column '{min(missing)}' is missing; it needs label,scientific")
+            for row in reader:
+                yield reader.line_num, row["label"], row["scientific"]
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise RecipeError(f"{path}: damaged ({error})") from None
+
+
+def target_text(label: str, *, target: str, names: Mapping[str, str], where: str) -> str:
+    """The right answer for a clip: the label, its scientific name, or ``"scientific : label"``.
+
+    Args:
+        label: The clip's label.
+        target: "label", "scientific" or "combined".
+        names: The label map.
+        where: The cell, for the error.
+
+    Raises:
+        RecipeError: The map has no such label.
+    """
+    if target == "label":
+        return label
+    if label not in names:
+        raise RecipeError(
+            f"{where}: no scientific name for the label {label!r}; give a map that has it (--label-map FILE)"
+        )
+    return names[label] if target == "scientific" else f"{names[label]} : {label}"

@@ -1,0 +1,118 @@
+"""From an answer's text to a label: the nearest labels by edit distance, and the scorers' rules around them."""
+
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+END_OF_TEXT = "<|end_of_text|>"
+NO_LABEL = "None"
+#: Beyond this many edits the paper's scorer says "None" (``max_levenstein_distance`` of beans-zero).
+MAX_EDITS = 5
+
+#: scorer -> what it does, in words for the report.
+SCORERS = {
+    "paper": "sentence openings removed, nearest label within 5 edits, else None (arXiv 2511.05171)",
+    "beans-zero": "nearest label at any distance, as the beans-zero library (zf-indiv: a number counts the birds)",
+    "exact": "the label itself; case, quotes, trailing dots and a wrapping sentence do not matter",
+    "choice": "the option with the highest log-probability where there is one, else the text verbatim",
+}
+
+_COMMON_OPENING = "The common name for the focal species in the audio is"
+_SCIENTIFIC_OPENING = "The scientific name for the focal species in the audio is"
+_QUOTES = "\"'`“”‘’«»*"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The labels nearest to a text.
+
+    Attributes:
+        nearest: All labels at the smallest distance, in order; the first is the one taken.
+        edits: That distance (case-sensitive Levenshtein), 0 for the label itself.
+    """
+
+    nearest: tuple[str, ...]
+    edits: int
+
+    def within(self, limit: int) -> str:
+        """The first nearest label, or "None" beyond ``limit`` edits."""
+        return self.nearest[0] if self.edits <= limit else NO_LABEL
+
+
+def birds_counted(text: str) -> str:
+    """For zf-indiv: a bare number as the label it means, every other text unchanged.
+
+    The published figures of both scorers are made with it.
+    """
+    # isdecimal, not isdigit: the latter also holds for digits that int() refuses, such as a superscript two.
+    if not text.isdecimal():
+        return text
+    return "One" if len(text) < 20 and int(text) < 2 else "More"
+
+
+def clean_as_paper(text: str, dataset: str) -> str:
+    """What the paper's scripts cut from an answer before it is matched (nothing is trimmed)."""
+    text = text.replace(_COMMON_OPENING, "")
+    if dataset in ("watkins", "cbi"):
+        text = text.replace(_SCIENTIFIC_OPENING, "").split(",")[0]
+    return text
+
+
+def nearest_labels(texts: Sequence[str], labels: Iterable[str]) -> list[Match]:
+    """Match every text, cut at the end-of-text token, against the labels.
+
+    Ties are broken by the labels' sorted order, "None" before all; the reference takes whichever comes first in a
+    Python set.
+
+    Args:
+        texts: n answers.
+        labels: The candidates; at least one.
+
+    Returns:
+        n matches.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    ordered = sorted(set(labels), key=lambda label: (label != NO_LABEL, label))
+    cut = [text.split(END_OF_TEXT)[0] for text in texts]
+    unique = list(dict.fromkeys(cut))
+    distances = cdist(unique, ordered, scorer=Levenshtein.distance)
+    found = {}
+    for text, row in zip(unique, distances, strict=True):
+        smallest = int(row.min())
+        found[text] = Match(tuple(ordered[index] for index in (row == smallest).nonzero()[0]), smallest)
+    return [found[text] for text in cut]
+
+
+def match_lists(texts: Sequence[str], labels: Iterable[str]) -> list[str]:
+    """Match texts as comma-separated lists: each part to a label or "None", joined again with ", ".
+
+    This is how beans-zero reads detection answers, and what the paper's error breakdown is made with. As there,
+    the candidates are the labels as given plus "None".
+    """
+    parts = [[part.strip() for part in text.split(",")] for text in texts]
+    matches = iter(nearest_labels([part for row in parts for part in row], [*labels, NO_LABEL]))
+    return [", ".join(next(matches).within(MAX_EDITS) for _ in row) for row in parts]
+
+
+def match_exactly(text: str, labels: Iterable[str]) -> str:
+    """The label that the text is, or that a sentence around it states; else "None".
+
+    Case, white space, quotation marks and trailing dots are ignored. Of a longer answer the first line counts, and
+    in it what follows "is", "are" or a colon ("The answer is a Coruro." is "Coruro").
+    """
+    known = {_normalised(label): label for label in sorted(labels, reverse=True)}
+    lines = text.split(END_OF_TEXT)[0].strip().splitlines() or [""]
+    first = lines[0]
+    stated = [first[found.end() :] for found in re.finditer(r"\b(?:is|are)\b(?:\s+(?:an?|the)\b)?|:", first, re.I)]
+    for candidate in (first, *stated):
+        label = known.get(_normalised(candidate))
+        if label is not None:
+            return label
+    return NO_LABEL
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).strip(_QUOTES + string.whitespace + ".").casefold()

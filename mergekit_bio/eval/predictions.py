@@ -1,0 +1,242 @@
+"""The predictions file: one JSON object a line, appended as the answers come.
+
+The first six keys are those of the reference implementation, under the same names, so that the tools of the beans-zero
+library read the file as it is. Files may be gzipped.
+"""
+
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mergekit_bio.errors import OutputError, RunError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a model answered about one clip.
+
+    Attributes:
+        prediction: The decoded answer, untouched: every scorer starts from it.
+        label: What the dataset says; comma-separated for detection.
+        id: The clip's id, unique within its dataset.
+        dataset_name: The BEANS-Zero component or the name of a local dataset.
+        prompt: The whole prompt, chat template included.
+        lora_scale: The merge strength alpha; None for a checkpoint that was not merged with one number.
+        prompt_tokens: Length of the prompt in tokens, the audio prefixes included.
+        generated_ids: The generated token ids.
+        logprob: Sum of the log-probabilities of the generated tokens (natural logarithm).
+        example_ids: The clips that the prompt used as examples, in the order of their placeholders.
+        choice_logprobs: For ``decoding: loglikelihood``, the log-probability of each option.
+        audio: The recording's file, for local data.
+    """
+
+    prediction: str
+    label: str
+    id: str
+    dataset_name: str
+    prompt: str | None = None
+    lora_scale: float | None = None
+    prompt_tokens: int | None = None
+    generated_ids: tuple[int, ...] | None = None
+    logprob: float | None = None
+    example_ids: tuple[str, ...] | None = None
+    choice_logprobs: dict[str, float] | None = None
+    audio: str | None = None
+
+    def to_line(self) -> bytes:
+        """The line of the file, its newline included. The reference's six keys are always there."""
+        values = {key: getattr(self, key) for key in _KEYS}
+        kept = {key: value for key, value in values.items() if value is not None or key in _REFERENCE_KEYS}
+        return (json.dumps(kept, ensure_ascii=False) + "\n").encode()
+
+
+_KEYS = tuple(field.name for field in fields(Prediction))
+_REFERENCE_KEYS = _KEYS[:6]
+_REQUIRED_KEYS = _KEYS[:4]
+
+
+def parse_line(line: bytes, where: str) -> Prediction:
+    """Read one line of a predictions file; keys that are not ours are ignored.
+
+    Args:
+        line: One JSON object, UTF-8.
+        where: The file and line number, for the error.
+
+    Raises:
+        RunError: The line is not JSON, lacks a required key, or a value has the wrong type.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise RunError(f"{where}: not a JSON object: {_shown(line)}") from None
+    if not isinstance(row, dict):
+        raise RunError(f"{where}: a prediction is a JSON object, this is {_shown(line)}")
+    missing = [key for key in _REQUIRED_KEYS if key not in row]
+    if missing:
+        raise RunError(f"{where}: the key '{missing[0]}' is missing; every row needs {', '.join(_REQUIRED_KEYS)}")
+    if isinstance(row["id"], int) and not isinstance(row["id"], bool):
+        row["id"] = str(row["id"])
+    values: dict[str, Any] = {}
+    for key, (expected, fits) in _TYPES.items():
+        value = row.get(key)
+        if value is None and key not in _REQUIRED_KEYS:
+            continue
+        if not fits(value):
+            raise RunError(f"{where}: '{key}' must be {expected}, not {_shown(json.dumps(value))}")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return Prediction(**values)
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate passes through JSON escapes but can be written to no file
+        return False
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _is_logprobs(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(key) and _is_number(number) for key, number in value.items())
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prediction": ("a text", _is_text),
+    "label": ("a text", _is_text),
+    "id": ("a text", _is_text),
+    "dataset_name": ("a text", _is_text),
+    "prompt": ("a text", _is_text),
+    "lora_scale": ("a finite number", _is_number),
+    "prompt_tokens": ("a count", _is_count),
+    "generated_ids": ("a list of token ids", _list_of(_is_count)),
+    "logprob": ("a finite number", _is_number),
+    "example_ids": ("a list of texts", _list_of(_is_text)),
+    "choice_logprobs": ("an object of finite numbers", _is_logprobs),
+    "audio": ("a text", _is_text),
+}
+
+
+def _shown(value: bytes | str) -> str:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    return repr(text[:60].strip() + ("..." if len(text) > 60 else ""))
+
+
+def read_predictions(path: Path) -> tuple[Prediction, ...]:
+    """Read a predictions file, plain or gzipped.
+
+    A last line without its newline that does not parse is what a killed run leaves behind: it is left out, as the
+    run asks that clip again.
+
+    Raises:
+        RunError: The file cannot be read, a line is damaged, or an id stands in it twice.
+    """
+    rows: list[Prediction] = []
+    first_line: dict[str, int] = {}
+    for number, line in _lines(path):
+        try:
+            row = parse_line(line, f"{path}:{number}")
+        except RunError:
+            if line.endswith(b"\n"):
+                raise
+            break
+        if row.id in first_line:
+            raise RunError(f"{path}:{number}: the id {row.id!r} stands in line {first_line[row.id]} already")
+        first_line[row.id] = number
+        rows.append(row)
+    return tuple(rows)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank."""
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if zipped else raw
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(f"{path}: cannot be read ({error}); is the file complete?") from None
+
+
+class PredictionWriter:
+    """Appends predictions to a file such that a kill at any moment loses at most the line being written.
+
+    Opening an existing file cuts off an unfinished last line and reads the ids that are done.
+
+    Args:
+        path: The file; made when missing.
+
+    Attributes:
+        done: The ids of the rows that the file holds.
+
+    Raises:
+        RunError: The file is damaged before its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        if path.exists():
+            self._cut_unfinished_line()
+            self.done = {row.id for row in read_predictions(path)}
+        self._file = path.open("ab", buffering=0)
+
+    def _cut_unfinished_line(self) -> None:
+        with self.path.open("r+b") as file:
+            content = file.read()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                file.truncate(end)
+
+    def append(self, prediction: Prediction) -> None:
+        """Write one row through to the file system.
+
+        Raises:
+            RunError: The id was written before.
+            OutputError: The disk is full or refuses; what was written so far stays and can be resumed.
+        """
+        if prediction.id in self.done:
+            raise RunError(f"{self.path}: the id {prediction.id!r} has an answer already")
+        rest = memoryview(prediction.to_line())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            row = len(self.done) + 1
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}; run the command again to go on from row {row}"
+            ) from None
+        self.done.add(prediction.id)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> "PredictionWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,161 @@
+"""Prompts: query flags expanded, orders and examples drawn by keyed hashes, audio slots counted."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mergekit_bio.errors import DatasetError, RecipeError
+from mergekit_bio.eval.components import Task
+from mergekit_bio.eval.validation import nearest
+from mergekit_bio.model.layout import AUDIO_SLOT, LLAMA3_TEMPLATE
+from mergekit_bio.model.prompt import AUDIO_LEAD, render_prompt
+
+T = TypeVar("T")
+
+FLAGS = ("species_list", "examples", "audio_examples", "randomize")
+_FLAG = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+#: With more labels than this (``None`` counted) a detection component is asked the general question.
+MOST_LABELS_IN_INSTRUCTION = 8
+GENERAL_DETECTION_QUESTION = "What are the common names for the species in the audio, if any?"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked about one clip.
+
+    Attributes:
+        text: The whole prompt, chat template included, with one ``<AudioHere>`` for each audio.
+        clips: The ids of the clips that belong to the slots, in order.
+        query_slot: Which of them is the clip that is asked about.
+    """
+
+    text: str
+    clips: tuple[str, ...]
+    query_slot: int
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """The ids of the example clips, in order."""
+        return self.clips[: self.query_slot] + self.clips[self.query_slot + 1 :]
+
+
+def flags(query: str, where: str) -> set[str]:
+    """The flags that a query uses.
+
+    Args:
+        query: As in the recipe. Braces around anything but a word are text.
+        where: For the error.
+
+    Raises:
+        RecipeError: A flag is unknown or can be used once only, or the query has more than one audio slot.
+    """
+    used = _FLAG.findall(query)
+    for name in used:
+        if name not in FLAGS:
+            raise RecipeError(f"{where}: unknown flag '{{{name}}}'{nearest(name, FLAGS)}")
+    if used.count("audio_examples") > 1:
+        raise RecipeError(f"{where}: {{audio_examples}} can stand in a query once")
+    if query.count(AUDIO_SLOT) > 1:
+        raise RecipeError(f"{where}: a query has one {AUDIO_SLOT}, for the clip that is asked about")
+    return set(used)
+
+
+def shuffled(items: Sequence[T], *key: object) -> list[T]:
+    """The items in an order that the key decides alone: on every machine, in every version of Python.
+
+    Each item is sorted by SHA-256 of the key and its ``str``; equal items stay in their order.
+    """
+    prefix = "\x1f".join(map(str, key))
+    return sorted(items, key=lambda item: hashlib.sha256(f"{prefix}\x1f{item}".encode()).digest())
+
+
+def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int | None) -> Prompt:
+    """The prompt of a recipe without queries: the dataset's own instruction.
+
+    Args:
+        clip: The id of the clip.
+        instruction: The dataset's instruction, its audio slot included.
+        task: The dataset's task.
+        labels: The number of its labels.
+    """
+    if task == "detection" and (labels or 0) > MOST_LABELS_IN_INSTRUCTION:
+        instruction = GENERAL_DETECTION_QUESTION
+    if AUDIO_SLOT not in instruction:
+        instruction = AUDIO_LEAD + instruction
+    return _filled(instruction, (clip,), 0)
+
+
+def query_prompt(
+    *,
+    query: str,
+    clip: str,
+    key: Sequence[object],
+    species: Sequence[str] = (),
+    descriptions: Mapping[str, str] | None = None,
+    pool: Mapping[str, Sequence[str]] | None = None,
+    n_examples: int = 0,
+) -> Prompt:
+    """Expand a query for one clip.
+
+    Orders and examples depend on ``key``, the clip and the flag only: not on the checkpoint, not on other clips.
+
+    Args:
+        query: As in the recipe.
+        clip: The id of the clip that is asked about.
+        key: Seed, dataset and query number.
+        species: Their names, in the recipe's order or by frequency.
+        descriptions: Name -> how it sounds, for ``{examples}``.
+        pool: Name -> ids of the clips that may serve as examples, for ``{audio_examples}``.
+        n_examples: Examples for each species, drawn without replacement, never the clip itself.
+
+    Raises:
+        DatasetError: A species has too few clips.
+        PromptError: A name brings an audio slot of its own.
+    """
+    order = list(species)
+    if "{randomize}" in query:
+        order = shuffled(order, *key, clip, "species")
+    if AUDIO_SLOT not in query:
+        # As the reference does, before the flags: examples do not count as the clip's own slot.
+        query = AUDIO_LEAD + query
+    blocks: list[str] = []
+    example_ids: list[str] = []
+    if "{audio_examples}" in query:
+        examples = _drawn(order, pool or {}, n_examples, clip, key)
+        blocks = [f"Audio: {AUDIO_LEAD.strip()}\nLabel: {name}" for name, _ in examples]
+        example_ids = [example for _, example in examples]
+    texts = {
+        "species_list": ", ".join(order),
+        "examples": "\n\n".join(f"Audio: {(descriptions or {}).get(name)}\nLabel: {name}" for name in order),
+        "audio_examples": "\n\n".join(blocks),
+        "randomize": "",
+    }
+    # In one pass: what a flag brings in is text, flags and all.
+    before, slot, after = query.partition(AUDIO_SLOT)
+    query_slot = len(example_ids) if "{audio_examples}" in before else 0
+    ids = (*example_ids[:query_slot], clip, *example_ids[query_slot:])
+    expanded = slot.join(_FLAG.sub(lambda flag: texts[flag[1]], part) for part in (before, after))
+    return _filled(expanded, ids, query_slot)
+
+
+def _drawn(
+    order: Sequence[str], pool: Mapping[str, Sequence[str]], number: int, clip: str, key: Sequence[object]
+) -> list[tuple[str, str]]:
+    """(name, clip id) of the examples, shuffled among themselves."""
+    examples = []
+    for name in order:
+        others = [candidate for candidate in pool.get(name, ()) if candidate != clip]
+        if len(others) < number:
+            raise DatasetError(
+                f"{key[1]}: {number} example(s) of '{name}' are asked for, beside {clip} there are {len(others)}"
+            )
+        examples += [(name, chosen) for chosen in shuffled(others, *key, clip, "example", name)[:number]]
+    return shuffled(examples, *key, clip, "examples")
+
+
+def _filled(instruction: str, clips: tuple[str, ...], query_slot: int) -> Prompt:
+    text = render_prompt(instruction, template=LLAMA3_TEMPLATE, num_audios=len(clips))
+    return Prompt(text=text, clips=clips, query_slot=query_slot)

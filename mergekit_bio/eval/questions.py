@@ -1,0 +1,80 @@
+"""From a recipe and a dataset to the questions of a cell: one prompt for every clip."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit_bio.eval.dataset import Clip, Dataset, open_dataset, species_asked
+from mergekit_bio.eval.label_map import target_text
+from mergekit_bio.eval.prompt import Prompt, instruction_prompt, query_prompt
+from mergekit_bio.eval.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Question:
+    """A clip and what is asked about it."""
+
+    clip: Clip
+    prompt: Prompt
+
+
+def query_numbers(recipe: Recipe) -> range:
+    """The numbers of a recipe's queries; 0 alone stands for the dataset's own instruction."""
+    return range(len(recipe.queries) or 1)
+
+
+def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = None) -> Iterator[Question]:
+    """The questions of a query, in the dataset's order.
+
+    The prompt of a clip depends on the recipe's seed, the dataset, the query and the clip alone, so that a run with
+    a limit asks what the whole run asks, and every checkpoint is asked the same.
+
+    Args:
+        recipe: As loaded.
+        dataset: Opened for the recipe.
+        query: One of ``query_numbers``.
+        limit: The first so many clips only.
+
+    Raises:
+        DatasetError: A species has too few clips for the examples.
+        PromptError: A label brings an audio slot of its own.
+    """
+    species = species_asked(dataset, recipe)
+    pool: dict[str, list[str]] = {}
+    for clip in dataset.examples:
+        pool.setdefault(clip.label, []).append(clip.id)
+    for clip in dataset.clips[:limit]:
+        if not recipe.queries:
+            prompt = instruction_prompt(
+                clip=clip.id, instruction=clip.instruction or "", task=dataset.task, labels=dataset.labels
+            )
+        else:
+            prompt = query_prompt(
+                query=recipe.queries[query],
+                clip=clip.id,
+                key=(recipe.seed, dataset.name, query),
+                species=species,
+                descriptions={one.name: one.description or "" for one in recipe.species},
+                pool=pool,
+                n_examples=recipe.n_examples,
+            )
+        yield Question(clip, prompt)
+
+
+def options(recipe: Recipe, dataset: Dataset, query: int) -> list[str]:
+    """The answers that ``choice`` and ``loglikelihood`` decoding choose among: every target of the clips, sorted."""
+    target = recipe.target(query)
+    labels = {clip.label for clip in dataset.clips}
+    return sorted({target_text(label, target=target, names=recipe.label_map, where=recipe.name) for label in labels})
+
+
+def show_prompts(recipe: Recipe, number: int) -> Iterator[tuple[Dataset, int, list[Question]]]:
+    """The first prompts of every dataset and query, without an engine, a checkpoint or a decoded recording.
+
+    Args:
+        recipe: As loaded.
+        number: Of each cell.
+    """
+    for choice in recipe.datasets:
+        dataset = open_dataset(choice, recipe)
+        for query in query_numbers(recipe):
+            yield dataset, query, list(questions(recipe, dataset, query, number))

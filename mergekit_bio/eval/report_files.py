@@ -1,0 +1,102 @@
+"""The files of a report: the page, figures, CSV and JSON, in one folder that can be made again at any time."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.errors import OutputError
+from mergekit_bio.eval.cells import Cell
+from mergekit_bio.eval.figures import draw_figures
+from mergekit_bio.eval.html import render_page
+from mergekit_bio.eval.report import Report, to_document
+from mergekit_bio.eval.run_directory import RECORD_NAME
+
+_HEADERS = {
+    "scores.csv": "run dataset query checkpoint alpha scorer clips figure value low high majority random",
+    "comparisons.csv": "run dataset query figure test clips best checkpoint alpha difference low high p p_adjusted",
+    "predictions.csv": "run dataset query checkpoint alpha id prediction answer target correct",
+}
+
+
+def default_folder(runs: list[Path]) -> Path:
+    """Where the report of these runs goes: into the run, if it is one of ours, else ``./report``."""
+    return runs[0] / "report" if len(runs) == 1 and (runs[0] / RECORD_NAME).is_file() else Path("report")
+
+
+def write_report(
+    report: Report, folder: Path, *, progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+) -> list[Path]:
+    """Write report.html, scores.json, three CSV files and figures/ (PNG and PDF); what is there is replaced.
+
+    Args:
+        report: What to write.
+        folder: Made when missing.
+        progress: Opens a progress bar, given a description and a total.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = draw_figures(report, folder / "figures", progress=progress)
+        page = folder / "report.html"
+        page.write_text(render_page(report, figures, folder=folder), encoding="utf-8")
+        document = folder / "scores.json"
+        document.write_text(json.dumps(to_document(report), indent=1, ensure_ascii=False), encoding="utf-8")
+        tables = [_write_csv(folder / name, rows) for name, rows in _tables(report).items()]
+    except OSError as error:
+        raise OutputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
+    return [page, document, *tables, *(file for figure in figures for file in figure.files)]
+
+
+def _write_csv(path: Path, rows: Iterator[list[Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_HEADERS[path.name].split())
+        writer.writerows(rows)
+    return path
+
+
+def _tables(report: Report) -> dict[str, Iterator[list[Any]]]:
+    rows = (_score_rows(report), _comparison_rows(report), _prediction_rows(report))
+    return dict(zip(_HEADERS, rows, strict=True))
+
+
+def _key(cell: Cell) -> list[Any]:
+    return [cell.run, cell.dataset, cell.query]
+
+
+def _score_rows(report: Report) -> Iterator[list[Any]]:
+    for sweep in report.sweeps:
+        for item in sweep.scores:
+            for name, value in item.figures.items():
+                cell = item.cell
+                baselines = [item.baselines.get(f"{name}_{kind}") for kind in ("majority", "random")]
+                yield [
+                    *_key(cell), cell.checkpoint, cell.alpha, item.scorer, len(item.ids), name, value,
+                    *item.intervals.get(name, (None, None)), *baselines,
+                ]  # fmt: skip
+
+
+def _comparison_rows(report: Report) -> Iterator[list[Any]]:
+    for sweep in report.sweeps:
+        for item in sweep.comparisons:
+            for row in item.against:
+                yield [*_key(sweep.cell), item.figure, item.test, item.clips, item.best, *asdict(row).values()]
+
+
+def _prediction_rows(report: Report) -> Iterator[list[Any]]:
+    for sweep in report.sweeps:
+        for item in sweep.scores:
+            for row, answer, target, correct in zip(
+                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+            ):
+                cell = item.cell
+                yield [*_key(cell), cell.checkpoint, cell.alpha, row.id, row.prediction, answer, target, int(correct)]

@@ -1,0 +1,112 @@
+"""The report on a terminal, 100 columns wide."""
+
+from typing import TYPE_CHECKING
+
+from mergekit_bio.eval.matching import SCORERS
+from mergekit_bio.eval.report import TITLES, Report, Sweep
+from mergekit_bio.eval.scoring import Score
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+SIGNIFICANCE = 0.05
+#: The two kinds of error, over two lines.
+RATES = {"out_of_set": "Out of\nset", "in_set_wrong": "In set,\nwrong"}
+
+
+def print_report(report: Report, console: "Console") -> None:
+    """Print one table a sweep, and under it what it says in words."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for sweep in report.sweeps:
+        console.print(_table(sweep))
+        for sentence in sentences(sweep):
+            console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
+        console.print()
+    console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)", markup=False)
+    for name in report.scorers:
+        console.print(f"scorer {name}: {SCORERS[name]}", markup=False)
+
+
+def _table(sweep: Sweep) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    first = sweep.scores[0]
+    labels = f", {len(set(first.targets))} labels" if sweep.cell.task == "classification" else ""
+    table = Table(
+        title=f"{sweep.title} · {len(first.ids)} clips{labels} · scorer {first.scorer}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column(model_header(sweep), overflow="fold")
+    figures = sweep.main_figures
+    for name in figures:
+        table.add_column(TITLES[name], no_wrap=True, min_width=len("0.000 [.000, .000]="))
+    rates = [name for name in RATES if name in first.figures]
+    for name in rates:
+        table.add_column(RATES[name], justify="right")
+    for item in sweep.scores:
+        values = [_with_interval(sweep, item, name) for name in figures]
+        table.add_row(model(sweep, item), *values, *(f"{item.figures[name]:.3f}" for name in rates))
+    for kind in ("majority", "random") if first.baselines else ():
+        values = [f"{first.baselines[f'{name}_{kind}']:.3f}" for name in figures]
+        table.add_row(kind, *values, *("" for _ in rates), style="dim")
+    return table
+
+
+def model_header(sweep: Sweep) -> str:
+    """What ``model`` gives for the cells of a sweep."""
+    return "alpha" if sweep.by_alpha else "model"
+
+
+def model(sweep: Sweep, item: Score) -> str:
+    """What the rows of tables call a cell: its alpha where that tells them apart, else its checkpoint."""
+    return f"{item.cell.alpha:g}" if sweep.by_alpha else item.cell.checkpoint
+
+
+def _with_interval(sweep: Sweep, item: Score, figure: str) -> str:
+    low, high = (f"{bound:.3f}".removeprefix("0") for bound in item.intervals[figure])
+    return f"{item.figures[figure]:.3f} \\[{low}, {high}]{mark(sweep, item, figure)}"
+
+
+def mark(sweep: Sweep, item: Score, figure: str) -> str:
+    """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise."""
+    comparison = sweep.comparison(figure)
+    if comparison is None:
+        return " "
+    if item.cell.checkpoint == comparison.best:
+        return "*"
+    against = next(row for row in comparison.against if row.checkpoint == item.cell.checkpoint)
+    return "=" if against.p_adjusted >= SIGNIFICANCE else " "
+
+
+def sentences(sweep: Sweep) -> list[str]:
+    """What the comparisons of a sweep come to, figure by figure."""
+    found = []
+    for name in sweep.main_figures:
+        comparison = sweep.comparison(name)
+        if comparison is None:
+            continue
+        best = model(sweep, sweep.best(name))
+        where = f"alone at the top ({comparison.test})"
+        if comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
+            first, last = comparison.plateau
+            where = f"on a plateau from {first:g} to {last:g} ({comparison.test})"
+        elif any(row.p_adjusted >= SIGNIFICANCE for row in comparison.against):
+            where = f"not told from every other ({comparison.test})"
+        sentence = f"{TITLES[name]}: best at {'alpha ' if sweep.by_alpha else ''}{best}, {where}"
+        gain = sweep.improvement(name)
+        if gain:
+            top, full, relative = gain
+            sentence += f"; {top.figures[name]:.3f} against {full.figures[name]:.3f} at alpha 1: {relative:+.1%}"
+            if name == "f1_weighted" and full.figures["f1_macro"]:
+                macro = top.figures["f1_macro"], full.figures["f1_macro"]
+                sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {macro[0] / macro[1] - 1:+.1%})"
+        found.append(sentence)
+    return found

@@ -1,0 +1,227 @@
+"""A run on disk: run.json says what was asked of whom, the predictions files hold the answers; resuming and reading.
+
+::
+
+    RUN/run.json                                                  RunRecord
+    RUN/beans_zero_eval_DATASET_queryQ_lora040.jsonl              one cell, named as the published ones
+    RUN/beans_zero_eval_DATASET_queryQ_model-NAME.jsonl           a checkpoint without a single alpha
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.eval.components import Task
+from mergekit_bio.eval.predictions import PredictionWriter
+from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, validated
+
+RECORD_NAME = "run.json"
+LOCK_NAME = ".run.lock"
+
+#: What the right answer is: the label, its scientific name, or "scientific : label".
+Target = Literal["label", "scientific", "combined"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord:
+    """One cell of a run: a checkpoint, a dataset and a query.
+
+    Attributes:
+        file: Its predictions file, in the run directory.
+        rows: The number of clips that the complete cell has.
+        alpha: The merge strength; None for a checkpoint not merged with one number.
+        identity: All that decides the predictions, nested by key. A file is only continued under an equal one.
+        seconds: Time spent on the cell so far.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    file: str
+    dataset: str
+    task: Task
+    query: int
+    checkpoint: str
+    rows: int
+    identity: dict[str, Any]
+    alpha: float | None = None
+    target: Target = "label"
+    query_text: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The content of run.json.
+
+    Attributes:
+        name: The recipe's name.
+        recipe: The recipe as resolved.
+        scorer: The scorer that the recipe asks for.
+        label_map: label -> scientific name, where a target needs it.
+        environment: Versions, hashes, engine settings, timings: whatever a reader may want to know.
+        format: Version of this layout.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    name: str
+    recipe: dict[str, Any]
+    scorer: str
+    cells: tuple[CellRecord, ...]
+    label_map: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    format: Literal[1] = 1
+
+
+def cell_file_name(*, dataset: str, query: int, checkpoint: str, alpha: float | None) -> str:
+    """The file of a cell: the reference's name where alpha is a whole number of hundredths."""
+    hundredths = None if alpha is None else round(alpha * 100)
+    if alpha is not None and hundredths is not None and hundredths >= 0 and abs(alpha * 100 - hundredths) < 1e-6:
+        model = f"lora{hundredths:03d}"
+    else:
+        model = f"model-{_slug(checkpoint)}"
+    return f"beans_zero_eval_{_slug(dataset)}_query{query}_{model}.jsonl"
+
+
+def _slug(text: str) -> str:
+    """File-name safe, and different for different texts."""
+    safe = re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.")
+    return safe if safe == text else f"{safe[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def read_record(directory: Path) -> RunRecord:
+    """Read and check run.json.
+
+    Raises:
+        RunError: It is missing, damaged or of another version.
+    """
+    path = directory / RECORD_NAME
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not JSON ({error}); the run must be started anew") from None
+    record = validated(RunRecord, data, error=RunError, locate=lambda _: str(path))
+    for cell in record.cells:
+        if Path(cell.file).name != cell.file:
+            raise RunError(f"{path}: the file {cell.file!r} is not in the run directory")
+    return record
+
+
+class RunDirectory:
+    """A run being written by this process, and by no other.
+
+    Use as a context manager. ``record`` is on disk before the first prediction; cells that the directory holds from
+    an earlier start are kept, and continued where the record asks for them again.
+
+    Args:
+        path: The directory; made when missing.
+        record: What is to be run.
+
+    Raises:
+        RunError: Another process writes the run, or it was started with another configuration (the error names the
+            keys), or it was written by another version.
+        OutputError: The directory cannot be written.
+    """
+
+    def __init__(self, path: Path, record: RunRecord) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / LOCK_NAME).open("wb")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RunError(f"{path}: another process is writing this run; wait for it or give another --out") from None
+        try:
+            self.record = _continued(path, record) if (path / RECORD_NAME).exists() else record
+            self._write()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    def writer(self, cell: CellRecord) -> PredictionWriter:
+        """Open a cell's predictions file; ``done`` of the writer are the ids to leave out."""
+        return PredictionWriter(self.path / cell.file)
+
+    def add_seconds(self, cell: CellRecord, seconds: float) -> None:
+        """Add to the time spent on a cell."""
+        self.record = replace(
+            self.record,
+            cells=tuple(
+                replace(known, seconds=known.seconds + seconds) if known.file == cell.file else known
+                for known in self.record.cells
+            ),
+        )
+        self._write()
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Add to the record's ``environment``."""
+        self.record = replace(self.record, environment={**self.record.environment, **values})
+        self._write()
+
+    def _write(self) -> None:
+        """Replace run.json whole or not at all."""
+        new = self.path / (RECORD_NAME + ".partial")
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                json.dump(asdict(self.record), file, indent=1, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.path / RECORD_NAME)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path / RECORD_NAME}: {error.strerror}; run the command again"
+            ) from None
+
+
+def _continued(path: Path, wanted: RunRecord) -> RunRecord:
+    """The record of a run that goes on: the cells of both, none of them under two configurations."""
+    started = read_record(path)
+    before = {cell.file: cell for cell in started.cells}
+    for cell in wanted.cells:
+        known = before.get(cell.file)
+        # Through JSON, as the one on disk went: a tuple is a list there.
+        identity = json.loads(json.dumps(cell.identity))
+        if known is not None and known.identity != identity:
+            changes = list(_changes(known.identity, identity))
+            shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
+            raise RunError(
+                f"{path}: started with another configuration: {shown}; restore it, or give another --out for a new run"
+            )
+    cells = {cell.file: cell for cell in wanted.cells}
+    for cell in started.cells:
+        cells[cell.file] = replace(cells.get(cell.file, cell), seconds=cell.seconds)
+    return replace(wanted, cells=tuple(cells.values()), environment={**started.environment, **wanted.environment})
+
+
+def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every key that differs, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) or (key in before) != (key in now):
+                yield from _changes(before.get(key), now.get(key), (*path, key))
+    else:
+        yield f"{dotted(path)} was {_short(before)} and is now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,80 @@
+"""The recipes and label maps that come with the package: where they are, how they are named and copied."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergekit_bio.errors import OutputError, RecipeError
+from mergekit_bio.eval.located_yaml import read_located_yaml
+from mergekit_bio.eval.validation import nearest
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with the package are: inside it, or beside it in a checkout of the repository."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> Mapping[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {file.stem: file for file in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file for what a user typed: a path, or the name of a recipe that comes with the package.
+
+    ``recipes/closed_set.yaml`` works wherever the command is run.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    stem = path.stem if path.parent in (Path(), Path("recipes")) else name
+    if stem in shipped:
+        return shipped[stem]
+    raise RecipeError(f"{name}: no such recipe{nearest(stem, list(shipped))}")
+
+
+def find_label_map(path: Path) -> Path:
+    """A label map that a user named: a file, or one that comes with the package."""
+    shipped = recipe_folder() / "labels" / path.name
+    return shipped if not path.exists() and path.parent == Path() and shipped.exists() else path
+
+
+def copy_shipped(name: str, destination: Path) -> list[Path]:
+    """Copy a recipe that comes with the package, and the label map it names.
+
+    Args:
+        name: One of ``shipped_recipes``.
+        destination: A file to be, or a folder that is there.
+
+    Returns:
+        The files made.
+
+    Raises:
+        RecipeError: There is no such recipe.
+        OutputError: A file is there already, or cannot be written.
+    """
+    source = shipped_recipes().get(name)
+    if source is None:
+        raise RecipeError(f"{name}: no such recipe{nearest(name, list(shipped_recipes()))}")
+    target = destination / source.name if destination.is_dir() else destination
+    copies = {target: source}
+    label_map = read_located_yaml(source).data.get("label_map")
+    if label_map is not None:
+        copies[target.parent / label_map] = source.parent / label_map
+    for new, old in copies.items():
+        # A label map may be shared by recipes copied before.
+        if new.exists() and (new == target or new.read_bytes() != old.read_bytes()):
+            raise OutputError(f"{new} exists already; give another name")
+    try:
+        for new, old in copies.items():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, new)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+    return list(copies)

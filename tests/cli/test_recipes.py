@@ -1,0 +1,39 @@
+import json
+
+import yaml
+from typer.testing import CliRunner
+
+from mergekit_bio.cli.recipes import app
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_the_list_names_them_all():
+    assert "closed_set" in run("list").stdout
+    names = [row["name"] for row in json.loads(run("list", "--json").stdout)]
+    assert names == run("list", "--quiet").stdout.split()
+    assert {"closed_set", "in_context_5", "beans_zero"} <= set(names)
+
+
+def test_show_prints_a_recipe_that_is_one(tmp_path):
+    text = run("show", "watkins").stdout
+    shown = yaml.safe_load(text)
+    assert shown["queries"][0] == "What is the common name for the focal species in the audio?"
+    assert json.loads(run("show", "watkins", "--json").stdout)["recipe"] == shown
+
+
+def test_show_prints_prompts_from_local_data(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"never decoded")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,wren\n")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("checkpoints: [x]\ndatasets: [{path: .}]\nqueries: ['Who sings?']\n")
+    assert "<Audio><AudioHere></Audio> Who sings?<|eot_id|>" in run("show", recipe, "--prompts", 3).stdout
+
+
+def test_copy_makes_the_files(tmp_path):
+    run("copy", "cbi", tmp_path)
+    assert (tmp_path / "cbi.yaml").exists() and (tmp_path / "labels" / "cbi.csv").exists()

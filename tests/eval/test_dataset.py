@@ -1,0 +1,154 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from mergekit_bio.errors import AudioError, DatasetError
+from mergekit_bio.eval.audio_folder import open_audio_folder
+from mergekit_bio.eval.beans_zero import open_component
+from mergekit_bio.eval.components import components
+from mergekit_bio.eval.dataset import open_dataset
+from mergekit_bio.eval.recipe import DatasetChoice, Recipe, Species
+
+RATE = 8000
+
+
+def recipe(data, **changes) -> Recipe:
+    values = {"name": "r", "datasets": (DatasetChoice(name="unseen-family-cmn"),), "checkpoints": ("x",)}
+    return Recipe(**(values | {"data": str(data)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "streaming"), [("parquet", False), ("parquet", True), ("arrow", False), ("saved", False), ("saved", True)]
+)
+def test_every_form_of_the_data_gives_the_same_clips_and_recordings(beans_zero, kind, streaming):
+    dataset = open_component(components()["watkins"], source=str(beans_zero(kind)), streaming=streaming)
+    assert [clip.id for clip in dataset.clips] == ["watkins-0", "watkins-1", "watkins-2"]
+    assert [clip.label for clip in dataset.clips] == ["Walrus", "Fin, Finback Whale", "Walrus"]
+    assert dataset.clips[0].instruction == "<Audio><AudioHere></Audio> What is it, watkins?"
+    # Front to back, back to front: a stream begins again.
+    for number in (0, 1, 2, 1):
+        samples, rate = dataset.audio(f"watkins-{number}")
+        assert rate == RATE and samples.dtype == np.float64
+        np.testing.assert_allclose(samples[:100], np.sin(np.arange(100) / (3 + number)), atol=1e-12)
+    # watkins clips are at most 3 s long.
+    assert len(dataset.audio("watkins-0")[0]) == 3 * RATE
+
+
+def test_rows_and_labels_are_checked_against_the_benchmark(beans_zero, tmp_path):
+    dataset = open_component(components()["unseen-family-cmn"], source=str(beans_zero("parquet")))
+    assert dataset.notes == (
+        "unseen-family-cmn: 11 clips, the benchmark has 451: figures cannot be compared with published ones",
+    )
+    (hiceas,) = open_component(components()["hiceas"], source=str(beans_zero("parquet"))).notes
+    assert "label" not in hiceas
+
+
+def test_only_the_species_asked_for_are_kept(beans_zero):
+    data = beans_zero("parquet")
+    choice = DatasetChoice(name="unseen-family-cmn")
+    top = open_dataset(choice, recipe(data, top_k_species=2))
+    assert {clip.label for clip in top.clips} == {"Spotted Elachura", "Dall's Porpoise"} and len(top.clips) == 9
+    assert len(open_dataset(choice, recipe(data, top_k_species=1000)).clips) == 11
+    named = open_dataset(choice, recipe(data, species=(Species(name="Coruro"),)))
+    assert len(named.clips) == len(named.examples) == 2
+    with pytest.raises(DatasetError, match=r"no clip of the species 'Coruru'; did you mean 'Coruro'\?"):
+        open_dataset(choice, recipe(data, species=(Species(name="Coruru"),)))
+
+
+def test_a_component_that_is_not_there_is_said_so(beans_zero):
+    with pytest.raises(DatasetError, match="component cbi: no clip in it"):
+        open_component(components()["cbi"], source=str(beans_zero("parquet")))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_parquet_file_is_one_line(beans_zero, tmp_path, streaming):
+    whole = (beans_zero("parquet") / "shard-0.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match="not BEANS-Zero's parquet or arrow data") as error:
+        open_component(components()["watkins"], source=str(tmp_path), streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+def test_another_schema_is_one_line(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"id": ["a"], "dataset_name": ["watkins"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match="not BEANS-Zero's parquet or arrow data") as error:
+        open_component(components()["watkins"], source=str(tmp_path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DatasetError, match="no parquet or arrow file in it"):
+        (tmp_path / "empty").mkdir()
+        open_component(components()["watkins"], source=str(tmp_path / "empty"))
+
+
+def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DatasetError, match=r"cannot be fetched from the Hub .*hf auth login.*local copy") as error:
+        open_component(components()["watkins"], source="nobody/BEANS-Zero")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(4):
+        soundfile.write(tmp_path / f"{number}.wav", np.full((RATE, 2), 0.1 * number), RATE, subtype="DOUBLE")
+    return tmp_path
+
+
+def test_a_folder_of_recordings_with_csv(folder):
+    (folder / "metadata.csv").write_text("file_name,label,split\n0.wav,wren,test\n1.wav,owl,examples\n2.wav,owl,\n")
+    dataset = open_audio_folder(folder, name="mine", task="classification")
+    assert [(clip.id, clip.label) for clip in dataset.clips] == [("0.wav", "wren"), ("2.wav", "owl")]
+    assert [clip.id for clip in dataset.examples] == ["1.wav"]
+    samples, rate = dataset.audio("2.wav")
+    assert samples.shape == (RATE, 2) and rate == RATE and np.allclose(samples, 0.2)
+
+
+def test_a_folder_of_recordings_with_jsonl_draws_examples_from_what_is_asked(folder):
+    rows = [{"file_name": f"{number}.wav", "label": "öwl\u2028x"} for number in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    dataset = open_audio_folder(folder, name="mine", task="detection")
+    assert dataset.clips == dataset.examples and dataset.clips[0].label == "öwl\u2028x"
+
+
+def test_the_fingerprint_follows_labels_and_recordings(folder):
+    (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n1.wav,owl\n")
+    first = open_audio_folder(folder, name="mine", task="classification")
+    assert first.fingerprint() == open_audio_folder(folder, name="other", task="classification").fingerprint()
+    clips = (replace(first.clips[0], label="owl"), first.clips[1])
+    assert replace(first, clips=clips, examples=clips).fingerprint() != first.fingerprint()
+    before = first.fingerprint()
+    soundfile.write(folder / "0.wav", np.zeros(RATE), RATE)
+    assert first.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ("file_name,lable\n0.wav,wren\n", r"metadata.csv:2: no column 'label'; it has file_name, lable"),
+        ("file_name,label\n0.wav,\n", "metadata.csv:2: no label"),
+        ("file_name,label\n9.wav,wren\n", "metadata.csv:2: the recording '9.wav' does not exist"),
+        ("file_name,label\n0.wav,wren\n../x.wav,wren\n", "metadata.csv:3: '../x.wav' is outside the folder"),
+        ("file_name,label\n0.wav,wren,owl\n", "metadata.csv:2: more values than columns"),
+        ("file_name,label\n0.wav\n", "metadata.csv:2: fewer values than columns"),
+        ("file_name,label\n0.wav,wren\n0.wav,owl\n", "metadata.csv: the id '0.wav' stands in 2 rows"),
+        ("file_name,label,split\n0.wav,wren,dev\n", "metadata.csv:2: split 'dev' is none of test, examples, train"),
+        ("file_name,label,split\n0.wav,wren,train\n", r"rows that are asked\): no clip in it"),
+        ("file_name,label\n", "no clip in it"),
+        ('file_name,label\n"0.wav,wren\n', "damaged"),
+    ],
+)
+def test_damaged_metadata_is_named_with_its_line(folder, metadata, said):
+    (folder / "metadata.csv").write_text(metadata)
+    with pytest.raises(DatasetError, match=said):
+        open_audio_folder(folder, name="mine", task="classification")
+
+
+def test_a_file_that_is_no_recording_is_an_audio_error(folder):
+    (folder / "0.wav").write_text("not audio")
+    (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n")
+    with pytest.raises(AudioError, match=r"0\.wav: cannot be decoded"):
+        open_audio_folder(folder, name="mine", task="classification").audio("0.wav")

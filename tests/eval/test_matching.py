@@ -1,0 +1,93 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_bio.eval.matching import birds_counted, clean_as_paper, match_exactly, match_lists, nearest_labels
+
+
+def edits(first: str, second: str) -> int:
+    """Levenshtein's recurrence, written out."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]
+
+
+WORDS = st.text("abcN ", max_size=8)
+
+
+@given(st.lists(WORDS, max_size=5), st.lists(WORDS, min_size=1, max_size=5))
+def test_the_nearest_labels_are_those_of_the_recurrence_in_sorted_order(texts, labels):
+    for text, match in zip(texts, nearest_labels(texts, labels), strict=True):
+        distances = {label: edits(text, label) for label in sorted(set(labels))}
+        assert match.edits == min(distances.values())
+        assert list(match.nearest) == [label for label, distance in distances.items() if distance == match.edits]
+
+
+def test_text_after_the_end_token_does_not_count_and_the_limit_is_five_edits():
+    near, far = nearest_labels(["Corurooooo<|end_of_text|>x", "Corurooooooo"], ["Coruro", "Great Grig"])
+    assert (near.within(5), far.within(5), far.nearest[0]) == ("Coruro", "None", "Coruro")
+
+
+def test_case_counts_in_the_nearest_label():
+    assert nearest_labels(["ab"], ["AB", "xb"])[0].nearest == ("xb",)
+
+
+def test_a_list_is_matched_part_by_part_and_none_wins_a_tie():
+    assert match_lists(["owl, wombat wombat,wren ", "Nonl"], ["owl", "wren", "Nonlx"]) == ["owl, None, wren", "None"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "cleaned"),
+    [
+        (
+            "unseen-family-cmn",
+            "The common name for the focal species in the audio is Coruro, I think",
+            " Coruro, I think",
+        ),
+        ("watkins", "The common name for the focal species in the audio is Fin, Finback Whale", " Fin"),
+        ("cbi", "The scientific name for the focal species in the audio is Spinus tristis, a", " Spinus tristis"),
+        ("zf-indiv", "One, or more", "One, or more"),
+    ],
+)
+def test_the_papers_cleaning(dataset, text, cleaned):
+    assert clean_as_paper(text, dataset) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("0", "One"), ("1", "One"), ("2", "More"), ("9" * 5000, "More"), ("²", "²"), ("1.", "1."), ("One", "One")],
+)
+def test_a_number_of_birds_is_one_or_more(text, label):
+    assert birds_counted(text) == label
+
+
+LABELS = ["Coruro", "Dall's Porpoise", "Great Grig", "More", "One", "Lynx lynx : Lynx"]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Coruro", "Coruro"),
+        (" coruro. \n\nIt sings.", "Coruro"),
+        ('"Great  Grig".', "Great Grig"),
+        ("The common name for the focal species in the audio is the Coruro.", "Coruro"),
+        ("The animals are: “Dall's Porpoise”", "Dall's Porpoise"),
+        ("Answer: **one**", "One"),
+        ("lynx lynx : lynx", "Lynx lynx : Lynx"),
+        ("Coruro<|end_of_text|> or not", "Coruro"),
+        ("Coruros", "None"),
+        ("It is not a Coruro", "None"),
+        ("Coruro, Great Grig", "None"),
+        ("", "None"),
+    ],
+)
+def test_exact_sees_through_wrapping_only(text, label):
+    assert match_exactly(text, LABELS) == label
+
+
+@given(st.sampled_from(LABELS), st.sampled_from(["{}", "'{}'", "{}...", "  {}\n", "The answer is {}.", "Label: {}"]))
+def test_exact_finds_every_label_in_every_wrapping(label, wrapping):
+    assert match_exactly(wrapping.format(label.upper()), LABELS) == label

@@ -1,0 +1,281 @@
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergekit_bio.errors import OutputError, RecipeError
+from mergekit_bio.eval.components import components
+from mergekit_bio.eval.label_map import read_label_map
+from mergekit_bio.eval.recipe import (
+    DatasetChoice,
+    Generate,
+    Merge,
+    Recipe,
+    Species,
+    load_recipe,
+)
+from mergekit_bio.eval.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
+from mergekit_bio.model.layout import LLAMA3_TEMPLATE
+
+SWEEP = tuple(number / 10 for number in range(11))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+    return str(error.value).removeprefix(str(tmp_path) + "/")
+
+
+SMALL = "checkpoints: [model]\ndatasets: [watkins]\n"
+
+
+def test_the_recipes_of_the_paper_are_there():
+    assert set(shipped_recipes()) == {
+        "closed_set", "closed_set_2", "in_context_1", "in_context_5", "textual_in_context", "watkins", "cbi",
+        "zf_indiv", "beans_zero", "demo",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_has_the_papers_settings(name):
+    recipe = load_recipe(shipped_recipes()[name]).recipe
+    assert recipe.name == name
+    if name != "demo":
+        assert recipe.merge.alphas == ((1.0,) if name in ("zf_indiv", "beans_zero") else SWEEP)
+        assert recipe.generate == Generate(max_new_tokens=100, num_beams=2)
+        assert recipe.data == "EarthSpeciesProject/BEANS-Zero"
+    assert "\t" not in shipped_recipes()[name].read_text()
+
+
+def test_the_first_recipe_names_every_key_with_its_type_and_default():
+    text = shipped_recipes()["closed_set"].read_text()
+    for kind in (Recipe, Merge, Generate, DatasetChoice, Species):
+        for key in (field.name for field in fields(kind)):
+            assert re.search(rf"\b{key}:", text), key
+
+
+def test_beans_zero_is_all_of_it():
+    recipe = load_recipe(shipped_recipes()["beans_zero"]).recipe
+    assert [choice.name for choice in recipe.datasets] == list(components())
+    assert sum(component.rows for component in components().values()) == 91_965
+
+
+@pytest.mark.parametrize("name", ["watkins", "watkins_corrected", "cbi"])
+def test_label_maps_have_every_label(name):
+    names = read_label_map(shipped_recipes()["watkins"].parent / "labels" / f"{name}.csv")
+    assert set(names) == set(components()[name.removesuffix("_corrected")].labels)
+    missing = sum(scientific == "Scientific name not found" for scientific in names.values())
+    assert missing == (5 if name == "watkins" else 0)
+    assert all(re.fullmatch(r"[A-Z][a-z]+ [a-z]+|Scientific name not found", text) for text in names.values())
+
+
+def test_the_corrected_names_differ_where_the_published_ones_are_missing(published):
+    folder = shipped_recipes()["watkins"].parent / "labels"
+    ours, corrected = read_label_map(folder / "watkins.csv"), read_label_map(folder / "watkins_corrected.csv")
+    assert ours == read_label_map(published / "watkins" / "names.jsonl")
+    assert {label for label in ours if ours[label] != corrected[label]} == {
+        label for label, name in ours.items() if name == "Scientific name not found"
+    }
+
+
+def test_defaults_and_paths_beside_the_recipe(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "names.csv").write_text("label,scientific\nWalrus,Odobenus rosmarus\n")
+    loaded = load_recipe(
+        write(
+            tmp_path,
+            "checkpoints: [model, someone/else]\ndata: ./data\ndatasets: [watkins, {path: frogs/}]\n"
+            "queries: [What]\ntargets: [scientific]\nlabel_map: names.csv\n",
+        )
+    )
+    recipe = loaded.recipe
+    assert loaded.notes == ()
+    assert recipe.name == "mine" and recipe.scorer == "paper" and recipe.generate == Generate()
+    assert recipe.checkpoints == (str(tmp_path / "model"), "someone/else")
+    assert recipe.data == str(tmp_path / "data")
+    assert recipe.datasets[1] == DatasetChoice(name="frogs", path=str(tmp_path / "frogs"))
+    assert recipe.label_map == {"Walrus": "Odobenus rosmarus"}
+    assert recipe.target(0) == "scientific"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SMALL + "querys: [a]\n", "mine.yaml:3: querys: unknown key; did you mean 'queries'?"),
+        (SMALL + "generate:\n  num_beam: 2\n", "mine.yaml:4: generate.num_beam: unknown key; did you mean 'num_beams'"),
+        (SMALL + "generate: {num_beams: two}\n", "mine.yaml:3: generate.num_beams: input should be a valid integer"),
+        (SMALL + "generate: {num_beams: 0}\n", "generate.num_beams: input should be greater than or equal to 1"),
+        (SMALL + "seed: '1'\n", "mine.yaml:3: seed: input should be a valid integer"),
+        (SMALL + "streaming: 1\n", "mine.yaml:3: streaming: input should be a valid boolean"),
+        (SMALL + "scorer: papr\n", "mine.yaml:3: scorer: input should be 'paper', 'beans-zero', 'exact' or 'choice'"),
+        (SMALL + "seed: 1\nseed: 2\n", "mine.yaml:4: the key 'seed' stands twice"),
+        (SMALL + "1: 2\n", "mine.yaml:3: a key must be a text"),
+        ("checkpoints: [model]\n", "mine.yaml:1: datasets: is missing"),
+        ("datasets: [watkins]\n", "mine.yaml:1: merge: give either merge or checkpoints"),
+        (SMALL + "merge: {alphas: [0]}\n", "mine.yaml:3: merge: give either merge or checkpoints"),
+        ("merge: {alphas: []}\ndatasets: [watkins]\n", "mine.yaml:1: merge.alphas:"),
+        ("merge: {alphas: [.nan]}\ndatasets: [watkins]\n", "merge.alphas[0]: input should be a finite number"),
+        ("checkpoints: [m]\ndatasets:\n  - cbi\n  - watkin\n", "mine.yaml:4: datasets: unknown component 'watkin'"),
+        ("checkpoints: [m]\ndatasets: [cbi, cbi]\n", "datasets: 'cbi' stands twice"),
+        ("checkpoints: [m]\ndatasets:\n  - {path: x, tsk: a}\n", "mine.yaml:3: datasets[0].tsk: unknown key; did you"),
+        (SMALL + "top_k_species: 2\nspecies: [{name: a}]\n", "mine.yaml:3: top_k_species: give either species or"),
+        ("checkpoints: [m]\ndatasets: [cbi, watkins]\ntop_k_species: 2\n", "for exactly one dataset, not 2"),
+        (SMALL + "queries: ['{species_list}']\n", "mine.yaml:3: queries: the flags for species need species or"),
+        (SMALL + "top_k_species: 2\nqueries:\n- a\n- '{specis_list}'\n", "mine.yaml:6: queries[1]: unknown flag"),
+        (SMALL + "top_k_species: 2\nqueries: ['{examples}']\n", "{examples} needs species with a description each"),
+        (SMALL + "top_k_species: 2\nqueries: ['{audio_examples}']\n", "{audio_examples} needs n_examples of 1 or more"),
+        (SMALL + "queries: [a, b]\ntargets: [label]\n", "mine.yaml:4: targets: 1 targets for 2 queries"),
+        (SMALL + "queries: [a]\ntargets: [scientific]\n", "scientific and combined names need a label_map"),
+        (SMALL + "label_map: nowhere.csv\n", "nowhere.csv: the label map cannot be read"),
+        (SMALL + "generate: {temperature: 0.5}\n", "sampling (temperature above 0) needs num_beams: 1"),
+        (SMALL + "queries: [a\n", "mine.yaml:4: not YAML"),
+        (SMALL + "a: &x 1\nb: *x\n", "mine.yaml:4: not YAML: aliases are not used in recipes"),
+        ("[" * 300, "mine.yaml:1: not YAML: nested too deeply"),
+        ("- a\n", "mine.yaml:1: a recipe is a mapping of keys to values"),
+        ("", "mine.yaml:1: a recipe is a mapping of keys to values"),
+        (SMALL + "name: !!python/object:os.system x\n", "mine.yaml:3: not YAML: could not determine a constructor"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_one_line_with_line_key_and_suggestion(tmp_path, text, said):
+    assert said in refused(tmp_path, text)
+
+
+def test_a_recipe_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff\xfe\n")
+    with pytest.raises(RecipeError, match="is not UTF-8 text"):
+        load_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+REFERENCE = r"""
+model:
+  llama_path: meta-llama/Meta-Llama-3.1-8B-Instruct
+  ckpt: EarthSpeciesProject/NatureLM-audio
+  freeze_beats: true
+  use_audio_Qformer: true
+  max_txt_len: 160
+  prompt_template: TEMPLATE
+generate:
+  max_new_tokens: 100
+  num_beams: 2
+  do_sample: false
+  min_length: 1
+  temperature: 0.1
+  repetition_penalty: 1.0
+  length_penalty: 1.0
+extended:
+  datasets: [unseen-family-cmn]
+  lora_scales: [0.0, 0.5, 1.0]
+  species:
+    - name: "Spotted Elachura"
+      description: "[bird-like chirping and trilling]"
+    - name: "Dall's Porpoise"
+      description: "[high-pitched clicks and whistles]"
+  n_examples: 5
+  queries:
+    - "One of: {species_list}\n\n{audio_examples}\n\nAudio: <Audio><AudioHere></Audio>\nLabel:{randomize}"
+""".replace("TEMPLATE", json.dumps(LLAMA3_TEMPLATE))
+
+
+def test_the_references_recipe_is_translated_and_said_to_be(tmp_path):
+    loaded = load_recipe(write(tmp_path, REFERENCE))
+    assert loaded.recipe == Recipe(
+        name="mine",
+        merge=Merge(
+            base="meta-llama/Meta-Llama-3.1-8B-Instruct",
+            adapter="EarthSpeciesProject/NatureLM-audio",
+            alphas=(0.0, 0.5, 1.0),
+        ),
+        datasets=(DatasetChoice(name="unseen-family-cmn"),),
+        species=(
+            Species(name="Spotted Elachura", description="[bird-like chirping and trilling]"),
+            Species(name="Dall's Porpoise", description="[high-pitched clicks and whistles]"),
+        ),
+        n_examples=5,
+        queries=("One of: {species_list}\n\n{audio_examples}\n\nAudio: <Audio><AudioHere></Audio>\nLabel:{randomize}",),
+    )  # fmt: skip
+    assert "translated" in loaded.notes[0]
+    assert "model.freeze_beats, model.max_txt_len, model.use_audio_Qformer" in loaded.notes[1]
+
+
+def test_the_references_own_defaults(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, "model: {}\ngenerate: {merging_alpha: 0.4, do_sample: true, num_beams: 1, temperature: 0.7}\n")
+    )
+    assert recipe.recipe.merge.alphas == (0.4,)
+    assert recipe.recipe.generate == Generate(num_beams=1, temperature=0.7)
+    assert len(recipe.recipe.datasets) == 22
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("lora_scales", "lora_scale"), "mine.yaml:19: extended.lora_scale: unknown key; did you mean 'lora_scales'?"),
+        (("num_beams", "numbeams"), "mine.yaml:11: generate.numbeams: unknown key; did you mean 'num_beams'?"),
+        (
+            ("extended:", "extende:\n  a: 1\nextended:"),
+            "mine.yaml:17: extende: unknown section; did you mean 'extended'?",
+        ),
+        (("user<|end", "system<|end"), "mine.yaml:8: model.prompt_template: only NatureLM-audio's own chat template"),
+        (("[0.0, 0.5, 1.0]", "half"), "mine.yaml:19: merge.alphas: input should be a valid array"),
+        (("[unseen-family-cmn]", "[unseen-family]"), "unknown component 'unseen-family'; did you mean"),
+    ],
+)
+def test_a_wrong_reference_recipe_is_one_line(tmp_path, change, said):
+    assert said in refused(tmp_path, REFERENCE.replace(*change))
+
+
+def test_recipes_are_found_by_name_by_path_and_as_the_readme_writes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_recipes()["watkins"]
+    assert find_recipe("watkins") == find_recipe("recipes/watkins.yaml") == find_recipe("watkins.yaml") == shipped
+    write(tmp_path, SMALL)
+    assert find_recipe("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(RecipeError, match="watkin: no such recipe; did you mean 'watkins'"):
+        find_recipe("watkin")
+    assert find_label_map(Path("watkins_corrected.csv")).is_file()
+
+
+def test_a_copied_recipe_works_where_it_is(tmp_path):
+    files = copy_shipped("watkins", tmp_path)
+    assert files == [tmp_path / "watkins.yaml", tmp_path / "labels" / "watkins.csv"]
+    assert load_recipe(files[0]).recipe == load_recipe(shipped_recipes()["watkins"]).recipe
+    with pytest.raises(OutputError, match="exists already"):
+        copy_shipped("watkins", tmp_path)
+    assert copy_shipped("watkins", tmp_path / "whales.yaml")[0].read_text() == files[0].read_text()
+    with pytest.raises(RecipeError, match="no such recipe; did you mean 'cbi'"):
+        copy_shipped("cbii", tmp_path)
+
+
+def test_every_shipped_recipe_is_plain_yaml():
+    for file in shipped_recipes().values():
+        assert isinstance(yaml.safe_load(file.read_text()), dict)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("label,name\na,b\n", "map.csv:1: the column 'scientific' is missing"),
+        ("label,scientific\na,\n", "map.csv:2: a line needs a label and a scientific name"),
+        ("label,scientific\na\n", "map.csv:2: a line needs"),
+        ("label,scientific\na,b\na,c\n", "map.csv:3: the label 'a' stands in the file twice"),
+        ("label,scientific\n", "no label in it"),
+        ('label,scientific\n"a,b\n', "damaged"),
+    ],
+)
+def test_a_wrong_label_map_is_one_line(tmp_path, content, said):
+    (tmp_path / "map.csv").write_text(content)
+    with pytest.raises(RecipeError) as error:
+        read_label_map(tmp_path / "map.csv")
+    assert said in str(error.value)
