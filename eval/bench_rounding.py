@@ -21,8 +21,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDINGS = ("nearest", "stochastic")
 #: A delta far above and one far below half a step of bfloat16 (2^-9 of a weight, 0.2%).
 ADAPTERS = (
-    smollm2.Training("large", steps=200, tokens=64, learning_rate=8e-4),
-    smollm2.Training("small", steps=200, tokens=64, learning_rate=6e-5),
+    smollm2.Training("large", steps=200, tokens=64, learning_rate=5e-4),
+    smollm2.Training("small", steps=200, tokens=64, learning_rate=3e-5),
 )
 
 
@@ -108,8 +108,8 @@ the last three in bfloat16. Made by `eval/bench_rounding.py` ({made_with}).
 ![Divergence against alpha](rounding.png)
 
 Rounding to the nearest bfloat16 drops what is below half a step of each weight, so a small delta all but vanishes and
-the merged model stays near the base. Stochastic rounding keeps every delta on average. Its noise is far below what
-computing in bfloat16 costs any model, merged or not (last column).
+the merged model stays near the base. Stochastic rounding keeps every delta on average. It adds more noise, which shows
+where a delta is large; but that is far below what computing in bfloat16 costs any model, merged or not (last column).
 """
 
 

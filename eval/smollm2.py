@@ -29,7 +29,7 @@ class Training:
     """How an adapter is trained (AdamW, rank 16 on q, k, v and o).
 
     Attributes:
-        name: Of its folder in the cache.
+        name: What to call it.
         steps: Optimiser steps.
         tokens: In a step's only sequence.
         learning_rate: Constant; decides how large the delta becomes.
@@ -57,7 +57,8 @@ def base() -> Path:
 
 def adapter(training: Training) -> Path:
     """A PEFT adapter for :func:`base`, trained the first time."""
-    return _cached(f"smollm2-adapter-{training.name}", lambda directory: _train(training, directory))
+    name = f"smollm2-adapter-{training.name}-{training.steps}x{training.tokens}-{training.learning_rate:g}"
+    return _cached(name, lambda directory: _train(training, directory))
 
 
 def text(*, held_out: bool, tokens: int, count: int) -> "torch.Tensor":

@@ -37,7 +37,7 @@ _READ = {
     "layers_to_transform", "lora_alpha", "lora_bias", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) subtract from it.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"

@@ -181,11 +181,12 @@ def _finish(
                 errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
     losses = summarise(errors)
     manifest = describe(plan, output, settings, hashes, losses)
-    (folder / MANIFEST).write_text(manifest.to_json())
     (folder / "README.md").write_text(model_card(manifest.document()))
     for name, shard in files.items():
         if shard.links:
             (folder / name).chmod(0o444)
+    # Last, because it is what makes a directory a checkpoint that verify accepts.
+    (folder / MANIFEST).write_text(manifest.to_json())
     return MergedCheckpoint(target / output.folder, output.alpha, losses, unchanged=not hashes)
 
 

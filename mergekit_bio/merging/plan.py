@@ -328,7 +328,7 @@ def _shape(name: str, source: TensorInfo, deltas: tuple[tuple[int, Delta], ...])
 
 def _grown_rows(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
     """The new number of rows, if the vocabulary grows; both sides must then grow alike."""
-    sides = [pieces[name] for name in (base.input_embedding, LM_HEAD) if name in pieces]
+    sides = [piece for name, piece in pieces.items() if name in (base.input_embedding, LM_HEAD)]
     grown = {piece.shape[0] for piece in sides if piece.shape != piece.source.shape}
     if not grown:
         return None

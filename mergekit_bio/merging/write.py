@@ -81,7 +81,8 @@ def execute(
             for each in pools:
                 each.shutdown(wait=True, cancel_futures=True)
             # What stopped the others is what counts.
-            for stopped in (*jobs, *folds):
+            unfinished: list[Future[Any]] = [*jobs, *folds]
+            for stopped in unfinished:
                 failure = None if stopped.cancelled() else stopped.exception()
                 if failure is not None and not isinstance(failure, _Stopped):
                     raise failure from None

@@ -166,18 +166,20 @@ def test_a_disk_too_small_is_refused_before_writing(sources, disk):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile(sources, reference, disk):
-    folder = disk("size=1g")
+    folder = disk("size=512m")
     out = folder / "out"
     process = start(sources, out)
     wait_until_writing(process, folder)
-    filler = os.open(folder, os.O_TMPFILE | os.O_RDWR)  # has no name, so that nobody else can remove it
-    try:
+    filler = os.open(folder, os.O_TMPFILE | os.O_RDWR)  # has no name, so that it is not among what is left behind
+    taken = 0
+    while process.poll() is None:  # all that is free now, and what is freed meanwhile
+        free = os.fstatvfs(filler).f_bavail * os.fstatvfs(filler).f_bsize
         with contextlib.suppress(OSError):
-            while process.poll() is None:
-                os.write(filler, bytes(1 << 20))
-        message = finish(process)
-    finally:
-        os.close(filler)
+            os.posix_fallocate(filler, taken, max(free, 1))
+            taken += free
+        time.sleep(0.005)
+    message = finish(process)
+    os.close(filler)
     assert process.returncode == 1
     assert message.startswith("error: ") and message.count("\n") == 1 and "disk is full" in message
     assert list(folder.iterdir()) == []

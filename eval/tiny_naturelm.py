@@ -1,0 +1,171 @@
+"""A NatureLM-audio and its Llama of a few hundred kilobytes, made from random numbers, in the layouts on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.model.layout import LLAMA3_TEMPLATE
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, RANK = 64, 2, 2, 1, 32, 128, 4
+
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+]
+
+BEATS = {
+    "activation_dropout": 0.0,
+    "activation_fn": "gelu",
+    "attention_dropout": 0.0,
+    "conv_bias": False,
+    "conv_pos": 16,
+    "conv_pos_groups": 4,
+    "deep_norm": True,
+    "dropout": 0.0,
+    "dropout_input": 0.0,
+    "embed_dim": 16,
+    "encoder_attention_heads": 2,
+    "encoder_embed_dim": 32,
+    "encoder_ffn_embed_dim": 64,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": 1,
+    "finetuned_model": False,
+    "gru_rel_pos": True,
+    "input_patch_size": 16,
+    "layer_norm_first": False,
+    "layer_wise_gradient_decay_ratio": 1.0,
+    "max_distance": 64,
+    "num_buckets": 32,
+    "predictor_class": 3,
+    "predictor_dropout": 0.0,
+    "relative_position_embedding": True,
+}
+
+NATURELM = {
+    "audio_qformer_cfg": {"intermediate_size": 64, "layer_norm_eps": 1e-12, "num_attention_heads": 2},
+    "beats_cfg": BEATS,
+    "llama_path": "base",
+    "lora": True,
+    "lora_alpha": 2 * RANK,
+    "lora_rank": RANK,
+    "max_pooling": False,
+    "num_audio_query_token": 1,
+    "prompt_template": LLAMA3_TEMPLATE,
+    "second_per_window": 0.333333,
+    "second_stride": 0.333333,
+    "use_audio_Qformer": True,
+    "window_level_Qformer": True,
+}
+
+CORPUS = [
+    "What is the common name for the focal species in the audio?",
+    "Answer with exactly one of: marsh wren, tree frog, gray wolf, spring peeper.",
+    "Audio: <Audio></Audio>\nLabel: marsh wren\n",
+]
+
+
+def make_base(folder: Path, *, seed: int = 0) -> Path:
+    """A Llama with a Llama-3-like tokenizer."""
+    folder.mkdir(parents=True)
+    vocab_size = _write_tokenizer(folder)
+    eos = [SPECIAL.index(name) + vocab_size - len(SPECIAL) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    bos = vocab_size - len(SPECIAL)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "head_dim": HEAD_DIM,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": vocab_size,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos}))
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int, std: float = 0.15) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    tensors = {
+        "model.embed_tokens.weight": weight(vocab_size, HIDDEN, std=1.0),
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    tensors["lm_head.weight"] = weight(vocab_size, HIDDEN, std=0.4)  # wide enough that ties are rare
+    for n in range(LAYERS):
+        layer = f"model.layers.{n}"
+        tensors |= {
+            f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.self_attn.q_proj.weight": weight(HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.k_proj.weight": weight(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": weight(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD_DIM),
+            f"{layer}.mlp.gate_proj.weight": weight(FFN, HIDDEN),
+            f"{layer}.mlp.up_proj.weight": weight(FFN, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": weight(HIDDEN, FFN),
+        }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def make_naturelm(folder: Path, *, seed: int = 1) -> Path:
+    """An original NatureLM-audio checkpoint that holds what was trained: the tower and the LoRA."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(NATURELM))
+    torch.manual_seed(seed)
+    tower = AudioPrefix(AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN))
+    tensors = {
+        name: tensor if not tensor.is_floating_point() or tensor.ndim < 2 else torch.randn_like(tensor) * 0.3
+        for name, tensor in tower.state_dict().items()
+    }
+    widths = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
+    for n in range(LAYERS):
+        for kind, width in widths.items():
+            module = f"llama_model.base_model.model.model.layers.{n}.self_attn.{kind}_proj"
+            inner = HEADS * HEAD_DIM if kind == "o" else HIDDEN
+            tensors[f"{module}.lora_A.default.weight"] = torch.randn(RANK, inner) * 0.15
+            tensors[f"{module}.lora_B.default.weight"] = torch.randn(width, RANK) * 0.3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> int:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": SPECIAL[0],
+                "eos_token": SPECIAL[-1],
+                "clean_up_tokenization_spaces": True,
+            }
+        )
+    )
+    return tokenizer.get_vocab_size()
