@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def ask(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model with an audio tower, or its hub id.")],
-    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Recordings, or folders of them.")],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO", help="Recordings, or folders of them.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <AudioHere> marks where an audio goes.")],
     window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
@@ -30,19 +30,19 @@ def ask(
     several, the recordings fill them in order and there is one answer. A recording that cannot be used is named and
     counted, and the others are answered.
 
+    \b
     Examples:
-
       mergekit-bio ask merged/alpha-0.50 wren.wav --prompt "What is the common name for the focal species in the audio?"
-
       mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
     """
-    from mergekit_bio.audio.recording import find_recordings
+    from mergekit_bio.audio.recording import check_windows, find_recordings
     from mergekit_bio.model.ask import Asker
     from mergekit_bio.model.layout import AUDIO_SLOT
     from mergekit_bio.model.loading import load_model
     from mergekit_bio.model.prompt import check_audio_count, render_prompt
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_windows(window=window, hop=hop)
     recordings = find_recordings(audio)
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
@@ -66,9 +66,7 @@ def ask(
     }
     output.result(
         document,
-        lambda console: [
-            console.print(f"{_where(answer)}  {answer.text}", markup=False, soft_wrap=True) for answer in answers
-        ],
+        lambda console: console.print("\n".join(map(_line, answers)), markup=False, soft_wrap=True),
         lines=[answer.text for answer in answers],
     )
 
@@ -84,7 +82,7 @@ def _ask_each(
 ) -> "list[Answer]":
     from mergekit_bio.errors import AudioError
 
-    answers = []
+    answers: list[Answer] = []
     with output.progress("listening", total=len(recordings)) as advance:
         for recording in recordings:
             try:
@@ -104,5 +102,5 @@ def _ask_each(
     return answers
 
 
-def _where(answer: "Answer") -> str:
-    return f"{' + '.join(answer.recordings)} [{answer.start:.1f}-{answer.end:.1f} s]"
+def _line(answer: "Answer") -> str:
+    return f"{' + '.join(answer.recordings)} [{answer.start:.1f}-{answer.end:.1f} s]  {answer.text}"

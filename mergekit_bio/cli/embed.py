@@ -13,7 +13,7 @@ def embed(
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="A merged model with an audio tower, or NatureLM-audio; or a hub id.")
     ],
-    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Recordings, or folders of them.")],
+    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO", help="Recordings, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .safetensors or .npz.")],
     window: Annotated[float, typer.Option(help="Seconds an embedding stands for, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
@@ -27,19 +27,19 @@ def embed(
     A recording that cannot be used is named and counted, and the others are embedded. The file holds the arrays
     prefix, encoder, recording, start and end, a row for every window.
 
+    \b
     Examples:
-
       mergekit-bio embed merged/alpha-0.50 recordings/ --out embeddings.safetensors
-
       mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
     """
     from mergekit_bio.audio.device import pick_device
     from mergekit_bio.audio.embeddings import open_embeddings
     from mergekit_bio.audio.prefix import AudioPrefix
-    from mergekit_bio.audio.recording import find_recordings
+    from mergekit_bio.audio.recording import check_windows, find_recordings
     from mergekit_bio.errors import AudioError
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_windows(window=window, hop=hop)
     recordings = find_recordings(audio)
     failed: dict[str, str] = {}
     with open_embeddings(out, overwrite=overwrite) as embeddings:

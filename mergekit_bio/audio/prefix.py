@@ -1,0 +1,129 @@
+"""The audio prefix: from a waveform to the embeddings that stand for it in Llama's prompt."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from mergekit_bio.audio.beats import Beats
+from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.qformer import QFormer
+from mergekit_bio.audio.tower import tower_config, tower_tensors
+from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
+
+
+class AudioPrefix(nn.Module):
+    """NatureLM-audio's ears (Robinson et al. 2024): BEATs, a window-level Q-Former and a projection to Llama's width.
+
+    Its ``state_dict`` names are the original checkpoint's, which a merged directory holds behind ``audio_prefix.``.
+    """
+
+    def __init__(self, config: AudioPrefixConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.beats = Beats(config.beats)
+        self.ln_audio = nn.LayerNorm(config.beats.hidden_size, eps=config.beats.layer_norm_eps)
+        self.audio_query_tokens = nn.Parameter(torch.zeros(1, config.qformer.num_queries, config.qformer.hidden_size))
+        self.audio_Qformer = QFormer(config.qformer, encoder_size=config.beats.hidden_size)
+        self.audio_llama_proj = nn.Linear(config.qformer.hidden_size, config.hidden_size)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Load the tower of a checkpoint.
+
+        Args:
+            source: A directory or hub id (``@revision`` allowed): a merged directory, or an original NatureLM-audio
+                checkpoint, full or trained-only.
+
+        Returns:
+            The tower in eval mode, in float32, whatever the file holds.
+
+        Raises:
+            MergekitBioError: The checkpoint is not there, has no tower, or its tensors are not exactly those that its
+                configuration asks for.
+        """
+        checkpoint = Checkpoint.open(resolve(source).path)
+        with torch.device("meta"):
+            prefix = cls(tower_config(checkpoint))
+        expected = prefix.state_dict()
+        tensors = tower_tensors(checkpoint, {name: tensor.shape for name, tensor in expected.items()})
+        floats = {name: t.float() if expected[name].is_floating_point() else t for name, t in tensors.items()}
+        prefix.load_state_dict(floats, assign=True)
+        return prefix.eval()
+
+    def forward(self, waveform: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed clips.
+
+        Args:
+            waveform: ``[batch, samples]`` at 16 kHz, any floating point type; see
+                :func:`mergekit_bio.audio.waveform.prepare`. float64 keeps the quietest mel bins exact.
+            padding: bool ``[batch, samples]``, True where a sample is padding. NatureLM-audio hears the zeros at the
+                end of a short clip as silence, so leave it out to reproduce it.
+
+        Returns:
+            ``[batch, n_prefix, hidden]`` in the parameters' type; 29 prefix tokens for 10 s.
+
+        Raises:
+            ValueError: The waveform is too short for one window, or a clip is padding from end to end.
+        """
+        return self.project(self.encode(self.features(waveform), padding))
+
+    @staticmethod
+    def features(waveform: torch.Tensor) -> torch.Tensor:
+        """Filter banks float32 ``[batch, frames, 128]`` of ``[batch, samples]``, on the waveform's device."""
+        if waveform.device.type == "mps":  # Apple's GPUs have no float64
+            return fbank(waveform.cpu()).to(waveform.device)
+        return fbank(waveform)
+
+    def encode(self, features: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Run BEATs alone.
+
+        Args:
+            features: ``[batch, frames, 128]``, of :func:`mergekit_bio.audio.fbank.fbank`.
+            padding: As in :meth:`forward`.
+
+        Returns:
+            ``[batch, tokens, encoder hidden]``.
+        """
+        tokens = None
+        if padding is not None and padding.any():
+            size = self.config.beats.patch_size
+            count = features.shape[1] // size * (features.shape[2] // size)
+            tokens = token_padding(padding, frames=features.shape[1], tokens=count)
+        return self.beats(features.to(self.audio_query_tokens.dtype), tokens)
+
+    def project(self, encoded: torch.Tensor) -> torch.Tensor:
+        """From BEATs' ``[batch, tokens, encoder hidden]`` to the prefix ``[batch, n_prefix, hidden]``."""
+        window, stride = self.config.window, self.config.stride
+        if encoded.shape[1] < window:
+            raise ValueError(f"the waveform gives {encoded.shape[1]} tokens; one window needs {window}")
+        windows = self.ln_audio(encoded).unfold(1, window, stride).transpose(2, 3)
+        queries = self.audio_Qformer(self.audio_query_tokens, windows.flatten(0, 1))
+        return self.audio_llama_proj(queries.unflatten(0, windows.shape[:2]).flatten(1, 2))
+
+
+def token_padding(padding: torch.Tensor, *, frames: int, tokens: int) -> torch.Tensor:
+    """Which encoder tokens BEATs takes for padding: those of which every sample's share is.
+
+    Shares are made by plain division, as the reference does, and not by where a token's frames lie.
+
+    Args:
+        padding: bool ``[batch, samples]``.
+        frames: Frames of the filter bank.
+        tokens: Encoder tokens.
+
+    Returns:
+        bool ``[batch, tokens]``.
+
+    Raises:
+        ValueError: Nothing of a clip is left, so attention would have nothing to attend to.
+    """
+    for parts in (frames, tokens):
+        share = padding.shape[1] // parts
+        padding = padding[:, : parts * share].unflatten(1, (parts, share)).all(-1)
+    if padding.all(1).any():
+        raise ValueError("a clip is padding from end to end")
+    return padding

@@ -1,0 +1,150 @@
+"""Recordings on disk: found, decoded and cut into windows, however long they are."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.audio.waveform import MIN_SECONDS, check_channels, check_duration, check_rate, fit, resample_blocks
+from mergekit_bio.errors import AudioError, MissingPackageError
+
+if TYPE_CHECKING:
+    import torch
+
+CLIP_SECONDS = 10.0
+
+_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a recording.
+
+    Attributes:
+        start: Seconds from the recording's beginning.
+        end: Seconds; before ``start`` + 10 s where the recording ends first.
+        waveform: float64 ``[clip_samples]`` at 16 kHz, padded with zeros: what the tower hears.
+    """
+
+    start: float
+    end: float
+    waveform: "torch.Tensor"
+
+
+def find_recordings(paths: Iterable[str | Path]) -> list[Path]:
+    """The files named, and the recordings in and below the folders named, in order of their paths.
+
+    Raises:
+        AudioError: A path does not exist, or a folder holds no recording.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+            if not inside:
+                raise AudioError(f"{path}: holds no recordings ({', '.join(sorted(_SUFFIXES))})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise AudioError(f"{path}: no such file or folder")
+    return found
+
+
+def read_windows(
+    path: str | Path,
+    *,
+    window: float = CLIP_SECONDS,
+    hop: float | None = None,
+    clip_samples: int = 10 * SAMPLING_RATE,
+) -> Iterator[Window]:
+    """Cut a recording into windows, reading no further than the next one needs.
+
+    The windows cover the recording to its end. A last remainder of less than 0.5 s would be mostly silence: that
+    window is moved back to end with the recording.
+
+    Args:
+        path: A file that libsndfile decodes (wav, flac, ogg, mp3, ...).
+        window: Seconds a window, 0.5 to the clip length.
+        hop: Seconds from one window's start to the next; the same as ``window`` by default.
+        clip_samples: Length that every window's waveform is padded to.
+
+    Raises:
+        AudioError: The file is no use (not decodable, empty, too short, not finite, ...), or the window is.
+    """
+    hop = window if hop is None else hop
+    check_windows(window=window, hop=hop, clip_samples=clip_samples)
+    for start, samples in _cut(_read_16k(Path(path)), round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE)):
+        end = (start + samples.numel()) / SAMPLING_RATE
+        yield Window(start / SAMPLING_RATE, end, fit(samples, clip_samples=clip_samples))
+
+
+def check_windows(*, window: float, hop: float | None, clip_samples: int = 10 * SAMPLING_RATE) -> None:
+    """Raise AudioError for a window that is too short, longer than a clip, or does not move."""
+    clip_seconds = clip_samples / SAMPLING_RATE
+    if not MIN_SECONDS <= window <= clip_seconds:
+        raise AudioError(f"a window of {window:g} s is outside {MIN_SECONDS} to {clip_seconds:g} s")
+    if hop is not None and not 1 / SAMPLING_RATE <= hop < float("inf"):
+        raise AudioError(f"a hop of {hop:g} s does not move the window")
+
+
+def read_clip(path: str | Path, *, clip_samples: int = 10 * SAMPLING_RATE) -> Window:
+    """The beginning of a recording: what NatureLM-audio hears of a file given as one audio."""
+    return next(read_windows(path, window=clip_samples / SAMPLING_RATE, clip_samples=clip_samples))
+
+
+def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[tuple[int, torch.Tensor]]":
+    """Start and samples of every window of a stream; all in samples."""
+    import torch
+
+    held = torch.empty(0, dtype=torch.float64)
+    held_from = start = 0
+    for block in blocks:
+        held = torch.cat((held, block))
+        # Only a window with something behind it is surely not the last one.
+        while held_from + held.numel() > start + window:
+            yield start, held[start - held_from :][:window]
+            start += hop
+        needed = max(0, min(start - held_from, held.numel() - window))
+        held, held_from = held[needed:], held_from + needed
+    total = held_from + held.numel()
+    covered = start - hop + window if start else 0
+    if covered < total and start < total:
+        if total - start < MIN_SECONDS * SAMPLING_RATE:
+            start = max(0, total - window)
+        yield start, held[start - held_from :]
+
+
+def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
+    """Decode to mono at 16 kHz, about a clip at a time."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package without its C library
+        raise MissingPackageError("soundfile", "eval", "reading recordings") from error
+    try:
+        # By descriptor, so that libsndfile goes by what is in the file and not by its name.
+        with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+            check_rate(file.samplerate)
+            check_channels(file.channels)
+            yield from resample_blocks(_decode(file), sampling_rate=file.samplerate)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from error
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"{path}: cannot be decoded as audio ({str(error).rstrip('.')})") from error
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _decode(file: Any) -> "Iterator[torch.Tensor]":
+    """Mono float64 blocks of an open ``soundfile.SoundFile`` at its own rate."""
+    import torch
+
+    frames = 0
+    while len(block := file.read(int(CLIP_SECONDS * file.samplerate), dtype="float64", always_2d=True)):
+        mono = torch.from_numpy(block).mean(dim=1)
+        if not mono.isfinite().all():
+            raise AudioError(f"holds NaN or infinity after {frames / file.samplerate:.1f} s")
+        frames += len(block)
+        yield mono
+    check_duration(frames, file.samplerate)

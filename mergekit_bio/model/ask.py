@@ -1,0 +1,92 @@
+"""Questions about recordings, answered by a merged model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.audio.recording import Window, read_clip, read_windows
+
+if TYPE_CHECKING:
+    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+    from mergekit_bio.model.processing import NatureLMAudioProcessor
+
+#: Windows of one recording that are answered at a time: they bound the memory a long one takes.
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        recordings: The files it was asked about, in the order of the prompt's slots.
+        start: Where in the recording its window begins, in seconds.
+        end: Where it ends, in seconds.
+        text: The answer.
+    """
+
+    recordings: tuple[str, ...]
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model with the way it is asked: beams or greedy, and how long it may talk.
+
+    Attributes:
+        model: The merged model.
+        processor: Its processor.
+        num_beams: 1 for greedy decoding.
+        max_new_tokens: Tokens an answer may have.
+    """
+
+    model: "NatureLMAudioForConditionalGeneration"
+    processor: "NatureLMAudioProcessor"
+    num_beams: int
+    max_new_tokens: int
+
+    def each_window(
+        self, recording: Path, instruction: str, *, window: float, hop: float | None = None
+    ) -> Iterator[Answer]:
+        """Ask about every window of a recording; see :func:`mergekit_bio.audio.recording.read_windows`.
+
+        Raises:
+            AudioError: The recording is no use.
+            PromptError: The instruction is empty or has several slots.
+        """
+        prompt = self.processor.render(instruction)
+        windows = read_windows(recording, window=window, hop=hop, clip_samples=self.processor.clip_samples)
+        while some := list(islice(windows, _BATCH)):
+            texts = self._generate([prompt] * len(some), some)
+            for part, text in zip(some, texts, strict=True):
+                yield Answer((str(recording),), part.start, part.end, text)
+
+    def together(self, recordings: Sequence[Path], instruction: str) -> Answer:
+        """Ask once about several recordings, the first 10 s of each, one a slot of the instruction.
+
+        Raises:
+            AudioError: A recording is no use.
+            PromptError: The recordings are not as many as the slots.
+        """
+        prompt = self.processor.render(instruction, num_audios=len(recordings))
+        clips = [read_clip(recording, clip_samples=self.processor.clip_samples) for recording in recordings]
+        (text,) = self._generate([prompt], clips)
+        return Answer(tuple(map(str, recordings)), 0.0, max(clip.end for clip in clips), text)
+
+    def _generate(self, prompts: list[str], clips: Sequence[Window]) -> list[str]:
+        inputs = self.processor(prompts, audio=[clip.waveform for clip in clips]).to(self.model.device)
+        ids: Any = self.model.generate(
+            **inputs,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            num_beams=self.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.processor.pad_token_id,
+        )
+        answers = ids[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]

@@ -1,0 +1,53 @@
+"""Loading a merged directory for use, strictly."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_bio.audio.device import pick_device
+from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.errors import CheckpointError, MissingPackageError
+from mergekit_bio.model.layout import MODEL_TYPE
+
+if TYPE_CHECKING:
+    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+    from mergekit_bio.model.processing import NatureLMAudioProcessor
+
+
+def load_model(
+    source: str | Path, *, device: str = "auto"
+) -> "tuple[NatureLMAudioForConditionalGeneration, NatureLMAudioProcessor]":
+    """Load model and processor of a merged directory.
+
+    Args:
+        source: The directory, or a hub id (``@revision`` allowed).
+        device: ``"auto"`` (a GPU if there is one), or a torch device.
+
+    Returns:
+        The model, in eval mode and in the data types of its files, and its processor.
+
+    Raises:
+        MergekitBioError: It is not there, has no audio tower, or its tensors are not exactly the model's.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingPackageError("transformers", "eval", "running a model") from error
+    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+    from mergekit_bio.model.processing import NatureLMAudioProcessor
+
+    path = resolve(source).path
+    if Checkpoint.open(path).config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path}: is not a merged model with an audio tower (model_type {MODEL_TYPE}); make one with "
+            "mergekit-bio merge, without --text-only"
+        )
+    device = pick_device(device)
+    transformers.utils.logging.disable_progress_bar()
+    model, info = NatureLMAudioForConditionalGeneration.from_pretrained(
+        path, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for problem, names in info.items():
+        if names:
+            raise CheckpointError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+    return model.eval().to(device), NatureLMAudioProcessor.from_pretrained(path)

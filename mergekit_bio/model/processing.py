@@ -1,0 +1,161 @@
+"""Prompts and audios to model inputs, for Transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.waveform import prepare
+from mergekit_bio.errors import PromptError
+from mergekit_bio.model.layout import AUDIO_SLOT
+from mergekit_bio.model.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
+
+# Llama 3's headers around every message; an audio part of a message becomes a slot, set as NatureLM-audio sets it.
+_CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if message['content'] is string %}{{- message['content'] | trim }}{%- else %}"
+    "{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'audio' %}{{- '" + AUDIO_LEAD + "' }}{%- else %}{{- part['text'] }}{%- endif %}"
+    "{%- endfor %}{%- endif %}{{- '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+
+
+class NatureLMAudioProcessor(ProcessorMixin):
+    """Tokenizer and filter bank in one.
+
+    Args:
+        tokenizer: The base's.
+        audio_token: The token that stands for audio in ``input_ids``.
+        clip_samples: Samples every audio is cut or padded to.
+        prefix_length: How many of those tokens an audio takes.
+        prompt_template: The prompt with ``{}`` for the instruction.
+        sampling_rate: What every audio is resampled to.
+        chat_template: Accepted because Transformers hands it in; the audio model has its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        audio_token: str,
+        clip_samples: int,
+        prefix_length: int,
+        prompt_template: str,
+        sampling_rate: int = SAMPLING_RATE,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.audio_token = audio_token
+        self.clip_samples = clip_samples
+        self.prefix_length = prefix_length
+        self.prompt_template = prompt_template
+        self.sampling_rate = sampling_rate
+
+    @property
+    def tokenize(self) -> PromptTokenizer:
+        """How a prompt becomes token ids."""
+        return PromptTokenizer(
+            encode=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+            bos_token_id=self.tokenizer.bos_token_id,
+            audio_token_id=self.tokenizer.convert_tokens_to_ids(self.audio_token),
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns."""
+        return ["input_ids", "attention_mask", "input_features"]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up a batch: the tokenizer's padding, or its end of sequence where it has none."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def render(self, instruction: str, *, num_audios: int = 1) -> str:
+        """The complete prompt for one instruction; see :func:`mergekit_bio.model.prompt.render_prompt`."""
+        return render_prompt(instruction, template=self.prompt_template, num_audios=num_audios)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As Transformers' own, with a template that knows audio parts.
+
+        It is not ``self.chat_template``, which would be saved over the tokenizer's.
+        """
+        return super().apply_chat_template(conversation, chat_template or _CHAT_TEMPLATE, **kwargs)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        audio: Any = None,
+        *,
+        sampling_rate: int | None = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Make model inputs.
+
+        Args:
+            text: One complete prompt (of :meth:`render` or :meth:`apply_chat_template`) or several.
+            audio: The audios of all slots in order: arrays or tensors, ``[samples]`` or with channels. For several
+                prompts also a list of such lists, one a prompt. One audio may come without a list.
+            sampling_rate: Of all the audios; by default the model's, 16 kHz.
+            return_tensors: ``"pt"``, the only kind.
+            **kwargs: Options of Transformers' generic call that change nothing here: special tokens are never
+                added, and a batch is always padded on the left.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[prompts, tokens]``, padded on the left; with audio,
+            ``input_features`` float32 ``[audios, frames, 128]``.
+
+        Raises:
+            PromptError: A prompt has another number of slots than it has audios.
+            AudioError: An audio is no use.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors must be "pt", not {return_tensors!r}')
+        if unknown := kwargs.keys() - {"add_special_tokens", "padding", "padding_side", "images", "videos"}:
+            raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
+        prompts = [text] if isinstance(text, str) else list(text)
+        audios = _distribute(audio, prompts)
+        ids = [
+            self.tokenize(prompt, audio_lengths=[self.prefix_length] * len(own))
+            for prompt, own in zip(prompts, audios, strict=True)
+        ]
+        inputs = dict(zip(("input_ids", "attention_mask"), self._pad_left(ids), strict=True))
+        flat = [clip for own in audios for clip in own]
+        if flat:
+            waveforms = [
+                prepare(clip, sampling_rate=sampling_rate or self.sampling_rate, clip_samples=self.clip_samples)
+                for clip in flat
+            ]
+            inputs["input_features"] = fbank(torch.stack(waveforms))
+        return BatchFeature(inputs)
+
+    def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        # Generation continues a row at its right end, so nothing may stand there. What the padding is does not
+        # matter: the mask hides it.
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+
+def _distribute(audio: Any, prompts: list[str]) -> list[list[Any]]:
+    """Give every prompt its audios."""
+    slots = [prompt.count(AUDIO_SLOT) for prompt in prompts]
+    if audio is None:
+        audio = []
+    elif not isinstance(audio, list | tuple):
+        audio = [audio]
+    if audio and all(isinstance(own, list | tuple) for own in audio):
+        if len(audio) != len(prompts):
+            raise PromptError(f"{len(prompts)} prompts came with {len(audio)} lists of audios")
+        for count, own in zip(slots, audio, strict=True):
+            check_audio_count(slots=count, audios=len(own))
+        return [list(own) for own in audio]
+    check_audio_count(slots=sum(slots), audios=len(audio))
+    rest = iter(audio)
+    return [[next(rest) for _ in range(count)] for count in slots]

@@ -1,0 +1,63 @@
+"""Makes Transformers' Auto classes know the merged model, whichever of the two packages is imported first."""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register() -> None:
+    """Register the audio model with Transformers now if it is imported, else as soon as it will be.
+
+    So ``import mergekit_bio`` neither needs Transformers nor waits for it.
+    """
+    if "transformers" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterTransformers())
+
+
+class _AfterTransformers(MetaPathFinder):
+    """Registers right after the first ``import transformers``.
+
+    Not later: while one of its submodules is being imported, another one that we need may be half there.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+
+        from mergekit_bio.model.configuration import NatureLMAudioConfig
+        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+        from mergekit_bio.model.processing import NatureLMAudioProcessor
+    except ImportError as error:
+        # Merging needs no Transformers, so another version beside us must not break it, nor itself.
+        warnings.warn(
+            f"Transformers will not load merged audio models ({error}); pip install 'mergekit-bio[eval]'", stacklevel=2
+        )
+        return
+    AutoConfig.register(NatureLMAudioConfig.model_type, NatureLMAudioConfig, exist_ok=True)
+    AutoProcessor.register(NatureLMAudioConfig, NatureLMAudioProcessor, exist_ok=True)
+    for auto_model in (AutoModelForMultimodalLM, AutoModelForCausalLM):
+        auto_model.register(NatureLMAudioConfig, NatureLMAudioForConditionalGeneration, exist_ok=True)
