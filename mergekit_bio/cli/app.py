@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import mergekit_bio
-from mergekit_bio.cli import ask, demo, embed, inspect, merge, push, verify
+from mergekit_bio.cli import ask, demo, embed, inspect, merge, push, recipes, report, serve, verify
 
 app = typer.Typer(
     name="mergekit-bio",
@@ -35,8 +35,13 @@ def _root(
     pass
 
 
-for command in (merge.merge, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, demo.demo):
+COMMANDS = (
+    merge.merge, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, report.report, demo.demo,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
+app.add_typer(recipes.app, name="recipes")
+app.command(context_settings={"ignore_unknown_options": True})(serve.serve)  # the rest are vLLM's flags
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -61,7 +66,6 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # The reader of our stdout has left (`mergekit-bio inspect ... | head`): nothing more to say.
@@ -73,4 +77,6 @@ def main() -> None:
             raise
         show()
         code = getattr(error, "exit_code", 2)
+    if code == 130:  # by way of an exception, or of typer, which turns Ctrl-C into this code
+        print("interrupted", file=sys.stderr)
     sys.exit(code)

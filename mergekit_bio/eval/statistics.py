@@ -52,8 +52,7 @@ def percentile_interval(values: "np.ndarray", level: float = LEVEL) -> tuple[flo
     """The central interval that holds ``level`` of the resampled values (the percentile method)."""
     import numpy as np
 
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return float(np.quantile(values, (1 - level) / 2)), float(np.quantile(values, (1 + level) / 2))
 
 
 def mcnemar_exact(*, only_first: int, only_second: int) -> float:

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TypedDict
 
-import torch
-
 import mergekit_bio
 from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
 from mergekit_bio.merging.manifest import (
@@ -56,6 +54,8 @@ def describe(
         hashes: sha256 of every tensor that was computed.
         losses: What rounding cost.
     """
+    import torch
+
     base, files = plan.base, plan.files_of(output)
     shared = sorted(name for name, shard in files.items() if shard.links)
     others = [other.folder for other in plan.outputs if other is not output]
