@@ -32,11 +32,16 @@ class _AfterTransformers(MetaPathFinder):
         if name != "transformers":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            # Whoever only asks whether Transformers is installed does not import it.
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
                 _register()
 

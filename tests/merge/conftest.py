@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The checkpoint of a tiny model of ``tiny.BASES``, written once."""
-    from tiny import write_base
+    from merge.tiny import write_base
 
     root = tmp_path_factory.mktemp("bases")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusal import refused
+from merge.refusal import refused
+from merge.tiny import Case, train, write_base
 from safetensors.torch import load_file, save_file
-from tiny import Case, train, write_base
 
 import mergekit_bio
 from mergekit_bio.checkpoint.publish import staged

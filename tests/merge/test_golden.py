@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import neighbours, read_tensors, same_bits
+from merge.oracle import neighbours, read_tensors, same_bits
 from safetensors.torch import load_file
 
 import mergekit_bio

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import read_tensors, same_bits
+from merge.oracle import read_tensors, same_bits
 from safetensors.torch import load_file, save_file
 
 import mergekit_bio

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import neighbours, read_tensors, same_bits, ulps
+from merge.oracle import neighbours, read_tensors, same_bits, ulps
+from merge.tiny import VOCABULARY, Case, load, train, unmerged
 from safetensors.torch import load_file
-from tiny import VOCABULARY, Case, load, train, unmerged
 
 import mergekit_bio
 

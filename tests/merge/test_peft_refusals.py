@@ -8,8 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from merge.tiny import ATTENTION, Case, load, train
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from tiny import ATTENTION, Case, load, train
 
 import mergekit_bio
 from mergekit_bio.errors import MergekitBioError

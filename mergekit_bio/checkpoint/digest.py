@@ -1,0 +1,19 @@
+"""sha256 of tensors."""
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tensor_sha256(tensor: "torch.Tensor") -> str:
+    """sha256 of a tensor's bytes, as hexadecimal digits; any dtype, shape and device."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def tensor_bytes(tensor: "torch.Tensor") -> Any:
+    """A tensor's bytes in memory order, as a buffer; on the CPU without a copy where it is contiguous."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,1 @@
+"""Inference engines: prompts with audio in, generations out."""

@@ -1,0 +1,115 @@
+"""Starts vLLM's server with this package's parts in it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.checkpoint.checkpoint import inside, read_json
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.errors import EngineError
+from mergekit_bio.eval.engines.sweep import difference, verify
+from mergekit_bio.serve.chat_template import CHAT_TEMPLATE
+from mergekit_bio.serve.settings import ServeSettings
+
+#: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
+MAX_AUDIOS = 16
+MAX_MODEL_LEN = 16384
+
+_PLUGIN = "mergekit_bio"
+
+
+def find_models(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
+    """Give every checkpoint its name: that of its directory or repository.
+
+    Raises:
+        EngineError: Two have the same name, or they are not of one sweep.
+        CheckpointError: One has no ears.
+    """
+    models: dict[str, Path] = {}
+    for checkpoint in checkpoints:
+        source = resolve(checkpoint)
+        if source.name in models:
+            raise EngineError(f"two checkpoints are called {source.name}; rename one of the directories")
+        models[source.name] = source.path.resolve()
+    first, *others = models.values()
+    for other in others:
+        verify(difference(first, other))
+    return models
+
+
+def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
+    """vLLM's own arguments, with defaults that suit the model and keep the server private; flags win over them.
+
+    Args:
+        models: Of :func:`find_models`.
+        flags: As on the command line.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    first = next(iter(models.values()))
+    longest = read_json(inside(first, "config.json"))["text_config"]["max_position_embeddings"]
+    defaults = {
+        "--host": "127.0.0.1",
+        "--served-model-name": list(models),
+        "--chat-template": CHAT_TEMPLATE,
+        "--chat-template-content-format": "openai",
+        "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
+        "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
+        "--max-logprobs": "128",
+        "--worker-extension-cls": "mergekit_bio.model.vllm_model.WeightReload",
+        "--middleware": "mergekit_bio.serve.guard.Guard",
+    }
+    if len(models) > 1:
+        defaults["--api-server-count"] = "1"  # one process decides whose weights are loaded
+    ours = [
+        part for flag, value in defaults.items() for part in (flag, *([value] if isinstance(value, str) else value))
+    ]
+    parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
+    args = parser.parse_args(["--model", str(first), *ours, *flags])
+    validate_parsed_serve_args(args)
+    if len(models) > 1 and (args.served_model_name != list(models) or args.api_server_count != 1):
+        raise EngineError(
+            "--served-model-name and --api-server-count cannot be set when several checkpoints are served"
+        )
+    return args
+
+
+def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: ServeSettings) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        checkpoints: Merged directories or hub ids; several of one sweep are offered under their names.
+        flags: vLLM's.
+        settings: Limits; its models and media rules are filled in here.
+
+    Raises:
+        MergekitBioError: The checkpoints cannot be served.
+        MissingPackageError: vLLM is not installed.
+    """
+    from mergekit_bio.model.vllm_plugin import register, require_vllm
+
+    require_vllm()
+    register()
+    models = find_models(checkpoints)
+    args = parse_flags(models, flags)
+    if len(models) == 1:
+        models = {args.served_model_name[0]: next(iter(models.values()))}
+    settings = replace(
+        settings,
+        models={name: str(path) for name, path in models.items()},
+        allowed_local_media_path=args.allowed_local_media_path or None,
+        allowed_media_domains=tuple(args.allowed_media_domains or ()),
+    )
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ |= settings.to_environment() | {
+        # vLLM adds routes only for plugins that are named here.
+        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, _PLUGIN])),
+        "VLLM_MEDIA_CONNECTOR": "mergekit_bio",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    }
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    ServeSubcommand.cmd(args)

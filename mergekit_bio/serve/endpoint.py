@@ -1,0 +1,130 @@
+"""``/predict`` and ``/info`` as routes of vLLM's server: an entry point of ``vllm.endpoint_plugins``."""
+
+import asyncio
+import hashlib
+import json
+from typing import Any
+
+from mergekit_bio.errors import AudioError, MergekitBioError
+from mergekit_bio.eval.engines.interface import Clip
+from mergekit_bio.eval.engines.tokenization import Tokenization
+from mergekit_bio.serve.async_engine import answer
+from mergekit_bio.serve.guard import MODEL_KEY
+from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
+from mergekit_bio.serve.predictions import SCHEMA, AudioInput, BadRequest, Item, failure, read_requests, success
+from mergekit_bio.serve.settings import ServeSettings
+
+
+class PredictionsEndpoint:
+    """The predictions_v1 contract on vLLM's port. vLLM makes it and calls its two methods."""
+
+    name = "mergekit_bio"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes."""
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        import mergekit_bio.serve.media_connector  # noqa: F401 -- registers it with vLLM
+
+        async def predict(request: Request) -> JSONResponse:
+            state = request.app.state
+            try:
+                document = json.loads(await request.body())
+            except (ValueError, RecursionError):
+                return _error(400, "the body is not JSON")
+            try:
+                items = read_requests(document, max_batch=state.mergekit_bio_settings.max_batch)
+            except BadRequest as error:
+                return _error(error.status, str(error))
+            responses = await asyncio.gather(*(_respond(state, *item) for item in items))
+            return JSONResponse({"schema_version": SCHEMA, "responses": responses})
+
+        async def info(request: Request) -> JSONResponse:
+            return JSONResponse(_info(request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]))
+
+        # FastAPI reads annotations by name, and these names are local.
+        predict.__annotations__ = {"request": Request, "return": JSONResponse}
+        info.__annotations__ = {"request": Request, "return": JSONResponse}
+        app.add_api_route("/predict", predict, methods=["POST"])
+        app.add_api_route("/info", info, methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Keep what the routes need."""
+        settings = ServeSettings.from_environment()
+        state.mergekit_bio_settings = settings
+        state.mergekit_bio_tokenization = Tokenization.from_checkpoint(settings.directory(settings.default_model))
+
+
+async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, Any]:
+    """Answer one item; whatever is wrong with it stays its own."""
+    if isinstance(item, str):
+        return failure(sample_id, item)
+    from vllm.exceptions import VLLMClientError
+
+    settings: ServeSettings = state.mergekit_bio_settings
+    try:
+        prompt = item.prompt()
+        if len(item.audio_inputs) > _max_audios(state):
+            return failure(sample_id, f"at most {_max_audios(state)} audios may be provided in one prompt")
+        generation = await answer(
+            state.engine_client,
+            state.mergekit_bio_tokenization,
+            prompt=prompt,
+            clips=[await _clip(audio, settings) for audio in item.audio_inputs],
+            decoding=item.generation_config.decoding(default_tokens=settings.max_new_tokens),
+        )
+    except (MergekitBioError, VLLMClientError) as error:
+        return failure(sample_id, str(error))
+    return success(
+        sample_id,
+        text=generation.text,
+        finish_reason=generation.finish_reason,
+        prompt_tokens=generation.prompt_tokens,
+        tokens=len(generation.token_ids),
+        seconds=generation.timings.total,
+    )
+
+
+def _max_audios(state: Any) -> int:
+    limit: int = state.vllm_config.model_config.multimodal_config.get_limit_per_prompt("audio")
+    return limit
+
+
+async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
+    def prepare(data: bytes) -> Clip:
+        samples, rate = decode(data, settings)
+        return Clip.from_samples(samples, sampling_rate=rate)
+
+    if audio.payload_type == "base64_wav":
+        data = decode_base64(audio.data)
+    elif audio.payload_type == "file_path":
+        data = await asyncio.to_thread(read_local, audio.data, settings)
+    else:
+        data = await fetch(audio.data, settings)
+    if not data:
+        raise AudioError("the audio is empty")
+    return await asyncio.to_thread(prepare, data)
+
+
+def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
+    manifest = settings.directory(model) / "merge.json"
+    payloads = ["base64_wav"]
+    payloads += ["file_path"] if settings.allowed_local_media_path else []
+    payloads += ["file_url"] if settings.allowed_media_domains else []
+    return {
+        "name": "mergekit-bio",
+        "model": model,
+        "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
+        "audio_payload_types": payloads,
+        "max_batch_size": settings.max_batch,
+        "supports_batching": True,
+        "schema_versions": [SCHEMA],
+    }
+
+
+def _error(status: int, message: str) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": message}, status)

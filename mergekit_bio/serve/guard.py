@@ -1,0 +1,186 @@
+"""The door of the server: keys, body size, and which weights a request needs."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.errors import EngineError
+from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+#: Answered without a key: nothing here tells or does more than "the server is up".
+OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+
+#: Where the chosen model stands in a request's scope.
+MODEL_KEY = "mergekit_bio.model"
+
+#: How often a waiting request looks whether the engine still runs.
+_WATCH_SECONDS = 1.0
+
+_PER_MODEL = ("/predict", "/info", "/health")
+_WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
+
+
+class Guard:
+    """ASGI middleware, outermost; vLLM makes it (``--middleware``).
+
+    With several models, a request waits until the weights it names are loaded (see
+    :class:`mergekit_bio.serve.turnstile.Turnstile`). ``/NAME/predict`` and its kin choose a model by path, for
+    clients of a contract that has no field for it.
+    """
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+        self._settings = ServeSettings.from_environment()
+        self._loaded = self._settings.directory(self._settings.default_model)
+        self._turnstile: Turnstile | None = None
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer or pass on one request."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        scope = self._route(scope)
+        if not _has_key(scope):
+            await _refuse(scope, receive, send, 401, "a valid API key is needed: Authorization: Bearer KEY")
+            return
+        if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
+            await self._app(scope, receive, send)
+            return
+        body = await self._body(scope, receive)
+        if body is None:
+            limit = self._settings.max_body_bytes
+            await _refuse(scope, receive, send, 413, f"the request is larger than {limit} bytes")
+            return
+        replay = _replay(body, receive)
+        if len(self._settings.models) == 1:
+            await self._answer(scope, replay, send)
+            return
+        if self._turnstile is None:
+            engine = scope["app"].state.engine_client
+            self._turnstile = Turnstile(self._settings.default_model, lambda model: self._switch(engine, model))
+        async with self._turnstile.use(self._model(scope, body)):
+            await self._answer(scope, replay, send)
+
+    async def _answer(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Pass a request on, and let go of it when the engine stops: it would wait for tokens for ever."""
+        engine, started = scope["app"].state.engine_client, False
+
+        async def tell(message: "Message") -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        task = asyncio.ensure_future(self._app(scope, receive, tell))
+        try:
+            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+                if not engine.is_running:
+                    break
+        finally:
+            task.cancel()  # does nothing to one that is done
+        if task.done() and (engine.is_running or task.cancelled() or task.exception() is None):
+            await task
+        elif not started:  # whatever went wrong in a request while the engine stops is the stopping
+            await _refuse(scope, receive, send, 503, "the server is stopping")
+
+    def _route(self, scope: "Scope") -> "Scope":
+        first, _, rest = scope["path"].removeprefix("/").partition("/")
+        if first in self._settings.models and f"/{rest}" in _PER_MODEL:
+            path = f"/{rest}"
+            return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: first}
+        return {**scope, MODEL_KEY: self._settings.default_model}
+
+    def _model(self, scope: "Scope", body: bytes) -> str:
+        if scope["path"] not in _PER_MODEL:
+            try:
+                document = json.loads(body)
+            except (ValueError, RecursionError):
+                document = None  # vLLM will say what is wrong with it
+            name = document.get("model") if isinstance(document, dict) else None
+            if isinstance(name, str) and name in self._settings.models:
+                return name
+        model: str = scope[MODEL_KEY]
+        return model
+
+    async def _body(self, scope: "Scope", receive: "Receive") -> bytes | None:
+        """The whole body, or None if it is too large."""
+        limit = self._settings.max_body_bytes
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return bytes(body)  # the client has gone
+            body += message.get("body", b"")
+            if len(body) > limit:
+                return None
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    async def _switch(self, engine: Any, model: str) -> None:
+        from mergekit_bio.eval.engines.sweep import difference
+
+        target = Path(self._settings.models[model])
+        change = difference(self._loaded, target)
+        if change.names:
+            try:
+                for loaded in await _replace(engine, target, change.names):
+                    change.check(loaded)
+            except EngineError:
+                await _replace(engine, self._loaded, change.names)  # back to what was sound
+                raise
+        self._loaded = target
+        # A prefix computed with other weights would be silently wrong.
+        await engine.reset_mm_cache()
+        await engine.reset_encoder_cache()
+        if not await engine.reset_prefix_cache():
+            raise EngineError(f"vLLM did not empty its prefix cache, so {model} cannot be served")
+
+
+async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
+    answers: list[dict[str, str]] = await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
+    return answers
+
+
+def _has_key(scope: "Scope") -> bool:
+    keys = [key for key in scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+    if not keys or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
+        return True
+    scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    # Digests are compared, so that the time taken tells neither a key's length nor its beginning.
+    digest = hashlib.sha256(given).digest()
+    matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
+    return scheme.lower() == b"bearer" and any(matches)
+
+
+async def _refuse(scope: "Scope", receive: "Receive", send: "Send", status: int, message: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    from starlette.responses import JSONResponse
+
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
+    await JSONResponse({"error": error}, status, headers={"connection": "close"})(scope, receive, send)
+
+
+def _replay(body: bytes, receive: "Receive") -> "Receive":
+    sent = False
+
+    async def replay() -> "Message":
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,181 @@
+"""Audio that a client points to: read and fetched only from where the server's owner allows."""
+
+import binascii
+import io
+import ipaddress
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mergekit_bio.errors import AudioError
+from mergekit_bio.serve.settings import ServeSettings
+
+
+def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
+    """Decode an audio file.
+
+    Args:
+        data: The file: wav, flac, ogg, mp3, ...
+        settings: For its limits.
+
+    Returns:
+        float64 ``[samples, channels]`` and the sampling rate.
+
+    Raises:
+        AudioError: It is no audio, too large, or too long.
+    """
+    import soundfile
+
+    if len(data) > settings.max_audio_bytes:
+        raise AudioError(f"the audio file is larger than {settings.max_audio_bytes} bytes")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.frames > settings.max_audio_seconds * file.samplerate:
+                raise AudioError(
+                    f"the audio is {file.frames / file.samplerate:.0f} s long; at most {settings.max_audio_seconds:g} s"
+                )
+            # A header may promise anything; what is decoded is what counts.
+            limit = int(settings.max_audio_seconds * file.samplerate) + 1
+            return file.read(min(limit, max(file.frames, 0)), dtype="float64", always_2d=True), file.samplerate
+    except soundfile.SoundFileError as error:
+        raise AudioError("the data cannot be decoded as audio") from error
+
+
+def decode_base64(data: str) -> bytes:
+    """Decode base64, strictly.
+
+    Raises:
+        AudioError: It is none.
+    """
+    try:
+        return binascii.a2b_base64(data.encode("ascii"), strict_mode=True)
+    except (ValueError, UnicodeEncodeError) as error:
+        raise AudioError("the data is not base64") from error
+
+
+def read_local(name: str, settings: ServeSettings) -> bytes:
+    """Read a file under the allowed folder; links are followed first and judged by where they lead.
+
+    Raises:
+        AudioError: No folder is allowed, the file is outside, missing, not a plain file or too large.
+    """
+    if settings.allowed_local_media_path is None:
+        raise AudioError("local files are not served; start the server with --allowed-local-media-path FOLDER")
+    root = Path(settings.allowed_local_media_path).resolve()
+    try:
+        path = (root / name).resolve()
+        allowed = path.is_relative_to(root) and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL byte, a name too long
+        raise AudioError("the file name cannot be used") from error
+    if not allowed:
+        raise AudioError("there is no such file under --allowed-local-media-path")
+    if path.stat().st_size > settings.max_audio_bytes:
+        raise AudioError(f"the file is larger than {settings.max_audio_bytes} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AudioError(f"the file cannot be read ({error.strerror})") from error
+
+
+async def fetch(url: str, settings: ServeSettings) -> bytes:
+    """Fetch a file over http(s) from an allowed host.
+
+    The host's addresses are looked up once, judged, and then connected to: an answer that changes in between is of no
+    use to anybody. Redirects are not followed.
+
+    Raises:
+        AudioError: The address is not allowed, does not answer in time, or sends too much.
+    """
+
+    import aiohttp
+
+    host = allowed_host(url, settings.allowed_media_domains)
+    connector = aiohttp.TCPConnector(resolver=_public_resolver(), use_dns_cache=False)
+    timeout = aiohttp.ClientTimeout(total=settings.fetch_seconds)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise AudioError(f"{host} answered with status {response.status}")
+            data = bytearray()
+            async for chunk in response.content.iter_chunked(1 << 16):
+                data += chunk
+                if len(data) > settings.max_audio_bytes:
+                    raise AudioError(f"the file at {host} is larger than {settings.max_audio_bytes} bytes")
+            return bytes(data)
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+        raise AudioError(f"{host} cannot be fetched from ({type(error).__name__})") from error
+
+
+def allowed_host(url: str, domains: Sequence[str]) -> str:
+    """The host of a URL, if files may be fetched from it.
+
+    Raises:
+        AudioError: It is no http(s) URL, holds a user name, or its host is not in the list or not public.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = (parts.hostname or "").rstrip("."), parts.port
+    except ValueError as error:
+        raise AudioError("the URL cannot be read") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise AudioError("only http and https URLs are fetched")
+    if "@" in parts.netloc:
+        raise AudioError("URLs with a user name are not fetched")
+    if host not in {domain.lower().rstrip(".") for domain in domains}:
+        raise AudioError("the URL's host is not allowed; start the server with --allowed-media-domains HOST")
+    try:
+        literal = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if not is_public(str(literal)):
+        raise AudioError("private addresses are not fetched from")
+    return host
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the open internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Forms that carry an IPv4 address are judged by it.
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if embedded is not None:
+            return is_public(str(embedded))
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    return ip.is_global and not ip.is_multicast
+
+
+def _public_resolver() -> Any:
+    from aiohttp.abc import AbstractResolver
+
+    class PublicResolver(AbstractResolver):
+        """Looks up hosts and refuses the ones with any address that is not public."""
+
+        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[Any]:
+            import asyncio
+
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+            addresses = [(entry[0], str(entry[4][0])) for entry in found]
+            if not addresses or not all(is_public(address) for _, address in addresses):
+                raise OSError("not a public address")
+            return [
+                {
+                    "hostname": host,
+                    "host": address,
+                    "port": port,
+                    "family": kind,
+                    "proto": 0,
+                    "flags": socket.AI_NUMERICHOST,
+                }
+                for kind, address in addresses
+            ]
+
+        async def close(self) -> None:
+            pass
+
+    return PublicResolver()

@@ -1,0 +1,158 @@
+"""The predictions_v1 contract: what a request may be, and what comes back for it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_bio.errors import PromptError
+from mergekit_bio.eval.engines.interface import Decoding
+from mergekit_bio.model.layout import AUDIO_SLOT
+from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
+
+SCHEMA = "predictions_v1"
+
+
+class _Tolerant(BaseModel):
+    # The contract grows on the client's side; what is not known here changes nothing.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Message(_Tolerant):
+    """One turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class AudioInput(_Tolerant):
+    """One audio. A file says its own sampling rate, which wins over ``sample_rate``."""
+
+    payload_type: Literal["base64_wav", "file_path", "file_url"]
+    data: str
+    sample_rate: float | None = None
+
+
+class GenerationConfig(_Tolerant):
+    """Transformers' names; without ``do_sample`` the temperature is not looked at, as there."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=16)] = 1
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    early_stopping: bool | Literal["never"] = False
+    do_sample: bool = False
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    def decoding(self, *, default_tokens: int) -> Decoding:
+        """As an engine's settings."""
+        temperature = (1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0
+        return Decoding(
+            max_new_tokens=self.max_new_tokens or default_tokens,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            temperature=temperature,
+            top_p=self.top_p or 1.0,
+            top_k=self.top_k or 0,
+            seed=self.seed or 0,
+        )
+
+
+class Item(_Tolerant):
+    """One sample to answer."""
+
+    sample_id: Annotated[str, Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
+    audio_inputs: list[AudioInput] = []
+    generation_config: GenerationConfig = GenerationConfig()
+
+    def prompt(self) -> str:
+        """The complete prompt, with a slot for every audio.
+
+        Audios without any slot stand before the first words of the user's.
+
+        Raises:
+            PromptError: The slots are not as many as the audios.
+        """
+        contents = [message.content.strip() for message in self.messages]
+        audios = len(self.audio_inputs)
+        if audios and not any(AUDIO_SLOT in content for content in contents):
+            first = next((n for n, message in enumerate(self.messages) if message.role == "user"), 0)
+            contents[first] = AUDIO_LEAD * audios + contents[first]
+        check_audio_count(slots=sum(content.count(AUDIO_SLOT) for content in contents), audios=audios)
+        if not any(contents):
+            raise PromptError("the messages are empty")
+        turns = "".join(
+            f"<|start_header_id|>{message.role}<|end_header_id|>\n\n{content}<|eot_id|>"
+            for message, content in zip(self.messages, contents, strict=True)
+        )
+        return f"{turns}<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+class BadRequest(Exception):
+    """A request that is refused as a whole.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def read_requests(document: Any, *, max_batch: int) -> list[tuple[str, Item | str]]:
+    """Check a request's body.
+
+    Returns:
+        For each item its ``sample_id`` and the item, or what is wrong with it.
+
+    Raises:
+        BadRequest: The whole cannot be answered: it is no request of this schema (422), has too many items (413) or
+            the same ``sample_id`` twice (400).
+    """
+    if not isinstance(document, dict):
+        raise BadRequest(422, "the body must be a JSON object")
+    if document.get("schema_version") != SCHEMA:
+        raise BadRequest(422, f"schema_version must be {SCHEMA!r}")
+    items = document.get("requests")
+    if not isinstance(items, list):
+        raise BadRequest(422, "requests must be a list")
+    if len(items) > max_batch:
+        raise BadRequest(413, f"{len(items)} requests are more than max_batch_size {max_batch}")
+    ids = [item.get("sample_id") if isinstance(item, dict) else None for item in items]
+    if not all(isinstance(sample_id, str) and sample_id for sample_id in ids):
+        raise BadRequest(422, "every request needs a sample_id, a string that is not empty")
+    if len(set(ids)) < len(ids):
+        raise BadRequest(400, "a sample_id is there twice")
+    return [(str(sample_id), _item(item)) for sample_id, item in zip(ids, items, strict=True)]
+
+
+def _item(document: dict[str, Any]) -> Item | str:
+    try:
+        return Item.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def success(
+    sample_id: str, *, text: str, finish_reason: str, prompt_tokens: int, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """A response item with an answer."""
+    return {
+        "sample_id": sample_id,
+        "predictions": [text],
+        "error": None,
+        "finish_reason": finish_reason,
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": tokens},
+        "latency_sec": seconds,
+    }
+
+
+def failure(sample_id: str, message: str) -> dict[str, Any]:
+    """A response item without one."""
+    return {"sample_id": sample_id, "predictions": [], "error": message or "the request cannot be answered"}

@@ -1,0 +1,140 @@
+"""One real server with two models, for all tests of this folder."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from requests_to_server import KEY, MAX_AUDIOS
+from tiny_naturelm import make_base, make_naturelm
+
+import mergekit_bio
+from mergekit_bio.eval.engines.transformers import TransformersEngine
+
+ALPHAS = (0.5, 1.0)
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen
+    sweep: dict[str, Path]
+    folder: Path
+    log: Path
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("served")
+    merged = mergekit_bio.merge(
+        base=make_base(folder / "base"),
+        adapter=make_naturelm(folder / "naturelm"),
+        alphas=ALPHAS,
+        out=folder / "out",
+        dtype="float32",
+        device="cpu",
+    )
+    return {checkpoint.path.name: checkpoint.path for checkpoint in merged}
+
+
+@pytest.fixture(scope="session")
+def engines(sweep) -> dict[str, TransformersEngine]:
+    """What each served model should answer."""
+    return {name: TransformersEngine(path, device="cpu") for name, path in sweep.items()}
+
+
+@pytest.fixture(scope="session")
+def server(sweep, tmp_path_factory):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    folder = tmp_path_factory.mktemp("clips")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--port", str(port), "--api-key", KEY, "--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"]
+    flags += ["--limit-mm-per-prompt", f'{{"audio": {MAX_AUDIOS}}}', "--allowed-local-media-path", str(folder)]
+    flags += [
+        "--allowed-media-domains",
+        "localhost",
+        "--max-body-mb",
+        "8",
+        "--max-batch",
+        "8",
+        "--max-audio-seconds",
+        "60",
+    ]
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    log = folder.parent / "server.log"
+    with log.open("w") as output:
+        command = [
+            sys.executable,
+            "-c",
+            "from mergekit_bio.cli.app import main; main()",
+            "serve",
+            *map(str, sweep.values()),
+            *flags,
+        ]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    running = Server(f"http://127.0.0.1:{port}", process, sweep, folder, log)
+    try:
+        _wait_until_up(running, seconds=270)
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_until_up(server: Server, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{server.url}/health", timeout=5)
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+        else:
+            return
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    import httpx
+
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def sounds() -> list[np.ndarray]:
+    """Samples of 16 bits at 16 kHz."""
+    rng = np.random.default_rng(11)
+    return [(rng.uniform(-0.5, 0.5, 16000 * seconds) * 2**15).astype(np.int16) for seconds in (1, 2, 3, 4, 5, 12)]

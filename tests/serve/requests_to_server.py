@@ -1,0 +1,17 @@
+"""What tests send to the server."""
+
+import base64
+import io
+
+import numpy as np
+import soundfile
+
+KEY = "the-key"
+MAX_AUDIOS = 6
+
+
+def encoded(samples: np.ndarray, kind: str = "wav") -> str:
+    """Samples as a base64 file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format=kind.upper())
+    return base64.b64encode(file.getvalue()).decode()

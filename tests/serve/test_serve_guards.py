@@ -1,0 +1,243 @@
+"""What the server lets in: hosts, files, bodies, and whose turn it is."""
+
+import asyncio
+import contextlib
+import http.server
+import ipaddress
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_bio.errors import AudioError
+from mergekit_bio.serve import media
+from mergekit_bio.serve.media import allowed_host, decode, decode_base64, fetch, is_public, read_local
+from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.turnstile import Turnstile
+
+SETTINGS = ServeSettings(models={"a": "/nowhere"})
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "192.168.1.1",
+        "172.16.0.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "224.0.0.1",
+        "100.64.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fc00::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+    ],
+)
+def test_addresses_inside_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "64:ff9b::5db8:d70e"])
+def test_addresses_outside_are_public(address):
+    assert is_public(address)
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_is_judged_alike_in_every_ipv6_form(address):
+    wrapped = [f"::ffff:{address}", str(ipaddress.IPv6Address((0x64FF9B << 96) + int(address)))]
+    assert {is_public(form) for form in wrapped} == {is_public(str(address))}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://clips.org/a.wav",
+        "gopher://clips.org",
+        "//clips.org/a.wav",
+        "http://",
+        "http://evil.org",
+        "http://clips.org.evil.org/",
+        "http://user@clips.org/",
+        "http://clips.org@evil.org/",
+        "http://[::1]/",
+        "http://127.0.0.1",
+        "http://clips.org:99999/",
+        "http://[clips.org/",
+        "http://sub.clips.org/",
+        "http://evil.org#clips.org",
+        "",
+    ],
+)
+def test_urls_elsewhere_are_refused(url):
+    with pytest.raises(AudioError):
+        allowed_host(url, ["clips.org", "127.0.0.1", "::1"])
+
+
+@pytest.mark.parametrize(
+    "url", ["http://clips.org/a.wav", "https://CLIPS.org:8443/a", "http://clips.org./a?b=http://evil"]
+)
+def test_allowed_hosts_are_allowed(url):
+    assert allowed_host(url, ["clips.org"]) == "clips.org"
+
+
+@pytest.fixture
+def web_server():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302 if self.path == "/moved" else 200)
+            if self.path == "/moved":
+                self.send_header("Location", "/clip")
+            self.end_headers()
+            self.wfile.write(b"x" * (5000 if self.path == "/large" else 10))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_host_that_leads_inside_is_not_connected_to(web_server):
+    settings = ServeSettings(models={}, allowed_media_domains=("localhost",))
+    with pytest.raises(AudioError, match="cannot be fetched from"):
+        asyncio.run(fetch(f"{web_server}/clip", settings))
+
+
+def test_fetching_has_a_size_limit_and_follows_no_redirect(web_server, monkeypatch):
+    monkeypatch.setattr(media, "is_public", lambda address: True)  # the only server at hand is on this machine
+    settings = ServeSettings(models={}, allowed_media_domains=("localhost",), max_audio_bytes=1000)
+    assert asyncio.run(fetch(f"{web_server}/clip", settings)) == b"x" * 10
+    with pytest.raises(AudioError, match="larger than 1000 bytes"):
+        asyncio.run(fetch(f"{web_server}/large", settings))
+    with pytest.raises(AudioError, match="status 302"):
+        asyncio.run(fetch(f"{web_server}/moved", settings))
+
+
+def test_files_are_read_under_the_allowed_folder_only(tmp_path):
+    folder = tmp_path / "clips"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.wav").write_bytes(b"inside")
+    (tmp_path / "secret").write_bytes(b"outside")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "loop").symlink_to(folder / "loop")
+    settings = ServeSettings(models={}, allowed_local_media_path=str(folder), max_audio_bytes=10)
+    assert read_local("deep/a.wav", settings) == read_local(str(folder / "deep" / "a.wav"), settings) == b"inside"
+    for name in (
+        "../secret",
+        "deep/../../secret",
+        str(tmp_path / "secret"),
+        "link",
+        "loop",
+        "deep",
+        "none",
+        "a\0b",
+        "x" * 5000,
+    ):
+        with pytest.raises(AudioError):
+            read_local(name, settings)
+    (folder / "large").write_bytes(b"x" * 11)
+    with pytest.raises(AudioError, match="larger than"):
+        read_local("large", settings)
+    with pytest.raises(AudioError, match="--allowed-local-media-path"):
+        read_local("deep/a.wav", SETTINGS)
+
+
+def test_long_and_broken_audio_is_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(16000), 16000)
+    samples, rate = decode(path.read_bytes(), SETTINGS)
+    assert (samples.shape, rate) == ((16000, 1), 16000)
+    for settings, data in [
+        (ServeSettings(models={}, max_audio_seconds=0.5), path.read_bytes()),
+        (ServeSettings(models={}, max_audio_bytes=100), path.read_bytes()),
+        (SETTINGS, b"no audio"),
+        (SETTINGS, b""),
+    ]:
+        with pytest.raises(AudioError):
+            decode(data, settings)
+
+
+@given(st.binary(max_size=64) | st.text(max_size=64).map(str.encode))
+def test_any_bytes_decode_or_are_refused(data):
+    with contextlib.suppress(AudioError):
+        decode(data, SETTINGS)
+
+
+@given(st.text())
+def test_any_text_is_base64_or_refused(text):
+    with contextlib.suppress(AudioError):
+        assert isinstance(decode_base64(text), bytes)
+
+
+def test_settings_survive_the_environment(monkeypatch):
+    settings = ServeSettings(models={"b": "/b", "a": "/a"}, allowed_media_domains=("clips.org",), max_batch=3)
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    assert ServeSettings.from_environment() == settings
+    assert settings.default_model == "b"
+
+
+def test_the_turnstile_never_mixes_models_and_starves_none():
+    order: list[str] = []
+    inside: set[str] = set()
+    loaded = ["a"]
+
+    async def switch(model):
+        assert not inside
+        await asyncio.sleep(0.001)
+        loaded[:] = [model]
+
+    async def visit(turnstile, model, number):
+        async with turnstile.use(model):
+            assert loaded == [model] and inside <= {model}
+            inside.add(model)
+            order.append(f"{model}{number}")
+            await asyncio.sleep(0.002)
+            inside.discard(model)
+
+    async def run():
+        turnstile = Turnstile("a", switch)
+        visits = [visit(turnstile, model, n) for n, model in enumerate("aababbabcacb")]
+        await asyncio.wait_for(asyncio.gather(*visits), 10)
+
+    asyncio.run(run())
+    assert [name[1:] for name in order] == [str(n) for n in range(12)]  # first come, first served
+
+
+def test_a_failed_switch_is_tried_again_and_a_cancelled_wait_leaves_no_trace():
+    failures = [RuntimeError("no"), None, None]
+
+    async def switch(model):
+        if error := failures.pop(0):
+            raise error
+
+    async def run():
+        turnstile = Turnstile("a", switch)
+        with pytest.raises(RuntimeError):
+            async with turnstile.use("b"):
+                pass
+        async with turnstile.use("b"):
+            waiting = asyncio.create_task(turnstile.use("c").__aenter__())
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            async with asyncio.timeout(1), turnstile.use("b"):
+                pass
+        async with asyncio.timeout(1), turnstile.use("a"):
+            pass
+
+    asyncio.run(run())
+    assert not failures

@@ -1,0 +1,370 @@
+"""The server as its clients see it: OpenAI's own package, and the predictions_v1 contract point by point."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from requests_to_server import KEY, MAX_AUDIOS, encoded
+
+from mergekit_bio.eval.engines.interface import Clip, Decoding, Prompt
+
+A, B = "alpha-0.50", "alpha-1.00"
+QUESTION = "What is the common name for the focal species in the audio?"
+GREEDY = Decoding(max_new_tokens=8)
+
+
+def clip(samples) -> Clip:
+    return Clip.from_samples(samples / 2**15, sampling_rate=16000)
+
+
+def part(samples, kind="wav"):
+    return {"type": "input_audio", "input_audio": {"data": encoded(samples, kind), "format": kind}}
+
+
+def chat(client, content, *, model=A, **options):
+    return client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        max_tokens=8,
+        extra_body={"return_token_ids": True},
+        **options,
+    )
+
+
+def answered(completion) -> tuple[int, ...]:
+    return tuple(completion.choices[0].token_ids)
+
+
+def expected(engine, prompt) -> tuple[int, ...]:
+    (generation,) = engine.generate([prompt], GREEDY)
+    return generation.token_ids
+
+
+def test_text_alone_is_answered_as_transformers_does(client, engines):
+    assert answered(chat(client, QUESTION)) == expected(engines[A], Prompt((QUESTION,)))
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_audio_in_chat_is_answered_as_transformers_does(client, engines, sounds, kind):
+    import base64
+    import io
+
+    import soundfile
+
+    data = encoded(sounds[2], kind)
+    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+    prompt = Prompt.from_text(QUESTION, [Clip.from_samples(heard, sampling_rate=rate)])
+    content = [part(sounds[2], kind), {"type": "text", "text": QUESTION}]
+    assert answered(chat(client, content)) == expected(engines[A], prompt)
+
+
+def test_six_audios_go_into_the_slots_of_the_text(client, engines, sounds):
+    text = "".join(f"Audio: <Audio><AudioHere></Audio>\nLabel: {n}\n" for n in range(6)) + QUESTION
+    content = [{"type": "text", "text": text}, *map(part, sounds)]
+    wanted = expected(engines[A], Prompt.from_text(text, list(map(clip, sounds))))
+    assert answered(chat(client, content)) == wanted
+    assert answered(chat(client, [*map(part, sounds), {"type": "text", "text": text}])) == wanted
+    assert wanted != expected(engines[A], Prompt.from_text(text, list(map(clip, sounds[::-1]))))
+
+
+def test_a_data_url_is_an_audio_too(client, engines, sounds):
+    url = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded(sounds[0])}"}}
+    content = [url, {"type": "text", "text": QUESTION}]
+    assert answered(chat(client, content)) == expected(engines[A], Prompt.from_text(QUESTION, [clip(sounds[0])]))
+
+
+def test_streaming_gives_the_same_tokens(client, sounds):
+    content = [part(sounds[1]), {"type": "text", "text": QUESTION}]
+    whole = answered(chat(client, content))
+    pieces = [
+        getattr(chunk.choices[0], "token_ids", None) or []
+        for chunk in chat(client, content, stream=True)
+        if chunk.choices
+    ]
+    assert tuple(token for piece in pieces for token in piece) == whole
+    assert len(pieces) > 2
+
+
+def test_a_choice_stays_in_its_list(client, sounds):
+    completion = client.chat.completions.create(
+        model=A,
+        messages=[{"role": "user", "content": [part(sounds[0]), {"type": "text", "text": QUESTION}]}],
+        temperature=0,
+        max_tokens=30,
+        extra_body={"structured_outputs": {"choice": ["marsh wren", "tree frog"]}},
+    )
+    assert completion.choices[0].message.content in ("marsh wren", "tree frog")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "input_audio", "input_audio": {"data": "bm8gYXVkaW8=", "format": "wav"}}],
+        [{"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}],
+        [{"type": "text", "text": "two <AudioHere> slots <AudioHere>"}, part(np.zeros(16000, np.int16))],
+        [part(np.zeros(100, np.int16))],
+        [part(np.zeros(16000 * 61, np.int16))],
+        [{"type": "audio_url", "audio_url": {"url": "http://localhost:1/private.wav"}}],
+        [{"type": "audio_url", "audio_url": {"url": "http://169.254.169.254/latest/meta-data"}}],
+        [{"type": "audio_url", "audio_url": {"url": "http://example.org/clip.wav"}}],
+        [{"type": "audio_url", "audio_url": {"url": "file:///etc/passwd"}}],
+        [{"type": "image_url", "image_url": {"url": "http://localhost:1/image.png"}}],
+        [part(np.zeros(16000, np.int16))] * (MAX_AUDIOS + 1),
+    ],
+    ids=[
+        "garbage",
+        "no base64",
+        "slots",
+        "short",
+        "long",
+        "private host",
+        "metadata",
+        "host",
+        "file",
+        "image",
+        "seven",
+    ],
+)
+def test_bad_audio_is_the_clients_error(client, content):
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, [*content, {"type": "text", "text": QUESTION}])
+    assert "Traceback" not in str(refused.value)
+
+
+def test_parallel_requests_for_two_models_get_their_own_models_answers(client, engines, sounds):
+    questions = [f"{QUESTION} {n}" for n in range(4)]
+    wanted = {
+        (model, n): expected(engines[model], Prompt.from_text(question, [clip(sounds[n])]))
+        for model in (A, B)
+        for n, question in enumerate(questions)
+    }
+    assert any(wanted[A, n] != wanted[B, n] for n in range(4))
+
+    def ask(job):
+        model, n = job
+        return answered(chat(client, [part(sounds[n]), {"type": "text", "text": questions[n]}], model=model))
+
+    jobs = [((A, B)[k // 8 % 2], k % 4) for k in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        for job, tokens in zip(jobs, pool.map(ask, jobs), strict=True):
+            assert tokens == wanted[job], job
+
+
+def test_the_models_are_listed_and_another_is_not_found(client):
+    assert [model.id for model in client.models.list()] == [A, B]
+    with pytest.raises(openai.NotFoundError):
+        chat(client, "hello", model="alpha-0.70")
+
+
+def predict(http, *requests, path="/predict", **more):
+    return http.post(path, json={"schema_version": "predictions_v1", "requests": list(requests), **more})
+
+
+def item(sample_id="a", text=QUESTION, audios=(), **config):
+    return {
+        "sample_id": sample_id,
+        "messages": [{"role": "user", "content": text}],
+        "audio_inputs": list(audios),
+        "generation_config": {"max_new_tokens": 8, "unknown": 1, **config},
+    }
+
+
+def wav(samples):
+    return {"payload_type": "base64_wav", "data": encoded(samples), "sample_rate": 16000}
+
+
+def test_predict_answers_as_transformers_does_beams_included(http, engines, sounds):
+    icl = "".join(f"Audio: <Audio><AudioHere></Audio>\nLabel: {n}\n" for n in range(3)) + QUESTION
+    one, three = list(map(clip, sounds[:1])), list(map(clip, sounds[:3]))
+    response = predict(
+        http,
+        item("one", audios=map(wav, sounds[:1])),
+        item("three", icl, audios=map(wav, sounds[:3])),
+        item("beams", icl, audios=map(wav, sounds[:3]), num_beams=2),
+        item("text"),
+    )
+    assert response.status_code == 200
+    body = response.json()
+    assert body.keys() == {"schema_version", "responses"} and body["schema_version"] == "predictions_v1"
+    wanted = [
+        engines[A].generate([prompt], decoding)[0]
+        for prompt, decoding in [
+            (Prompt.from_text(QUESTION, one), GREEDY),
+            (Prompt.from_text(icl, three), GREEDY),
+            (Prompt.from_text(icl, three), Decoding(max_new_tokens=8, num_beams=2)),
+            (Prompt((QUESTION,)), GREEDY),
+        ]
+    ]
+    assert [entry["sample_id"] for entry in body["responses"]] == ["one", "three", "beams", "text"]
+    for entry, generation in zip(body["responses"], wanted, strict=True):
+        assert entry["error"] is None
+        assert entry["predictions"] == [generation.text]
+        assert entry["finish_reason"] == generation.finish_reason
+        usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.token_ids)}
+        assert entry["usage"] == usage
+        assert entry["latency_sec"] > 0
+
+
+def test_predict_reaches_every_model_by_its_path(http, engines, sounds):
+    for model in (A, B):
+        prompt = Prompt.from_text(QUESTION, [clip(sounds[3])])
+        (entry,) = predict(http, item(audios=[wav(sounds[3])]), path=f"/{model}/predict").json()["responses"]
+        assert entry["predictions"] == [engines[model].generate([prompt], GREEDY)[0].text]
+        assert http.get(f"/{model}/info").json()["model"] == model
+        assert http.get(f"/{model}/health").status_code == 200
+
+
+def test_predict_reads_allowed_files_only(http, server, sounds):
+    import soundfile
+
+    soundfile.write(server.folder / "clip.wav", sounds[0], 16000)
+    (server.folder.parent / "outside.wav").write_bytes((server.folder / "clip.wav").read_bytes())
+    (server.folder / "link.wav").symlink_to(server.folder.parent / "outside.wav")
+    names = ["clip.wav", str(server.folder / "clip.wav"), "../outside.wav", "link.wav", "/etc/passwd", "none.wav"]
+    items = [item(str(n), audios=[{"payload_type": "file_path", "data": name}]) for n, name in enumerate(names)]
+    responses = predict(http, *items).json()["responses"]
+    assert [entry["error"] is None for entry in responses] == [True, True, False, False, False, False]
+
+
+def test_predict_gives_a_bad_item_its_own_error(http, sounds):
+    good = wav(sounds[0])
+    items = [
+        item("good", audios=[good]),
+        item("garbage", audios=[{"payload_type": "base64_wav", "data": "AAAA"}]),
+        item("url", audios=[{"payload_type": "file_url", "data": "http://localhost:1/x.wav"}]),
+        item("metadata", audios=[{"payload_type": "file_url", "data": "http://169.254.169.254/"}]),
+        item("payload", audios=[{"payload_type": "pickle", "data": ""}]),
+        item("slots", "<AudioHere> <AudioHere>", audios=[good]),
+        item("many", audios=[good] * (MAX_AUDIOS + 1)),
+        {"sample_id": "nothing"},
+    ]
+    response = predict(http, *items)
+    assert response.status_code == 200
+    by_id = {entry["sample_id"]: entry for entry in response.json()["responses"]}
+    assert list(by_id) == [entry["sample_id"] for entry in items]
+    assert by_id["good"]["predictions"] and by_id["good"]["error"] is None
+    for name, entry in by_id.items():
+        if name != "good":
+            assert isinstance(entry["error"], str) and entry["error"], name
+            assert not entry["predictions"]
+
+
+def test_predict_refuses_what_is_no_batch(http):
+    assert predict(http, item("a"), item("a")).status_code == 400
+    assert predict(http, *(item(str(n)) for n in range(9))).status_code == 413
+    assert http.post("/predict", json={"schema_version": "predictions_v2", "requests": []}).status_code in (400, 422)
+    assert http.post("/predict", content=b"{").status_code in (400, 422)
+    for body in ([], {}, {"schema_version": "predictions_v1"}, {"schema_version": "predictions_v1", "requests": [1]}):
+        assert http.post("/predict", json=body).status_code in (400, 422)
+
+
+def test_info_and_health_are_what_the_contract_asks_for(http):
+    assert http.get("/health").status_code == 200
+    info = http.get("/info").json()
+    assert all(isinstance(info[key], str) for key in ("name", "model", "model_revision"))
+    assert info["audio_payload_types"] == ["base64_wav", "file_path", "file_url"]
+    assert (info["max_batch_size"], info["supports_batching"]) == (8, True)
+    assert info["schema_versions"] == ["predictions_v1"]
+
+
+def test_the_key_guards_everything_but_health(server):
+    paths = [("POST", "/predict"), ("GET", "/info"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions")]
+    paths += [("POST", "/tokenize"), ("POST", "/invocations"), ("POST", f"/{B}/predict")]
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}):
+        for method, path in paths:
+            assert httpx.request(method, server.url + path, headers=headers).status_code == 401, (path, headers)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_an_oversized_body_is_refused_declared_or_not(http):
+    large = b" " * (9 << 20)
+    assert http.post("/predict", content=large).status_code == 413
+
+    def drip():
+        for _ in range(9):
+            yield b" " * (1 << 20)
+
+    assert http.post("/v1/chat/completions", content=drip()).status_code == 413
+
+
+scalars = st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False) | st.text(max_size=12)
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def mangled(document, draw):
+    """A valid document with some of its values replaced."""
+    if draw(st.integers(0, 5)) == 0:
+        return draw(json_values)
+    if isinstance(document, dict):
+        return {key: mangled(value, draw) for key, value in document.items()}
+    if isinstance(document, list):
+        return [mangled(value, draw) for value in document]
+    return document
+
+
+@st.composite
+def predict_bodies(draw):
+    items = [
+        item(draw(st.text(max_size=3)), draw(st.text(max_size=20)), num_beams=2, audios=[wav(np.ones(9000, np.int16))])
+    ]
+    return mangled({"schema_version": "predictions_v1", "requests": items}, draw)
+
+
+@st.composite
+def chat_bodies(draw):
+    content = [{"type": "text", "text": draw(st.text(max_size=20))}, part(np.ones(9000, np.int16))]
+    return mangled(
+        {"model": A, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0.5}, draw
+    )
+
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@FUZZ
+@given(predict_bodies())
+def test_no_body_makes_predict_fail(http, body):
+    assert http.post("/predict", content=json.dumps(body)).status_code < 500
+
+
+@FUZZ
+@given(chat_bodies())
+def test_no_body_makes_chat_fail(http, body):
+    response = http.post("/v1/chat/completions", content=json.dumps(body))
+    assert response.status_code < 500, response.text
+
+
+@FUZZ
+@given(st.binary(max_size=40), st.sampled_from(["/predict", "/v1/chat/completions"]))
+def test_no_bytes_make_the_server_fail(http, body, path):
+    assert 400 <= http.post(path, content=body).status_code < 500
+
+
+def test_sigterm_in_the_middle_ends_cleanly(server, http):
+    """The last test: it stops the server."""
+    outcome = []
+
+    def ask():
+        try:
+            outcome.append(predict(http, item(max_new_tokens=900, text="frog")).status_code)
+        except httpx.HTTPError as error:
+            outcome.append(error)
+
+    request = threading.Thread(target=ask)
+    request.start()
+    assert server.process.poll() is None
+    assert server.stop() == 0
+    request.join(30)
+    assert len(outcome) == 1
+    assert "Traceback" not in server.log.read_text()
