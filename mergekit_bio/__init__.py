@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergekit_bio.audio.prefix import AudioPrefix
     from mergekit_bio.checkpoint.checkpoint import Checkpoint
     from mergekit_bio.errors import MergekitBioError
+    from mergekit_bio.eval.run import evaluate
     from mergekit_bio.merging.api import MergedCheckpoint, merge
 
 _PUBLIC = {
@@ -21,10 +22,11 @@ _PUBLIC = {
     "Checkpoint": "mergekit_bio.checkpoint.checkpoint",
     "MergedCheckpoint": "mergekit_bio.merging.api",
     "MergekitBioError": "mergekit_bio.errors",
+    "evaluate": "mergekit_bio.eval.run",
     "merge": "mergekit_bio.merging.api",
 }
 
-__all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "merge"]
+__all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate", "merge"]
 
 
 def __getattr__(name: str) -> Any:

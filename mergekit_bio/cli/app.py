@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import mergekit_bio
-from mergekit_bio.cli import ask, demo, embed, inspect, merge, push, recipes, report, serve, verify
+from mergekit_bio.cli import ask, demo, embed, eval, inspect, merge, push, recipes, report, serve, verify
 
 app = typer.Typer(
     name="mergekit-bio",
@@ -40,6 +40,7 @@ COMMANDS = (
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
+app.command("eval")(eval.evaluate)
 app.add_typer(recipes.app, name="recipes")
 app.command(context_settings={"ignore_unknown_options": True})(serve.serve)  # the rest are vLLM's flags
 

@@ -13,10 +13,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+from engines.starting import merge_sweep, start_vllm
+from engines.widened_heads import widened_copy
 from safetensors.torch import load_file
-from starting import merge_sweep, start_vllm
 from tiny_naturelm import make_base, make_naturelm
-from widened_heads import widened_copy
 
 from mergekit_bio.eval.engines.interface import Clip, Prompt
 from mergekit_bio.eval.engines.transformers import TransformersEngine

@@ -1,7 +1,7 @@
 """Both engines give the reference implementation's tokens, from raw audio and from prefixes encoded beforehand."""
 
 import pytest
-from test_engines_random import assert_same_generations
+from engines.test_engines_random import assert_same_generations
 
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.eval.engines.interface import Decoding

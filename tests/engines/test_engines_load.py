@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from starting import merge_sweep, start_vllm
-from test_engines_random import assert_same_generations, random_prompts
+from engines.starting import merge_sweep, start_vllm
+from engines.test_engines_random import assert_same_generations, random_prompts
 from tiny_naturelm import make_base, make_naturelm
 
 from mergekit_bio.errors import CheckpointError, EngineError

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_engines_random import random_prompts
+from engines.test_engines_random import random_prompts
 
 from mergekit_bio.errors import EngineError, MissingPackageError
 from mergekit_bio.eval.engines.interface import Prompt

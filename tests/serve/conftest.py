@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from requests_to_server import KEY, MAX_AUDIOS
+from serve.requests_to_server import KEY, MAX_AUDIOS
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio

@@ -10,7 +10,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from requests_to_server import KEY, MAX_AUDIOS, encoded
+from serve.requests_to_server import KEY, MAX_AUDIOS, encoded
 
 from mergekit_bio.eval.engines.interface import Clip, Decoding, Prompt
 

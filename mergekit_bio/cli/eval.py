@@ -1,0 +1,285 @@
+"""``mergekit-bio eval``: from a recipe to predictions, tables and figures."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mergekit_bio.eval.asking import Standing
+    from mergekit_bio.eval.cells_plan import RunPlan
+
+#: Seconds between two lines of progress where there is no terminal.
+LINE_EVERY = 60.0
+
+
+def evaluate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the package.")],
+    out: Annotated[Path | None, typer.Option(help="The run directory. [default: runs/NAME]")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|ID", help="A checkpoint, or a directory with a sweep, instead of the recipe's. Repeatable."
+        ),
+    ] = None,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option("--alpha", "-a", help="Strengths instead of the recipe's: 0.5, or 0:1:0.1. Repeatable."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm, transformers or http. [default: vllm where it is installed]")
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A running `mergekit-bio serve`, for --engine http. Repeatable."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The servers' key.")] = None,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For the engine: dtype=float32, device=cpu, or any argument of vLLM's, such as tensor_parallel_size=2 "
+            "or distributed_executor_backend=ray. Repeatable.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask about the first N clips of each dataset only.")] = None,
+    show_prompts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Print the first N prompts of each query, and load nothing.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be merged and asked.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Score at the end and write RUN/report.")] = True,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Merge what a recipe needs, ask every checkpoint about every clip, and score the answers.
+
+    A run that was stopped goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      mergekit-bio eval closed_set
+      mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
+    """
+    from mergekit_bio.eval.run import carry_out, prepare_run
+
+    output = Output(as_json=as_json, quiet=quiet)
+    if show_prompts is not None:
+        _show_prompts(recipe, show_prompts, output)
+        return
+    options = dict(map(_key_value, engine_option or []))
+    listener = _Listener(output)
+    plan = prepare_run(
+        recipe=recipe,
+        out=out,
+        models=model or [],
+        alphas=alpha or [],
+        engine=engine,
+        servers=server or [],
+        limit=limit,
+        listener=listener,
+        fetch=not dry_run,
+    )
+    if dry_run:
+        _print_plan(plan, output)
+        return
+    with listener.shown():
+        carry_out(plan, servers=server or [], api_key=api_key, engine_options=options, listener=listener)
+    _print_run(plan, output, scored=report)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """``"enforce_eager=true"`` -> ``("enforce_eager", True)``: values are YAML's."""
+    import yaml
+
+    from mergekit_bio.errors import EngineError
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise EngineError(f"--engine-option {text}: write KEY=VALUE, such as dtype=float32")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _show_prompts(recipe: str, number: int, output: Output) -> None:
+    from mergekit_bio.eval.questions import show_prompts
+    from mergekit_bio.eval.recipe import load_recipe
+    from mergekit_bio.eval.shipped import find_recipe
+
+    loaded = load_recipe(find_recipe(recipe))
+    for note in loaded.notes:
+        output.note(f"note: {note}")
+    shown: list[dict[str, Any]] = []
+    for dataset, query, questions in show_prompts(loaded.recipe, number):
+        for question in questions:
+            clip, prompt = question.clip, question.prompt
+            shown.append(
+                {
+                    "dataset": dataset.name,
+                    "query": query,
+                    "id": clip.id,
+                    "label": clip.label,
+                    "prompt": prompt.text,
+                    "audios": [*prompt.clips],
+                }
+            )
+    lines = [
+        f"--- {one['dataset']}, query {one['query']}, clip {one['id']} ({one['label']})\n{one['prompt']}"
+        for one in shown
+    ]
+    output.result({"prompts": shown}, lambda console: _print_lines(console, lines), lines)
+
+
+def _print_lines(console: "Console", lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_plan(plan: "RunPlan", output: Output) -> None:
+    from mergekit_bio.eval.cells_plan import to_document
+
+    document = to_document(plan)
+
+    def table(console: "Console") -> None:
+        from rich import box
+        from rich.table import Table
+
+        rows = Table(box=box.SIMPLE_HEAD)
+        rows.add_column("checkpoint", overflow="fold")
+        rows.add_column("dataset", overflow="fold")
+        for column in ("query", "clips", "answered"):
+            rows.add_column(column, justify="right")
+        for cell in document["cells"]:
+            rows.add_row(
+                cell["checkpoint"], cell["dataset"], str(cell["query"]), str(cell["clips"]), str(cell["answered"])
+            )
+        console.print(rows)
+        if document["to_merge"]:
+            console.print(f"to merge first: {', '.join(document['to_merge'])}", markup=False)
+        lines = [
+            f"{plan.rows} answers in {len(plan.cells)} cells by the {plan.engine} engine, to {plan.out}",
+            "nothing was merged, loaded or asked (--dry-run)",
+        ]
+        _print_lines(console, lines)
+
+    output.result(document, table, [cell["file"] for cell in document["cells"]])
+
+
+def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
+    """The tables, and where the files are."""
+    from mergekit_bio.eval.cells_plan import to_document
+
+    run = {"run": str(plan.out), "cells": to_document(plan)["cells"]}
+    if not scored:
+        output.result(run, lambda console: _print_lines(console, [f"predictions: {plan.out}"]), [str(plan.out)])
+        return
+    from mergekit_bio.eval.cells import read_runs
+    from mergekit_bio.eval.report import build_report
+    from mergekit_bio.eval.report import to_document as report_document
+    from mergekit_bio.eval.report_files import default_folder, write_report
+    from mergekit_bio.eval.report_tables import print_report
+
+    cells = read_runs([plan.out])
+    with output.progress("scoring", len(cells), "cells") as advance:
+        result = build_report(cells, progress=advance)
+    for note in result.notes:
+        output.note(f"note: {note}")
+    files = [str(file) for file in write_report(result, default_folder([plan.out]), progress=output.progress)]
+    output.result(
+        {**run, "report": report_document(result), "files": files},
+        lambda console: print_report(result, console),
+        [str(plan.out), files[0]],
+    )
+    output.note(f"predictions: {plan.out}\nthe page: {files[0]}")
+
+
+class _Listener:
+    """Two bars on a terminal, the cell's and the run's; elsewhere a line now and then."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._bars: Progress | None = None
+        self._tasks: tuple[Any, Any] | None = None
+        self._cell, self._spoken = 0, 0.0
+
+    def note(self, text: str) -> None:
+        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        self._output.note(text)
+
+    def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        return self._output.progress(description, total, unit)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Take the bars away at the end, whichever way it ends."""
+        try:
+            yield
+        finally:
+            if self._bars is not None:
+                self._bars.stop()
+
+    def standing(self, standing: "Standing") -> None:
+        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        if self._output.quiet:
+            return
+        cell = f"[{standing.number}/{standing.cells}] {standing.cell}"
+        if sys.stderr.isatty():
+            self._draw(cell, standing)
+            return
+        now = time.monotonic()
+        if standing.number != self._cell or standing.done == standing.rows or now - self._spoken >= LINE_EVERY:
+            self._cell, self._spoken = standing.number, now
+            left = f"; {pace(standing.rate, standing.run_seconds_left)} for the run" if standing.rate else ""
+            self._output.note(
+                f"{cell}: {standing.done} of {standing.rows}; run {standing.run_done} of {standing.run_rows}{left}"
+            )
+
+    def _draw(self, cell: str, standing: "Standing") -> None:
+        if self._bars is None or self._tasks is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[pace]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bars.start()
+            self._tasks = (self._bars.add_task("", pace=""), self._bars.add_task("run", pace=""))
+        self._bars.update(
+            self._tasks[0],
+            description=cell,
+            total=standing.rows,
+            completed=standing.done,
+            pace=pace(standing.rate, standing.cell_seconds_left),
+        )
+        self._bars.update(
+            self._tasks[1],
+            total=standing.run_rows,
+            completed=standing.run_done,
+            pace=pace(standing.rate, standing.run_seconds_left),
+        )
+
+
+def pace(rate: float | None, seconds_left: float | None) -> str:
+    """``"3.2/s, 0:12:05 left"``; nothing before the first answer."""
+    if rate is None or seconds_left is None:
+        return ""
+    whole = round(seconds_left)
+    speed = f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+    return f"{speed}, {whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} left"

@@ -1,0 +1,210 @@
+"""The checkpoints that a run compares: those given, and a recipe's sweep, of which what is missing is merged."""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.errors import AlphaError, RecipeError, RunError
+from mergekit_bio.eval.recipe import Merge, Recipe
+from mergekit_bio.merging.alpha import parse_alphas
+from mergekit_bio.merging.manifest import MANIFEST, Manifest, fingerprint, read_manifest
+
+FOLDER = "checkpoints"
+
+#: Opens a progress bar, given a description, a total and its unit.
+ProgressBar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCheckpoint:
+    """One checkpoint of a run.
+
+    Attributes:
+        name: What tables call it, different for each checkpoint of the run.
+        source: Its directory, its hub id, or for the http engine the name that the servers know it by.
+        alpha: The merge strength; None for a checkpoint not merged with one number.
+        to_merge: Whether the recipe asks for it to be merged, if it is not there.
+    """
+
+    name: str
+    source: str
+    alpha: float | None = None
+    to_merge: bool = False
+
+    @property
+    def missing(self) -> bool:
+        """Whether it has to be merged first."""
+        return self.to_merge and not (Path(self.source) / MANIFEST).is_file()
+
+
+def recipe_for(recipe: Recipe, *, models: Sequence[str | Path] = (), alphas: Sequence[float | str] = ()) -> Recipe:
+    """A recipe with other checkpoints, or other strengths of its own.
+
+    Args:
+        recipe: As loaded.
+        models: Directories or hub ids, instead of whatever the recipe compares.
+        alphas: Numbers and sweeps ``"0:1:0.1"``, instead of the recipe's.
+
+    Raises:
+        AlphaError: A strength cannot be read, or differs between modules.
+        RecipeError: Both are given, or the recipe merges nothing.
+    """
+    if models and alphas:
+        raise RecipeError("--model and --alpha: the strengths of given checkpoints are decided; give one or the other")
+    if models:
+        given = [str(Path(model).resolve()) if Path(model).is_dir() else str(model) for model in models]
+        return replace(recipe, merge=None, checkpoints=tuple(given))
+    if not alphas:
+        return recipe
+    if recipe.merge is None:
+        raise RecipeError(
+            f"--alpha: the recipe {recipe.name} merges nothing; leave it out, or give a recipe with merge"
+        )
+    strengths = parse_alphas(alphas)
+    if any(strength.modules for strength in strengths):
+        raise AlphaError("--alpha: a recipe's strengths are numbers; merge by module first, and name it with --model")
+    return replace(recipe, merge=replace(recipe.merge, alphas=tuple(strength.default for strength in strengths)))
+
+
+def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: bool = True) -> list[RunCheckpoint]:
+    """What a run compares, in the recipe's order; a directory that holds a sweep stands for all of it.
+
+    Args:
+        recipe: As resolved.
+        out: The run directory, where merged checkpoints are kept.
+        served: Servers have them: nothing is merged or fetched, and only directories that are here tell their alpha.
+        fetch: Download hub ids; without it their alpha is not known.
+
+    Raises:
+        SourceError: A directory or hub id cannot be had.
+        RecipeError: A checkpoint is named twice.
+    """
+    if recipe.merge is not None:
+        strengths = parse_alphas(recipe.merge.alphas)
+        return [
+            RunCheckpoint(
+                name=f"alpha {strength.label}",
+                source=folder if served else str(out / FOLDER / folder),
+                alpha=strength.default,
+                to_merge=not served,
+            )
+            for strength in strengths
+            for folder in [f"alpha-{strength.label}"]
+        ]
+    sources = [source for given in recipe.checkpoints for source in _sweep(given)]
+    if fetch and not served:
+        for source in sources:
+            resolve(source)
+    twice = next((source for source, count in Counter(sources).items() if count > 1), None)
+    if twice is not None:
+        raise RecipeError(f"checkpoints: {twice} stands twice")
+    short = Counter(Path(source).name for source in sources)
+    return [
+        RunCheckpoint(
+            name=Path(source).name if short[Path(source).name] == 1 else source,
+            source=source,
+            alpha=_alpha(Path(source) if served or not fetch else resolve(source).path),
+        )
+        for source in sources
+    ]
+
+
+def _sweep(source: str) -> list[str]:
+    """The checkpoints of a sweep's directory by their strength, else the source itself."""
+    root = Path(source)
+    if not root.is_dir() or (root / MANIFEST).is_file():
+        return [source]
+    found = [(_alpha(path.parent), str(path.parent)) for path in sorted(root.glob(f"*/{MANIFEST}"))]
+    return [path for _, path in sorted(found, key=lambda item: (item[0] is None, item[0] or 0.0))] or [source]
+
+
+def _alpha(directory: Path) -> float | None:
+    """The one strength that a checkpoint was merged with."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    strengths = [adapter.alpha for adapter in read_manifest(directory).adapters]
+    values = {strength.default for strength in strengths}
+    return values.pop() if len(values) == 1 and not any(strength.modules for strength in strengths) else None
+
+
+def merge_missing(
+    checkpoints: Sequence[RunCheckpoint], *, merge: Merge, out: Path, progress: ProgressBar
+) -> list[RunCheckpoint]:
+    """Merge what is not there yet, all strengths in one pass.
+
+    Args:
+        checkpoints: Of ``run_checkpoints``.
+        merge: From which sources.
+        out: The run directory.
+        progress: For the bytes that are written.
+
+    Returns:
+        What was merged.
+
+    Raises:
+        MergekitBioError: A source cannot be had, or the merge cannot be made.
+        RunError: A checkpoint of an earlier start was merged from other sources.
+    """
+    for checkpoint in checkpoints:
+        if not checkpoint.missing:
+            _check_sources(Path(checkpoint.source), merge)
+    missing = [checkpoint for checkpoint in checkpoints if checkpoint.missing]
+    if not missing:
+        return []
+    from mergekit_bio.merging.api import carry_out, plan_merge
+
+    plan = plan_merge(
+        base=merge.base, adapter=merge.adapter, alphas=[checkpoint.alpha or 0.0 for checkpoint in missing]
+    )
+    if not plan.tower:
+        raise RecipeError(
+            f"merge.adapter: {merge.adapter} brings no audio tower, so its merges could not hear the clips"
+        )
+    # Beside its place, because later strengths join those that are there.
+    fresh = out / f"{FOLDER}.new"
+    with progress("merging", plan.bytes_on_disk, "bytes") as advance:
+        merged = carry_out(plan, out=fresh, overwrite=True, command="mergekit_bio.evaluate(...)", progress=advance)
+    (out / FOLDER).mkdir(exist_ok=True)
+    for checkpoint, made in zip(missing, merged, strict=True):
+        made.path.rename(checkpoint.source)
+    shutil.rmtree(fresh, ignore_errors=True)
+    return missing
+
+
+def _check_sources(directory: Path, merge: Merge) -> None:
+    manifest = read_manifest(directory)
+    before = (manifest.base.source, *(adapter.source for adapter in manifest.adapters))
+    if before != (merge.base, merge.adapter):
+        raise RunError(
+            f"{directory}: was merged from {' and '.join(before)}, the recipe says {merge.base} and {merge.adapter}; "
+            "give another --out for a new run"
+        )
+
+
+def weights_identity(directory: Path) -> dict[str, Any]:
+    """What decides the weights of a checkpoint, as far as it can be known without reading all of them."""
+    if not (directory / MANIFEST).is_file():
+        return {"weights": fingerprint(Checkpoint.open(directory).tensors)}
+    manifest = read_manifest(directory)
+    lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(manifest.tensors.items()))
+    return {"merged_from": _sources(manifest), "folded": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def family(directory: Path) -> str:
+    """Equal for checkpoints that an engine can move between by replacing tensors: one sweep, or one directory."""
+    if not (directory / MANIFEST).is_file():
+        return str(directory)
+    manifest = read_manifest(directory)
+    return f"{_sources(manifest)} {manifest.dtype} {manifest.audio_prefix} {manifest.untied}"
+
+
+def _sources(manifest: Manifest) -> dict[str, Any]:
+    adapters = [adapter.fingerprint for adapter in manifest.adapters]
+    return {"base": manifest.base.fingerprint, "adapters": adapters}

@@ -1,0 +1,394 @@
+"""Runs from recipe to predictions, with real merges and real engines on a small model."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+# vLLM in this process, without what takes long to start. Before torch is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
+
+from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
+from mergekit_bio.eval.asking import Silence
+from mergekit_bio.eval.predictions import read_predictions
+from mergekit_bio.eval.run import Run, evaluate, prepare_run
+from mergekit_bio.eval.run_directory import read_record
+from mergekit_bio.eval.shipped import shipped_recipes
+
+CPU = {"engine": "transformers", "engine_options": {"device": "cpu"}}
+FILES = [f"beans_zero_eval_recordings_query{query}_lora{alpha}.jsonl" for alpha in ("000", "100") for query in (0, 1)]
+
+
+class Listening(Silence):
+    """Remembers what it heard."""
+
+    def __init__(self):
+        self.notes, self.heard = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def standing(self, standing):
+        self.heard.append(standing)
+
+
+def by_id(path: Path, files=FILES) -> dict:
+    """All that stands in the predictions files, whatever the order."""
+    return {file: {row.id: row for row in read_predictions(path / file)} for file in files}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory) -> Evaluation:
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def listening() -> Listening:
+    return Listening()
+
+
+@pytest.fixture(scope="module")
+def run(evaluation, listening, tmp_path_factory) -> Run:
+    """An undisturbed run of two alphas and two queries, the second with audio examples."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return evaluate(recipe=evaluation.recipe, out=out, listener=listening, **CPU)
+
+
+def test_every_checkpoint_answers_every_query_about_every_clip(run):
+    assert sorted(path.name for path in run.path.glob("*.jsonl")) == sorted(FILES)
+    for file, rows in by_id(run.path).items():
+        assert sorted(rows) == sorted(f"{number}.wav" for number in range(CLIPS))
+        alpha = 0.0 if "lora000" in file else 1.0
+        for row in rows.values():
+            assert row.lora_scale == alpha and row.dataset_name == "recordings"
+            assert row.label == SPECIES[int(row.id[0]) % 3]
+            assert row.generated_ids and row.logprob < 0 and row.prompt_tokens > 29
+            assert Path(row.audio).name == row.id
+
+
+def test_alphas_and_queries_give_different_answers(run):
+    rows = by_id(run.path)
+    assert len({tuple(rows[file][f"{n}.wav"].generated_ids for n in range(CLIPS)) for file in FILES}) == 4
+
+
+def test_examples_are_heard_where_the_prompt_says(run, evaluation):
+    """The same question through `mergekit-bio ask`'s way, which runs the model's own tower and its own prompt."""
+    from mergekit_bio.model.ask import Asker
+    from mergekit_bio.model.layout import LLAMA3_TEMPLATE
+    from mergekit_bio.model.loading import load_model
+
+    head, tail = LLAMA3_TEMPLATE.split("{}")
+    asker = Asker(*load_model(run.path / "checkpoints/alpha-1.00", device="cpu"), num_beams=1, max_new_tokens=6)
+    for row in list(read_predictions(run.path / FILES[3]))[:3]:
+        assert len(row.example_ids) == 3 and row.id not in row.example_ids
+        recordings = [evaluation.recordings / clip for clip in (*row.example_ids, row.id)]
+        if any(recording.name == f"{CLIPS - 1}.wav" for recording in recordings):
+            continue  # shorter than `ask` takes
+        instruction = row.prompt.removeprefix(head).removesuffix(tail)
+        assert asker.together(recordings, instruction).text == row.prediction
+
+
+def test_the_record_says_what_was_run(run, evaluation):
+    record = read_record(run.path)
+    assert [cell.file for cell in record.cells] == FILES
+    assert all(cell.seconds > 0 and cell.rows == CLIPS for cell in record.cells)
+    assert record.recipe["merge"]["base"] == str(evaluation.base)
+    assert record.environment["engine"] == {"name": "transformers", "options": {"device": "cpu"}}
+    assert record.environment["versions"]["torch"]
+
+
+def test_audio_is_encoded_once_for_all_alphas_queries_and_examples(run):
+    assert run.record.environment["clips_encoded"] == CLIPS
+    assert not (run.path / "prefixes").exists()
+
+
+def test_progress_tells_cell_and_run(run, listening):
+    first, last = listening.heard[0], listening.heard[-1]
+    assert (first.number, first.cells, first.done, first.run_done, first.rate) == (1, 4, 0, 0, None)
+    assert (last.number, last.done, last.rows, last.run_done, last.run_rows) == (4, CLIPS, CLIPS, 4 * CLIPS, 4 * CLIPS)
+    middle = listening.heard[1]
+    assert middle.cell_seconds_left == pytest.approx((CLIPS - middle.done) / middle.rate)
+    assert middle.run_seconds_left == pytest.approx((4 * CLIPS - middle.run_done) / middle.rate)
+    assert listening.notes == ["merged: alpha 0.00, alpha 1.00"]
+
+
+def test_the_report_reads_it(run):
+    report = run.report()
+    assert [sweep.cell.query for sweep in report.sweeps] == [0, 1]
+    assert [[score.cell.alpha for score in sweep.scores] for sweep in report.sweeps] == [[0.0, 1.0]] * 2
+    assert report.scorers == ["exact"] and report.notes == []
+
+
+def test_a_finished_run_is_left_alone(run, evaluation):
+    before = {file: (run.path / file).read_bytes() for file in FILES}
+    listening = Listening()
+    evaluate(recipe=evaluation.recipe, out=run.path, listener=listening, **CPU)
+    assert before == {file: (run.path / file).read_bytes() for file in FILES}
+    assert listening.heard == [] and listening.notes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"generate": {"max_new_tokens": 7, "num_beams": 1}}, "generate.max_new_tokens was 6 and is now 7"),
+        ({"queries": ["What?", "Where?"]}, "query was"),
+        ({"decoding": "choice"}, "decoding was"),
+        ({"n_examples": 2}, "n_examples was 1 and is now 2"),
+    ],
+)
+def test_a_changed_recipe_does_not_go_on(run, evaluation, changes, key):
+    changed = evaluation.variant("changed", **changes)
+    with pytest.raises(RunError, match=r"another configuration") as caught:
+        evaluate(recipe=changed, out=run.path, **CPU)
+    assert key in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
+    other = write_evaluation(tmp_path)
+    merge = {"base": str(other.base), "adapter": str(other.adapter), "alphas": [0.0, 1.0]}
+    with pytest.raises(RunError, match="was merged from"):
+        evaluate(recipe=evaluation.variant("elsewhere", merge=merge), out=run.path, **CPU)
+    (other.recordings / "0.wav").write_bytes((other.recordings / "1.wav").read_bytes())
+    data = [{"path": str(other.recordings), "name": "recordings"}]
+    with pytest.raises(RunError, match="data was"):
+        evaluate(recipe=evaluation.variant("recorded", datasets=data), out=run.path, **CPU)
+
+
+PROGRAM = """
+import sys
+from mergekit_bio.eval.run import evaluate
+evaluate(recipe=sys.argv[1], out=sys.argv[2], engine="transformers", engine_options={"device": "cpu"})
+"""
+
+
+def answers_in(out: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in out.glob("*.jsonl"))
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_predictions(run, evaluation, tmp_path):
+    out = tmp_path / "run"
+    kills = 0
+    while True:
+        before = answers_in(out)
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(evaluation.recipe), str(out)])
+        while process.poll() is None and (kills >= 3 or answers_in(out) == before):
+            time.sleep(0.005)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        # What a kill in the middle of a line leaves.
+        with max(out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns).open("ab") as file:
+            file.write(b'{"prediction": "half a li')
+    assert process.returncode == 0 and kills == 3
+    assert by_id(out) == by_id(run.path)
+
+
+def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
+    evaluate(recipe=evaluation.recipe, out=tmp_path / "run", alphas=[1.0], limit=2, **CPU)
+    assert [len(rows) for rows in by_id(tmp_path / "run", FILES[2:]).values()] == [2, 2]
+    folder = tmp_path / "run/checkpoints/alpha-1.00"
+    first = folder.stat().st_ino
+    listening = Listening()
+    evaluate(recipe=evaluation.recipe, out=tmp_path / "run", listener=listening, **CPU)
+    assert by_id(tmp_path / "run") == by_id(run.path)
+    assert listening.notes == ["merged: alpha 0.00"] and folder.stat().st_ino == first
+    assert not (tmp_path / "run/checkpoints.new").exists()
+
+
+def test_a_sweep_made_before_is_found_by_its_directory(run, evaluation, tmp_path):
+    again = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", models=[run.path / "checkpoints"], limit=2, **CPU)
+    assert [cell.checkpoint for cell in again.record.cells] == ["alpha-0.00"] * 2 + ["alpha-1.00"] * 2
+    whole = by_id(run.path)
+    assert all(whole[file][key] == row for file, rows in by_id(again.path).items() for key, row in rows.items())
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_checkpoints_of_one_alpha_do_not_share_a_file(run, evaluation, tmp_path):
+    import shutil
+
+    shutil.copytree(run.path / "checkpoints/alpha-1.00", tmp_path / "other")
+    models = [run.path / "checkpoints/alpha-1.00", tmp_path / "other"]
+    plan = prepare_run(recipe=evaluation.recipe, out=tmp_path / "run", models=models, engine="transformers")
+    assert [cell.checkpoint.alpha for cell in plan.cells] == [1.0] * 4
+    assert len({cell.file for cell in plan.cells}) == 4
+
+
+@pytest.mark.parametrize("decoding", ["choice", "loglikelihood"])
+def test_answers_from_the_list_of_species(run, evaluation, tmp_path, decoding):
+    recipe = evaluation.variant(decoding, decoding=decoding, queries=["Which species is it?"], n_examples=None)
+    done = evaluate(recipe=recipe, out=tmp_path / "run", models=[run.path / "checkpoints/alpha-1.00"], **CPU)
+    for row in read_predictions(done.path / FILES[2]):
+        assert row.prediction in SPECIES
+        if decoding == "loglikelihood":
+            assert sorted(row.choice_logprobs) == sorted(SPECIES)
+            assert row.prediction == max(row.choice_logprobs, key=row.choice_logprobs.get)
+
+
+def test_sampled_answers_do_not_depend_on_where_a_run_stopped(run, evaluation, tmp_path):
+    generate = {"max_new_tokens": 6, "num_beams": 1, "temperature": 1.0}
+    recipe = evaluation.variant("sampled", generate=generate, queries=["Which species is it?"], n_examples=None)
+    arguments = {"recipe": recipe, "models": [run.path / "checkpoints/alpha-1.00"], **CPU}
+    whole = evaluate(out=tmp_path / "whole", **arguments)
+    evaluate(out=tmp_path / "parts", limit=3, **arguments)
+    evaluate(out=tmp_path / "parts", **arguments)
+    rows = by_id(whole.path, FILES[2:3])
+    assert rows == by_id(tmp_path / "parts", FILES[2:3])
+    assert len({row.generated_ids for row in rows[FILES[2]].values()}) > 1
+
+
+def test_components_of_beans_zero_with_their_own_instructions(run, evaluation, beans_zero, tmp_path):
+    changes = {"datasets": ["watkins", "hiceas", "captioning"], "data": str(beans_zero("parquet"))}
+    recipe = evaluation.variant("beans", **changes, queries=None, top_k_species=None, n_examples=None)
+    listening = Listening()
+    models = [run.path / "checkpoints/alpha-1.00"]
+    done = evaluate(recipe=recipe, out=tmp_path / "run", models=models, listener=listening, **CPU)
+    counts = Counter({cell.dataset: cell.rows for cell in done.record.cells})
+    assert counts == {"watkins": 3, "hiceas": 2, "captioning": 1}
+    (row,) = read_predictions(done.path / "beans_zero_eval_captioning_query0_lora100.jsonl")
+    assert "<Audio><AudioHere></Audio> What is it, captioning?" in row.prompt and row.label == "A wren sings."
+    assert any("figures cannot be compared" in note for note in listening.notes)
+    assert {sweep.cell.task for sweep in done.report().sweeps} == {"classification", "detection", "captioning"}
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"demo"}))
+def test_the_shipped_recipes_run(run, tmp_path, name):
+    recipe = shipped_copy(shipped_recipes()[name], tmp_path, run.path / "checkpoints/alpha-1.00")
+    done = evaluate(recipe=recipe, out=tmp_path / "run", limit=1, **CPU)
+    for cell in done.record.cells:
+        (row,) = read_predictions(done.path / cell.file)
+        assert row.generated_ids and (cell.query_text is None or row.prompt_tokens > 29)
+    assert done.report().sweeps
+
+
+class Servers:
+    """A server that offers two checkpoints, answers with the model's name, and stops answering after a while."""
+
+    def __init__(self, answers: int):
+        self.left = answers
+        servers, lock = self, threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply({"data": [{"id": name} for name in ("alpha-0.00", "alpha-1.00")], "model_revision": "r"})
+
+            def do_POST(self):
+                model = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
+                with lock:
+                    servers.left -= 1
+                if servers.left < 0:
+                    self.close_connection = True
+                    return
+                choice = {"message": {"content": model}, "finish_reason": "stop", "token_ids": [1]}
+                self.reply({"choices": [choice], "usage": {"prompt_tokens": 3}})
+
+            def reply(self, document):
+                data = json.dumps(document).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_a_server_that_dies_leaves_a_run_that_resumes(evaluation, tmp_path):
+    pytest.importorskip("httpx", reason="httpx is not installed")
+    servers = Servers(answers=CLIPS + 2)
+    arguments = {"recipe": evaluation.recipe, "out": tmp_path / "run", "servers": [servers.url]}
+    with pytest.raises(EngineError, match="resume the run"):
+        evaluate(**arguments)
+    assert answers_in(tmp_path / "run") == CLIPS
+    servers.left = 1000
+    done = evaluate(**arguments)
+    servers.server.shutdown()
+    assert servers.left == 1000 - 3 * CLIPS
+    for file, rows in by_id(done.path).items():
+        assert {row.prediction for row in rows.values()} == {"alpha-0.00" if "lora000" in file else "alpha-1.00"}
+    assert not (done.path / "checkpoints").exists()
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_merged(evaluation, tmp_path):
+    out = tmp_path / "run"
+    penalty = evaluation.variant("penalty", generate={"repetition_penalty": 1.2})
+    given = evaluation.variant("given", merge=None, checkpoints=["a/b"])
+    for error, match, arguments in [
+        (EngineError, "did you mean 'transformers'", {"engine": "transformer"}),
+        (EngineError, "needs --server", {"engine": "http"}),
+        (EngineError, "takes no --server", {"engine": "vllm", "servers": ["http://x"]}),
+        (RecipeError, "--model and --alpha", {"models": ["a/b"], "alphas": [1]}),
+        (RecipeError, "merges nothing", {"recipe": given, "alphas": [1]}),
+        (RecipeError, "repetition_penalty", {"recipe": penalty, "engine": "transformers"}),
+        (AlphaError, "numbers", {"alphas": ["q_proj=0.3"]}),
+    ]:
+        with pytest.raises(error, match=match):
+            evaluate(**{"recipe": evaluation.recipe, "out": out} | arguments)
+    with pytest.raises(EngineError, match="did you mean 'device'"):
+        evaluate(recipe=evaluation.recipe, out=tmp_path / "x", engine="transformers", engine_options={"devise": "cpu"})
+    assert not out.exists()
+
+
+def test_an_adapter_without_ears_is_refused_before_it_is_merged(evaluation, golden, tmp_path):
+    merge = {"base": str(golden / "llama-tiny"), "adapter": str(golden / "peft-adapter-tiny"), "alphas": [0.0, 1.0]}
+    with pytest.raises(RecipeError, match="no audio tower"):
+        evaluate(recipe=evaluation.variant("deaf", merge=merge), out=tmp_path / "run", **CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_models_run_too(golden, tmp_path):
+    evaluation = write_evaluation(tmp_path, base=golden / "llama-tiny", adapter=golden / "naturelm-tiny-trained-only")
+    done = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", alphas=["0:1:1"], limit=3, **CPU)
+    assert all(len(rows) == 3 for rows in by_id(done.path).values())
+
+
+def test_vllm_gives_the_greedy_predictions_of_transformers(run, evaluation, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    arguments = {"recipe": evaluation.recipe, "models": [run.path / "checkpoints"]}
+    single = {"dtype": "float32"}
+    expected = evaluate(
+        out=tmp_path / "a", engine="transformers", engine_options={"device": "cpu"} | single, **arguments
+    )
+    options = single | {"enforce_eager": True, "max_model_len": 1024}
+    done = evaluate(out=tmp_path / "b", engine="vllm", engine_options=options, **arguments)
+    wanted, found = by_id(expected.path), by_id(done.path)
+    for file in FILES:
+        assert {key: row.generated_ids for key, row in found[file].items()} == {
+            key: row.generated_ids for key, row in wanted[file].items()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"demo"}))
+def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, tmp_path, name):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    recipe = shipped_copy(shipped_recipes()[name], tmp_path, run.path / "checkpoints/alpha-1.00")
+    single = {"dtype": "float32"}
+    expected = evaluate(
+        recipe=recipe, out=tmp_path / "a", limit=1, engine="transformers", engine_options={"device": "cpu"} | single
+    )
+    options = single | {"enforce_eager": True, "max_model_len": 4096}
+    done = evaluate(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm", engine_options=options)
+    for cell in done.record.cells:
+        found, wanted = read_predictions(done.path / cell.file), read_predictions(expected.path / cell.file)
+        assert [row.generated_ids for row in found] == [row.generated_ids for row in wanted]
+        assert [row.prompt_tokens for row in found] == [row.prompt_tokens for row in wanted]
