@@ -1,8 +1,8 @@
 """A clip goes through the tower once, whoever asks, however often, and a damaged file never gets into an answer."""
 
-import multiprocessing
 import os
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,22 +97,29 @@ def test_a_damaged_file_is_made_again(tower, clips, tmp_path, harm):
     assert torch.equal(healed(clips[:1])[0], right) and healed.encoded == 0
 
 
-def _fill(tower: AudioPrefix, folder: Path, clips: list[Clip], start) -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    start.wait(60)
-    for _ in range(3):
-        PrefixCache(tower, folder=folder)(clips)
+FILL = """
+import sys, time, torch
+from pathlib import Path
+from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.eval.engines.interface import Clip
+from mergekit_bio.eval.engines.prefix_cache import PrefixCache
+checkpoint, folder, waveforms, ready, other = sys.argv[1:]
+tower, clips = AudioPrefix.from_pretrained(checkpoint), [Clip(waveform) for waveform in torch.load(waveforms)]
+Path(ready).touch()
+while not Path(other).exists():
+    time.sleep(0.001)
+for _ in range(3):
+    PrefixCache(tower, folder=Path(folder))(clips)
+"""
 
 
-def test_processes_share_a_folder(tower, clips, tmp_path):
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(2)
-    workers = [context.Process(target=_fill, args=(tower, tmp_path, clips, start)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+def test_processes_share_a_folder(tower, clips, tiny_sweep, tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("shared")
+    torch.save([clip.waveform for clip in clips], elsewhere / "clips.pt")
+    flags = [elsewhere / "first", elsewhere / "second"]
+    inputs = [tiny_sweep[0.5], tmp_path, elsewhere / "clips.pt"]
+    workers = [subprocess.Popen([sys.executable, "-c", FILL, *inputs, *pair]) for pair in (flags, flags[::-1])]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
     assert not list(tmp_path.rglob("*.part"))
     cache = PrefixCache(tower, folder=tmp_path)
     prefixes = cache(clips)
