@@ -28,8 +28,12 @@ env: .venv/.ready
 demo: env
 	.venv/bin/mergekit-bio demo
 
+# vLLM wants a process that nothing else has used: its tests have one of their own.
+VLLM_TESTS := tests/engines tests/serve
+
 test: env
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(addprefix --ignore=,$(VLLM_TESTS))
+	$(PY) -m pytest -q $(VLLM_TESTS)
 
 check: env
 	.venv/bin/ruff check .
