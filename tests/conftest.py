@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+# vLLM in the tests' own process, without what takes long to start. Read by torch and vLLM when they are imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
 
 def _shared(folder: str) -> Path:
     root = os.environ.get("MERGEKIT_BIO_SHARED")

@@ -1,17 +1,9 @@
 """Two sweeps, and one engine of each kind on them for all tests of this folder."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-
-# vLLM in this process, without what takes long to start. Before vLLM is imported.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 import torch
 from engines.starting import merge_sweep, start_vllm
 from engines.widened_heads import widened_copy

@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,13 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-# vLLM in this process, without what takes long to start. Before torch is imported.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
 
 from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
