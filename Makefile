@@ -28,12 +28,12 @@ env: .venv/.ready
 demo: env
 	.venv/bin/mergekit-bio demo
 
-# vLLM wants a process that nothing else has used: its tests have one of their own.
-VLLM_TESTS := tests/engines tests/serve
+# vLLM wants a process that nothing else has used: its tests have processes of their own.
+VLLM_TESTS := tests/engines tests/serve tests/eval/test_run_loop.py
 
 test: env
 	$(PY) -m pytest -q $(addprefix --ignore=,$(VLLM_TESTS))
-	$(PY) -m pytest -q $(VLLM_TESTS)
+	for tests in $(VLLM_TESTS); do $(PY) -m pytest -q $$tests || exit 1; done
 
 check: env
 	.venv/bin/ruff check .
