@@ -204,7 +204,7 @@ class MergePlan:
 
     @property
     def seconds_estimate(self) -> float:
-        """A guess from rates measured on two cores of a server with its files in memory (eval/results/merge.md)."""
+        """A guess from rates measured on two cores of a server with its files in memory; not a benchmark."""
         return 1.5 + (self.bytes_on_disk - self.bytes_folded) / 2.5e9 + self.bytes_folded / 1.0e9
 
 
