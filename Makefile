@@ -19,7 +19,7 @@ env: .venv/.ready
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/.venv" \
-		.venv/bin/uv pip install --quiet --editable ".[$(EXTRAS)]"
+		.venv/bin/uv pip install --quiet --compile-bytecode --editable ".[$(EXTRAS)]"
 	@# torchaudio's compiled extensions are CUDA builds; beside a CPU torch only its Python parts load, and only they are used.
 	@$(PY) -c "import torch; raise SystemExit(torch.version.cuda is None)" || \
 		rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so

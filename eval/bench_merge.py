@@ -26,7 +26,8 @@ from process import Cost, measure
 HERE = Path(__file__).resolve().parent
 ALPHAS = 11
 MERGEKIT = "mergekit==0.1.5"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+#: Everybody works offline and from compiled bytecode, as installed programs do.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": ""}
 
 PEFT_MERGE = """
 import sys, torch
@@ -156,7 +157,7 @@ def run(contender: Contender, sources: Sources) -> Run:
     out = sources.scratch / "out"
     os.sync()
     start = time.perf_counter()
-    cost = measure(contender.command(out), log=sources.scratch / "log", env=OFFLINE)
+    cost = measure(contender.command(out), log=sources.scratch / "log", env=ENVIRONMENT)
     if not contender.durable:
         _sync(out)
     durable_wall = time.perf_counter() - start
