@@ -24,7 +24,7 @@ from mergekit_bio.merging.rounding import Noise, noise_key, round_into
 from mergekit_bio.merging.rounding_loss import ErrorSums
 
 #: Elements a block holds: small enough for a CPU core's cache, large enough for a GPU's launch cost.
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 #: The rounding loss is estimated from every 16th row; blocks begin at multiples of it.
 SAMPLED_ROWS = 16
 
