@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 #: ``FICLONE`` of linux/fs.h: share the extents of another file (btrfs, XFS, bcachefs), copying on write.
@@ -36,6 +37,9 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
     Raises:
         OSError: As the system gives it (no space, ...), and EIO if the source ends early.
     """
+    if sys.platform != "linux":
+        _copy_through_memory(source, source_offset, target, target_offset, count)
+        return
     while count:
         try:
             done = os.copy_file_range(source, target, count, source_offset, target_offset)

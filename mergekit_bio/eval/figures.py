@@ -188,16 +188,21 @@ def _baselines(axes: "Axes", item: Score, figure: str) -> None:
             axes.axhline(item.baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
 
 
+def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
+    """A figure against alpha: its curve and intervals, the plateau around the best, the baselines."""
+    comparison = sweep.comparison(figure)
+    if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
+        axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
+    _curve(axes, sweep.scores, figure, "value, 95% interval")
+    _baselines(axes, sweep.scores[0], figure)
+    _alpha_axis(axes, TITLES[figure])
+
+
 def _draw_sweep(sweep: Sweep) -> "Canvas":
     names = sweep.main_figures
     canvas, grid = _subplots(1, len(names), figsize=(2.5 * len(names), 2.3), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
-        comparison = sweep.comparison(name)
-        if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
-            axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
-        _curve(axes, sweep.scores, name, "value, 95% interval")
-        _baselines(axes, sweep.scores[0], name)
-        _alpha_axis(axes, TITLES[name])
+        draw_against_alpha(axes, sweep, name)
     handles: dict[str, Any] = {}
     for axes in grid[0]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,23 +123,37 @@ def prepare_run(
 
 
 def carry_out(
-    plan: RunPlan, *, servers: Sequence[str], api_key: str | None, engine_options: Mapping[str, Any], listener: Listener
+    plan: RunPlan,
+    *,
+    servers: Sequence[str] = (),
+    api_key: str | None = None,
+    engine_options: Mapping[str, Any],
+    listener: Listener,
+    engine: EngineSlot | None = None,
 ) -> RunRecord:
-    """Merge and ask; see :func:`evaluate` for the arguments and errors."""
+    """Merge and ask; see :func:`evaluate` for the other arguments and errors.
+
+    Args:
+        engine: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+    """
     if plan.recipe.merge is not None and plan.engine != "http":
         merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
         if merged:
             listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
     # One cell uses every prefix once; for more they are kept on the disk, until the run is complete.
-    prefixes = plan.out / PREFIXES if len(plan.cells) > len(plan.datasets) else None
-    with EngineSlot(
-        plan.engine,
-        options=engine_options,
-        servers=servers,
-        api_key=api_key,
-        max_audios=plan.max_audios,
-        prefixes=prefixes,
-    ) as slot:
+    prefixes = plan.out / PREFIXES if engine is None and len(plan.cells) > len(plan.datasets) else None
+    with ExitStack() as stack:
+        slot = engine or stack.enter_context(
+            EngineSlot(
+                plan.engine,
+                options=engine_options,
+                servers=servers,
+                api_key=api_key,
+                max_audios=plan.max_audios,
+                prefixes=prefixes,
+            )
+        )
+        encoded_before = slot.encoded
         weights = {
             checkpoint: {"served": slot.revision(checkpoint)}
             if plan.engine == "http"
@@ -157,7 +172,8 @@ def carry_out(
         )
         with RunDirectory(plan.out, wanted) as run:
             ask_all(plan, run, records, slot, listener)
-            run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + slot.encoded})
+            encoded = slot.encoded - encoded_before
+            run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + encoded})
             if prefixes is not None:
                 shutil.rmtree(prefixes, ignore_errors=True)
             return run.record

@@ -1,6 +1,7 @@
 """Carries a plan out: copies what is copied, folds what is folded, side by side."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,7 +24,9 @@ class _Stopped(Exception):
 
 def cores() -> int:
     """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def execute(
