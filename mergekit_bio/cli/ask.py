@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.listening import hear_each
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
-    from mergekit_bio.model.ask import Answer, Asker
+    from mergekit_bio.model.ask import Answer
 
 
 def ask(
@@ -52,10 +53,13 @@ def ask(
     render_prompt(prompt, template="{}", num_audios=max(slots, 1))
     asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
     failed: dict[str, str] = {}
+    answers: list[Answer] = []
     if together:
-        answers = [asker.together(recordings, prompt)]
+        answers.append(asker.together(recordings, prompt))
     else:
-        answers = _ask_each(asker, recordings, prompt, window, hop, output, failed)
+        failed = hear_each(
+            recordings, lambda each: answers.extend(asker.each_window(each, prompt, window=window, hop=hop)), output
+        )
     document = {
         "prompt": prompt,
         "answers": [
@@ -69,37 +73,6 @@ def ask(
         lambda console: console.print("\n".join(map(_line, answers)), markup=False, soft_wrap=True),
         lines=[answer.text for answer in answers],
     )
-
-
-def _ask_each(
-    asker: "Asker",
-    recordings: list[Path],
-    prompt: str,
-    window: float,
-    hop: float | None,
-    output: Output,
-    failed: dict[str, str],
-) -> "list[Answer]":
-    from mergekit_bio.errors import AudioError
-
-    answers: list[Answer] = []
-    with output.progress("listening", total=len(recordings)) as advance:
-        for recording in recordings:
-            try:
-                answers += asker.each_window(recording, prompt, window=window, hop=hop)
-            except AudioError as error:
-                if len(recordings) == 1:
-                    raise
-                failed[str(recording)] = str(error)
-                output.note(f"skipped: {error}")
-            advance(1)
-    if failed:
-        output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
-    if not answers:
-        raise AudioError(
-            f"none of the {len(recordings)} recordings could be used; the first: {next(iter(failed.values()))}"
-        )
-    return answers
 
 
 def _line(answer: "Answer") -> str:

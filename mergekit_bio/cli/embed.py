@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.listening import hear_each
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 
@@ -36,29 +37,15 @@ def embed(
     from mergekit_bio.audio.embeddings import open_embeddings
     from mergekit_bio.audio.prefix import AudioPrefix
     from mergekit_bio.audio.recording import check_windows, find_recordings
-    from mergekit_bio.errors import AudioError
 
     output = Output(as_json=as_json, quiet=quiet)
     check_windows(window=window, hop=hop)
     recordings = find_recordings(audio)
-    failed: dict[str, str] = {}
     with open_embeddings(out, overwrite=overwrite) as embeddings:
         prefix = AudioPrefix.from_pretrained(model).to(pick_device(device))
-        with output.progress("listening", total=len(recordings)) as advance:
-            for recording in recordings:
-                try:
-                    embeddings.add(prefix, recording, window=window, hop=hop)
-                except AudioError as error:
-                    if len(recordings) == 1:
-                        raise
-                    failed[str(recording)] = str(error)
-                    output.note(f"skipped: {error}")
-                advance(1)
-        if failed:
-            output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
-        if not embeddings.clips:
-            first = next(iter(failed.values()))
-            raise AudioError(f"none of the {len(recordings)} recordings could be used; the first: {first}")
+        failed = hear_each(
+            recordings, lambda recording: embeddings.add(prefix, recording, window=window, hop=hop), output
+        )
         clips = embeddings.clips
     used = len(recordings) - len(failed)
     document = {
