@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import mergekit_bio
-from mergekit_bio.cli import ask, demo, embed, eval, inspect, merge, push, recipes, report, serve, verify
+from mergekit_bio.cli import ask, demo, doctor, embed, eval, inspect, merge, push, recipes, report, serve, verify
 
 app = typer.Typer(
     name="mergekit-bio",
@@ -38,6 +38,7 @@ def _root(
 
 COMMANDS = (
     merge.merge, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, report.report, demo.demo,
+    doctor.doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -93,6 +93,9 @@ def sentences(sweep: Sweep) -> list[str]:
         comparison = sweep.comparison(name)
         if comparison is None:
             continue
+        if not sweep.best(name).figures[name]:
+            found.append(f"{TITLES[name]}: 0 everywhere")
+            continue
         best = model(sweep, sweep.best(name))
         where = f"alone at the top ({comparison.test})"
         if comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:

@@ -206,6 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"Forbidden: you don't have write access to {repo_id}")
         return repo
 
+    def readable(self, repo_id: str) -> Repo:
+        repo = self.repo(repo_id)
+        if repo.gated and self.user() != repo_id.split("/")[0]:
+            raise Refusal(403 if self.user() else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
+        return repo
+
     def revision(self, repo: Repo, revision: str) -> str:
         sha = repo.sha(revision)
         if sha is None:
@@ -225,6 +231,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_json(self, document: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(json.dumps(document).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
+
+    # Who may do what
+
+    def whoami(self) -> None:
+        user = self.user()
+        if user is None:
+            raise Refusal(401, "Invalid username or password.")
+        self.send_json({"type": "user", "name": user})
+
+    def auth_check(self, repo: str) -> None:
+        self.readable(repo)
+        self.send_json({})
 
     # Repositories
 
@@ -273,9 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json(entries, headers=more)
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        found = self.repo(repo)
-        if found.gated and self.user() != repo.split("/")[0]:
-            raise Refusal(403 if self.user() else 401, f"Access to model {repo} is restricted.", "GatedRepo")
+        found = self.readable(repo)
         sha = self.revision(found, revision)
         file = found.commits[sha].get(path)
         if file is None:
@@ -427,6 +443,8 @@ _ROUTES = [
     (method, re.compile(pattern), answer)
     for methods, pattern, answer in [
         ("POST", "/api/repos/create", _Handler.create_repo),
+        ("GET", "/api/whoami-v2", _Handler.whoami),
+        ("GET", f"/api/models/{_REPO}/auth-check", _Handler.auth_check),
         ("POST", "/api/validate-yaml", _Handler.validate_yaml),
         ("GET", f"/api/models/{_REPO}", _Handler.repo_info),
         ("GET", f"/api/models/{_REPO}/revision/{_REVISION}", _Handler.repo_info),

