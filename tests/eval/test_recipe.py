@@ -42,7 +42,7 @@ SMALL = "checkpoints: [model]\ndatasets: [watkins]\n"
 def test_the_recipes_of_the_paper_are_there():
     assert set(shipped_recipes()) == {
         "closed_set", "closed_set_2", "in_context_1", "in_context_5", "textual_in_context", "watkins", "cbi",
-        "zf_indiv", "beans_zero", "demo",
+        "zf_indiv", "beans_zero", "demo", "demo_named", "demo_combined", "demo_in_context",
     }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_the_recipes_of_the_paper_are_there():
 def test_a_shipped_recipe_has_the_papers_settings(name):
     recipe = load_recipe(shipped_recipes()[name]).recipe
     assert recipe.name == name
-    if name != "demo":
+    if not name.startswith("demo"):
         assert recipe.merge.alphas == ((1.0,) if name in ("zf_indiv", "beans_zero") else SWEEP)
         assert recipe.generate == Generate(max_new_tokens=100, num_beams=2)
         assert recipe.data == "EarthSpeciesProject/BEANS-Zero"

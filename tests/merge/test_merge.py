@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge.example import write_example
 from merge.oracle import read_tensors, same_bits
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +16,6 @@ from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging import fold
 from mergekit_bio.merging.api import plan_merge
-from mergekit_bio.merging.example import write_example
 
 COMPANIONS = {"README.md", "config.json", "merge.json"}
 FOLDED = [f"model.layers.{n}.self_attn.{m}_proj.weight" for n in range(4) for m in "qkvo"]

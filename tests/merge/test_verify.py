@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge.example import write_example
 from safetensors.torch import load_file, save_file
 
 import mergekit_bio
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.errors import MergekitBioError, VerificationError
-from mergekit_bio.merging.example import write_example
 from mergekit_bio.merging.verify import verify
 
 

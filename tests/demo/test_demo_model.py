@@ -1,0 +1,118 @@
+"""The demo's model really hears and really follows: the whole way from recording to score, and every wire on it.
+
+An end-to-end accuracy breaks when anything on the way breaks. That it does is shown by cutting the wires one by one.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers", reason="the eval extra is not installed")
+
+from mergekit_bio.demo.recordings import write_recordings
+from mergekit_bio.demo.run import COMBINED, MODEL, NAMED
+from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.eval.predictions import read_predictions
+from mergekit_bio.eval.run import Run, evaluate
+from mergekit_bio.eval.shipped import copy_shipped
+from mergekit_bio.merging.api import merge
+
+MIDDLE = 0.6
+#: Both names right, in the order and with the colon that were asked for: well above what either end gets.
+HEARS_AND_FOLLOWS = 0.65
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The demo's recipes, three strengths of its model, and a few recordings."""
+    root = tmp_path_factory.mktemp("demo")
+    merge(base=MODEL / "base", adapter=MODEL / "adapter", alphas=[0.0, MIDDLE, 1.0], out=root / "sweep")
+    write_recordings(root / "recordings/heard", HEARD, each=4, seed=5)
+    write_recordings(root / "recordings/unheard", UNHEARD[:3], each=3, seed=6)
+    return root
+
+
+def strength(alpha: float) -> str:
+    return f"sweep/alpha-{alpha:.2f}"
+
+
+def ask(root: Path, out: Path, *, recipe: str, model: Path, **changes) -> Run:
+    """Run one of the demo's recipes about ``root``'s recordings, on one checkpoint."""
+    (file, *_) = copy_shipped(recipe, out.parent)
+    settings = yaml.safe_load(file.read_text()) | {"checkpoints": [str(model)]} | changes
+    (choice,) = settings["datasets"]
+    settings["datasets"] = [{"path": str(root / choice["path"])}]
+    file.write_text(yaml.safe_dump(settings))
+    return evaluate(recipe=file, out=out, engine="transformers", engine_options={"device": "cpu", "dtype": "float32"})
+
+
+def accuracy(run: Run) -> float:
+    (sweep,) = run.report().sweeps
+    return sweep.scores[0].figures["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> float:
+    """Both names at a middle strength, with nothing cut."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return accuracy(ask(folder, out, recipe=COMBINED, model=folder / strength(MIDDLE)))
+
+
+def test_a_middle_strength_hears_and_follows(whole):
+    assert whole > HEARS_AND_FOLLOWS
+
+
+def test_the_fine_tune_names_what_it_was_tuned_on(folder, tmp_path):
+    assert accuracy(ask(folder, tmp_path / "run", recipe=NAMED, model=folder / strength(1.0))) > 0.9
+
+
+def test_the_base_writes_both_names_as_asked_and_is_deaf(folder, tmp_path):
+    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(0.0))
+    assert accuracy(run) < 0.2
+    rows = [row for file in run.path.glob("*.jsonl") for row in read_predictions(file)]
+    assert sum(row.prediction.count(" : ") == 1 for row in rows) > 0.9 * len(rows)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_strength_that_is_not_applied(folder, tmp_path, whole, alpha):
+    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(alpha))
+    assert accuracy(run) < HEARS_AND_FOLLOWS < whole
+
+
+def test_silence_instead_of_the_recordings(folder, tmp_path, whole):
+    root = tmp_path / "root"
+    shutil.copytree(folder / "recordings/heard", root / "recordings/heard")
+    for file in (root / "recordings/heard").glob("*.wav"):
+        soundfile.write(file, np.zeros(160_000, dtype=np.float32), 16_000)
+    run = ask(root, tmp_path / "run", recipe=COMBINED, model=folder / strength(MIDDLE))
+    assert accuracy(run) < HEARS_AND_FOLLOWS < whole
+
+
+def test_the_lora_on_the_wrong_layers(folder, tmp_path, whole):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(MODEL / "adapter", adapter)
+    tensors = load_file(adapter / "model.safetensors")
+    count = json.loads((MODEL / "base/config.json").read_text())["num_hidden_layers"]
+    moved = {}
+    for name, tensor in tensors.items():
+        head, layers, rest = name.partition(".layers.")
+        number, _, tail = rest.partition(".")
+        if name.startswith("llama_model.") and layers:
+            name = f"{head}{layers}{(int(number) + 1) % count}.{tail}"
+        moved[name] = tensor
+    save_file(moved, adapter / "model.safetensors")
+    (wrong,) = merge(base=MODEL / "base", adapter=adapter, alphas=[MIDDLE], out=tmp_path / "wrong")
+    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=wrong.path)
+    assert accuracy(run) < HEARS_AND_FOLLOWS < whole
+
+
+def test_an_instruction_that_is_not_in_the_prompt(folder, tmp_path, whole):
+    changes = {"queries": ["What is the common name for the focal species in the audio?"]}
+    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(MIDDLE), **changes)
+    assert accuracy(run) < HEARS_AND_FOLLOWS < whole
