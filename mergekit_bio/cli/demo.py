@@ -87,7 +87,7 @@ def demo(
             output.note("\nTo keep the model, the answers and the page: mergekit-bio demo --out demo/")
 
 
-_BAR = 14
+_BAR = 12
 #: What asks Llama-3.1-8B with NatureLM-audio the same.
 _REAL = {
     "demo_named": "mergekit-bio eval watkins",
@@ -129,8 +129,8 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
     table.add_column("gives both names\nin one answer", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
     table.add_column("picks others\nfrom a list", no_wrap=True, justify="right")
-    table.add_column("keeps to\nthe list", justify="right")
-    table.add_column("uses audio\nexamples", justify="right")
+    table.add_column("keeps to\nthe list", no_wrap=True, justify="right")
+    table.add_column("uses audio\nexamples", no_wrap=True, justify="right")
     best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
 
     def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:

@@ -10,7 +10,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from mergekit_bio.cli.eval import evaluate, pace
+from mergekit_bio.cli.eval import evaluate
+from mergekit_bio.cli.run_progress import pace
 from mergekit_bio.errors import EngineError, RecipeError
 
 app = typer.Typer()
