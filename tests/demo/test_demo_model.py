@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the eval extra is not installed")
 
 from mergekit_bio.demo.recordings import write_recordings
-from mergekit_bio.demo.run import COMBINED, MODEL, NAMED
+from mergekit_bio.demo.run import COMBINED, IN_CONTEXT, MODEL, NAMED
 from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.eval.predictions import read_predictions
 from mergekit_bio.eval.run import Run, evaluate
@@ -116,3 +116,23 @@ def test_an_instruction_that_is_not_in_the_prompt(folder, tmp_path, whole):
     changes = {"queries": ["What is the common name for the focal species in the audio?"]}
     run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(MIDDLE), **changes)
     assert accuracy(run) < HEARS_AND_FOLLOWS < whole
+
+
+def test_swapped_recordings_of_the_examples_are_heard(folder, tmp_path):
+    """Every answer's probability depends on what the examples sound like, not only on how many there are."""
+    found = []
+    for name, shift in (("as-they-are", 0), ("swapped", 1)):
+        target = tmp_path / name / "recordings/unheard"
+        shutil.copytree(folder / "recordings/unheard", target)
+        header, *rows = (target / "metadata.csv").read_text().splitlines()
+        examples = [row for row in rows if "-00.wav" in row]
+        sounds = [(target / row.split(",")[0]).read_bytes() for row in examples]
+        for number, row in enumerate(examples):
+            (target / row.split(",")[0]).write_bytes(sounds[(number + shift) % len(sounds)])
+        split = [f"{row},{'examples' if row in examples else 'test'}" for row in rows]
+        (target / "metadata.csv").write_text("\n".join([f"{header},split", *split]) + "\n")
+        run = ask(tmp_path / name, tmp_path / name / "run", recipe=IN_CONTEXT, model=folder / strength(1.0))
+        found.append({row.id: row.logprob for file in run.path.glob("*.jsonl") for row in read_predictions(file)})
+    as_they_are, swapped = found
+    assert as_they_are.keys() == swapped.keys() and as_they_are
+    assert all(abs(as_they_are[key] - swapped[key]) > 1e-4 for key in as_they_are)
