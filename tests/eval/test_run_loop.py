@@ -2,12 +2,14 @@
 
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,14 @@ class Listening(Silence):
 def by_id(path: Path, files=FILES) -> dict:
     """All that stands in the predictions files, whatever the order."""
     return {file: {row.id: row for row in read_predictions(path / file)} for file in files}
+
+
+def nearly(rows: dict) -> dict:
+    """The same rows, whose log-probabilities need not agree to the last bit: those depend on what shares a batch."""
+    return {
+        file: {key: replace(row, logprob=pytest.approx(row.logprob, abs=1e-4)) for key, row in of_file.items()}
+        for file, of_file in rows.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +177,10 @@ evaluate(recipe=sys.argv[1], out=sys.argv[2], engine="transformers", engine_opti
 """
 
 
+#: There are 36 answers, four at a time, and every kill waits for new ones.
+KILLS = 8 if os.environ.get("MERGEKIT_BIO_FULL") else 3
+
+
 def answers_in(out: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in out.glob("*.jsonl"))
 
@@ -177,7 +191,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_predictions(run, evalua
     while True:
         before = answers_in(out)
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(evaluation.recipe), str(out)])
-        while process.poll() is None and (kills >= 3 or answers_in(out) == before):
+        while process.poll() is None and (kills >= KILLS or answers_in(out) == before):
             time.sleep(0.005)
         if process.poll() is not None:
             break
@@ -187,8 +201,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_predictions(run, evalua
         # What a kill in the middle of a line leaves.
         with max(out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns).open("ab") as file:
             file.write(b'{"prediction": "half a li')
-    assert process.returncode == 0 and kills == 3
-    assert by_id(out) == by_id(run.path)
+    assert process.returncode == 0 and kills == KILLS
+    assert by_id(out) == nearly(by_id(run.path))
 
 
 def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
@@ -198,7 +212,7 @@ def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
     first = folder.stat().st_ino
     listening = Listening()
     evaluate(recipe=evaluation.recipe, out=tmp_path / "run", listener=listening, **CPU)
-    assert by_id(tmp_path / "run") == by_id(run.path)
+    assert by_id(tmp_path / "run") == nearly(by_id(run.path))
     assert listening.notes == ["merged: alpha 0.00"] and folder.stat().st_ino == first
     assert not (tmp_path / "run/checkpoints.new").exists()
 
@@ -206,7 +220,7 @@ def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
 def test_a_sweep_made_before_is_found_by_its_directory(run, evaluation, tmp_path):
     again = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", models=[run.path / "checkpoints"], limit=2, **CPU)
     assert [cell.checkpoint for cell in again.record.cells] == ["alpha-0.00"] * 2 + ["alpha-1.00"] * 2
-    whole = by_id(run.path)
+    whole = nearly(by_id(run.path))
     assert all(whole[file][key] == row for file, rows in by_id(again.path).items() for key, row in rows.items())
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -240,7 +254,7 @@ def test_sampled_answers_do_not_depend_on_where_a_run_stopped(run, evaluation, t
     evaluate(out=tmp_path / "parts", limit=3, **arguments)
     evaluate(out=tmp_path / "parts", **arguments)
     rows = by_id(whole.path, FILES[2:3])
-    assert rows == by_id(tmp_path / "parts", FILES[2:3])
+    assert by_id(tmp_path / "parts", FILES[2:3]) == nearly(rows)
     assert len({row.generated_ids for row in rows[FILES[2]].values()}) > 1
 
 
