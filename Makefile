@@ -30,11 +30,11 @@ env: .venv/.ready
 demo: env
 	.venv/bin/mergekit-bio demo
 
-# vLLM wants a process that nothing else has used: its tests have processes of their own.
+# vLLM wants a process that nothing else has used: its tests have processes of their own. The others share the cores.
 VLLM_TESTS := tests/engines tests/serve tests/eval/test_run_loop.py
 
 test: env
-	$(PY) -m pytest -q $(addprefix --ignore=,$(VLLM_TESTS))
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
 	for tests in $(VLLM_TESTS); do $(PY) -m pytest -q $$tests || exit 1; done
 
 check: env
