@@ -62,7 +62,7 @@ def test_last_logits_are_the_references(directories, vectors, facts, alpha: floa
         assert (model(**inputs).logits[0, -1] - expected).abs().max() < 2e-5
         own = model(**inputs_for(processor, vectors, facts["prompts"][name])).logits[0, -1]
     assert (own - expected).abs().max() < 1e-3
-    assert (own - expected).abs().max() < 1e-5 or name == "icl3"
+    assert (own - expected).abs().max() < 1e-4 or name == "icl3"
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
