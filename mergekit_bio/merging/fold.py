@@ -133,7 +133,9 @@ class _Slot:
             raw = self._buffer("raw", (own - start, job.cols), stored, torch.device("cpu"))
             offset = info.begin + start * job.cols * stored.itemsize
             read_exactly(base, memory_of(raw), offset, info.file)
-            weights[: own - start].copy_(raw, non_blocking=True)
+            if self._cuda:  # widened there: torch would widen on this side, and send twice the bytes
+                raw = self._buffer("sent", (own - start, job.cols), stored, self._device).copy_(raw, non_blocking=True)
+            weights[: own - start].copy_(raw)
         if own < stop:
             first = max(own, start)
             weights[first - start :].copy_(job.fold.new_rows().read(first, stop))
