@@ -96,28 +96,32 @@ class _Slot:
             weights = self._weights(job, base, start, stop)
             mixed = self._buffer("mixed", shape, job.compute, self._device)
             deltas = [self._buffer(f"delta{n}", shape, job.compute, self._device) for n in range(len(job.deltas))]
-            for delta, block in zip(deltas, job.deltas, strict=True):
-                block(start, stop, weights, delta)
+            for block, compute in zip(deltas, job.deltas, strict=True):
+                compute(start, stop, weights, block)
             noise = None
             if job.noise_key is not None:
                 first, count = start * job.cols, shape[0] * job.cols
                 noise = self._noise_of(count).draw(job.noise_key, first, count).view(shape)
+            sample = self._buffer("sample", (4, -(-shape[0] // every) * job.cols), job.compute, self._device)
+            delta, exact, nearest, kept = sample.view(4, -1, job.cols)
+            kept.copy_(weights[::every])
             for number, target in enumerate(fold.targets):
-                sources = list(zip(deltas, target.strengths, strict=True))
-                kept = torch.zeros_like(weights[::every])
                 mixed_from = weights
-                for delta, strength in sources:
-                    mixed_from = torch.add(mixed_from, delta, alpha=strength, out=mixed)
-                    kept.add_(delta[::every], alpha=strength)
-                if not sources:
+                delta.zero_()
+                for block, strength in zip(deltas, target.strengths, strict=True):
+                    mixed_from = torch.add(mixed_from, block, alpha=strength, out=mixed)
+                    delta.add_(block[::every], alpha=strength)
+                if not deltas:
                     mixed.copy_(weights)
-                exact = mixed[::every].clone()
+                exact.copy_(mixed[::every])
                 rounded = self._buffer(f"rounded{number}", shape, job.dtype, self._device)
                 round_into(mixed, rounded, noise)
                 flat = mixed.flatten()
                 self._probe += rounded.sum(dtype=torch.float32) if job.dtype == torch.float16 else torch.dot(flat, flat)
-                if sources:
-                    self.sums[number].add(rounded[::every], exact, kept, weights[::every])
+                if deltas:
+                    torch.sub(exact.to(job.dtype).to(job.compute), exact, out=nearest)
+                    torch.sub(rounded[::every].to(job.compute), exact, out=exact)  # from here on the error
+                    self.sums[number].add(sample)
                 if self._cuda:
                     host = self._buffer(f"host{number}", shape, job.dtype, torch.device("cpu"))
                     rounded = host.copy_(rounded, non_blocking=True)

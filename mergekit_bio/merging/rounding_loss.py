@@ -16,47 +16,41 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_DELTA, _ERROR, _NEAREST, _BASE = range(4)
+
 
 @dataclass
 class ErrorSums:
-    """Sums over sampled elements, on the device: <d,d>, <e,e>, <e,d>, the last two for nearest, <w,w>, count."""
+    """What is summed up of one tensor, over sampled elements.
 
-    values: "torch.Tensor"
+    Attributes:
+        products: float64 [4, 4], on the device: inner products of delta, error, the error of rounding to nearest, and
+            base with each other.
+        count: Elements sampled.
+    """
+
+    products: "torch.Tensor"
+    count: int = 0
 
     @classmethod
     def zeros(cls, device: "torch.device") -> "ErrorSums":
         """Nothing summed yet."""
         import torch
 
-        return cls(torch.zeros(7, dtype=torch.float64, device=device))
+        return cls(torch.zeros(4, 4, dtype=torch.float64, device=device))
 
     @classmethod
     def total(cls, parts: Iterable["ErrorSums"]) -> "ErrorSums":
         """Sums over several parts of one tensor."""
         import torch
 
-        return cls(torch.stack([part.values for part in parts]).sum(0))
+        some = list(parts)
+        return cls(torch.stack([part.products for part in some]).sum(0), sum(part.count for part in some))
 
-    def add(self, rounded: "torch.Tensor", exact: "torch.Tensor", delta: "torch.Tensor", base: "torch.Tensor") -> None:
-        """Take in a block.
-
-        Args:
-            rounded: What is written, in the output's dtype.
-            exact: What was rounded, in the compute dtype, same shape; overwritten.
-            delta: The part of it that is delta.
-            base: The part of it that is base.
-        """
-        import torch
-
-        nearest = exact.to(rounded.dtype)
-        d = delta.flatten()
-        for slot, result in ((1, rounded), (3, nearest)):
-            error = result.to(exact.dtype).sub_(exact).flatten()
-            self.values[slot] += torch.dot(error, error)
-            self.values[slot + 1] += torch.dot(error, d)
-        self.values[0] += torch.dot(d, d)
-        self.values[5] += base.square().sum()
-        self.values[6] += d.numel()
+    def add(self, sample: "torch.Tensor") -> None:
+        """Take in [4, elements] of delta, error, error of nearest and base, in the compute dtype."""
+        self.products += sample @ sample.T
+        self.count += sample.shape[1]
 
 
 @dataclass(frozen=True)
@@ -96,27 +90,29 @@ def summarise(errors: Iterable[tuple[str, int, ErrorSums]]) -> tuple[RoundingLos
     Args:
         errors: (tensor name, its elements, its sums).
     """
-    groups: dict[str, list[tuple[int, list[float]]]] = {}
+    groups: dict[str, list[tuple[int, list[list[float]]]]] = {}
     for name, elements, sums in errors:
-        values = sums.values.tolist()
+        # A tensor's sample stands for all its elements.
+        products = (sums.products * (elements / max(sums.count, 1))).tolist()
         for group in (module_type(name), "total"):
-            groups.setdefault(group, []).append((elements, values))
+            groups.setdefault(group, []).append((elements, products))
     order = sorted(groups, key=lambda group: (group == "total", group))
     return tuple(_loss(group, groups[group]) for group in order)
 
 
-def _loss(modules: str, parts: list[tuple[int, list[float]]]) -> RoundingLoss:
-    # Each tensor's sample stands for all its elements.
-    weighted = [[value * elements / max(values[6], 1.0) for value in values] for elements, values in parts]
-    dd, ee, ed, nn, nd, ww, _ = (math.fsum(column) for column in zip(*weighted, strict=True))
+def _loss(modules: str, parts: list[tuple[int, list[list[float]]]]) -> RoundingLoss:
+    def total(one: int, other: int) -> float:
+        return math.fsum(products[one][other] for _, products in parts)
+
+    dd, ww = total(_DELTA, _DELTA), total(_BASE, _BASE)
     size = math.sqrt(dd)
     return RoundingLoss(
         modules=modules,
         tensors=len(parts),
         elements=sum(elements for elements, _ in parts),
         delta_over_weight=size / math.sqrt(ww) if ww else 0.0,
-        loss=math.sqrt(ee) / size if size else 0.0,
-        bias=abs(ed) / dd if dd else 0.0,
-        loss_nearest=math.sqrt(nn) / size if size else 0.0,
-        bias_nearest=abs(nd) / dd if dd else 0.0,
+        loss=math.sqrt(total(_ERROR, _ERROR)) / size if size else 0.0,
+        bias=abs(total(_ERROR, _DELTA)) / dd if dd else 0.0,
+        loss_nearest=math.sqrt(total(_NEAREST, _NEAREST)) / size if size else 0.0,
+        bias_nearest=abs(total(_NEAREST, _DELTA)) / dd if dd else 0.0,
     )
