@@ -14,7 +14,8 @@ from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import MergekitBioError, OutputError
 from mergekit_bio.merging.alpha import Alpha, parse_alphas
-from mergekit_bio.merging.plan import MergePlan, Output, build_plan
+from mergekit_bio.merging.plan import MergePlan, Output
+from mergekit_bio.merging.planning import build_plan
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
