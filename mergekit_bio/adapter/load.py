@@ -2,6 +2,7 @@
 
 from mergekit_bio.adapter import finetune, naturelm, peft
 from mergekit_bio.adapter.adapter import Adapter, Base
+from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
@@ -21,12 +22,23 @@ def load_adapter(source: Source, base: Base) -> Adapter:
             f"{base.checkpoint.root / 'config.json'}: quantization_config: a quantized base cannot be folded exactly; "
             "give the full-precision model"
         )
+    _refuse_ears(base.source, base.checkpoint)
     if (source.path / peft.CONFIG).exists():
         return peft.load(source, base)
     if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
         raise AdapterError(
             f"{source.given}: holds neither {peft.CONFIG} (PEFT), {SINGLE} nor {INDEX}; it is no adapter or checkpoint"
         )
-    if naturelm.recognise(Checkpoint.open(source.path)):
+    checkpoint = Checkpoint.open(source.path)
+    if naturelm.recognise(checkpoint):
         return naturelm.load(source, base)
+    _refuse_ears(source, checkpoint)
     return finetune.load(source, base)
+
+
+def _refuse_ears(source: Source, checkpoint: Checkpoint) -> None:
+    if any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors):
+        raise AdapterError(
+            f"{source.given}: is a merge with an audio tower; give the base and the adapters it was made from (its "
+            "merge.json names them), all at once: one merge rounds once"
+        )

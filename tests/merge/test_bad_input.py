@@ -417,3 +417,13 @@ def merge_once(root: Path) -> None:
         base=root / "base", adapter=root / "adapter", alphas=[0.5], out=root / "once", device="cpu"
     )
     shutil.rmtree(merged.path)
+
+
+def test_a_merge_with_ears_is_neither_base_nor_adapter(tmp_path):
+    """Merging twice would round twice, and the second merge cannot know what the tower is."""
+    demo = Path(mergekit_bio.__file__).with_name("demo") / "model"
+    mergekit_bio.merge(base=demo / "base", adapter=demo / "adapter", alphas=[0.5], out=tmp_path / "merged")
+    for base, adapter in ((tmp_path / "merged", demo / "adapter"), (demo / "base", tmp_path / "merged")):
+        options = ("--base", base, "--adapter", adapter, "--alpha", 0.5, "--out", tmp_path / "out")
+        line = refused("merge", *options, watch=tmp_path)
+        assert line.startswith(f"{tmp_path / 'merged'}: ") and "audio tower" in line and "merge.json" in line
