@@ -13,7 +13,7 @@ from mergekit_bio.cli.run_progress import RunListener
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergekit_bio.eval.cells_plan import RunPlan
+    from mergekit_bio.eval.run_plan import RunPlan
 
 
 def evaluate(
@@ -140,7 +140,7 @@ def _print_lines(console: "Console", lines: Sequence[str]) -> None:
 
 
 def _print_plan(plan: "RunPlan", output: Output) -> None:
-    from mergekit_bio.eval.cells_plan import to_document
+    from mergekit_bio.eval.run_plan import to_document
 
     document = to_document(plan)
 
@@ -171,7 +171,7 @@ def _print_plan(plan: "RunPlan", output: Output) -> None:
 
 def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
     """The tables, and where the files are."""
-    from mergekit_bio.eval.cells_plan import to_document
+    from mergekit_bio.eval.run_plan import to_document
 
     run = {"run": str(plan.out), "cells": to_document(plan)["cells"]}
     if not scored:

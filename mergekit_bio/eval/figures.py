@@ -1,5 +1,6 @@
 """The figures of a report: PNG and PDF, one style, colours that colour-blind readers can tell apart."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import MissingPackageError
+from mergekit_bio.eval.cells import Cell
 from mergekit_bio.eval.classification import confusion
 from mergekit_bio.eval.report import TITLES, Report, Sweep
 from mergekit_bio.eval.report_tables import model
@@ -41,6 +43,7 @@ STYLE = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "legend.fontsize": 7.5,
+    "text.parse_math": False,  # a label may hold a dollar
     "pdf.fonttype": 42,  # text stays text: journals ask for it
     "savefig.bbox": "tight",
     "savefig.dpi": 200,
@@ -56,15 +59,27 @@ class Figure:
 
     Attributes:
         name: Its file name without suffix.
-        title: What it shows, for the page.
+        caption: What it shows; what a figure of one sweep shares with the others of that sweep is not repeated.
+        sweep: The sweep that it is about; None where it compares several.
         png: The picture.
         files: The PNG and the PDF.
     """
 
     name: str
-    title: str
+    caption: str
+    sweep: Sweep | None
     png: bytes
     files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A figure to be drawn: ``kind`` and ``title`` make its file name."""
+
+    kind: str
+    title: str
+    draw: "Callable[[], Canvas]"
+    sweep: Sweep | None = None
 
 
 def draw_figures(
@@ -91,19 +106,22 @@ def draw_figures(
     plans = list(_plans(report))
     figures = []
     with matplotlib.rc_context(STYLE), progress("drawing", len(plans)) as advance:
-        for title, kind, draw in plans:
-            figures.append(_save(folder, kind, title, draw()))
+        for plan in plans:
+            figures.append(_save(folder, plan))
             advance(1)
     return figures
 
 
-def _save(folder: Path, kind: str, title: str, canvas: "Canvas") -> Figure:
-    name = f"{kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in title).replace("__", "_")
+def _save(folder: Path, plan: _Plan) -> Figure:
+    canvas = plan.draw()
+    name = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
     files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
     for file in files:
         # Without a date the same report gives the same bytes.
         canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
-    return Figure(name=name, title=f"{_KINDS[kind]}: {title}", png=files[0].read_bytes(), files=files)
+    rest = plan.title.removeprefix(plan.sweep.title).removeprefix(", ") if plan.sweep else plan.title
+    caption = f"{_KINDS[plan.kind]}: {rest}" if rest else _KINDS[plan.kind]
+    return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
 
 
 _KINDS = {
@@ -114,29 +132,29 @@ _KINDS = {
     "wordings": "Wordings of one question",
     "confusion": "Confusion",
 }
-_Plan = tuple[str, str, Callable[[], "Canvas"]]
 
 
 def _plans(report: Report) -> Iterator[_Plan]:
-    """Title, kind and drawing function of every figure there is something for."""
+    """Every figure there is something for."""
     for sweep in report.sweeps:
         if sweep.by_alpha and len(sweep.scores) > 1:
-            yield sweep.title, "sweep", partial(_draw_sweep, sweep)
+            yield _Plan(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
         if sweep.cell.task == "classification":
             if len(sweep.scores) > 1:
-                yield sweep.title, "errors", partial(_draw_errors, sweep)
+                yield _Plan(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_figures[0])
-            yield f"{sweep.title}, {best.cell.checkpoint}", "confusion", partial(_draw_confusion, best)
+            title = f"{sweep.title}, {best.cell.checkpoint}"
+            yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
         sweeps = [sweep for sweep in members if sweep.cell.task == "classification"]
         title = run if run == dataset else f"{run}, {dataset}"
         named = {sweep.cell.target: sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1}
         if len(named) == 3:
-            yield title, "names", partial(_draw_names, named)
+            yield _Plan(kind="names", title=title, draw=partial(_draw_names, named))
         for _, alike in groupby(sweeps, key=lambda sweep: sweep.cell.target):
             wordings = list(alike)
             if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings):
-                yield title, "wordings", partial(_draw_wordings, wordings)
+                yield _Plan(kind="wordings", title=title, draw=partial(_draw_wordings, wordings))
     yield from _run_plans(report)
 
 
@@ -149,7 +167,7 @@ def _run_plans(report: Report) -> Iterator[_Plan]:
             alike.setdefault(key, []).append(sweep)
     for sweeps in alike.values():
         if len({sweep.cell.run for sweep in sweeps}) > 1:
-            yield sweeps[0].cell.dataset, "runs", partial(_draw_runs, sweeps)
+            yield _Plan(kind="runs", title=sweeps[0].cell.dataset, draw=partial(_draw_runs, sweeps))
 
 
 def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:
@@ -224,6 +242,7 @@ def _draw_errors(sweep: Sweep) -> "Canvas":
         axes.tick_params(axis="x", rotation=30)
     axes.set_xlabel("merge strength alpha" if sweep.by_alpha else "")
     axes.set_ylabel("share of the clips")
+    axes.set_ylim(0, 1)
     axes.grid(axis="x", visible=False)
     canvas.legend(loc="outside upper center", ncols=2)
     return canvas
@@ -258,14 +277,14 @@ def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
 
 def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     scores = [sweep.scores[0] for sweep in sweeps]
-    canvas, axes = _subplots(figsize=(1.2 + 1.1 * len(scores), 2.4))
+    canvas, axes = _subplots(figsize=(1.2 + 1.3 * len(scores), 2.6))
     values = [item.figures["accuracy"] for item in scores]
     low, high = zip(*(item.intervals["accuracy"] for item in scores), strict=True)
     errors = [
         [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)],
         [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)],
     ]
-    names = [f"query {item.cell.query}" for item in scores]
+    names = [_wording(item.cell) for item in scores]
     axes.bar(names, values, yerr=errors, width=0.6, color=SKY, edgecolor="black", linewidth=0.6, capsize=3)
     _baselines(axes, scores[0], "accuracy")
     axes.set_ylabel("Accuracy")
@@ -273,6 +292,13 @@ def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper right")
     return canvas
+
+
+def _wording(cell: Cell) -> str:
+    """A query's first line where the run knows it, short enough to stand under a bar; else its number."""
+    if not cell.query_text:
+        return f"query {cell.query}"
+    return textwrap.fill(textwrap.shorten(cell.query_text.splitlines()[0], 60, placeholder=" …"), 20)
 
 
 def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
@@ -287,7 +313,9 @@ def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
 
 
 def _draw_confusion(item: Score) -> "Canvas":
-    """Counts as shares of their row: how the clips of each label were answered."""
+    """Counts as shares of their row: how the clips of each label were answered; right answers are framed."""
+    from matplotlib.patches import Rectangle
+
     labels, counts = confusion(targets=item.targets, answers=item.answers)
     answers, labels = labels, sorted(set(item.targets))
     counts = counts[: len(labels)]  # no clip's label is the "None" of an answer out of the set
@@ -295,11 +323,14 @@ def _draw_confusion(item: Score) -> "Canvas":
     canvas, axes = _subplots(figsize=(side + 0.8, side))
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / totals.clip(min=1)
-    picture = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.grid(visible=False)
-    axes.set(xlabel="answer", ylabel="label")
+    axes.set(xlabel="answer", ylabel="label (clips)")
+    for place in range(len(labels)):
+        axes.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=GREY, linewidth=0.6))
     if len(labels) <= MOST_LABELS:
         columns, rows = ([text if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels))
+        rows = [f"{text} ({total})" for text, total in zip(rows, totals[:, 0], strict=True)]
         size = 8 if len(labels) < 12 else 5.5
         axes.set_xticks(range(len(columns)), columns, rotation=90 if len("".join(columns)) > 24 else 0, fontsize=size)
         axes.set_yticks(range(len(rows)), rows, fontsize=size)
@@ -308,7 +339,7 @@ def _draw_confusion(item: Score) -> "Canvas":
         axes.set_yticks([])
     if len(labels) <= MOST_LABELS // 3:
         for row, column in zip(*counts.nonzero(), strict=True):
-            colour = "black" if shares[row, column] > 0.5 else "white"
+            colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=7)
     canvas.colorbar(picture, ax=axes, label="share of the label's clips", shrink=0.7)
     return canvas

@@ -11,8 +11,8 @@ from typing import Any
 from mergekit_bio.errors import OutputError
 from mergekit_bio.eval.cells import Cell
 from mergekit_bio.eval.figures import draw_figures
-from mergekit_bio.eval.html import render_page
 from mergekit_bio.eval.report import Report, to_document
+from mergekit_bio.eval.report_page import render_page
 from mergekit_bio.eval.run_directory import RECORD_NAME
 
 _HEADERS = {

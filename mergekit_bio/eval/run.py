@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.eval.asking import Listener, Silence, ask_all
-from mergekit_bio.eval.cells_plan import RunPlan, cell_records, plan_run
 from mergekit_bio.eval.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
 from mergekit_bio.eval.engine_slot import EngineSlot, choose_engine
 from mergekit_bio.eval.recipe import load_recipe
 from mergekit_bio.eval.run_directory import RunDirectory, RunRecord
+from mergekit_bio.eval.run_plan import RunPlan, cell_records, plan_run
 from mergekit_bio.eval.shipped import find_recipe
 
 if TYPE_CHECKING:

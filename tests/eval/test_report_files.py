@@ -1,11 +1,15 @@
 import base64
 import csv
+import http.server
 import io
 import json
+import queue
 import re
 import shutil
 import subprocess
+import threading
 from contextlib import nullcontext
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -13,11 +17,11 @@ import soundfile
 from rich.console import Console
 
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval import figures, html
+from mergekit_bio.eval import figures, report_page
 from mergekit_bio.eval.cells import read_runs
-from mergekit_bio.eval.html import render_page
 from mergekit_bio.eval.report import Report, build_report, to_document
 from mergekit_bio.eval.report_files import default_folder, write_report
+from mergekit_bio.eval.report_page import render_page
 from mergekit_bio.eval.report_tables import print_report, sentences
 
 
@@ -96,6 +100,8 @@ def page_data(page: str) -> dict:
 def test_the_page_needs_nothing_beside_it_and_holds_every_answer(written):
     page = written[1][0].read_text()
     assert not re.search(r'(src|href|srcset)="(?!data:|#)', page)
+    for caption in ("Against alpha", "Error breakdown", "Confusion: alpha 0.5"):
+        assert page.count(f"<figcaption>{caption}</figcaption>") == 1
     data = page_data(page)
     assert len(data["rows"]) == 180 and len(data["prompts"]) == 60
     assert data["prompts"][0] == "<|user|>What? </script> 0"
@@ -120,22 +126,81 @@ def test_recordings_are_in_the_page_once_each_while_they_exist(make_run, tmp_pat
 def test_recordings_too_many_for_the_page_are_linked(make_run, tmp_path, monkeypatch):
     recording = tmp_path / "a clip.wav"
     soundfile.write(recording, np.zeros(400), 8000)
-    monkeypatch.setattr(html, "AUDIO_BUDGET", 0)
+    monkeypatch.setattr(report_page, "AUDIO_BUDGET", 0)
     report = build_report(read_runs([make_run(audio=str(recording))]))
     assert page_data(render_page(report, [], folder=tmp_path / "report"))["audio"] == ["../a%20clip.wav"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_table_can_be_searched_in_a_browser(written, tmp_path):
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+
+
+def chromium(profile, *arguments) -> list[str]:
+    """A command line for a browser that shows nothing, keeps to itself and may play sound without being clicked."""
+    return [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={profile}", *arguments,
+    ]  # fmt: skip
+
+
+@needs_chromium
+def test_the_table_can_be_searched_and_the_figures_are_seen_in_a_browser(written, tmp_path):
     page = tmp_path / "report.html"
-    script = "field('search').value = 'GRIG clip1'; search(); document.querySelector('tbody tr.row').click();"
-    page.write_text(written[1][0].read_text().replace("</body>", f"<script>{script}</script></body>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    script = """
+        field('search').value = 'GRIG clip1'; search(); document.querySelector('tbody tr.row').click();
+        for (const image of document.images) image.alt = `seen ${image.naturalWidth > 200}`;"""
+    page.write_text(
+        written[1][0].read_text().replace("</body>", f"<script>onload = () => {{{script}}}</script></body>")
+    )
+    command = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     rows = re.findall(r'<tr class="row">(.*?)</tr>', found)
     assert 0 < len(rows) < 50
     assert all("Grig" in row and "clip1" in row for row in rows)
     assert "What? &lt;/script&gt;" in found
+    assert found.count('alt="seen true"') == found.count("<img ") == 3
+
+
+PLAY = """
+const player = document.querySelector('#predictions audio');
+const tell = text => fetch('/told?' + encodeURIComponent(text), {method: 'POST'});
+player.addEventListener('timeupdate', () => { if (player.currentTime > 0.2) tell(`played of ${player.duration}`); });
+player.play().catch(error => tell(String(error)));
+"""
+
+
+@needs_chromium
+def test_a_recording_plays_in_a_browser(make_run, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", 0.3 * np.sin(np.arange(16000) / 5), 8000)
+    report = build_report(read_runs([make_run(audio=str(tmp_path / "clip.wav"))]))
+    page = render_page(report, [], folder=tmp_path).replace("</body>", f"<script>{PLAY}</script></body>").encode()
+    told: queue.Queue[str] = queue.Queue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(page)
+
+        def do_POST(self):
+            told.put(unquote(self.path.partition("?")[2]))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = chromium(tmp_path / "profile", "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}")
+        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert told.get(timeout=60) == "played of 2"
+        finally:
+            browser.terminate()
+            browser.wait()
+            server.shutdown()
 
 
 @pytest.mark.slow
@@ -169,7 +234,7 @@ def test_checkpoints_without_an_alpha_are_compared_by_name(make_run):
     assert sweep.comparison("accuracy").best == "acme/better"
     assert [row.checkpoint for row in sweep.comparison("accuracy").against] == ["acme/base", "acme/tuned"]
     assert "best at acme/better" in sentences(sweep)[0] and sweep.improvement("accuracy") is None
-    assert [kind for _, kind, _ in figures._plans(Report(sweeps=(sweep,)))] == ["errors", "confusion"]
+    assert [plan.kind for plan in figures._plans(Report(sweeps=(sweep,)))] == ["errors", "confusion"]
 
 
 def test_the_report_of_one_run_of_ours_goes_into_it(make_run, tmp_path):

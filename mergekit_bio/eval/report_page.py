@@ -38,24 +38,26 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
     except ImportError:
         raise MissingPackageError("jinja2", "eval", "the HTML page") from None
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+        Path(__file__).with_name("report_page.html.j2").read_text(encoding="utf-8")
     )
     runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
+    pictures = [(figure.sweep, figure.caption, base64.b64encode(figure.png).decode()) for figure in figures]
     return template.render(
         title=", ".join(runs),
         scorers={name: SCORERS[name] for name in report.scorers},
         notes=report.notes,
-        sweeps=[_sweep(sweep) for sweep in report.sweeps],
-        figures=[(figure.title, base64.b64encode(figure.png).decode()) for figure in figures],
+        sweeps=[_sweep(sweep, [rest for owner, *rest in pictures if owner is sweep]) for sweep in report.sweeps],
+        figures=[rest for owner, *rest in pictures if owner is None],
         data=_predictions(report, folder),
     )
 
 
-def _sweep(sweep: Sweep) -> dict[str, Any]:
-    """What the page shows above the predictions, as texts."""
+def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What the page shows about a sweep, as texts; ``pictures`` are its captions and PNGs in base64."""
     figures = sweep.main_figures
     rates = [name for name in RATES if name in sweep.scores[0].figures]
     first = sweep.scores[0]
+    labels = f", {len(set(first.targets))} labels" if sweep.cell.task == "classification" else ""
     adjusted = {
         name: {row.checkpoint: row.p_adjusted for row in comparison.against}
         for name in figures
@@ -76,7 +78,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
     blank = [""] * len(rates)
     return {
         "title": sweep.title,
-        "about": f"{len(first.ids)} clips, scorer {first.scorer}",
+        "about": f"{len(first.ids)} clips{labels}, scorer {first.scorer}",
         "query": sweep.cell.query_text,
         "prompt": first.cell.rows[0].prompt,
         "header": [model_header(sweep), *header, *(TITLES[name] for name in rates)],
@@ -91,6 +93,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
             if first.baselines
         ],
         "sentences": sentences(sweep),
+        "pictures": pictures,
     }
 
 
