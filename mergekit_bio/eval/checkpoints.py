@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.errors import AlphaError, RecipeError, RunError
+from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe import Merge, Recipe
 from mergekit_bio.merging.alpha import parse_alphas
 from mergekit_bio.merging.manifest import MANIFEST, Manifest, fingerprint, read_manifest
@@ -80,7 +80,8 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
         recipe: As resolved.
         out: The run directory, where merged checkpoints are kept.
         served: Servers have them: nothing is merged or fetched, and only directories that are here tell their alpha.
-        fetch: Download hub ids; without it their alpha is not known.
+        fetch: Download hub ids, and make sure that what is to be merged can be had; without it their alpha is not
+            known.
 
     Raises:
         SourceError: A directory or hub id cannot be had.
@@ -88,7 +89,7 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
     """
     if recipe.merge is not None:
         strengths = parse_alphas(recipe.merge.alphas)
-        return [
+        checkpoints = [
             RunCheckpoint(
                 name=f"alpha {strength.label}",
                 source=folder if served else str(out / FOLDER / folder),
@@ -98,6 +99,9 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
             for strength in strengths
             for folder in [f"alpha-{strength.label}"]
         ]
+        if fetch and any(checkpoint.missing for checkpoint in checkpoints):
+            _check_access(recipe.merge)
+        return checkpoints
     sources = [source for given in recipe.checkpoints for source in _sweep(given)]
     if fetch and not served:
         for source in sources:
@@ -114,6 +118,22 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
         )
         for source in sources
     ]
+
+
+def _check_access(merge: Merge) -> None:
+    """Ask for a small file of both sources: a licence not accepted is said before the data is fetched."""
+    from huggingface_hub import utils
+
+    bars = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        for source in (merge.base, merge.adapter):
+            resolve(source, patterns=("*config.json",))
+    except SourceError as error:
+        raise SourceError(f"{error}; or give checkpoints merged before (--model DIR)") from None
+    finally:
+        if bars:
+            utils.enable_progress_bars()
 
 
 def _sweep(source: str) -> list[str]:

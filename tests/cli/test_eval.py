@@ -8,6 +8,7 @@ import sys
 import pytest
 import typer
 import yaml
+from hub.server import File, running_hub
 from typer.testing import CliRunner
 
 from mergekit_bio.cli.eval import evaluate
@@ -121,23 +122,49 @@ def test_mistakes_are_the_users_errors(arguments, error):
     assert isinstance(run(*arguments).exception, error)
 
 
-def test_without_network_or_token_there_is_one_line_that_says_what_to_do(tmp_path):
-    """A shipped recipe on a machine that has neither the data nor the models."""
-    program = (
-        "import sys, typer\nfrom mergekit_bio.cli import app, eval\n"
-        "names = {command.name for command in app.app.registered_commands}\n"
-        "if 'eval' not in names: app.app.command('eval')(eval.evaluate)\napp.main()"
-    )
-    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+def refused(folder, *arguments, **environment) -> str:
+    """The one line that a shipped recipe ends with on a machine that has neither the data nor the models."""
     done = subprocess.run(
-        [sys.executable, "-c", program, "eval", "recipes/closed_set.yaml", "--engine", "transformers"],
-        env={**os.environ, **offline},
-        cwd=tmp_path,
+        [
+            sys.executable,
+            "-c",
+            "from mergekit_bio.cli.app import program; program()",
+            "eval",
+            "recipes/closed_set.yaml",
+            *arguments,
+        ],
+        env={**os.environ, "HF_HOME": str(folder / "hf"), "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 1 and done.stdout == "", done.stderr
     (line,) = done.stderr.splitlines()
+    assert [path.name for path in folder.iterdir()] in ([], ["hf"])
+    return line
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def test_without_network_one_line_says_what_to_give_instead(tmp_path):
+    line = refused(tmp_path, "--engine", "transformers", **OFFLINE)
+    assert line.startswith("error: meta-llama/Llama-3.1-8B-Instruct: not a directory")
+    assert "connect, or give the path of a copy" in line and "--model DIR" in line
+
+
+def test_without_a_token_one_line_says_what_to_accept_and_where_to_log_in(tmp_path):
+    with running_hub() as hub:
+        repo = hub.create("meta-llama/Llama-3.1-8B-Instruct", gated=True)
+        repo.commit({"config.json": File.regular(b"{}")})
+        line = refused(tmp_path, "--engine", "transformers", HF_ENDPOINT=hub.url, HF_TOKEN="")
+        assert not any("BEANS" in request for request in hub.requests)
+    assert "accept its licence at https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct" in line
+    assert "`hf auth login`" in line and "--model DIR" in line
+
+
+def test_without_the_data_one_line_says_where_a_copy_goes(tmp_path, merged):
+    line = refused(tmp_path, "--engine", "transformers", "--model", str(merged), **OFFLINE)
     assert line.startswith("error: EarthSpeciesProject/BEANS-Zero") and "hf auth login" in line
     assert "data: FOLDER" in line
 
