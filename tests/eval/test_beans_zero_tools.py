@@ -1,15 +1,23 @@
 """The beans-zero library's own tools read our predictions files as they are."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pandas", reason="the eval extra is not installed")
+
+from eval import beans_zero_tool
 from mergekit_bio.eval.cells import read_runs
 from mergekit_bio.eval.predictions import Prediction, PredictionWriter
 from mergekit_bio.eval.scoring import score
 
 #: Labels of which no answer below is equally near to two.
-LABELS = {"watkins": ["Walrus", "Beluga, White Whale", "Sperm Whale"], "hiceas": ["Minke whale", "None"]}
+LABELS = {
+    "watkins": ["Walrus", "Beluga, White Whale", "Sperm Whale"],
+    "hiceas": ["Minke whale", "None"],
+    "dcase": ["American Redstart, Jackdaw call", "Jackdaw call", "None"],
+}
 WORDS = [
     "Walrus",
     "Walruss",
@@ -18,40 +26,67 @@ WORDS = [
     "Minke whale",
     "minke whale",
     "None",
+    "Jackdaw call, American Redstart",
 ]
+#: Texts that a reader might take for something else, or for several lines.
+HARD = ["", " ", "null", "true", "17", "1e5", "2020-01-01", '"', "\\n", "a\nb\r\n\u2028\x85c", "\x00", "🐋", "{}"]
 
 
-@pytest.mark.parametrize("dataset", sorted(LABELS))
-def test_compute_metrics_reads_our_file_and_agrees_with_our_scorer(tmp_path, dataset):
-    evaluate = pytest.importorskip("beans_zero.evaluate", reason="the beans-zero library is not installed")
-    pandas = pytest.importorskip("pandas")
-    generator = random.Random(0)
-    path = tmp_path / f"beans_zero_eval_{dataset}_query0_lora040.jsonl"
+def write(path: Path, dataset: str, predictions: list[str], labels: list[str]) -> Path:
+    """A file with everything that a run writes."""
     with PredictionWriter(path) as writer:
-        for number in range(80):
+        for number, (text, label) in enumerate(zip(predictions, labels, strict=True)):
             writer.append(
                 Prediction(
-                    prediction=generator.choice(WORDS),
-                    label=generator.choice(LABELS[dataset]),
+                    prediction=text,
+                    label=label,
                     id=f"{number}",
                     dataset_name=dataset,
                     prompt="What?\n",
-                    lora_scale=0.4,
+                    lora_scale=None if number % 2 else 0.4,
                     prompt_tokens=12,
                     generated_ids=(1, 2),
                     logprob=-0.5,
+                    example_ids=("7", "8"),
+                    choice_logprobs={"a": -1.0},
+                    audio="a.wav",
                 )
             )
-    # As its command line reads a .jsonl file.
-    theirs = evaluate.compute_metrics(pandas.read_json(path, orient="records", lines=True))[dataset]
-    ours = score(read_runs([path])[0], scorer="beans-zero").figures
-    names = {
+    return path
+
+
+def test_every_text_comes_through_as_it_was(tmp_path):
+    path = write(tmp_path / "p.jsonl", "watkins", HARD, HARD)
+    assert beans_zero_tool.read(path) == {"watkins": [(text, text) for text in HARD]}
+
+
+NAMES = {
+    "classification": {
         "Accuracy": "accuracy",
         "F1 Score": "f1_weighted",
         "Precision": "precision_weighted",
+        "Recall": "recall_weighted",
         "Top-1 Accuracy": "top1",
-    }
-    if dataset == "hiceas":
-        names = {"F1": "f1_macro", "Precision": "precision_macro", "Recall": "recall_macro"}
-    for name, figure in names.items():
-        assert ours[figure] == pytest.approx(theirs[name], abs=1e-9), name
+    },
+    "detection": {"F1": "f1_macro", "Precision": "precision_macro", "Recall": "recall_macro"},
+}
+
+
+def printed_by_the_library(path: Path) -> dict[str, dict[str, float]]:
+    import pandas
+
+    evaluate = pytest.importorskip("beans_zero.evaluate", reason="the beans-zero library is not installed")
+    return evaluate.compute_metrics(pandas.read_json(path, orient="records", lines=True))
+
+
+@pytest.mark.parametrize("printed", [beans_zero_tool.figures, printed_by_the_library])
+@pytest.mark.parametrize("dataset", sorted(LABELS))
+def test_its_figures_for_our_file_are_those_of_our_scorer(tmp_path, dataset, printed):
+    generator = random.Random(0)
+    labels = LABELS[dataset] + generator.choices(LABELS[dataset], k=80)
+    path = tmp_path / f"beans_zero_eval_{dataset}_query0_lora040.jsonl"
+    write(path, dataset, generator.choices(WORDS, k=len(labels)), labels)
+    (cell,) = read_runs([path])
+    ours = score(cell, scorer="beans-zero").figures
+    for name, figure in NAMES[cell.task].items():
+        assert ours[figure] == pytest.approx(printed(path)[dataset][name], abs=1e-9), name

@@ -1,19 +1,9 @@
 import pytest
+from eval.beans_zero_tool import edits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_bio.eval.matching import birds_counted, clean_as_paper, match_exactly, match_lists, nearest_labels
-
-
-def edits(first: str, second: str) -> int:
-    """Levenshtein's recurrence, written out."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(second, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]
-
 
 WORDS = st.text("abcN ", max_size=8)
 
