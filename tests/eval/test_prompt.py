@@ -1,3 +1,5 @@
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -57,6 +59,20 @@ def test_prompts_of_the_published_experiments_are_theirs_up_to_the_shuffled_orde
                 assert question.prompt.clips == (row.id,)
                 compared[cell.run, cell.query] += 1
     assert len(compared) == 8 and min(compared.values()) >= 20
+
+
+def test_queries_of_every_experiment_are_the_published_ones(published):
+    """Those of which no predictions were published too."""
+    queries: dict[str, list[str]] = {}
+    for line in (published / "README.md").read_text().splitlines():
+        # | recipe, recipe | dataset | species | 0 `query` 1 `query` |
+        names, *_, column = line.strip("|").split(" | ") if " | " in line else ("", "")
+        quoted = [text.replace("\\n", "\n") for text in re.findall("`(.*?)`", column)]
+        if quoted and quoted[0] == "{examples}":  # the same with `{examples}` for `{audio_examples}`
+            quoted = [queries["in_context_1"][0].replace(quoted[1], quoted[0])]
+        queries |= dict.fromkeys(re.findall(r"\w+", names), quoted) if quoted else {}
+    ours = {name: load_recipe(file).recipe for name, file in shipped_recipes().items() if not name.startswith("demo")}
+    assert {name: list(recipe.queries) for name, recipe in ours.items() if recipe.queries} == queries
 
 
 def split(text: str) -> tuple[str, list[str]]:
@@ -158,20 +174,33 @@ def test_a_shuffle_is_the_same_on_every_machine():
     assert shuffled(["a", "b", "c", "d"], 1, "d") == ["a", "d", "b", "c"]
 
 
-def test_the_hash_seed_of_python_makes_no_difference():
-    code = """
-from mergekit_bio.eval.prompt import query_prompt
-for clip in range(20):
-    print(query_prompt(query="{species_list}{randomize} {audio_examples}", clip=f"a{clip}", key=(0, "d", 0),
-                       species=("a", "b", "c"), pool={k: [f"{k}{i}" for i in range(9)] for k in "abc"}, n_examples=3))
+SHOW = """
+import sys
+from pathlib import Path
+from mergekit_bio.eval.questions import show_prompts
+from mergekit_bio.eval.recipe import load_recipe
+for _, query, asked in show_prompts(load_recipe(Path(sys.argv[1])).recipe, 99):
+    print(query, *asked, sep="\\n")
 """
-    printed = {
+
+
+def test_the_hash_seed_of_python_makes_no_difference(beans_zero, tmp_path):
+    recipe = tmp_path / "all_flags.yaml"
+    recipe.write_text(
+        f"checkpoints: [x]\ndata: {beans_zero('parquet')}\ndatasets: [unseen-family-cmn]\ntop_k_species: 3\n"
+        "n_examples: 1\nqueries:\n- '{species_list}{randomize} {audio_examples}'\n- '{audio_examples}'\n"
+    )
+    printed = [
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", SHOW, recipe],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("0", "12345")
-    }
-    assert len(printed) == 1
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].count(b"Question(") == 2 * 11
 
 
 @pytest.mark.parametrize(
