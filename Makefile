@@ -16,15 +16,15 @@ help:
 
 env: .venv/.ready
 
-# uv resolves in seconds what takes pip minutes. It does not read pip's settings, hence the two lines that hand them on.
+# A CPU's or this GPU's build of torch is on PyTorch's own index, except where somebody has put a wheel of it at hand.
+TORCH := $(if $(UV_FIND_LINKS)$(PIP_FIND_LINKS),,--torch-backend auto)
+
+# uv resolves in seconds what takes pip minutes. It does not read pip's settings, hence the line that hands them on.
 .venv/.ready: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/.venv" \
-		.venv/bin/uv pip install --quiet --compile-bytecode --editable ".[$(EXTRAS)]"
-	@# torchaudio's compiled extensions are CUDA builds; beside a CPU torch only its Python parts load, and only they are used.
-	@$(PY) -c "import torch; raise SystemExit(torch.version.cuda is None)" || \
-		rm -f .venv/lib/python3*/site-packages/torchaudio/lib/*.so
+		.venv/bin/uv pip install --quiet --compile-bytecode $(TORCH) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: env
@@ -53,7 +53,7 @@ dist: env
 	rm -rf dist build/try
 	.venv/bin/uv build --quiet --out-dir dist
 	python3 -m venv build/try
-	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/build/try" .venv/bin/uv pip install --quiet dist/*.whl
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/build/try" .venv/bin/uv pip install --quiet $(TORCH) dist/*.whl
 	cd build/try && bin/pip check && bin/mergekit-bio --version && bin/mergekit-bio recipes list
 
 clean:

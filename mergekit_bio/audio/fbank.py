@@ -1,14 +1,22 @@
-"""The mel filter bank that BEATs reads, in double precision."""
+"""The mel filter bank that BEATs reads: Kaldi's, in double precision."""
+
+import math
 
 import torch
 
 from mergekit_bio.audio.config import FRAME_LENGTH, FRAME_SHIFT, MEL_BINS, SAMPLING_RATE
-from mergekit_bio.errors import MissingPackageError
 
 # BEATs (Chen et al. 2022; microsoft/unilm, beats/BEATs.py): 16-bit full scale, and the mean and twice the standard
 # deviation of AudioSet's filter banks.
 _FULL_SCALE = 2**15
 _MEAN, _SCALE = 15.41663, 2 * 6.55582
+
+# Kaldi's defaults (kaldi-asr/kaldi, feat/feature-window.h and feat/mel-computations.h).
+_PREEMPHASIS = 0.97
+_POVEY = 0.85
+_FFT = 512
+_LOWEST_HZ = 20
+_FLOOR = torch.finfo(torch.float32).eps
 
 
 def fbank(waveform: torch.Tensor) -> torch.Tensor:
@@ -23,19 +31,35 @@ def fbank(waveform: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 ``[batch, frames, 128]``; 998 frames for 10 s.
     """
-    try:
-        from torchaudio.compliance import kaldi
-    except ImportError as error:
-        raise MissingPackageError("torchaudio", "eval", "the audio encoder") from error
-    milliseconds = 1000 / SAMPLING_RATE
-    energies = [
-        kaldi.fbank(
-            clip[None] * _FULL_SCALE,
-            num_mel_bins=MEL_BINS,
-            sample_frequency=SAMPLING_RATE,
-            frame_length=FRAME_LENGTH * milliseconds,
-            frame_shift=FRAME_SHIFT * milliseconds,
-        )
-        for clip in waveform.double()
-    ]
+    window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64, device=waveform.device) ** _POVEY
+    filters = mel_filters().to(waveform.device, torch.float64)
+    # A clip at a time, which bounds the memory of the spectra.
+    energies = [_log_mel(clip, window, filters) for clip in waveform.double() * _FULL_SCALE]
     return ((torch.stack(energies) - _MEAN) / _SCALE).float()
+
+
+def _log_mel(clip: torch.Tensor, window: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    """``[samples]`` -> ``[frames, 128]``, of whole frames only."""
+    frames = clip.unfold(0, FRAME_LENGTH, FRAME_SHIFT)
+    frames = frames - frames.mean(1, keepdim=True)
+    before = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # a frame's first sample precedes itself
+    power = torch.fft.rfft((frames - _PREEMPHASIS * before) * window, n=_FFT).abs().square()
+    return (power @ filters).clamp(min=_FLOOR).log()
+
+
+def mel_filters() -> torch.Tensor:
+    """Triangles on the mel scale, float32 ``[257, 128]``: the share of every FFT bin in every mel bin.
+
+    Made in float32, as the model's training made them. The last FFT bin, at half the sampling rate, counts nowhere.
+    """
+
+    def mel(hertz: torch.Tensor) -> torch.Tensor:
+        return 1127 * torch.log(1 + hertz / 700)
+
+    hertz = torch.arange(_FFT // 2) * (SAMPLING_RATE / _FFT)
+    low, high = (1127 * math.log(1 + edge / 700) for edge in (_LOWEST_HZ, SAMPLING_RATE / 2))
+    corners = low + torch.arange(MEL_BINS + 2) * ((high - low) / (MEL_BINS + 1))
+    left, top, right = corners[:-2], corners[1:-1], corners[2:]
+    mels = mel(hertz)[:, None]
+    triangles = torch.minimum((mels - left) / (top - left), (right - mels) / (right - top)).clamp(min=0)
+    return torch.nn.functional.pad(triangles, (0, 0, 0, 1))

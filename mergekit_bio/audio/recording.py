@@ -133,7 +133,7 @@ def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
     except soundfile.SoundFileError as error:
         raise AudioError(f"{path}: cannot be decoded as audio ({str(error).rstrip('.')})") from error
     except OSError as error:
-        raise AudioError(f"{path}: cannot be read ({error.strerror})") from error
+        raise AudioError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _decode(file: Any) -> "Iterator[torch.Tensor]":

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.errors import AudioError, MissingPackageError
+from mergekit_bio.errors import AudioError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +21,8 @@ MIN_RATE, MAX_RATE = 100, 2_000_000
 #: More channels are an array of microphones, of which a mean makes no sense.
 MAX_CHANNELS = 16
 
-# resampy's "kaiser_best" filter, which NatureLM-audio resamples with: a windowed sinc of 50 zero crossings, tabulated
-# 8192 times a crossing.
+# resampy's "kaiser_best" filter, which NatureLM-audio resamples with: a windowed sinc of 50 crossings of its time axis,
+# tabulated 8192 times a crossing.
 _ZEROS = 50
 _ROLLOFF = 0.9173473612080061
 _BETA = 12.984585247040012
@@ -87,9 +87,7 @@ def resample(waveform: "torch.Tensor", *, sampling_rate: int) -> "torch.Tensor":
 def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> "Iterator[torch.Tensor]":
     """Resample a stream to 16 kHz; the blocks together equal the resampling of the whole.
 
-    The filter is resampy's "kaiser_best" (which NatureLM-audio uses) through torchaudio: the two differ by less
-    than -80 dB. resampy steps through its table in whole entries, which stretches the filter by up to 1/800;
-    the stretch is part of what the model was trained on and is reproduced.
+    The filter is resampy's "kaiser_best", which NatureLM-audio uses: the two differ by less than -120 dB.
 
     A ratio of rates with large terms (44101 Hz) would need a filter bank of gigabytes; it is rounded to the nearest
     one that takes some 64 MB, by less than 0.02 %: what a recorder's clock may be off itself.
@@ -106,26 +104,17 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
     if sampling_rate == SAMPLING_RATE:
         yield from blocks
         return
-    try:
-        from torchaudio.functional import resample as torchaudio_resample
-    except ImportError as error:
-        raise MissingPackageError("torchaudio", "eval", "resampling") from error
-
     exact = Fraction(sampling_rate, SAMPLING_RATE)
     ratio = exact.limit_denominator(math.isqrt(int(2**23 / exact)))
     old, new = ratio.numerator, ratio.denominator
-    scale = min(1.0, SAMPLING_RATE / sampling_rate)
-    stretch = int(_TABLE * scale) / (_TABLE * scale)
-    # torchaudio counts zero crossings after the roll-off, resampy before it.
-    filter_ = {"lowpass_filter_width": _ZEROS * _ROLLOFF, "rolloff": _ROLLOFF * stretch, "beta": _BETA}
-    reach = math.ceil(_ZEROS / (stretch * min(1, new / old))) + 1
+    kernels = _kernels(old, new)
+    reach = (kernels.shape[1] - old) // 2
     context = math.ceil(reach / old) * old
 
     def convert(piece: torch.Tensor) -> torch.Tensor:
-        resampled: torch.Tensor = torchaudio_resample(
-            piece, old, new, resampling_method="sinc_interp_kaiser", **filter_
-        )
-        return resampled / stretch
+        padded = torch.nn.functional.pad(piece, (reach, reach + old))
+        phases = torch.nn.functional.conv1d(padded[None, None], kernels[:, None], stride=old)[0]
+        return phases.T.flatten()[: -(-piece.numel() * new // old)]
 
     before = pending = torch.empty(0, dtype=torch.float64)
     received = emitted = 0
@@ -143,6 +132,29 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
     rest = torch.cat((before, pending))
     skipped = before.numel() // old * new
     yield (convert(rest) if received else rest)[skipped : skipped + received * new // old - emitted]
+
+
+def _kernels(old: int, new: int) -> "torch.Tensor":
+    """What ``old`` samples and their neighbours weigh in each of the ``new`` samples that take their place.
+
+    Returns:
+        float64 ``[new, reach + old + reach]``.
+    """
+    import torch
+
+    scale = min(1.0, new / old)
+    # resampy steps through its table in whole entries, which stretches the filter by up to 1/800; the stretch is part
+    # of what the model was trained on.
+    step = int(_TABLE * scale) / _TABLE
+    reach = math.ceil(_ZEROS / step)
+    place = torch.arange(new, dtype=torch.float64)[:, None] * old / new  # of the new samples, among the old
+    sample = torch.arange(-reach, old + reach)
+    whole = place.floor()
+    behind, ahead = scale * (place - whole), scale * (1 - (place - whole))
+    distance = torch.where(sample <= whole, behind + (whole - sample) * step, ahead + (sample - whole - 1) * step)
+    inside = (1 - (distance / _ZEROS).square()).clamp(min=0)
+    taper = torch.special.i0(_BETA * inside.sqrt()) / torch.special.i0(torch.tensor(_BETA, dtype=torch.float64))
+    return torch.where(inside > 0, scale * _ROLLOFF * torch.sinc(_ROLLOFF * distance) * taper, 0.0)
 
 
 def check_rate(sampling_rate: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from audio.tiny import audio_config, random_prefix
 from safetensors.torch import load_file
 from torch import nn
+from transformers import audio_utils
 
 from mergekit_bio.audio.beats import GatedAttention, relative_buckets
 from mergekit_bio.audio.config import AudioPrefixConfig
@@ -94,6 +95,37 @@ def test_position_bias_is_the_references(prefix: AudioPrefix, vectors: dict[str,
 
 def test_filter_bank_is_the_references(vectors: dict[str, torch.Tensor]) -> None:
     assert (fbank(vectors["raw_wav"]) - vectors["fbank_f64"]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("level", [1e-4, 0.3, 1])
+def test_filter_bank_is_kaldis(level: float) -> None:
+    """As Transformers computes it, in float64 and frame by frame."""
+    waveform = clips(1, seconds=2) * 10 * level
+
+    expected = audio_utils.spectrogram(
+        waveform[0].double().numpy() * 2**15,
+        audio_utils.window_function(400, "povey", periodic=False),
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        remove_dc_offset=True,
+        mel_filters=audio_utils.mel_filter_bank(
+            num_frequency_bins=257,
+            num_mel_filters=128,
+            min_frequency=20,
+            max_frequency=8000,
+            sampling_rate=16_000,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        ),
+        log_mel="log",
+        mel_floor=torch.finfo(torch.float32).eps,
+    )
+    assert (fbank(waveform)[0] - (torch.from_numpy(expected.T) - 15.41663) / 13.11164).abs().max() < 2e-5
 
 
 def test_from_waveform_to_prefix(prefix: AudioPrefix, vectors: dict[str, torch.Tensor]) -> None:

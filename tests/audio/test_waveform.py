@@ -26,14 +26,14 @@ def sweep(rate: int) -> np.ndarray:
 
 @pytest.mark.parametrize("signal", [noise, sweep])
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000])
-def test_resampling_is_the_references_to_80_decibels(rate: int, signal: object) -> None:
+def test_resampling_is_the_references_to_120_decibels(rate: int, signal: object) -> None:
     samples = signal(rate)
     expected = torch.from_numpy(resampy.resample(samples, rate, 16_000))  # its default is kaiser_best
 
     resampled = resample(torch.from_numpy(samples), sampling_rate=rate)
 
     assert resampled.shape == expected.shape
-    assert decibels(resampled - expected, expected) < -80
+    assert decibels(resampled - expected, expected) < -120
 
 
 @settings(max_examples=30, deadline=None)
@@ -104,7 +104,7 @@ def test_reproduces_the_references_processor(golden) -> None:
 
     clip = prepare(vectors["processor_in_44100_stereo"].double(), sampling_rate=44_100)
 
-    # 1e-4 of full scale, or -80 dB: how far torchaudio's filter is from resampy's table.
+    # 1e-6 of full scale, or -120 dB: resampy's table is interpolated, ours is the formula.
     expected = vectors["processor_out_head"].double()
-    assert (clip[: len(expected)] - expected).abs().max() < 1e-4
+    assert (clip[: len(expected)] - expected).abs().max() < 1e-6
     assert not clip[11_200:].any()
