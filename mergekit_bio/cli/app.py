@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -61,6 +62,7 @@ def main() -> NoReturn:
     from mergekit_bio.errors import MergekitBioError
 
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch, which can do without, as merging does
     gc.set_threshold(100_000)  # importing torch makes a million objects that stay: looking through them costs 0.2 s
     try:
         code = app(standalone_mode=False)
@@ -75,6 +77,12 @@ def main() -> NoReturn:
         # The reader of our stdout has left (`mergekit-bio inspect ... | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not _comes_with_eval(package):
+            raise
+        print(f"error: this needs {package}; install it with: pip install 'mergekit-bio[eval]'", file=sys.stderr)
+        code = 1
     except Exception as error:
         show = getattr(error, "show", None)  # click's UsageError and its kin print themselves
         if show is None:
@@ -84,6 +92,17 @@ def main() -> NoReturn:
     if code == 130:  # by way of an exception, or of typer, which turns Ctrl-C into this code
         print("interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+def _comes_with_eval(module: str) -> bool:
+    """Whether ``module`` is of a package that the extra ``eval`` brings."""
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    package = {"sklearn": "scikit-learn"}.get(module, module)
+    ours = [needed for needed in map(Requirement, requires("mergekit-bio") or ()) if needed.name == package]
+    return any(needed.marker is not None and needed.marker.evaluate({"extra": "eval"}) for needed in ours)
 
 
 def program() -> NoReturn:

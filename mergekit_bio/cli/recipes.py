@@ -20,9 +20,10 @@ app = typer.Typer(
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the recipes: name, datasets, number of queries and checkpoints.
 
-    mergekit-bio recipes list
-
-    mergekit-bio recipes list --json
+    \b
+    Examples:
+      mergekit-bio recipes list
+      mergekit-bio recipes list --json
     """
     from mergekit_bio.eval.recipe import load_recipe
     from mergekit_bio.eval.shipped import shipped_recipes
@@ -57,9 +58,10 @@ def show_recipe(
 ) -> None:
     """Print a recipe as it is understood: checked, defaults filled in, the reference's format translated.
 
-    mergekit-bio recipes show watkins
-
-    mergekit-bio recipes show my_recipe.yaml --prompts 3
+    \b
+    Examples:
+      mergekit-bio recipes show watkins
+      mergekit-bio recipes show my_recipe.yaml --prompts 3
     """
     from dataclasses import asdict
 
@@ -110,9 +112,10 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe, and the label map it uses, to start one's own from.
 
-    mergekit-bio recipes copy closed_set
-
-    mergekit-bio recipes copy watkins my_whales.yaml
+    \b
+    Examples:
+      mergekit-bio recipes copy closed_set
+      mergekit-bio recipes copy watkins my_whales.yaml
     """
     from mergekit_bio.eval.shipped import copy_shipped
 

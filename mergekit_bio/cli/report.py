@@ -32,9 +32,10 @@ def report(
 ) -> None:
     """Score runs again, compare every alpha with the best, and draw tables, figures and a page.
 
-    mergekit-bio report runs/closed_set
-
-    mergekit-bio report published/watkins --scorer exact --tables-only
+    \b
+    Examples:
+      mergekit-bio report runs/closed_set
+      mergekit-bio report published/watkins --scorer exact --tables-only
     """
     from mergekit_bio.eval.cells import read_runs
     from mergekit_bio.eval.report import build_report, to_document

@@ -1,0 +1,76 @@
+"""The command line as a whole: its help, its start, its completion."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from mergekit_bio.cli.app import app
+
+PROGRAM = Path(sys.executable).with_name("mergekit-bio")
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    for name, command in get_command(app).commands.items():
+        yield from ((name, inner) for inner in command.commands) if hasattr(command, "commands") else ((name,),)
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([PROGRAM, *words], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_has_two_examples_that_can_be_typed(words: tuple[str, ...]) -> None:
+    shown = run(*words, "--help").stdout
+
+    (block,) = re.findall(r"^  Examples:\n((?:    .+\n)+)", shown, re.MULTILINE)
+    examples = block.splitlines()
+    assert len(examples) >= 2
+    for example in examples:
+        typed = shlex.split(example.split(" && ")[0])
+        command = get_command(app)
+        for name in words:
+            command = command.commands[name]
+        assert tuple(typed[: len(words) + 1]) == ("mergekit-bio", *words)
+        command.make_context(words[-1], typed[len(words) + 1 :])
+
+
+def test_help_imports_nothing_that_takes_time() -> None:
+    program = "import sys; from mergekit_bio.cli.app import main\ntry: main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+
+    assert "Commands:" in done.stdout
+    heavy = {"torch", "numpy", "transformers", "vllm", "pydantic", "yaml", "huggingface_hub", "httpx"}
+    assert heavy & set(done.stdout.split()) == set()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("mergekit-bio in", "inspect"), ("mergekit-bio merge --rou", "--rounding")]
+)
+def test_the_shell_completes_commands_and_options(typed: str, offered: str) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+
+    assert offered in run(_MERGEKIT_BIO_COMPLETE="complete_bash", **words).stdout.split()
+    assert "complete_bash" in run(_MERGEKIT_BIO_COMPLETE="source_bash").stdout
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_what_brings_it(make_run) -> None:
+    program = "import sys; sys.modules['rapidfuzz'] = None; from mergekit_bio.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "report", str(make_run()), "--scorer", "paper"]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr == "error: this needs rapidfuzz; install it with: pip install 'mergekit-bio[eval]'\n"
+
+
+def test_a_bug_is_a_traceback(make_run) -> None:
+    program = "import sys; sys.modules['mergekit_bio.eval.cells'] = None; from mergekit_bio.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, "report", str(make_run())], capture_output=True, text=True)
+
+    assert "Traceback" in done.stderr
