@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import distributions, entry_points, requires
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ HUB_SECONDS = 8.0
 VLLM_SECONDS = 120.0
 
 #: Shown when nothing is wrong with them, too.
-_NAMED = {"torch", "safetensors", "huggingface-hub", "transformers", "torchaudio", "datasets", "peft"}
+_NAMED = {"torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"}
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF")
 
 
@@ -59,7 +60,9 @@ def diagnose() -> Iterator[Finding]:
         yield from hub()
         yield disk(Path.cwd())
         yield from memory()
-        yield soundfile()
+        yield from transformers_company()
+        if find_spec("soundfile"):
+            yield soundfile()
         yield spice()
         yield vllm()
 
@@ -195,6 +198,17 @@ def memory() -> Iterator[Finding]:
         detail = f"{free / 1e9:.1f} GB free; a merge takes less than {MERGE_MEMORY_BYTES / 1e9:.0f} GB"
         enough = free >= MERGE_MEMORY_BYTES
         yield Finding("memory", "ok" if enough else "problem", detail, "" if enough else "end other programs")
+
+
+def transformers_company() -> Iterator[Finding]:
+    """Packages that Transformers imports where they are installed, and breaks with: builds for another torch."""
+    for name in ("torchaudio", "torchvision"):
+        try:
+            if find_spec(name):
+                import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            detail = f"cannot be imported, nor can Transformers beside it: {_first_line(error)}"
+            yield Finding(name, "warning", detail, f"pip uninstall {name} (nothing here uses it)")
 
 
 def soundfile() -> Finding:

@@ -257,6 +257,9 @@ def _check_make(words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def _check_pip(words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[1] == "install"
+    if "--extra-index-url" in words:
+        option = words.index("--extra-index-url")
+        del words[option : option + 2]
     for word in words[2:]:
         named = re.fullmatch(r"(?:\.|mergekit-bio|dist/\*\.whl)(?:\[([\w,-]+)\])?", word)
         assert named and (named[1] is None or set(named[1].split(",")) <= _extras()), word
@@ -273,6 +276,17 @@ def _check_script(words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch)
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ending:
         assert not ending.code
+
+
+def test_pip_check_names_only_what_is_left_out() -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+
+    left_out = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["exclude-dependencies"]
+    for line in done.stdout.splitlines():
+        missing = re.fullmatch(r"\S+ \S+ requires (\S+), which is not installed\.", line)
+        assert line == "No broken requirements found." or (missing and missing[1] in left_out), line
+    (sentence,) = re.findall(r"leaves out\n(.*?), which vLLM", (ROOT / "README.md").read_text())
+    assert sorted(re.findall(r"torch\w+", sentence)) == left_out
 
 
 CHECKS = {"make": _check_make, "pip": _check_pip, "python": _check_script}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.errors import CheckpointError, MissingPackageError
+from mergekit_bio.errors import CheckpointError, EngineError, MissingPackageError
 from mergekit_bio.model.layout import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -33,8 +33,13 @@ def load_model(
         import transformers
     except ImportError as error:
         raise MissingPackageError("transformers", "eval", "running a model") from error
-    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
-    from mergekit_bio.model.processing import NatureLMAudioProcessor
+    try:
+        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+        from mergekit_bio.model.processing import NatureLMAudioProcessor
+    except ImportError as error:
+        raise EngineError(
+            f"Transformers is installed, but does not work ({error.__cause__ or error}); see mergekit-bio doctor"
+        ) from error
 
     path = resolve(source).path
     if Checkpoint.open(path).config.get("model_type") != MODEL_TYPE:

@@ -59,7 +59,8 @@ def _register() -> None:
     except ImportError as error:
         # Merging needs no Transformers, so another version beside us must not break it, nor itself.
         warnings.warn(
-            f"Transformers will not load merged audio models ({error}); pip install 'mergekit-bio[eval]'", stacklevel=2
+            f"Transformers will not load merged audio models ({error.__cause__ or error}); see mergekit-bio doctor",
+            stacklevel=2,
         )
         return
     AutoConfig.register(NatureLMAudioConfig.model_type, NatureLMAudioConfig, exist_ok=True)

@@ -91,7 +91,7 @@ def closed_port() -> str:
 def test_names_versions_devices_and_formats_of_this_machine(tmp_path: Path) -> None:
     found = findings(tmp_path, endpoint=closed_port())
 
-    for name in ("torch", "safetensors", "huggingface-hub", "transformers", "torchaudio", "datasets", "peft"):
+    for name in ("torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"):
         assert (found[name]["state"], found[name]["detail"]) == ("ok", version(name))
     assert "WAV" in found["audio formats"]["detail"]
     assert {"Python", "mergekit-bio", "GPU", "disk", "memory", "SPICE (optional)"} <= found.keys()
@@ -189,6 +189,17 @@ def test_a_model_that_is_half_in_the_cache_is_not_there(hub: Hub, beside: Path, 
     assert found[LLAMA]["state"] == "ok"
     assert found[NATURELM]["state"] == "problem"
     assert "HF_HUB_OFFLINE" in found[NATURELM]["fix"]
+
+
+def test_a_package_that_breaks_transformers_is_named(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(beside, "torchvision", "0.1", code="raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(beside)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    found = {finding.name: finding for finding in diagnosis.transformers_company()}
+
+    assert found["torchvision"].state == "warning"
+    assert "nms does not exist" in found["torchvision"].detail
+    assert found["torchvision"].fix.startswith("pip uninstall torchvision")
 
 
 def test_a_vllm_that_cannot_be_imported_is_quoted(hub: Hub, beside: Path, tmp_path: Path) -> None:
