@@ -51,6 +51,7 @@ def ask(
     if together:
         check_audio_count(slots=slots, audios=len(recordings))
     render_prompt(prompt, template="{}", num_audios=max(slots, 1))
+    output.note(f"loading {model}")
     asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
     failed: dict[str, str] = {}
     answers: list[Answer] = []

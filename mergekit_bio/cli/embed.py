@@ -42,6 +42,7 @@ def embed(
     check_windows(window=window, hop=hop)
     recordings = find_recordings(audio)
     with open_embeddings(out, overwrite=overwrite) as embeddings:
+        output.note(f"loading {model}")
         prefix = AudioPrefix.from_pretrained(model).to(pick_device(device))
         failed = hear_each(
             recordings, lambda recording: embeddings.add(prefix, recording, window=window, hop=hop), output

@@ -36,7 +36,8 @@ def inspect(
         table.add_column(overflow="fold")
         table.add_row(found.source.name, found.kind)
         for dtype, (count, elements) in found.tensors.items():
-            table.add_row(dtype, f"{count} tensors, {elements / 1e6:,.1f} M weights")
+            weights = f"{elements / 1e6:,.1f} M" if elements >= 1e5 else f"{elements:,}"
+            table.add_row(dtype, f"{count} tensor{'s' * (count != 1)}, {weights} weights")
         table.add_row("files", f"{found.files}, {human_bytes(found.nbytes)}")
         for name, value in found.facts.items():
             table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))

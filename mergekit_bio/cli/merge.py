@@ -215,7 +215,12 @@ def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds
 def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds: float) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}")
+    table = Table(
+        title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}",
+        caption="d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
+        "rounding drops. nearest: the same, had it been rounded as other tools do.",
+        caption_justify="left",
+    )
     table.add_column("alpha")
     for column in ("|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest"):
         table.add_column(column, justify="right")
