@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.checkpoint.checkpoint import inside, read_json
+from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.engines.sweep import difference, verify
+from mergekit_bio.eval.engines.tokenization import read_audio_model_config
 from mergekit_bio.serve.chat_template import CHAT_TEMPLATE
 from mergekit_bio.serve.settings import ServeSettings
 
@@ -32,6 +33,7 @@ def find_models(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
         source = resolve(checkpoint)
         if source.name in models:
             raise EngineError(f"two checkpoints are called {source.name}; rename one of the directories")
+        read_audio_model_config(source.path)
         models[source.name] = source.path.resolve()
     first, *others = models.values()
     for other in others:
@@ -50,7 +52,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     first = next(iter(models.values()))
-    longest = read_json(inside(first, "config.json"))["text_config"]["max_position_embeddings"]
+    longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
     defaults = {
         "--host": "127.0.0.1",
         "--served-model-name": list(models),
@@ -59,6 +61,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
+        "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
         "--worker-extension-cls": "mergekit_bio.model.vllm_model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
@@ -100,6 +103,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     settings = replace(
         settings,
         models={name: str(path) for name, path in models.items()},
+        clip_seconds=_clip_seconds(next(iter(models.values()))),
         allowed_local_media_path=args.allowed_local_media_path or None,
         allowed_media_domains=tuple(args.allowed_media_domains or ()),
     )
@@ -113,3 +117,8 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     ServeSubcommand.cmd(args)
+
+
+def _clip_seconds(checkpoint: Path) -> float:
+    samples: int = read_audio_model_config(checkpoint)["audio_config"]["clip_samples"]
+    return samples / SAMPLING_RATE

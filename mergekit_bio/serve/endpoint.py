@@ -3,8 +3,10 @@
 import asyncio
 import hashlib
 import json
+import math
 from typing import Any
 
+from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.errors import AudioError, MergekitBioError
 from mergekit_bio.eval.engines.interface import Clip
 from mergekit_bio.eval.engines.tokenization import Tokenization
@@ -13,6 +15,9 @@ from mergekit_bio.serve.guard import MODEL_KEY
 from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
 from mergekit_bio.serve.predictions import SCHEMA, AudioInput, BadRequest, Item, failure, read_requests, success
 from mergekit_bio.serve.settings import ServeSettings
+
+#: Nobody is there to read it; nginx's status for that.
+_GONE = 499
 
 
 class PredictionsEndpoint:
@@ -23,12 +28,13 @@ class PredictionsEndpoint:
 
     def attach_router(self, app: Any) -> None:
         """Add the routes."""
-        from fastapi import Request
+        from fastapi import Request, Response
         from fastapi.responses import JSONResponse
+        from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
         import mergekit_bio.serve.media_connector  # noqa: F401 -- registers it with vLLM
 
-        async def predict(request: Request) -> JSONResponse:
+        async def predict(request: Request) -> Response:
             state = request.app.state
             try:
                 document = json.loads(await request.body())
@@ -38,14 +44,16 @@ class PredictionsEndpoint:
                 items = read_requests(document, max_batch=state.mergekit_bio_settings.max_batch)
             except BadRequest as error:
                 return _error(error.status, str(error))
-            responses = await asyncio.gather(*(_respond(state, *item) for item in items))
+            responses = await with_cancellation(_respond_to_all)(items, request)
+            if responses is None:
+                return Response(status_code=_GONE)
             return JSONResponse({"schema_version": SCHEMA, "responses": responses})
 
         async def info(request: Request) -> JSONResponse:
             return JSONResponse(_info(request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]))
 
         # FastAPI reads annotations by name, and these names are local.
-        predict.__annotations__ = {"request": Request, "return": JSONResponse}
+        predict.__annotations__ = {"request": Request, "return": Response}
         info.__annotations__ = {"request": Request, "return": JSONResponse}
         app.add_api_route("/predict", predict, methods=["POST"])
         app.add_api_route("/info", info, methods=["GET"])
@@ -55,6 +63,10 @@ class PredictionsEndpoint:
         settings = ServeSettings.from_environment()
         state.mergekit_bio_settings = settings
         state.mergekit_bio_tokenization = Tokenization.from_checkpoint(settings.directory(settings.default_model))
+
+
+async def _respond_to_all(items: list[tuple[str, Item | str]], request: Any) -> list[dict[str, Any]]:
+    return await asyncio.gather(*(_respond(request.app.state, *item) for item in items))
 
 
 async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, Any]:
@@ -94,7 +106,14 @@ def _max_audios(state: Any) -> int:
 
 async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
     def prepare(data: bytes) -> Clip:
+        import numpy as np
+
         samples, rate = decode(data, settings)
+        # The contract knows no shortest audio (beans-next's own check of a server sends a millisecond), and what is
+        # shorter than a clip is followed by silence anyway.
+        missing = math.ceil(MIN_SECONDS * rate) - len(samples)
+        if len(samples) and missing > 0:
+            samples = np.pad(samples, ((0, missing), (0, 0)))
         return Clip.from_samples(samples, sampling_rate=rate)
 
     if audio.payload_type == "base64_wav":

@@ -5,11 +5,12 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.errors import EngineError
+from mergekit_bio.errors import EngineError, MergekitBioError
 from mergekit_bio.serve.settings import ServeSettings
 from mergekit_bio.serve.turnstile import Turnstile
 
@@ -24,6 +25,8 @@ MODEL_KEY = "mergekit_bio.model"
 
 #: How often a waiting request looks whether the engine still runs.
 _WATCH_SECONDS = 1.0
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _PER_MODEL = ("/predict", "/info", "/health")
 _WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
@@ -60,6 +63,9 @@ class Guard:
             limit = self._settings.max_body_bytes
             await _refuse(scope, receive, send, 413, f"the request is larger than {limit} bytes")
             return
+        if scope["path"] != "/predict" and not _is_text(body):  # that one answers item by item
+            await _refuse(scope, receive, send, 400, "the request holds half of a surrogate pair, which is no text")
+            return
         replay = _replay(body, receive)
         if len(self._settings.models) == 1:
             await self._answer(scope, replay, send)
@@ -67,8 +73,11 @@ class Guard:
         if self._turnstile is None:
             engine = scope["app"].state.engine_client
             self._turnstile = Turnstile(self._settings.default_model, lambda model: self._switch(engine, model))
-        async with self._turnstile.use(self._model(scope, body)):
-            await self._answer(scope, replay, send)
+        try:
+            async with self._turnstile.use(self._model(scope, body)):
+                await self._answer(scope, replay, send)
+        except MergekitBioError as error:  # of the switch: answering turns its own into answers
+            await _refuse(scope, receive, send, 503, str(error))
 
     async def _answer(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Pass a request on, and let go of it when the engine stops: it would wait for tokens for ever."""
@@ -150,6 +159,19 @@ class Guard:
 async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
     answers: list[dict[str, str]] = await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
     return answers
+
+
+def _is_text(body: bytes) -> bool:
+    """Whether JSON's strings are text: half of a surrogate pair can be escaped, but not tokenized or sent back."""
+    if not _SURROGATE.search(body):
+        return True
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True  # no JSON: vLLM will say so
+    return True
 
 
 def _has_key(scope: "Scope") -> bool:

@@ -3,6 +3,7 @@
 import binascii
 import io
 import ipaddress
+import math
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,18 @@ from urllib.parse import urlsplit
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve.settings import ServeSettings
 
+#: What is decoded beyond a clip's end: further than the resampler reaches at any rate.
+_MARGIN_SECONDS = 1.0
+
+#: All of the IPv6 internet (RFC 4291, section 2.4), and IPv4 as seen from it (RFC 6052).
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
 
 def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
-    """Decode an audio file.
+    """Decode the beginning of an audio file: what a model hears of it, and a little more for the resampler.
+
+    The rest stays encoded: a compressed file may hold a thousand times its size.
 
     Args:
         data: The file: wav, flac, ogg, mp3, ...
@@ -24,21 +34,24 @@ def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
         float64 ``[samples, channels]`` and the sampling rate.
 
     Raises:
-        AudioError: It is no audio, too large, or too long.
+        AudioError: It is no audio, too large, too long, or of an impossible rate or number of channels.
     """
     import soundfile
+
+    from mergekit_bio.audio.waveform import check_channels, check_rate
 
     if len(data) > settings.max_audio_bytes:
         raise AudioError(f"the audio file is larger than {settings.max_audio_bytes} bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            check_rate(file.samplerate)
+            check_channels(file.channels)
             if file.frames > settings.max_audio_seconds * file.samplerate:
                 raise AudioError(
                     f"the audio is {file.frames / file.samplerate:.0f} s long; at most {settings.max_audio_seconds:g} s"
                 )
-            # A header may promise anything; what is decoded is what counts.
-            limit = int(settings.max_audio_seconds * file.samplerate) + 1
-            return file.read(min(limit, max(file.frames, 0)), dtype="float64", always_2d=True), file.samplerate
+            heard = math.ceil((settings.clip_seconds + _MARGIN_SECONDS) * file.samplerate)
+            return file.read(min(heard, max(file.frames, 0)), dtype="float64", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:
         raise AudioError("the data cannot be decoded as audio") from error
 
@@ -88,16 +101,19 @@ async def fetch(url: str, settings: ServeSettings) -> bytes:
     Raises:
         AudioError: The address is not allowed, does not answer in time, or sends too much.
     """
-
     import aiohttp
+    from yarl import URL
 
     host = allowed_host(url, settings.allowed_media_domains)
     connector = aiohttp.TCPConnector(resolver=_public_resolver(), use_dns_cache=False)
     timeout = aiohttp.ClientTimeout(total=settings.fetch_seconds)
     try:
+        target = URL(url)
+        if (target.host or "").rstrip(".") != host:  # the client's parser must not see another host than ours
+            raise AudioError("the URL cannot be read")
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
-            session.get(url, allow_redirects=False) as response,
+            session.get(target, allow_redirects=False) as response,
         ):
             if response.status != 200:
                 raise AudioError(f"{host} answered with status {response.status}")
@@ -143,10 +159,12 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         # Forms that carry an IPv4 address are judged by it.
         embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if embedded is None and ip in _NAT64:
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
             return is_public(str(embedded))
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        # Python takes for global what no registry speaks of, old local forms among it.
+        return ip in _UNICAST and ip.is_global
     return ip.is_global and not ip.is_multicast
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_bio.errors import PromptError
 from mergekit_bio.eval.engines.interface import Decoding
@@ -10,6 +10,24 @@ from mergekit_bio.model.layout import AUDIO_SLOT
 from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
 
 SCHEMA = "predictions_v1"
+
+
+def _check_text(value: str) -> str:
+    if not is_text(value):
+        raise ValueError("holds half of a surrogate pair, which is no text")
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be tokenized and sent back: JSON's escapes can write half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class _Tolerant(BaseModel):
@@ -21,25 +39,31 @@ class Message(_Tolerant):
     """One turn."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class AudioInput(_Tolerant):
     """One audio. A file says its own sampling rate, which wins over ``sample_rate``."""
 
     payload_type: Literal["base64_wav", "file_path", "file_url"]
-    data: str
+    data: Text
     sample_rate: float | None = None
 
 
 class GenerationConfig(_Tolerant):
-    """Transformers' names; without ``do_sample`` the temperature is not looked at, as there."""
+    """What beans-next sends, ``max_tokens`` and ``temperature``, and Transformers' names for more; null is unset.
 
+    Attributes:
+        max_tokens: Tokens at most; ``max_new_tokens`` is another name for it, and wins.
+        do_sample: Whether to sample; where it is not said, a temperature above 0 says so, except for beams.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=16)] = 1
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
-    early_stopping: bool | Literal["never"] = False
-    do_sample: bool = False
+    num_beams: Annotated[int, Field(ge=1, le=16)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -47,13 +71,15 @@ class GenerationConfig(_Tolerant):
 
     def decoding(self, *, default_tokens: int) -> Decoding:
         """As an engine's settings."""
-        temperature = (1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0
+        num_beams = self.num_beams or 1
+        temperature = 1.0 if self.temperature is None else self.temperature
+        sample = self.do_sample if self.do_sample is not None else self.temperature is not None and num_beams == 1
         return Decoding(
-            max_new_tokens=self.max_new_tokens or default_tokens,
-            num_beams=self.num_beams,
-            length_penalty=self.length_penalty,
-            early_stopping=self.early_stopping,
-            temperature=temperature,
+            max_new_tokens=self.max_new_tokens or self.max_tokens or default_tokens,
+            num_beams=num_beams,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            early_stopping=self.early_stopping or False,
+            temperature=temperature if sample else 0.0,
             top_p=self.top_p or 1.0,
             top_k=self.top_k or 0,
             seed=self.seed or 0,
@@ -63,7 +89,7 @@ class GenerationConfig(_Tolerant):
 class Item(_Tolerant):
     """One sample to answer."""
 
-    sample_id: Annotated[str, Field(min_length=1)]
+    sample_id: Annotated[Text, Field(min_length=1)]
     messages: Annotated[list[Message], Field(min_length=1)]
     audio_inputs: list[AudioInput] = []
     generation_config: GenerationConfig = GenerationConfig()
@@ -124,8 +150,8 @@ def read_requests(document: Any, *, max_batch: int) -> list[tuple[str, Item | st
     if len(items) > max_batch:
         raise BadRequest(413, f"{len(items)} requests are more than max_batch_size {max_batch}")
     ids = [item.get("sample_id") if isinstance(item, dict) else None for item in items]
-    if not all(isinstance(sample_id, str) and sample_id for sample_id in ids):
-        raise BadRequest(422, "every request needs a sample_id, a string that is not empty")
+    if not all(isinstance(sample_id, str) and sample_id and is_text(sample_id) for sample_id in ids):
+        raise BadRequest(422, "every request needs a sample_id, a string of text that is not empty")
     if len(set(ids)) < len(ids):
         raise BadRequest(400, "a sample_id is there twice")
     return [(str(sample_id), _item(item)) for sample_id, item in zip(ids, items, strict=True)]
@@ -136,7 +162,7 @@ def _item(document: dict[str, Any]) -> Item | str:
         return Item.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def success(

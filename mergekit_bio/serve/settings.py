@@ -19,6 +19,7 @@ class ServeSettings:
         max_batch: Items in one ``/predict`` request.
         max_audio_seconds: Longer recordings are refused before they are decoded.
         max_audio_bytes: Larger files are refused.
+        clip_seconds: What the models hear of a recording: its beginning.
         max_new_tokens: What ``/predict`` generates where the request does not say.
         fetch_seconds: Time for one ``file_url``.
         allowed_local_media_path: The only folder that files are read from; None for none.
@@ -30,6 +31,7 @@ class ServeSettings:
     max_batch: int = 64
     max_audio_seconds: float = 600.0
     max_audio_bytes: int = 25 << 20
+    clip_seconds: float = 10.0
     max_new_tokens: int = 100
     fetch_seconds: float = 20.0
     allowed_local_media_path: str | None = None

@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import http.server
+import io
 import ipaddress
 import threading
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve import media
 from mergekit_bio.serve.media import allowed_host, decode, decode_base64, fetch, is_public, read_local
@@ -41,6 +44,10 @@ SETTINGS = ServeSettings(models={"a": "/nowhere"})
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
+        "2001:0:5db8:d70e:0:0:80ff:fffe",
+        "::127.0.0.1",
+        "fec0::1",
+        "64:ff9b:1::1",
     ],
 )
 def test_addresses_inside_are_not_public(address):
@@ -168,6 +175,27 @@ def test_long_and_broken_audio_is_refused(tmp_path):
     ]:
         with pytest.raises(AudioError):
             decode(data, settings)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_no_more_is_decoded_than_is_heard(rate):
+    """A minute of silence on eight channels is 30 kB of flac and would be gigabytes."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (14 * rate, 2))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC")
+    decoded, found = decode(file.getvalue(), SETTINGS)
+    assert (decoded.shape, found) == ((11 * rate, 2), rate)
+    whole, _ = soundfile.read(io.BytesIO(file.getvalue()))
+    heard, wanted = (prepare(audio, sampling_rate=rate) for audio in (decoded, whole))
+    torch.testing.assert_close(heard, wanted, atol=1e-12, rtol=0)
+
+
+def test_more_channels_or_samples_a_second_than_a_recorder_has_are_refused():
+    for channels, rate in [(17, 16000), (1, 4_000_000)]:
+        file = io.BytesIO()
+        soundfile.write(file, np.zeros((100, channels), np.int16), rate, format="WAV")
+        with pytest.raises(AudioError, match=r"17 channels|a sampling rate of 4000000"):
+            decode(file.getvalue(), SETTINGS)
 
 
 @given(st.binary(max_size=64) | st.text(max_size=64).map(str.encode))

@@ -1,7 +1,9 @@
 """The server as its clients see it: OpenAI's own package, and the predictions_v1 contract point by point."""
 
 import json
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -265,6 +267,75 @@ def test_predict_refuses_what_is_no_batch(http):
         assert http.post("/predict", json=body).status_code in (400, 422)
 
 
+def test_beans_nexts_own_check_of_a_server_passes(http):
+    """Its clips are a millisecond long, its settings have beans-next's names, its bad item has no messages."""
+
+    def probe(sample_id, messages):
+        return {
+            "sample_id": sample_id,
+            "messages": messages,
+            "audio_inputs": [wav(np.zeros(16, np.int16))],
+            "generation_config": {"max_tokens": 3, "temperature": 0.0, "max_length_seconds": None},
+        }
+
+    words = [{"role": "system", "content": "Listen."}, {"role": "user", "content": "<Audio><AudioHere></Audio>\nWhat?"}]
+    plain = [{"role": "user", "content": "x"}]
+    one, two, bad = predict(http, probe("one", words), probe("two", plain), probe("bad", [])).json()["responses"]
+    for entry in (one, two):
+        assert entry["error"] is None and len(entry["predictions"]) == 1
+        assert entry["finish_reason"] == "stop" or entry["usage"]["completion_tokens"] == 3
+    assert bad["error"] and bad["predictions"] == []
+
+
+def test_who_leaves_is_not_answered_to_the_end(http):
+    with pytest.raises(httpx.ReadTimeout):
+        beams = item("a", max_new_tokens=900, num_beams=16, early_stopping="never", length_penalty=2)
+        http.post("/predict", json={"schema_version": "predictions_v1", "requests": [beams]}, timeout=2)
+    deadline = time.monotonic() + 10
+    running = "?"
+    while running != "0.0" and time.monotonic() < deadline:
+        time.sleep(0.2)
+        lines = http.get("/metrics").text.splitlines()
+        (running,) = [line.split()[-1] for line in lines if line.startswith("vllm:num_requests_running{")]
+    assert running == "0.0"
+
+
+def test_a_checkpoint_that_has_changed_on_disk_is_not_served(http, server, sounds):
+    manifest = server.sweep[B] / "merge.json"
+    sound = manifest.read_text()
+    document = json.loads(sound)
+    tensor = next(name for name in document["tensors"] if "q_proj" in name)
+    document["tensors"][tensor]["sha256"] = "0" * 64
+    before = predict(http, item(audios=[wav(sounds[0])])).json()["responses"][0]["predictions"]
+    try:
+        manifest.unlink()  # the base's files may share it
+        manifest.write_text(json.dumps(document))
+        refused = predict(http, item(), path=f"/{B}/predict")
+    finally:
+        manifest.write_text(sound)
+    assert refused.status_code == 503 and "merge.json records" in refused.json()["error"]["message"]
+    assert predict(http, item(audios=[wav(sounds[0])])).json()["responses"][0]["predictions"] == before
+    assert predict(http, item(), path=f"/{B}/predict").json()["responses"][0]["predictions"]
+
+
+def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
+    from mergekit_bio.eval.engines.http import HttpEngine
+
+    client = HttpEngine([server.url], api_key=KEY, model=A)
+    labels = ["marsh wren", "tree frog", "gray wolf"]
+    text = "Audio: <Audio><AudioHere></Audio>\nLabel: marsh wren\n<Audio><AudioHere></Audio> Which?"
+    prompts = [Prompt.from_text(text, [clip(sounds[n]), clip(sounds[n + 1])]) for n in range(4)] + [Prompt(("Hello?",))]
+    for model in (B, A):
+        client.load(server.sweep[model])
+        ours, wanted = client.generate(prompts, GREEDY), engines[model].generate(prompts, GREEDY)
+        for one, other in zip(ours, wanted, strict=True):
+            assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+            # Half a character at the end is left out of the server's text.
+            assert (one.text, one.prompt_tokens) == (other.text.rstrip("\ufffd"), other.prompt_tokens)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert {answer.text for answer in client.choose(prompts, labels)} <= set(labels)
+
+
 def test_info_and_health_are_what_the_contract_asks_for(http):
     assert http.get("/health").status_code == 200
     info = http.get("/info").json()
@@ -294,12 +365,41 @@ def test_an_oversized_body_is_refused_declared_or_not(http):
     assert http.post("/v1/chat/completions", content=drip()).status_code == 413
 
 
-scalars = st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False) | st.text(max_size=12)
+text = st.text(st.characters(exclude_categories=()), max_size=12)  # with halves of surrogate pairs, as JSON allows
+scalars = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | text
 json_values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=8,
 )
+#: What vLLM takes beside messages, each with a value that is fine.
+CHAT_OPTIONS = {
+    "n": 2,
+    "stop": ["a"],
+    "seed": 1,
+    "top_p": 0.5,
+    "top_k": 3,
+    "min_p": 0.1,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "prompt_logprobs": 1,
+    "logit_bias": {"5": 1.0},
+    "min_tokens": 1,
+    "stop_token_ids": [5],
+    "allowed_token_ids": [5, 6],
+    "bad_words": ["frog"],
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "structured_outputs": {"choice": ["frog", "wren"]},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+    "chat_template_kwargs": {"a": 1},
+    "mm_processor_kwargs": {"a": 1},
+    "add_generation_prompt": True,
+    "truncate_prompt_tokens": 20,
+    "cache_salt": "a",
+    "priority": 0,
+    "user": "me",
+}
 
 
 def mangled(document, draw):
@@ -315,21 +415,23 @@ def mangled(document, draw):
 
 @st.composite
 def predict_bodies(draw):
-    items = [
-        item(draw(st.text(max_size=3)), draw(st.text(max_size=20)), num_beams=2, audios=[wav(np.ones(9000, np.int16))])
-    ]
+    items = [item(draw(text), draw(text), num_beams=2, temperature=0.0, audios=[wav(np.ones(9000, np.int16))])]
     return mangled({"schema_version": "predictions_v1", "requests": items}, draw)
 
 
 @st.composite
 def chat_bodies(draw):
-    content = [{"type": "text", "text": draw(st.text(max_size=20))}, part(np.ones(9000, np.int16))]
-    return mangled(
-        {"model": A, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0.5}, draw
-    )
+    content = [{"type": "text", "text": draw(text)}, part(np.ones(9000, np.int16))]
+    options = {name: CHAT_OPTIONS[name] for name in draw(st.sets(st.sampled_from(sorted(CHAT_OPTIONS)), max_size=3))}
+    body = {"model": A, "messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0.5}
+    return mangled(body | options, draw)
 
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(
+    max_examples=5000 if os.environ.get("MERGEKIT_BIO_FULL") else 100,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @FUZZ

@@ -35,12 +35,7 @@ class Tokenization:
         """
         import mergekit_bio  # noqa: F401 -- registers the processor with Transformers
 
-        config = read_json(inside(directory, "config.json"))
-        if config.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(
-                f"{directory}: config.json says model_type {config.get('model_type')!r}, which cannot hear; name a "
-                "merge of NatureLM-audio made without --text-only"
-            )
+        config = read_audio_model_config(directory)
         from transformers import AutoProcessor
 
         generation = directory / "generation_config.json"
@@ -88,3 +83,18 @@ class Tokenization:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def read_audio_model_config(directory: Path) -> dict[str, Any]:
+    """A merged directory's ``config.json``.
+
+    Raises:
+        CheckpointError: It is no merge with an audio tower.
+    """
+    config: dict[str, Any] = read_json(inside(directory, "config.json"))
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{directory}: config.json says model_type {config.get('model_type')!r}, which cannot hear; name a "
+            "merge of NatureLM-audio made without --text-only"
+        )
+    return config

@@ -1,0 +1,70 @@
+"""What a predictions_v1 request means: settings under beans-next's and Transformers' names, items that are wrong."""
+
+import pytest
+
+from mergekit_bio.serve.predictions import BadRequest, GenerationConfig, Item, read_requests
+
+HALF = "\ud800"
+
+
+def decoding(**config):
+    return GenerationConfig(**config).decoding(default_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "temperature"),
+    [
+        ({}, 100, 0.0),
+        ({"max_tokens": 256, "temperature": 0.0, "max_length_seconds": None}, 256, 0.0),
+        ({"max_tokens": 256, "temperature": 0.7}, 256, 0.7),
+        ({"max_tokens": 256, "max_new_tokens": 3}, 3, 0.0),
+        ({"temperature": 0.7, "do_sample": False}, 100, 0.0),
+        ({"do_sample": True}, 100, 1.0),
+        ({"do_sample": True, "temperature": 0.3}, 100, 0.3),
+        ({"temperature": 1.0, "num_beams": 2}, 100, 0.0),
+        (dict.fromkeys(GenerationConfig.model_fields), 100, 0.0),
+    ],
+    ids=str,
+)
+def test_settings_go_by_both_names_and_null_is_unset(config, tokens, temperature):
+    settings = decoding(**config)
+    assert (settings.max_new_tokens, settings.temperature) == (tokens, temperature)
+
+
+def test_transformers_settings_reach_the_decoding():
+    settings = decoding(num_beams=3, length_penalty=0.0, early_stopping="never")
+    assert (settings.num_beams, settings.length_penalty, settings.early_stopping) == (3, 0.0, "never")
+    settings = decoding(do_sample=True, top_p=0.5, top_k=7, seed=11)
+    assert (settings.top_p, settings.top_k, settings.seed) == (0.5, 7, 11)
+
+
+def item(sample_id="a", content="What?", **more):
+    return {"sample_id": sample_id, "messages": [{"role": "user", "content": content}], **more}
+
+
+def read(*items):
+    return read_requests({"schema_version": "predictions_v1", "requests": list(items)}, max_batch=8)
+
+
+def test_half_a_surrogate_pair_is_its_own_items_error():
+    """JSON can write one; no tokenizer takes it, and no answer can hold it."""
+    broken = [
+        item("b", f"What{HALF}?"),
+        item("c", audio_inputs=[{"payload_type": "file_path", "data": HALF}]),
+        item("d", audio_inputs=[{"payload_type": HALF, "data": ""}]),
+    ]
+    (_, good), *bad = read(item("a", "Which frog 🐸?"), *broken)
+    assert isinstance(good, Item)
+    for _, error in bad:
+        assert isinstance(error, str)
+        error.encode()
+    with pytest.raises(BadRequest, match="sample_id"):
+        read(item(HALF))
+
+
+def test_audios_without_a_slot_stand_before_the_users_words():
+    wav = {"payload_type": "base64_wav", "data": "AA=="}
+    messages = [{"role": "system", "content": "You listen."}, {"role": "user", "content": "What?"}]
+    ((_, one),) = read({"sample_id": "a", "messages": messages, "audio_inputs": [wav, wav]})
+    user = "<Audio><AudioHere></Audio> <Audio><AudioHere></Audio> What?"
+    assert f"user<|end_header_id|>\n\n{user}<|eot_id|>" in one.prompt()
