@@ -59,7 +59,10 @@ class Echo:
             def log_message(self, *arguments):
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 64  # every prompt of a test may come at once
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -83,6 +86,13 @@ def test_answers_come_in_the_prompts_order_and_the_load_is_shared():
 def test_stumbling_servers_are_tried_again():
     server = Echo([503, "drop", 429, 200, 500, "drop", 200, 502])
     engine = HttpEngine([server.url], retries=Retries(attempts=8, first_wait=0.01, longest_wait=0.02, given_up_after=9))
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+
+
+def test_a_burst_of_failures_is_one():
+    """A server that restarts fails all requests under way at once, and is not given up for that."""
+    server = Echo([503] * len(PROMPTS), delay=0.2)
+    engine = HttpEngine([server.url], concurrency=len(PROMPTS), retries=QUICK)
     assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
 
 

@@ -104,7 +104,8 @@ class HttpEngine:
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """See :meth:`mergekit_bio.eval.engines.interface.Engine.choose`; the server constrains the answer.
 
-        Its log-probabilities are those of the tokens among the whole vocabulary.
+        It lets through any tokens that spell a label, where the other engines take the label's own, so between close
+        labels another one may win. Its log-probabilities are those of the tokens among the whole vocabulary.
         """
         longest = max((len(label.encode()) for label in labels), default=0)
         bodies = [
@@ -174,7 +175,7 @@ class HttpEngine:
             if attempt:
                 longest = min(self._retries.longest_wait, self._retries.first_wait * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(0, longest))
-            server = await pool.acquire()
+            server, strikes = await pool.acquire()
             failed = True
             try:
                 start = time.perf_counter()
@@ -191,7 +192,7 @@ class HttpEngine:
             except (httpx.TransportError, httpx.DecodingError, ValueError) as error:
                 reason = f"{server} failed: {type(error).__name__} {error}".rstrip()
             finally:
-                pool.release(server, failed=failed)
+                pool.release(server, strikes, failed=failed)
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
 
     async def _models(self, server: str) -> list[str]:
@@ -228,8 +229,11 @@ class _Pool:
         self._changed = asyncio.Condition()
         self._notifying: set[asyncio.Task[None]] = set()
 
-    async def acquire(self) -> str:
+    async def acquire(self) -> tuple[str, int]:
         """Wait for room at a server that works.
+
+        Returns:
+            The server and its failures in a row until now; both are for :meth:`release`.
 
         Raises:
             EngineError: None does any more.
@@ -243,13 +247,14 @@ class _Pool:
                     # The one that failed least, then the one with the most room.
                     best = min(free, key=lambda server: (self._failures[server], -self._room[server]))
                     self._room[best] -= 1
-                    return best
+                    return best, self._failures[best]
                 await self._changed.wait()
 
-    def release(self, server: str, *, failed: bool) -> None:
+    def release(self, server: str, strikes: int, *, failed: bool) -> None:
         """Give room back."""
         self._room[server] += 1
-        self._failures[server] = self._failures[server] + 1 if failed else 0
+        # What was under way together and failed together failed once.
+        self._failures[server] = max(self._failures[server], strikes + 1) if failed else 0
         task = asyncio.get_running_loop().create_task(self._notify())
         self._notifying.add(task)  # or it might be collected before it ran
         task.add_done_callback(self._notifying.discard)
