@@ -60,5 +60,6 @@ class EngineError(MergekitBioError):
 class MissingPackageError(MergekitBioError):
     """An optional package is not installed; the message holds the command that installs it."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}; install it with: pip install 'mergekit-bio[{extra}]'")
+    def __init__(self, package: str, extra: str, purpose: str, *, without_gpu: str | None = None) -> None:
+        other = f" (without a GPU: 'mergekit-bio[{without_gpu}]')" if without_gpu else ""
+        super().__init__(f"{purpose} needs {package}; install it with: pip install 'mergekit-bio[{extra}]'{other}")

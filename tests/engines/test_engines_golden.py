@@ -20,7 +20,7 @@ def source(request, engine, golden_sweep, monkeypatch):
     """Where the engine gets its prefixes from."""
     if request.param == "prefixes":
         cache = PrefixCache(AudioPrefix.from_pretrained(golden_sweep[0.5]))
-        monkeypatch.setattr(engine, "_prefixes", cache)
+        monkeypatch.setattr(engine, "prefixes", cache)
     return request.param
 
 

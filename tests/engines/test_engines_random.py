@@ -98,6 +98,15 @@ def test_beams_are_transformers_token_for_token(prompts, greedy, vllm_engine, tr
     assert ended > len(prompts) / 10
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_prompt_is_answered_alike_in_any_company(prompts, transformers_engine, num_beams):
+    """In the batches of our Transformers engine, where the shorter ones are padded."""
+    some, decoding = prompts[:13], Decoding(max_new_tokens=12, num_beams=num_beams)
+    assert len({len(prompt.audios) for prompt in some}) > 3
+    alone = [transformers_engine.generate([prompt], decoding)[0] for prompt in some]
+    assert_same_generations(transformers_engine.generate(some, decoding), alone)
+
+
 def test_choice_stays_in_the_list_and_has_transformers_probabilities(prompts, vllm_engine, transformers_engine):
     ours = vllm_engine.choose(prompts, LABELS)
     assert {generation.text for generation in ours} <= set(LABELS)

@@ -130,7 +130,7 @@ def test_processes_share_a_folder(tower, clips, tiny_sweep, tmp_path, tmp_path_f
 
 def test_a_sweep_costs_the_tower_of_one_alpha(tiny_sweep, transformers_engine, tower, clips, monkeypatch):
     cache = PrefixCache(tower)
-    monkeypatch.setattr(transformers_engine, "_prefixes", cache)
+    monkeypatch.setattr(transformers_engine, "prefixes", cache)
     prompts = [Prompt.from_text("Which?", [clip]) for clip in clips]
     for alpha in (1.0, 0.0, 0.5):
         transformers_engine.load(tiny_sweep[alpha])

@@ -87,7 +87,7 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
         return real(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", without_vllm)
-    with pytest.raises(MissingPackageError, match=r"pip install 'mergekit-bio\[vllm\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'mergekit-bio\[vllm\]' \(without a GPU"):
         require_vllm()
 
 

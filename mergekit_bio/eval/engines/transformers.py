@@ -1,4 +1,4 @@
-"""The reference engine: Transformers' own generate, one prompt after the other."""
+"""The reference engine: Transformers' own generate, in small batches."""
 
 import time
 from collections.abc import Sequence
@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """Runs wherever PyTorch does. Nothing is batched, so nothing is padded.
+    """Runs wherever PyTorch does.
+
+    Prompts of similar length go together. What is shorter is padded on the left and masked, so that a prompt's answer
+    does not depend on its neighbours beyond floating-point noise. Prompts that are sampled go alone: each has a seed.
 
     Args:
         checkpoint: A merged directory, or a hub id.
         dtype: Of Llama; ``"auto"`` takes the checkpoint's.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        prefixes: Where audio prefixes come from; by default every clip goes through the model's own tower.
+        batch_size: Prompts that go together at most.
+        prefixes: Where audio prefixes come from; by default the model's own tower, which then encodes a clip once.
+
+    Attributes:
+        prefixes: Where audio prefixes come from.
     """
 
     name = "transformers"
@@ -37,6 +44,7 @@ class TransformersEngine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        batch_size: int = 8,
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.checkpoint = resolve(checkpoint).path
@@ -47,11 +55,22 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()
-        self._device, self._prefixes = device, prefixes
+        self._device, self._batch_size = device, batch_size
+        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix, batch_size=1 if device == "cpu" else 16)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """See :meth:`mergekit_bio.eval.engines.interface.Engine.generate`."""
-        return [self._generate(prompt, decoding, decoding.seed + n) for n, prompt in enumerate(prompts)]
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda n: len(ids[n]))
+        size = 1 if decoding.temperature > 0 else self._batch_size
+        answers: dict[int, Generation] = {}
+        for start in range(0, len(prompts), size):
+            batch = by_length[start : start + size]
+            generations = self._generate(
+                [prompts[n] for n in batch], [ids[n] for n in batch], decoding, seed=decoding.seed + batch[0]
+            )
+            answers |= zip(batch, generations, strict=True)
+        return [answers[n] for n in range(len(prompts))]
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """See :meth:`mergekit_bio.eval.engines.interface.Engine.choose`."""
@@ -91,33 +110,30 @@ class TransformersEngine:
         """Free the model's memory."""
         self._model = None
 
-    def embed(self, prompt: Prompt) -> "torch.Tensor":
-        """The prompt as Llama sees it: ``[1, tokens, hidden]``.
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with a placeholder for every prefix token.
 
         Raises:
             PromptError: The prompt is empty or longer than the model takes.
         """
-        import torch
-
-        from mergekit_bio.audio.fbank import fbank
-
         ids = self.tokenization.prompt_ids(prompt, expanded=True)
         if len(ids) >= self.tokenization.max_tokens:
             raise PromptError(
                 f"the prompt is {len(ids)} tokens long, but the model takes {self.tokenization.max_tokens}; give "
                 "fewer audios or examples"
             )
-        input_ids = torch.tensor([ids], device=self._device)
+        return ids
+
+    def _embed(self, prompt: Prompt, ids: Sequence[int]) -> "torch.Tensor":
+        """The prompt as Llama sees it: ``[tokens, hidden]``."""
+        import torch
+
+        input_ids = torch.tensor(ids, device=self._device)
+        embeds: torch.Tensor = self._model.model.embed_tokens(input_ids)
         if not prompt.audios:
-            embeds: torch.Tensor = self._model.embed(input_ids)
-        elif self._prefixes is None:
-            features = fbank(torch.stack([clip.waveform for clip in prompt.audios]))
-            embeds = self._model.embed(input_ids, features.to(self._device))
-        else:
-            embeds = self._model.model.embed_tokens(input_ids)
-            prefixes = torch.cat(self._prefixes(prompt.audios)).to(embeds.device, embeds.dtype)
-            embeds = embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[..., None], prefixes)
-        return embeds
+            return embeds
+        prefixes = torch.cat(self.prefixes(prompt.audios)).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], prefixes)
 
     def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
         source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
@@ -128,42 +144,62 @@ class TransformersEngine:
             parameters[name].data.copy_(tensor)
         return digests
 
-    def _generate(self, prompt: Prompt, decoding: Decoding, seed: int) -> Generation:
+    def _generate(
+        self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], decoding: Decoding, *, seed: int
+    ) -> list[Generation]:
+        """Answer one batch."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else self.tokenization.eos_token_ids
+        beams = decoding.num_beams > 1
         start = time.perf_counter()
         with torch.no_grad():
-            embeds = self.embed(prompt)
+            rows = [self._embed(prompt, own) for prompt, own in zip(prompts, ids, strict=True)]
+            # Generation continues a row at its right end, so the padding stands on the left.
+            embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+            mask = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
             if decoding.temperature > 0:
                 torch.manual_seed(seed)
             output = self._model.generate(
                 inputs_embeds=embeds,
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=self._device),
+                attention_mask=pad_sequence(mask, batch_first=True, padding_side="left"),
                 return_dict_in_generate=True,
-                output_scores=True,
-                output_logits=True,
+                output_scores=beams,
+                output_logits=not beams,
                 suppress_tokens=[self.tokenization.audio_token_id],
                 **_settings(decoding, eos),
             )
-            beams = decoding.num_beams > 1
             logprobs = (
                 self._model.compute_transition_scores(output.sequences, output.scores, output.beam_indices)
                 if beams
-                else torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, output.sequences[..., None])[..., 0]
+                else _logprobs(output.logits, output.sequences)
             )
-        seconds = time.perf_counter() - start
-        ids = output.sequences[0].tolist()
-        end = next((n + 1 for n, token in enumerate(ids) if token in eos), len(ids))
-        return Generation(
-            text=self.tokenization.decode(ids[:end]),
-            token_ids=tuple(ids[:end]),
-            logprobs=tuple(logprobs[0, :end].tolist()),
-            finish_reason="stop" if ids[end - 1] in eos else "length",
-            prompt_tokens=embeds.shape[1],
-            timings=Timings(total=seconds),
-            score=output.sequences_scores[0].item() if beams else None,
-        )
+        timings = Timings(total=time.perf_counter() - start)
+        scores = output.sequences_scores.tolist() if beams else [None] * len(prompts)
+        generations = []
+        for own, tokens, logs, score in zip(ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True):
+            end = next((n + 1 for n, token in enumerate(tokens) if token in eos), len(tokens))
+            generations.append(
+                Generation(
+                    text=self.tokenization.decode(tokens[:end]),
+                    token_ids=tuple(tokens[:end]),
+                    logprobs=tuple(logs[:end]),
+                    finish_reason="stop" if tokens[end - 1] in eos else "length",
+                    prompt_tokens=len(own),
+                    timings=timings,
+                    score=score,
+                )
+            )
+        return generations
+
+
+def _logprobs(logits: "Sequence[torch.Tensor]", sequences: "torch.Tensor") -> "torch.Tensor":
+    """Of tokens ``[prompts, steps]``, from each step's logits ``[prompts, vocabulary]``."""
+    import torch
+
+    steps = [step.log_softmax(-1).gather(-1, sequences[:, n, None]) for n, step in enumerate(logits)]
+    return torch.cat(steps, dim=1)
 
 
 def _settings(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
@@ -207,7 +243,8 @@ class _Reader:
 
     def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":
         if self._kept is None or self._kept[0] != prompt:
-            embeds = self._engine.embed(self._prompts[prompt])
+            ids = self._engine._prompt_ids(self._prompts[prompt])
+            embeds = self._engine._embed(self._prompts[prompt], ids)[None]
             output = self._engine._model(inputs_embeds=embeds, use_cache=True)
-            self._kept = (prompt, output.past_key_values, output.logits[0, -1], embeds.shape[1])
+            self._kept = (prompt, output.past_key_values, output.logits[0, -1], len(ids))
         return self._kept[1:]

@@ -43,6 +43,9 @@ class VllmEngine:
         prefixes: Where audio prefixes come from; by default vLLM runs the tower.
         **vllm_options: More arguments of ``vllm.LLM``, such as ``tensor_parallel_size`` or ``enforce_eager``.
 
+    Attributes:
+        prefixes: Where audio prefixes come from; may be changed between calls.
+
     Raises:
         EngineError: vLLM cannot run the checkpoint.
         MissingPackageError: vLLM is not installed.
@@ -68,7 +71,7 @@ class VllmEngine:
         register()
         from vllm import LLM
 
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self._max_len = min(self.tokenization.max_tokens, max_model_len or 16384)
         self._max_audios = max_audios
         self._llm = LLM(
@@ -188,8 +191,8 @@ class VllmEngine:
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if prompt.audios:
             audio = (
-                self._prefixes(prompt.audios)
-                if self._prefixes is not None
+                self.prefixes(prompt.audios)
+                if self.prefixes is not None
                 else [clip.waveform.numpy() for clip in prompt.audios]
             )
             request["multi_modal_data"] = {"audio": audio}
