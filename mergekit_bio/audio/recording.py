@@ -131,7 +131,8 @@ def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from error
     except soundfile.SoundFileError as error:
-        raise AudioError(f"{path}: cannot be decoded as audio ({str(error).rstrip('.')})") from error
+        reason = getattr(error, "error_string", str(error))  # without the number of the descriptor
+        raise AudioError(f"{path}: cannot be decoded as audio ({reason.rstrip('.')})") from error
     except OSError as error:
         raise AudioError(f"{path}: cannot be read ({error.strerror or error})") from error
 
