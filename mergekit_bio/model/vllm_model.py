@@ -57,7 +57,8 @@ class AudioParser(MultiModalDataParser):
     """Takes audios as arrays, ``(array, sampling rate)`` pairs, or precomputed prefixes ``[n_prefix, hidden]``.
 
     Arrays are prepared as everywhere in this package, resampler included, in float64; vLLM's own preparation would
-    use another filter, in float32.
+    use another filter, in float32. A float64 tensor of a clip's length is taken to be prepared: our engine hands the
+    same ones in again and again, and vLLM parses them each time, known or not.
     """
 
     def __init__(self, *, clip_samples: int, sampling_rate: int, prefix_length: int, **kwargs: Any) -> None:
@@ -78,6 +79,8 @@ class AudioParser(MultiModalDataParser):
         return AudioProcessorItems([None if item is None else self._prepare(item) for item in items])
 
     def _prepare(self, audio: Any) -> Any:
+        if isinstance(audio, torch.Tensor) and (audio.dtype, audio.shape) == (torch.float64, (self._clip_samples,)):
+            return audio.numpy()
         samples, rate = audio if isinstance(audio, tuple) else (audio, self._sampling_rate)
         try:
             return prepare(samples, sampling_rate=round(rate), clip_samples=self._clip_samples).numpy()

@@ -38,7 +38,7 @@ async def answer(
         )
     request: dict[str, Any] = {"prompt_token_ids": ids}
     if clips:
-        request["multi_modal_data"] = {"audio": [clip.waveform.numpy() for clip in clips]}
+        request["multi_modal_data"] = {"audio": [clip.waveform for clip in clips]}
         request["multi_modal_uuids"] = {"audio": [clip.digest for clip in clips]}
     eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else tokenization.eos_token_ids
     placeholder = tokenization.audio_token_id

@@ -193,7 +193,7 @@ class VllmEngine:
             audio = (
                 self.prefixes(prompt.audios)
                 if self.prefixes is not None
-                else [clip.waveform.numpy() for clip in prompt.audios]
+                else [clip.waveform for clip in prompt.audios]
             )
             request["multi_modal_data"] = {"audio": audio}
             # Known by content already: vLLM need not hash it again at every step.
