@@ -22,7 +22,8 @@ def serve(
     """Serve merged checkpoints: OpenAI's API with audio in chat, and the predictions_v1 contract, on one port.
 
     Binds 127.0.0.1 unless --host says otherwise. Several checkpoints of one sweep are offered as models by their
-    directory names, from one copy of the weights: requests for another one wait until it is swapped in.
+    directory names, from one copy of the weights: requests for another one wait until it is swapped in. /predict and
+    /info are the first one's; /NAME/predict and /NAME/info any other's.
 
     \b
     Examples:
