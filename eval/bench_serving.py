@@ -1,16 +1,22 @@
 """Prompts a second through vLLM, our Transformers engine and a loop in the reference's style, on the same prompts.
 
 Writes eval/results/serving.md. On a tiny model made from random numbers by default: its tower and Llama cost little,
-so what is compared is mostly the engines themselves. ``--checkpoint`` measures a real merge.
+so what is compared is mostly the engines themselves. ``--checkpoint`` measures a real merge. Every measurement has a
+process of its own: vLLM binds its process's threads to cores, which would slow the others down.
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -18,37 +24,101 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import machine
 import torch
+import transformers  # noqa: F401 -- before the modules that it registers
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
+from mergekit_bio.audio import prefix as prefix_module
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.eval.engines.interface import Clip, Decoding, Prompt
 from mergekit_bio.eval.engines.prefix_cache import PrefixCache
-from mergekit_bio.eval.engines.transformers import TransformersEngine
-from mergekit_bio.eval.engines.vllm import VllmEngine
+from mergekit_bio.model import processing
 
 HERE = Path(__file__).resolve().parent
 BATCH = 16
 QUESTION = "What is the common name for the focal species in the audio? Answer with one of: marsh wren, tree frog."
 
+#: Answers prompts.
+Run = Callable[[Sequence[Prompt], Decoding], object]
+
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """One measurement.
 
     Attributes:
         engine: Who answered.
         audios: Audios a prompt.
-        seconds: For all prompts.
-        prompts: How many they were.
-        first_token: Seconds to the first token of a prompt that comes alone.
+        prompts: How many there were.
+        seconds: For all of them.
+        tower: Seconds of these in filter bank and tower.
+        first_token: Seconds to the first token of a prompt that comes alone, its clips never heard before.
     """
 
     engine: str
     audios: int
-    seconds: float
     prompts: int
+    seconds: float
+    tower: float
     first_token: float
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What moving one engine over the alphas of a sweep costs the tower.
+
+    Attributes:
+        audios: Audios a prompt.
+        alphas: How many.
+        heard: Audios in the prompts of all alphas.
+        encoded: Clips that went through the tower.
+        first: Seconds in filter bank and tower at the first alpha.
+        all: At all of them.
+        seconds: Of the whole sweep.
+    """
+
+    audios: int
+    alphas: int
+    heard: int
+    encoded: int
+    first: float
+    all: float
+    seconds: float
+
+
+class TowerClock:
+    """Adds up the time spent in filter bank and tower, whoever calls them; installs itself when made."""
+
+    def __init__(self) -> None:
+        self.seconds, self._running = 0.0, False
+        holders: list[tuple[Any, str]] = [(AudioPrefix, "encode"), (AudioPrefix, "project")]
+        holders += [(module, "fbank") for module in (prefix_module, processing)]
+        for holder, name in holders:
+            setattr(holder, name, self._timed(getattr(holder, name)))
+
+    def also_in(self, module: Any) -> None:
+        """Time the filter bank that a module imported before."""
+        module.fbank = prefix_module.fbank
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            if self._running:
+                return function(*arguments, **named)
+            _finish()
+            self._running, start = True, time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                _finish()
+                self._running = False
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def make_prompts(count: int, audios: int, *, seed: int = 0) -> list[Prompt]:
@@ -66,90 +136,159 @@ def make_prompts(count: int, audios: int, *, seed: int = 0) -> list[Prompt]:
     ]
 
 
-def loop(engine: TransformersEngine, prompts: Sequence[Prompt], decoding: Decoding) -> None:
-    """Batches of 16 through Transformers' generate, padded on the right, each waiting for its slowest."""
-    model = engine._model
-    with torch.no_grad():
+@contextmanager
+def reference_loop(checkpoint: Path) -> Iterator[Run]:
+    """Transformers' generate on batches of 16 in the prompts' order, as the reference runs it.
+
+    Every prompt's clips are encoded anew, the rows are padded on the right, and a batch waits for its slowest.
+    """
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForMultimodalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+
+    @torch.no_grad()
+    def run(prompts: Sequence[Prompt], decoding: Decoding) -> None:
         for start in range(0, len(prompts), BATCH):
-            rows = [engine.embed(prompt)[0] for prompt in prompts[start : start + BATCH]]
-            embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
+            rows = []
+            for prompt in prompts[start : start + BATCH]:
+                text = processor.render(prompt.text, num_audios=len(prompt.audios))
+                inputs = processor(text, audio=[clip.waveform for clip in prompt.audios]).to(device)
+                rows.append(model.embed(inputs["input_ids"], inputs["input_features"])[0])
+            masks = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
             model.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask.to(embeds.device),
+                inputs_embeds=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+                attention_mask=torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
                 max_new_tokens=decoding.max_new_tokens,
                 do_sample=False,
-                eos_token_id=list(engine.tokenization.eos_token_ids),
-                pad_token_id=engine.tokenization.eos_token_ids[0],
+                pad_token_id=processor.pad_token_id,
             )
 
+    yield run
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+
+@contextmanager
+def transformers_engine(checkpoint: Path) -> Iterator[Run]:
+    """Ours: batches of similar length, padded on the left, each clip encoded once."""
+    from mergekit_bio.eval.engines.transformers import TransformersEngine
+
+    yield TransformersEngine(checkpoint).generate
+
+
+@contextmanager
+def vllm_engine(checkpoint: Path) -> Iterator[Run]:
+    """Raw audio: vLLM runs the tower."""
+    engine = start_vllm(checkpoint)
+    yield engine.generate
+    engine.close()
+
+
+@contextmanager
+def vllm_engine_with_cache(checkpoint: Path) -> Iterator[Run]:
+    """As ``mergekit-bio eval`` runs it: the prefix cache encodes each clip once, and vLLM is given prefixes."""
+    engine = start_vllm(checkpoint)
+    engine.prefixes = prefix_cache(checkpoint)
+    yield engine.generate
+    engine.close()
+
+
+def start_vllm(checkpoint: Path) -> Any:
+    """vLLM on a checkpoint."""
+    from mergekit_bio.eval.engines.vllm import VllmEngine
+
+    return VllmEngine(checkpoint, max_model_len=4096, enforce_eager=not torch.cuda.is_available())
+
+
+def prefix_cache(checkpoint: Path) -> PrefixCache:
+    """A cache of its own for a checkpoint's tower."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower = AudioPrefix.from_pretrained(checkpoint).to(device)
+    return PrefixCache(tower, batch_size=1 if device == "cpu" else 16)
+
+
+LOOP = f"loop, batch {BATCH}, right-padded"
+ENGINES = {
+    "vLLM": vllm_engine,
+    "vLLM with the prefix cache": vllm_engine_with_cache,
+    "Transformers engine": transformers_engine,
+    LOOP: reference_loop,
+}
+SWEEP = "sweep"
+
+
+def measure(name: str, checkpoint: Path, *, count: int, audios: int, decoding: Decoding) -> Measured:
+    """One engine on one set of prompts."""
+    clock = TowerClock()
+    with ENGINES[name](checkpoint) as run:
+        if name == "vLLM":
+            from mergekit_bio.model import vllm_model
+
+            clock.also_in(vllm_model)
+        run(make_prompts(BATCH, audios, seed=1), decoding)  # warm up
+        alone = [_timed(run, [prompt], Decoding(max_new_tokens=1)) for prompt in make_alone(audios)]
+        prompts = make_prompts(count, audios)
+        before = clock.seconds
+        seconds = _timed(run, prompts, decoding)
+    return Measured(name, audios, count, seconds, clock.seconds - before, sorted(alone)[len(alone) // 2])
+
+
+def make_alone(audios: int) -> list[Prompt]:
+    """Prompts that share no clip."""
+    return [make_prompts(1, audios, seed=seed)[0] for seed in range(2, 7)]
+
+
+def _timed(run: Run, prompts: Sequence[Prompt], decoding: Decoding) -> float:
     start = time.perf_counter()
-    run()
+    run(prompts, decoding)
     return time.perf_counter() - start
 
 
-def measure(
-    checkpoints: Sequence[Path], *, count: int, audios: int, decoding: Decoding, vllm: VllmEngine
-) -> tuple[list[Row], str]:
-    """All engines on one set of prompts, and what a sweep costs the tower."""
+def sweep(checkpoints: Sequence[Path], *, count: int, audios: int) -> Swept:
+    """vLLM over all alphas, one token a prompt, with the prefix cache."""
+    clock = TowerClock()
+    engine, cache = start_vllm(checkpoints[0]), prefix_cache(checkpoints[0])
+    engine.prefixes = cache
     prompts = make_prompts(count, audios)
-    warm_up, alone = make_prompts(2, audios, seed=1), make_prompts(4, audios, seed=2)
-    one = Decoding(max_new_tokens=1)
-    transformers = TransformersEngine(checkpoints[0])
-    cache = PrefixCache(AudioPrefix.from_pretrained(checkpoints[0]))
-    rows = []
-
-    def row(name: str, run: Callable[[Sequence[Prompt], Decoding], object]) -> None:
-        run(warm_up, decoding)
-        first = sorted(timed(lambda prompt=prompt: run([prompt], one)) for prompt in alone)[len(alone) // 2]
-        rows.append(Row(name, audios, timed(lambda: run(prompts, decoding)), count, first))
-
-    vllm.load(checkpoints[0])
-    row("vLLM", vllm.generate)
-    vllm.load(checkpoints[1])  # empties its caches
-    vllm.load(checkpoints[0])
-    tower = timed(lambda: cache([clip for prompt in prompts for clip in prompt.audios]))
-    different = cache.encoded
-    vllm._prefixes = cache
-    row("vLLM, prefixes encoded before", vllm.generate)
-    vllm._prefixes = None
-    row("Transformers engine", transformers.generate)
-    row(f"loop, batch {BATCH}, right-padded", lambda some, how: loop(transformers, some, how))
-
-    before = cache.encoded
-    sweep = timed(lambda: _sweep(vllm, cache, checkpoints, prompts))
-    heard = sum(len(prompt.audios) for prompt in prompts)
-    note = (
-        f"{audios} audio{'s' * (audios > 1)} a prompt: the tower alone takes {tower:.1f} s for the {different} "
-        f"different clips ({tower / rows[0].seconds:.0%} of vLLM's time above); {len(checkpoints)} alphas over the "
-        f"same prompts took {sweep:.1f} s and sent {cache.encoded - before} further clips through it (instead of "
-        f"{heard * len(checkpoints)} in a loop)."
-    )
-    return rows, note
-
-
-def _sweep(vllm: VllmEngine, cache: PrefixCache, checkpoints: Sequence[Path], prompts: Sequence[Prompt]) -> None:
-    vllm._prefixes = cache
+    engine.generate(make_prompts(BATCH, audios, seed=1), Decoding(max_new_tokens=1))
+    before, known = clock.seconds, cache.encoded
+    first, start = 0.0, time.perf_counter()
     for checkpoint in checkpoints:
-        vllm.load(checkpoint)
-        vllm.generate(prompts, Decoding(max_new_tokens=1))
-    vllm._prefixes = None
+        engine.load(checkpoint)
+        engine.generate(prompts, Decoding(max_new_tokens=1))
+        first = first or clock.seconds - before
+    seconds = time.perf_counter() - start
+    engine.close()
+    heard = len(checkpoints) * sum(len(prompt.audios) for prompt in prompts)
+    return Swept(audios, len(checkpoints), heard, cache.encoded - known, first, clock.seconds - before, seconds)
 
 
-def report(rows: Sequence[Row], notes: Sequence[str], what: str) -> str:
+def report(rows: Sequence[Measured], sweeps: Sequence[Swept], what: str) -> str:
     """The results as Markdown."""
-    lines = ["# Serving", "", what, "", "| engine | audios | prompts/s | against the loop | first token, alone |"]
-    lines += ["|---|---:|---:|---:|---:|"]
+    lines = ["# Serving", "", what, ""]
+    lines += ["| engine | audios | prompts | prompts/s | against the loop | in the tower | first token, alone |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        (base,) = [other.seconds for other in rows if other.audios == row.audios and other.engine.startswith("loop")]
+        (base,) = [other for other in rows if other.audios == row.audios and other.engine == LOOP]
+        rate, reference = row.prompts / row.seconds, base.prompts / base.seconds
         lines.append(
-            f"| {row.engine} | {row.audios} | {row.prompts / row.seconds:.1f} | {base / row.seconds:.1f}x | "
-            f"{1000 * row.first_token:.0f} ms |"
+            f"| {row.engine} | {row.audios} | {row.prompts} | {rate:.2f} | {rate / reference:.1f}x | "
+            f"{row.tower / row.seconds:.0%} | {1000 * row.first_token:.0f} ms |"
         )
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+    (loop,) = [row for row in rows if row.audios == 1 and row.engine == LOOP]
+    bound = loop.seconds / loop.tower
+    lines.append("")
+    lines.append(
+        f"- With 1 audio a prompt every clip is new, and the tower takes {loop.tower:.1f} s of the loop's "
+        f"{loop.seconds:.1f} s: no engine that hears all clips can be more than {bound:.1f} times as fast."
+    )
+    for swept in sweeps:
+        lines.append(
+            f"- A sweep of {swept.alphas} alphas with {swept.audios} audio{'s' * (swept.audios > 1)} a prompt hears "
+            f"{swept.heard} audios and sends {swept.encoded} clips through the tower: {swept.all:.1f} s of "
+            f"{swept.seconds:.1f} s; the first alpha alone takes {swept.first:.1f} s of it."
+        )
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -157,36 +296,79 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", help="Two or more merges of one sweep.")
     parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--loop-prompts", type=int, help="Fewer for what is slow: the loop and Transformers.")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--alphas", type=int, default=11, help="Of the tiny model's sweep.")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "serving.md")
+    parser.add_argument("--measure", choices=[*ENGINES, SWEEP], help=argparse.SUPPRESS)
+    parser.add_argument("--audios", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.measure:
+        measure_here(given)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints, model = given.checkpoint, "the checkpoints " + ", ".join(map(str, given.checkpoint or ()))
         if not checkpoints:
-            folder, model = Path(scratch), "a tiny random model (Llama of 2 layers, tower of 1), float32"
-            merged = mergekit_bio.merge(
-                base=make_base(folder / "base"),
-                adapter=make_naturelm(folder / "naturelm"),
-                alphas=[n / (given.alphas - 1) for n in range(given.alphas)],
-                out=folder / "sweep",
+            checkpoints, model = (
+                make_sweep(Path(scratch), given.alphas),
+                "a tiny random model (Llama of 2 layers, tower of 1), float32",
             )
-            checkpoints = [checkpoint.path for checkpoint in merged]
-        on_gpu = torch.cuda.is_available()
-        vllm = VllmEngine(checkpoints[0], max_model_len=4096, enforce_eager=not on_gpu)
-        decoding = Decoding(max_new_tokens=given.tokens)
-        measured = [
-            measure(checkpoints, count=given.prompts, audios=audios, decoding=decoding, vllm=vllm) for audios in (1, 11)
-        ]
+        rows: list[Measured] = []
+        sweeps: list[Swept] = []
+        for audios in (1, 11):
+            for name in [*ENGINES, SWEEP]:
+                result = in_a_process(name, audios, checkpoints, given, Path(scratch) / "result.json")
+                print(name, result, file=sys.stderr)
+                if name == SWEEP:
+                    sweeps.append(Swept(**result))
+                else:
+                    rows.append(Measured(**result))
         what = (
-            f"{given.prompts} prompts, greedy, {given.tokens} new tokens at most, on {model}. Machine: "
-            f"{machine.describe(Path(scratch))}, "
-            f"{torch.get_num_threads()} threads."
+            f"{given.prompts} prompts, greedy, {given.tokens} new tokens at most, on {model}. In the prompts with 11 "
+            "audios the first 10 are the same in all. A process for every measurement. Machine: "
+            f"{machine.describe(Path(scratch))}."
         )
-        text = report([row for rows, _ in measured for row in rows], [note for _, note in measured], what)
+        text = report(rows, sweeps, what)
     print(text)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(text)
+
+
+def make_sweep(folder: Path, alphas: int) -> list[Path]:
+    """The tiny model's merges."""
+    merged = mergekit_bio.merge(
+        base=make_base(folder / "base"),
+        adapter=make_naturelm(folder / "naturelm"),
+        alphas=[n / (alphas - 1) for n in range(alphas)],
+        out=folder / "sweep",
+    )
+    return [checkpoint.path for checkpoint in merged]
+
+
+def in_a_process(name: str, audios: int, checkpoints: Sequence[Path], given: argparse.Namespace, result: Path) -> dict:
+    """Run one measurement in a process of its own, and read what it wrote."""
+    slow = name in (LOOP, "Transformers engine")
+    count = given.loop_prompts or given.prompts if slow else given.prompts
+    command = [sys.executable, __file__, "--measure", name, "--audios", str(audios), "--prompts", str(count)]
+    command += ["--tokens", str(given.tokens), "--results", str(result), "--checkpoint", *map(str, checkpoints)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return json.loads(result.read_text())
+
+
+def measure_here(given: argparse.Namespace) -> None:
+    """One measurement, in this process."""
+    found: Measured | Swept
+    if given.measure == SWEEP:
+        found = sweep(given.checkpoint, count=given.prompts, audios=given.audios)
+    else:
+        found = measure(
+            given.measure,
+            given.checkpoint[0],
+            count=given.prompts,
+            audios=given.audios,
+            decoding=Decoding(max_new_tokens=given.tokens),
+        )
+    given.results.write_text(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":
