@@ -1,5 +1,6 @@
 """The paper's experiments: our scores beside the published ones.
 
+    python eval/paper.py --run paper/                      merge, ask all of it (a GPU wanted), and compare
     python eval/paper.py runs/closed_set runs/watkins      runs of ours: how close do they come?
     python eval/paper.py --exact published/                the published predictions: are they scored as published?
 
@@ -12,10 +13,20 @@ import math
 import sys
 from pathlib import Path
 
+from mergekit_bio import merge
 from mergekit_bio.errors import MergekitBioError
+from mergekit_bio.eval.asking import Silence, Standing
 from mergekit_bio.eval.cells import read_runs
+from mergekit_bio.eval.recipe import DEFAULT_ADAPTER, DEFAULT_BASE, load_recipe
 from mergekit_bio.eval.report import TITLES, Sweep, build_report
+from mergekit_bio.eval.run import evaluate
+from mergekit_bio.eval.shipped import find_recipe
 
+#: The recipes of the experiments, and the strengths that they ask between them.
+EXPERIMENTS = (
+    "closed_set", "closed_set_2", "in_context_1", "in_context_5", "textual_in_context", "watkins", "cbi", "zf_indiv",
+)  # fmt: skip
+SWEEP = "0:1:0.1"
 FIGURES = ("accuracy", "f1_weighted", "f1_macro")
 #: Folders of published predictions that are not called as our recipes.
 RECIPES = {
@@ -35,12 +46,44 @@ def published_scores() -> Published:
     return {(cell["recipe"], cell["query"], cell["alpha"]): cell for cell in cells}
 
 
+class Notes(Silence):
+    """Tells what a user should know, and when a cell begins."""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def standing(self, standing: Standing) -> None:
+        if not standing.done:
+            print(f"[{standing.number}/{standing.cells}] {standing.cell}", file=sys.stderr)
+
+
+def run_experiments(folder: Path, arguments: argparse.Namespace) -> list[Path]:
+    """Run every experiment in the folder, on one sweep of checkpoints; go on where an earlier start stopped."""
+    sweep = arguments.model or folder / "checkpoints"
+    if not sweep.is_dir():
+        merge(base=DEFAULT_BASE, adapter=DEFAULT_ADAPTER, alphas=[SWEEP], out=sweep)
+    runs = []
+    for name in arguments.only or EXPERIMENTS:
+        asked = load_recipe(find_recipe(name)).recipe.merge
+        done = evaluate(
+            recipe=name,
+            out=folder / name,
+            models=[sweep / f"alpha-{alpha:.2f}" for alpha in asked.alphas],
+            data=arguments.data,
+            engine=arguments.engine,
+            limit=arguments.limit,
+            listener=Notes(),
+        )
+        runs.append(done.path)
+    return runs
+
+
 def print_sweep(sweep: Sweep, published: Published) -> float:
     """Print a table; the value is the largest difference, infinite where nothing was published."""
     recipe = RECIPES.get(sweep.cell.run, sweep.cell.run)
     print(f"\n{sweep.title} ({len(sweep.scores[0].ids)} clips)")
-    print("       " + "".join(f"{TITLES[name]:<18}" for name in FIGURES))
-    print("alpha  " + "paper   ours      " * len(FIGURES))
+    print(("       " + "".join(f"{TITLES[name]:<18}" for name in FIGURES)).rstrip())
+    print(("alpha  " + "paper   ours      " * len(FIGURES)).rstrip())
     largest = 0.0
     for item in sweep.scores:
         theirs = published.get((recipe, sweep.cell.query, item.cell.alpha))
@@ -64,12 +107,21 @@ def print_sweep(sweep: Sweep, published: Published) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories or folders of published predictions")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories or folders of published predictions")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run the experiments there first")
+    parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="with --run: this one; repeatable")
+    parser.add_argument("--model", type=Path, help="with --run: a sweep merged before; default: FOLDER/checkpoints")
+    parser.add_argument("--data", help="with --run: where BEANS-Zero is; default: on the Hub")
+    parser.add_argument("--engine", help="with --run: vllm or transformers")
+    parser.add_argument("--limit", type=int, help="with --run: so many clips of each experiment")
     parser.add_argument("--scorer", default="paper", help="default: paper, as the published figures")
     parser.add_argument("--exact", action="store_true", help=f"exit with 1 unless every figure agrees to {TOLERANCE}")
     arguments = parser.parse_args()
+    if not (arguments.runs or arguments.run):
+        parser.error("name runs, or --run FOLDER")
     try:
-        report = build_report(read_runs(arguments.runs), scorer=arguments.scorer)
+        runs = arguments.runs + (run_experiments(arguments.run, arguments) if arguments.run else [])
+        report = build_report(read_runs(runs), scorer=arguments.scorer)
     except MergekitBioError as error:
         sys.exit(f"error: {error}")
     published = published_scores()

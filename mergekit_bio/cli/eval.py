@@ -29,6 +29,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--alpha", "-a", help="Strengths instead of the recipe's: 0.5, or 0:1:0.1. Repeatable."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|ID", help="Where BEANS-Zero is: a save_to_disk folder, parquet or arrow files, or a hub id."
+        ),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="vllm, transformers or http. [default: vllm where it is installed]")
     ] = None,
@@ -67,7 +73,7 @@ def evaluate(
 
     output = Output(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
-        _show_prompts(recipe, show_prompts, output)
+        _show_prompts(recipe, data, show_prompts, output)
         return
     options = dict(map(_key_value, engine_option or []))
     listener = RunListener(output)
@@ -76,6 +82,7 @@ def evaluate(
         out=out,
         models=model or [],
         alphas=alpha or [],
+        data=data,
         engine=engine,
         servers=server or [],
         limit=limit,
@@ -105,16 +112,18 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _show_prompts(recipe: str, number: int, output: Output) -> None:
+def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
     from mergekit_bio.eval.questions import show_prompts
     from mergekit_bio.eval.recipe import load_recipe
     from mergekit_bio.eval.shipped import find_recipe
 
-    loaded = load_recipe(find_recipe(recipe))
+    loaded = load_recipe(find_recipe(recipe), data=data)
     for note in loaded.notes:
         output.note(f"note: {note}")
     shown: list[dict[str, Any]] = []
     for dataset, query, questions in show_prompts(loaded.recipe, number):
+        for note in dataset.notes if query == 0 else ():
+            output.note(f"note: {note}")
         for question in questions:
             clip, prompt = question.clip, question.prompt
             shown.append(
@@ -177,18 +186,13 @@ def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
     if not scored:
         output.result(run, lambda console: _print_lines(console, [f"predictions: {plan.out}"]), [str(plan.out)])
         return
+    from mergekit_bio.cli.report import score_and_write
     from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.report import build_report
     from mergekit_bio.eval.report import to_document as report_document
-    from mergekit_bio.eval.report_files import default_folder, write_report
+    from mergekit_bio.eval.report_files import default_folder
     from mergekit_bio.eval.report_tables import print_report
 
-    cells = read_runs([plan.out])
-    with output.progress("scoring", len(cells), "cells") as advance:
-        result = build_report(cells, progress=advance)
-    for note in result.notes:
-        output.note(f"note: {note}")
-    files = [str(file) for file in write_report(result, default_folder([plan.out]), progress=output.progress)]
+    result, files = score_and_write(read_runs([plan.out]), output, folder=default_folder([plan.out]))
     output.result(
         {**run, "report": report_document(result), "files": files},
         lambda console: print_report(result, console),

@@ -52,7 +52,6 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
 @app.command("show")
 def show_recipe(
     recipe: Annotated[str, typer.Argument(help="The name of a recipe, or a YAML file.")],
-    prompts: Annotated[int, typer.Option(help="Show so many prompts of every cell; needs the data.")] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -61,13 +60,12 @@ def show_recipe(
     \b
     Examples:
       mergekit-bio recipes show watkins
-      mergekit-bio recipes show my_recipe.yaml --prompts 3
+      mergekit-bio recipes show my_recipe.yaml --json
     """
     from dataclasses import asdict
 
     import yaml
 
-    from mergekit_bio.eval.questions import show_prompts
     from mergekit_bio.eval.recipe import load_recipe
     from mergekit_bio.eval.shipped import find_recipe
 
@@ -76,31 +74,10 @@ def show_recipe(
     for note in loaded.notes:
         output.note(f"note: {note}")
     resolved = asdict(loaded.recipe)
-    shown: list[dict[str, object]] = []
-    lines: list[str] = []
-    for dataset, query, questions in show_prompts(loaded.recipe, prompts) if prompts else ():
-        for note in dataset.notes:
-            output.note(f"note: {note}")
-        for question in questions:
-            clip, prompt = question.clip, question.prompt
-            shown.append(
-                {
-                    "dataset": dataset.name,
-                    "query": query,
-                    "id": clip.id,
-                    "prompt": prompt.text,
-                    "audios": [*prompt.clips],
-                }
-            )
-            lines += [f"--- {dataset.name}, query {query}, clip {clip.id} ({clip.label})", prompt.text]
-    if not prompts:
-        lines = [yaml.safe_dump(_lists(resolved), sort_keys=False, allow_unicode=True, width=110)]
-
-    def text(console: "Console") -> None:
-        for line in lines:
-            console.print(line, markup=False, soft_wrap=True)
-
-    output.result({"recipe": resolved, "prompts": shown}, text, lines)
+    text = yaml.safe_dump(_lists(resolved), sort_keys=False, allow_unicode=True, width=110)
+    output.result(
+        {"recipe": resolved}, lambda console: console.print(text, markup=False, soft_wrap=True), text.splitlines()
+    )
 
 
 @app.command("copy")

@@ -1,12 +1,17 @@
 """``mergekit-bio report``: score finished runs, without a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
+
+if TYPE_CHECKING:
+    from mergekit_bio.eval.cells import Cell
+    from mergekit_bio.eval.report import Report
 
 
 def report(
@@ -38,24 +43,40 @@ def report(
       mergekit-bio report published/watkins --scorer exact --tables-only
     """
     from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.report import build_report, to_document
-    from mergekit_bio.eval.report_files import default_folder, write_report
+    from mergekit_bio.eval.report import to_document
+    from mergekit_bio.eval.report_files import default_folder
     from mergekit_bio.eval.report_tables import print_report
     from mergekit_bio.eval.shipped import find_label_map
 
     output = Output(as_json=as_json, quiet=quiet)
     cells = read_runs(runs, label_map and find_label_map(label_map))
+    folder = None if tables_only else out or default_folder(runs)
+    scored, files = score_and_write(cells, output, scorer=scorer, folder=folder)
+    output.result({**to_document(scored), "files": files}, lambda console: print_report(scored, console), files)
+    if files:
+        output.note(f"the page: {files[0]}")
+
+
+def score_and_write(
+    cells: "Sequence[Cell]", output: Output, *, scorer: str | None = None, folder: Path | None
+) -> "tuple[Report, list[str]]":
+    """Score cells, say what a reader must be told, and write the report's files.
+
+    Args:
+        cells: Of ``read_runs``.
+        output: For progress and notes.
+        scorer: For all cells; by default what each run asks for.
+        folder: For the files; None writes none.
+
+    Returns:
+        The report and its files, the page first.
+    """
+    from mergekit_bio.eval.report import build_report
+    from mergekit_bio.eval.report_files import write_report
+
     with output.progress("scoring", len(cells), "cells") as advance:
         scored = build_report(cells, scorer=scorer, progress=advance)
     for note in scored.notes:
         output.note(f"note: {note}")
-    files: list[Path] = []
-    if not tables_only:
-        files = write_report(scored, out or default_folder(runs), progress=output.progress)
-    output.result(
-        {**to_document(scored), "files": [str(file) for file in files]},
-        lambda console: print_report(scored, console),
-        [str(file) for file in files],
-    )
-    if files:
-        output.note(f"the page: {files[0]}")
+    files = [] if folder is None else write_report(scored, folder, progress=output.progress)
+    return scored, [str(file) for file in files]

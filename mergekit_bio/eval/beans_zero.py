@@ -202,7 +202,7 @@ def _one_line_errors(source: str) -> Iterator[None]:
             raise DatasetError(f"{source}: not BEANS-Zero's parquet or arrow data: {first}") from None
         raise DatasetError(
             f"{source}: cannot be fetched from the Hub ({first}); check the network and `hf auth login`, or give a"
-            " local copy (data: FOLDER in the recipe)"
+            " local copy (--data FOLDER, or data: FOLDER in the recipe)"
         ) from None
 
 

@@ -125,11 +125,12 @@ class LoadedRecipe:
     notes: tuple[str, ...]
 
 
-def load_recipe(file: Path) -> LoadedRecipe:
+def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     """Read a recipe, ours or the reference implementation's, and check all that needs neither data nor model.
 
     Args:
         file: A YAML file. Relative paths in it are relative to its folder.
+        data: Where BEANS-Zero is, instead of where the recipe says; relative to where the program runs.
 
     Raises:
         RecipeError: One line with the file, the line, the key and, for an unknown key, the nearest one.
@@ -137,26 +138,29 @@ def load_recipe(file: Path) -> LoadedRecipe:
     document = read_located_yaml(file)
     if not isinstance(document.data, dict):
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
-    data, locate = document.data, document.locate
+    content, locate = document.data, document.locate
     notes: tuple[str, ...] = ()
-    if is_reference(data):
-        data, notes = translated(document)
+    if is_reference(content):
+        content, notes = translated(document)
 
         def locate(path: KeyPath) -> str:
             return document.locate(reference_path(path))
 
-    data = {"name": file.stem, **data}
-    data["datasets"] = _dataset_mappings(data.get("datasets"), file.parent)
-    label_map = data.get("label_map")
+    content = {"name": file.stem, **content}
+    content["datasets"] = _dataset_mappings(content.get("datasets"), file.parent)
+    label_map = content.get("label_map")
     if label_map is not None:
         if not isinstance(label_map, str):
             raise RecipeError(f"{locate(('label_map',))}: label_map: input should be the path of a CSV file")
-        data["label_map"] = read_label_map(_beside(label_map, file.parent))
-    if data["datasets"] is None:
-        del data["datasets"]
-    recipe = validated(Recipe, data, error=RecipeError, locate=locate)
+        content["label_map"] = read_label_map(_beside(label_map, file.parent))
+    if content["datasets"] is None:
+        del content["datasets"]
+    recipe = validated(Recipe, content, error=RecipeError, locate=locate)
     _check(recipe, locate)
-    return LoadedRecipe(recipe=_with_paths(recipe, file.parent), notes=notes)
+    recipe = _with_paths(recipe, file.parent)
+    if data is not None:
+        recipe = replace(recipe, data=_found(str(data), Path()))
+    return LoadedRecipe(recipe=recipe, notes=notes)
 
 
 def _dataset_mappings(datasets: Any, folder: Path) -> Any:
@@ -179,17 +183,18 @@ def _beside(path: str, folder: Path) -> Path:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Checkpoints and data that exist beside the recipe become absolute; what does not is a hub id."""
-
-    def resolved(source: str) -> str:
-        path = _beside(source, folder)
-        return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
-
+    """With the paths of sources, checkpoints and data absolute."""
     merge = recipe.merge
     if merge is not None:
-        merge = replace(merge, base=resolved(merge.base), adapter=resolved(merge.adapter))
-    checkpoints = tuple(map(resolved, recipe.checkpoints))
-    return replace(recipe, merge=merge, checkpoints=checkpoints, data=resolved(recipe.data))
+        merge = replace(merge, base=_found(merge.base, folder), adapter=_found(merge.adapter, folder))
+    checkpoints = tuple(_found(source, folder) for source in recipe.checkpoints)
+    return replace(recipe, merge=merge, checkpoints=checkpoints, data=_found(recipe.data, folder))
+
+
+def _found(source: str, folder: Path) -> str:
+    """The absolute path of what exists in the folder; what does not is a hub id."""
+    path = _beside(source, folder)
+    return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
 def _check(recipe: Recipe, locate: Any) -> None:

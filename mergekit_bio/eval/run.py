@@ -51,6 +51,7 @@ def evaluate(
     out: str | Path | None = None,
     models: Sequence[str | Path] = (),
     alphas: Sequence[float | str] = (),
+    data: str | Path | None = None,
     engine: str | None = None,
     servers: Sequence[str] = (),
     api_key: str | None = None,
@@ -68,6 +69,7 @@ def evaluate(
         out: The run directory; by default ``runs/NAME``.
         models: Directories (of a checkpoint or of a sweep) or hub ids, instead of the recipe's checkpoints.
         alphas: Numbers and sweeps ``"0:1:0.1"``, instead of the recipe's.
+        data: Where BEANS-Zero is, instead of where the recipe says: a folder, a file or a hub id.
         engine: ``"vllm"`` (default where it is installed), ``"transformers"`` or ``"http"``.
         servers: Addresses for the http engine, which offer every checkpoint under its directory's name.
         api_key: The servers' key.
@@ -80,7 +82,7 @@ def evaluate(
     """
     listener = listener or Silence()
     plan = prepare_run(
-        recipe=recipe, out=out, models=models, alphas=alphas, engine=engine, servers=servers, limit=limit,
+        recipe=recipe, out=out, models=models, alphas=alphas, data=data, engine=engine, servers=servers, limit=limit,
         listener=listener,
     )  # fmt: skip
     record = carry_out(plan, servers=servers, api_key=api_key, engine_options=engine_options or {}, listener=listener)
@@ -93,6 +95,7 @@ def prepare_run(
     out: str | Path | None = None,
     models: Sequence[str | Path] = (),
     alphas: Sequence[float | str] = (),
+    data: str | Path | None = None,
     engine: str | None = None,
     servers: Sequence[str] = (),
     limit: int | None = None,
@@ -108,7 +111,7 @@ def prepare_run(
         MergekitBioError: See ``evaluate``.
     """
     listener = listener or Silence()
-    loaded = load_recipe(find_recipe(str(recipe)))
+    loaded = load_recipe(find_recipe(str(recipe)), data=data)
     resolved = recipe_for(loaded.recipe, models=models, alphas=alphas)
     name, note = choose_engine(engine, servers=servers)
     for text in (*loaded.notes, *([note] if note else [])):

@@ -166,7 +166,7 @@ def test_without_a_token_one_line_says_what_to_accept_and_where_to_log_in(tmp_pa
 def test_without_the_data_one_line_says_where_a_copy_goes(tmp_path, merged):
     line = refused(tmp_path, "--engine", "transformers", "--model", str(merged), **OFFLINE)
     assert line.startswith("error: EarthSpeciesProject/BEANS-Zero") and "hf auth login" in line
-    assert "data: FOLDER" in line
+    assert "--data FOLDER" in line
 
 
 def test_pace_is_said_in_words():

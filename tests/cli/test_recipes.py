@@ -26,14 +26,6 @@ def test_show_prints_a_recipe_that_is_one(tmp_path):
     assert json.loads(run("show", "watkins", "--json").stdout)["recipe"] == shown
 
 
-def test_show_prints_prompts_from_local_data(tmp_path):
-    (tmp_path / "a.wav").write_bytes(b"never decoded")
-    (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,wren\n")
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("checkpoints: [x]\ndatasets: [{path: .}]\nqueries: ['Who sings?']\n")
-    assert "<Audio><AudioHere></Audio> Who sings?<|eot_id|>" in run("show", recipe, "--prompts", 3).stdout
-
-
 def test_copy_makes_the_files(tmp_path):
     run("copy", "cbi", tmp_path)
     assert (tmp_path / "cbi.yaml").exists() and (tmp_path / "labels" / "cbi.csv").exists()

@@ -2,6 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+from eval.conftest import beans_zero_rows
+from tiny_naturelm import make_base, make_naturelm
+
+from mergekit_bio.merging.api import merge
+
 SCRIPT = Path(__file__).parents[2] / "eval" / "paper.py"
 
 
@@ -23,3 +30,22 @@ def test_another_scorer_is_not_as_published(published):
 def test_a_missing_run_is_one_line(tmp_path):
     done = run(tmp_path / "missing")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_experiment_is_run_and_set_beside_the_paper(tmp_path):
+    rows = beans_zero_rows({"zf-indiv": ["One", "More"]})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    base, adapter = make_base(tmp_path / "base"), make_naturelm(tmp_path / "adapter")
+    merge(base=base, adapter=adapter, alphas=[1.0], out=tmp_path / "sweep/alpha-1.00")
+    options = ("--model", tmp_path / "sweep", "--data", tmp_path / "data.parquet", "--engine", "transformers")
+    started = []
+    for _ in range(2):
+        done = run("--run", tmp_path / "paper", "--only", "zf_indiv", "--limit", "1", *options)
+        assert done.returncode == 0, done.stderr
+        tables = done.stdout.split("\n\n")[:3]
+        assert [table.strip().splitlines()[0] for table in tables] == [
+            f"zf_indiv, zf-indiv, query {query} (1 clips)" for query in range(3)
+        ]
+        assert tables[0].splitlines()[-1].startswith("1.0    0.6750  ")
+        started.append(done.stderr.count("] alpha-1.00, zf-indiv, query"))
+    assert started == [3, 0]  # the second time everything is there

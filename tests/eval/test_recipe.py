@@ -108,6 +108,14 @@ def test_defaults_and_paths_beside_the_recipe(tmp_path):
     assert recipe.target(0) == "scientific"
 
 
+def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):
+    recipe = write(tmp_path, SMALL + "data: ./here\n")
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    assert load_recipe(recipe, data=".").recipe.data == str(tmp_path / "copy")
+    assert load_recipe(recipe, data="someone/BEANS").recipe.data == "someone/BEANS"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
