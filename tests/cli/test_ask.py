@@ -10,7 +10,6 @@ import soundfile
 from audio.tiny import write_base
 
 from mergekit_bio.audio.device import pick_device
-from mergekit_bio.cli.app import main
 from mergekit_bio.errors import EngineError
 
 QUESTION = "What is the common name for the focal species in the audio?"
@@ -18,15 +17,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mergekit-bio", "ask", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
+def run(command_line: Run) -> Run:
+    return lambda *arguments: command_line("ask", *arguments, "--device", "cpu")
 
 
 @pytest.fixture

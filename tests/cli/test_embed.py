@@ -13,21 +13,13 @@ from safetensors import safe_open
 
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.recording import read_windows
-from mergekit_bio.cli.app import main
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mergekit-bio", "embed", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
+def run(command_line: Run) -> Run:
+    return lambda *arguments: command_line("embed", *arguments, "--device", "cpu")
 
 
 @pytest.fixture
