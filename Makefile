@@ -48,13 +48,17 @@ bench: env
 demo-model: env
 	cd eval && ../$(PY) -m demo_model ../build/demo-model
 
-# The wheel is tried where nothing of this folder is on the path.
+# The wheel is tried where nothing of this folder is on the path, without and with what asking needs.
 dist: env
 	rm -rf dist build/try
 	.venv/bin/uv build --quiet --out-dir dist
-	python3 -m venv build/try
-	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/build/try" .venv/bin/uv pip install --quiet $(TORCH) dist/*.whl
-	cd build/try && bin/pip check && bin/mergekit-bio --version && bin/mergekit-bio recipes list
+	for extra in "" "[eval]"; do \
+		python3 -m venv --clear build/try && \
+		UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/build/try" \
+			.venv/bin/uv pip install --quiet $(TORCH) "mergekit-bio$$extra @ file://$$(ls $$PWD/dist/*.whl)" && \
+		(cd build/try && bin/pip check && bin/mergekit-bio --version && bin/mergekit-bio recipes list) || exit 1; \
+	done
+	cd build/try && bin/python -c "import mergekit_bio, transformers; transformers.AutoConfig.for_model('naturelm_audio')"
 
 clean:
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache
