@@ -2,10 +2,10 @@
 
 import http.server
 import json
-import os
+import multiprocessing
+import random
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,12 +15,17 @@ from pathlib import Path
 import pytest
 from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
 
+from eval import beans_zero_tool
+from mergekit_bio.demo import run as demo
+from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
+from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
 from mergekit_bio.eval.asking import Silence
 from mergekit_bio.eval.predictions import read_predictions
 from mergekit_bio.eval.run import Run, evaluate, prepare_run
 from mergekit_bio.eval.run_directory import read_record
-from mergekit_bio.eval.shipped import shipped_recipes
+from mergekit_bio.eval.shipped import copy_shipped, shipped_recipes
+from mergekit_bio.merging.api import merge
 
 CPU = {"engine": "transformers", "engine_options": {"device": "cpu"}}
 FILES = [f"beans_zero_eval_recordings_query{query}_lora{alpha}.jsonl" for alpha in ("000", "100") for query in (0, 1)]
@@ -170,39 +175,51 @@ def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
         evaluate(recipe=evaluation.variant("recorded", datasets=data), out=run.path, **CPU)
 
 
-PROGRAM = """
-import sys
-from mergekit_bio.eval.run import evaluate
-evaluate(recipe=sys.argv[1], out=sys.argv[2], engine="transformers", engine_options={"device": "cpu"})
-"""
-
-
-#: There are 36 answers, four at a time, and every kill waits for new ones.
-KILLS = 8 if os.environ.get("MERGEKIT_BIO_FULL") else 3
+#: Every kill waits for new answers; each of six alphas has six batches of them.
+KILLS, ALPHAS = 20, ["0:1:0.2"]
+#: Imported once, by the process that every run is forked from.
+IMPORTED = [
+    "mergekit_bio.eval.run",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "mergekit_bio.merging.api",
+    "mergekit_bio.audio.prefix",
+]
 
 
 def answers_in(out: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in out.glob("*.jsonl"))
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_predictions(run, evaluation, tmp_path):
+def test_a_run_killed_twenty_times_ends_with_the_same_predictions(evaluation, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    arguments = {"recipe": evaluation.recipe, "alphas": ALPHAS, **CPU}
     out = tmp_path / "run"
     kills = 0
+    moments = random.Random(0)
     while True:
         before = answers_in(out)
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(evaluation.recipe), str(out)])
-        while process.poll() is None and (kills >= KILLS or answers_in(out) == before):
+        process = context.Process(target=evaluate, kwargs={"out": out, **arguments})
+        process.start()
+        while process.is_alive() and (kills >= KILLS or answers_in(out) == before):
             time.sleep(0.005)
-        if process.poll() is not None:
+        if not process.is_alive():
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
+        time.sleep(moments.choice((0, 0, 0.02, 0.1)))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
         # What a kill in the middle of a line leaves.
         with max(out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns).open("ab") as file:
             file.write(b'{"prediction": "half a li')
-    assert process.returncode == 0 and kills == KILLS
-    assert by_id(out) == nearly(by_id(run.path))
+    process.join()
+    assert (process.exitcode, kills) == (0, KILLS)
+    whole = evaluate(out=tmp_path / "whole", **arguments)
+    files = [cell.file for cell in whole.record.cells]
+    assert by_id(out, files) == nearly(by_id(whole.path, files))
+    assert answers_in(out) == len(files) * CLIPS == 6 * 2 * CLIPS
 
 
 def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
@@ -226,8 +243,6 @@ def test_a_sweep_made_before_is_found_by_its_directory(run, evaluation, tmp_path
 
 
 def test_checkpoints_of_one_alpha_do_not_share_a_file(run, evaluation, tmp_path):
-    import shutil
-
     shutil.copytree(run.path / "checkpoints/alpha-1.00", tmp_path / "other")
     models = [run.path / "checkpoints/alpha-1.00", tmp_path / "other"]
     plan = prepare_run(recipe=evaluation.recipe, out=tmp_path / "run", models=models, engine="transformers")
@@ -279,6 +294,7 @@ def test_the_shipped_recipes_run(run, tmp_path, name):
     for cell in done.record.cells:
         (row,) = read_predictions(done.path / cell.file)
         assert row.generated_ids and (cell.query_text is None or row.prompt_tokens > 29)
+        assert beans_zero_tool.read(done.path / cell.file) == {cell.dataset: [(row.prediction, row.label)]}
     assert done.report().sweeps
 
 
@@ -398,3 +414,27 @@ def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, tmp_path, 
         found, wanted = read_predictions(done.path / cell.file), read_predictions(expected.path / cell.file)
         assert [row.generated_ids for row in found] == [row.generated_ids for row in wanted]
         assert [row.prompt_tokens for row in found] == [row.prompt_tokens for row in wanted]
+
+
+@pytest.mark.slow
+def test_the_demos_recipes_give_the_same_predictions_with_vllm(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    folders = {engine: tmp_path / engine for engine in ("transformers", "vllm")}
+    first = folders["transformers"]
+    merge(base=demo.MODEL / "base", adapter=demo.MODEL / "adapter", alphas=[0.6], out=first / "sweep/alpha-0.60")
+    write_demo_recordings(first / "recordings/heard", HEARD, each=1, seed=5)
+    write_demo_recordings(first / "recordings/unheard", UNHEARD[:3], each=3, seed=6)
+    for recipe in demo.RECIPES:
+        copy_shipped(recipe, first)
+    shutil.copytree(first, folders["vllm"])
+    for engine, folder in folders.items():
+        with demo.shared_engine(engine, folder, Silence()) as slot:
+            for recipe in demo.RECIPES:
+                demo.ask(recipe, folder, slot, Silence())
+    for recipe in demo.RECIPES:
+        (file,) = (first / "runs" / recipe).glob("*.jsonl")
+        wanted, found = (
+            {row.id: row.generated_ids for row in read_predictions(folder / "runs" / recipe / file.name)}
+            for folder in folders.values()
+        )
+        assert len(wanted) >= 9 and found == wanted, recipe
