@@ -25,6 +25,7 @@ async def answer(
 
     Raises:
         PromptError: The prompt does not fit.
+        EngineError: vLLM gave it up.
     """
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -91,6 +92,6 @@ async def _run(engine: Any, request: dict[str, Any], params: Any) -> Any:
     output = None
     async for partial in engine.generate(request, params, f"predict-{uuid.uuid4().hex}"):
         output = partial
-    if output is None:
-        raise EngineError("vLLM gave no answer")
+    if output is None or output.outputs[0].finish_reason == "abort":  # its answer may have no token
+        raise EngineError("vLLM gave the request up, as it does when the server stops")
     return output
