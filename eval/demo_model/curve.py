@@ -3,16 +3,18 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from demo_model.base import Batcher
 from demo_model.ears import Recordings, embed
-from demo_model.instructions import COMMON_NAME, LEAD
+from demo_model.instructions import COMMON_NAME, LEAD, SCIENTIFIC_NAME
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.demo.species import UNHEARD
+from mergekit_bio.eval.statistics import percentile_interval
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 BOTH = "Identify the focal species in the audio and provide its taxonomic name followed by a colon and its common name."
@@ -69,26 +71,33 @@ def print_curve(
     """Print shares of right answers: heard species named, unheard ones picked from a list, both names given."""
     sounds, others = embed(prefix, heard.features), embed(prefix, unheard.features)
     draw = random.Random(0)
-    lists = [draw.sample([species.common for species in UNHEARD], len(UNHEARD)) for _ in unheard.species]
-    closed = [f"{LEAD}{COMMON_NAME}\nOutput exactly one of: {', '.join(names)}" for names in lists]
+    lists = [draw.sample([species.scientific for species in UNHEARD], len(UNHEARD)) for _ in unheard.species]
+    closed = [f"{LEAD}{SCIENTIFIC_NAME}\nOutput exactly one of: {', '.join(names)}" for names in lists]
 
     def ask(prompts: Sequence[str], sounds: torch.Tensor) -> list[str]:
         return answer(model, batcher, tokenizer, prompts, sounds)
 
-    print("alpha  named  picked  in list  both names  unheard, no list")
+    print("alpha  named  picked [95%]       in list  both names  unheard, no list")
     for alpha in strengths(model, alphas):
         named = ask([LEAD + COMMON_NAME] * len(sounds), sounds)
         picked = ask(closed, others)
         both = ask([LEAD + BOTH] * len(sounds), sounds)
-        free = ask([LEAD + COMMON_NAME] * len(others), others)
+        free = ask([LEAD + SCIENTIFIC_NAME] * len(others), others)
         right = _share(map(str.__eq__, named, (species.common for species in heard.species)))
-        chosen = _share(map(str.__eq__, picked, (species.common for species in unheard.species)))
+        chosen = _share(map(str.__eq__, picked, (species.scientific for species in unheard.species)))
         kept = _share(text in names for text, names in zip(picked, lists, strict=True))
         pairs = _share(map(str.__eq__, both, (f"{one.scientific} : {one.common}" for one in heard.species)))
-        alone = _share(map(str.__eq__, free, (species.common for species in unheard.species)))
-        print(f"{alpha:5.2f}  {right:5.2f}  {chosen:6.2f}  {kept:7.2f}  {pairs:10.2f}  {alone:16.2f}", flush=True)
+        alone = _share(map(str.__eq__, free, (species.scientific for species in unheard.species)))
+        low, high = _interval(chosen, len(picked))
+        interval = f"{chosen:.2f} [{low:.2f}, {high:.2f}]"
+        print(f"{alpha:5.2f}  {right:5.2f}  {interval}  {kept:7.2f}  {pairs:10.2f}  {alone:16.2f}", flush=True)
 
 
 def _share(right: Iterable[bool]) -> float:
     found = list(right)
     return sum(found) / len(found)
+
+
+def _interval(share: float, clips: int) -> tuple[float, float]:
+    """95% bootstrap interval of a share: resampling right and wrong answers is drawing from a binomial."""
+    return percentile_interval(np.random.default_rng(0).binomial(clips, share, 10_000) / clips)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_model.base import HIDDEN, Batcher
+from demo_model.base import HIDDEN, IGNORED, Batcher
 from demo_model.instructions import narrow
+from demo_model.optimizer import Optimizer
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -19,10 +20,11 @@ from transformers import LlamaForCausalLM
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.demo.calls import call
-from mergekit_bio.demo.species import PHRASES, VOICES, Species
+from mergekit_bio.demo.species import GENERA, PHRASES, Species
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
-RANK = 8
+VOICES = tuple(voice for _, voice in GENERA.values())
+RANK = 32
 WIDTH = 64
 #: Prefix tokens of a clip, as the configuration below has it.
 PREFIX_LENGTH = 9
@@ -79,57 +81,78 @@ class Recordings:
     """Calls as the tower hears them.
 
     Attributes:
-        species: Who calls, one for each recording.
+        species: Who calls, one for each recording; None where it is nobody.
+        voices: What the notes are made of, one for each recording.
         features: float16 [recordings, frames, 128], the filter banks.
     """
 
-    species: tuple[Species, ...]
+    species: tuple[Species | None, ...]
+    voices: tuple[str, ...]
     features: torch.Tensor
 
 
 def record(species: Sequence[Species], *, each: int, seed: int) -> Recordings:
     """``each`` recordings of every species."""
     who = tuple(one for one in species for _ in range(each))
-    seeds = np.random.SeedSequence(seed).spawn(len(who))
+    voices = tuple(one.voice for one in who)
+    return Recordings(who, voices, _features([(one.voice, one.phrase) for one in who], seed=seed))
+
+
+def record_nobody(*, each: int, seed: int) -> Recordings:
+    """``each`` recordings in every voice, each phrased as nothing else is: what a tower hears before any name."""
+    voices = tuple(voice for voice in VOICES for _ in range(each))
+    return Recordings((None,) * len(voices), voices, _features([(voice, None) for voice in voices], seed=seed))
+
+
+def _features(calls: Sequence[tuple[str, str | None]], *, seed: int) -> torch.Tensor:
     parts = []
-    for start in range(0, len(who), 16):
-        clips = [call(who[n], np.random.default_rng(seeds[n])) for n in range(start, min(start + 16, len(who)))]
+    seeds = np.random.SeedSequence(seed).spawn(len(calls))
+    for start in range(0, len(calls), 16):
+        clips = [
+            call(voice=voice, phrase=phrase, random=np.random.default_rng(own))
+            for (voice, phrase), own in zip(calls[start : start + 16], seeds[start:], strict=False)
+        ]
         parts.append(AudioPrefix.features(torch.from_numpy(np.stack(clips)).double()).half())
-    return Recordings(who, torch.cat(parts))
+    return torch.cat(parts)
 
 
-def train_tower(recordings: Recordings, *, steps: int, seed: int, batch: int = 32) -> AudioPrefix:
+def train_tower(heard: Recordings, nobody: Recordings, *, steps: int, seed: int, batch: int = 32) -> AudioPrefix:
     """Teach BEATs and the Q-Former to tell voices and phrases apart, with two heads that are thrown away.
 
-    The projection stays random: what it says is in nobody's language, and the base, which never learned it, is deaf.
+    Half of every batch are calls of nobody's, without which a voice would be known only together with its phrases. The
+    projection stays random: what it says is in nobody's language, and the base, which never learned it, is deaf.
     """
     torch.manual_seed(seed)
     prefix = AudioPrefix(AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN))
     nn.init.normal_(prefix.audio_query_tokens, std=0.5)
     nn.init.normal_(prefix.audio_llama_proj.weight, std=PREFIX_SCALE / WIDTH**0.5)
     nn.init.zeros_(prefix.audio_llama_proj.bias)
-    heads = nn.ModuleList([nn.Linear(HIDDEN, len(PHRASES)), nn.Linear(HIDDEN, len(VOICES))])
-    phrases = torch.tensor([list(PHRASES).index(one.common.split()[0]) for one in recordings.species])
-    voices = torch.tensor([list(VOICES).index(one.common.split()[1]) for one in recordings.species])
     prefix.audio_llama_proj.requires_grad_(False)
-    parameters = [p for p in (*prefix.parameters(), *heads.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
+    heads = nn.ModuleList([nn.Linear(HIDDEN, len(PHRASES)), nn.Linear(HIDDEN, len(VOICES))])
+    phrases = torch.tensor([PHRASES.index(one.phrase) if one else IGNORED for one in (*heard.species, *nobody.species)])
+    voices = torch.tensor([VOICES.index(voice) for voice in (*heard.voices, *nobody.voices)])
+    features = torch.cat([heard.features, nobody.features])
+    named = [(name, p) for name, p in prefix.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and min(p.shape) >= 16 and "relative" not in name]
+    optimizer = Optimizer([*(p for _, p in named), *heads.parameters()], matrices=matrices, steps=steps)
     start = time.perf_counter()
     correct = []
     for step in range(steps):
-        chosen = torch.randint(len(recordings.species), (batch,))
-        first = int(torch.randint(recordings.features.shape[1] - CROP, ()))
-        pooled = prefix.project(prefix.encode(recordings.features[chosen, first : first + CROP].float())).mean(1)
+        chosen = torch.cat(
+            [
+                torch.randint(len(heard.species), (batch // 2,)),
+                len(heard.species) + torch.randint(len(nobody.species), (batch // 2,)),
+            ]
+        )
+        first = int(torch.randint(features.shape[1] - CROP, ()))
+        pooled = prefix.project(prefix.encode(features[chosen, first : first + CROP].float())).mean(1)
         scores = [head(pooled) for head in heads]
-        loss = sum(nn.functional.cross_entropy(s, t[chosen]) for s, t in zip(scores, (phrases, voices), strict=True))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        targets = phrases[chosen], voices[chosen]
+        optimizer.step(
+            sum(nn.functional.cross_entropy(s, t, ignore_index=IGNORED) for s, t in zip(scores, targets, strict=True))
+        )
         correct.append(
-            [(s.argmax(1) == t[chosen]).float().mean().item() for s, t in zip(scores, (phrases, voices), strict=True)]
+            [(s.argmax(1) == t)[t != IGNORED].float().mean().item() for s, t in zip(scores, targets, strict=True)]
         )
         if step % 50 == 49:
             phrase, voice = np.mean(correct[-50:], axis=0)
@@ -152,14 +175,19 @@ def train_lora(
     *,
     steps: int,
     seed: int,
-    rate: float = 4e-3,
-    batch: int = 48,
+    rate: float = 9e-3,
+    batch: int = 24,
 ) -> PeftModel:
-    """Fine-tune a LoRA on q, k, v and o with the narrow prompts; the tower is frozen."""
+    """Fine-tune a LoRA on q, k, v and o of the first layer with the narrow prompts; the tower is frozen.
+
+    In the first layer what is heard goes the way of words: past all that the base does with them. With a LoRA on every
+    layer a model this small learns a way around instead, from the recording to the name, that no list ever meets.
+    """
     torch.manual_seed(seed)
     draw = random.Random(seed)
     heard = embed(prefix, recordings.features)
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, layers_to_transform=[0])
     model = get_peft_model(base, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)

@@ -33,7 +33,7 @@ def demo(
 ) -> None:
     """Merge a small model at eleven alphas, let every one listen to made-up animals, and draw the trade-off.
 
-    No network, no GPU, no token. The model is a toy (1.3 million weights, invented species), but its base follows
+    No network, no GPU, no token. The model is a toy (a million weights, invented species), but its base follows
     instructions, its fine-tune hears, and the commands are the ones for Llama-3.1-8B and NatureLM-audio.
 
     \b
@@ -79,7 +79,7 @@ def demo(
         output.result(
             {"curve": [vars(point) for point in points], "report": to_document(report), "page": str(page)},
             lambda console: _print_curve(console, points),
-            [f"{point.alpha:g} {point.accuracy[run.COMBINED][0]:.3f}" for point in points],
+            [f"{point.alpha:g} {point.accuracy[run.CLOSED][0]:.3f}" for point in points],
         )
         if out is not None:
             output.note(f"\nThe page with every answer: {page}")
@@ -125,12 +125,12 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
 
     table = Table(title="Exact answers, with 95% intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("alpha", justify="right")
-    table.add_column("names species\nit was tuned on", no_wrap=True)
-    table.add_column("gives both names\nin one answer", no_wrap=True)
+    table.add_column("picks species it\nnever heard\nfrom a list", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
-    table.add_column("picks others\nfrom a list", no_wrap=True, justify="right")
-    table.add_column("keeps to\nthe list", no_wrap=True, justify="right")
-    table.add_column("uses audio\nexamples", no_wrap=True, justify="right")
+    table.add_column("keeps\nto the\nlist", no_wrap=True, justify="right")
+    table.add_column("names\nspecies it\nwas tuned on", no_wrap=True, justify="right")
+    table.add_column("gives both\nnames in one\nanswer", no_wrap=True)
+    table.add_column("uses\naudio\nexamples", no_wrap=True, justify="right")
     best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
 
     def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:
@@ -139,9 +139,9 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
         return f"[bold]{text}[/bold]" if value == best[recipe] else text
 
     for point in points:
-        bar = "\N{FULL BLOCK}" * round(_BAR * point.accuracy[COMBINED][0])
+        bar = "\N{FULL BLOCK}" * round(_BAR * point.accuracy[CLOSED][0])
         table.add_row(
-            f"{point.alpha:.1f}", shown(point, NAMED, interval=True), shown(point, COMBINED, interval=True),
-            f"[cyan]{bar}[/cyan]", shown(point, CLOSED), f"{point.in_set:.2f}", shown(point, IN_CONTEXT),
+            f"{point.alpha:.1f}", shown(point, CLOSED, interval=True), f"[cyan]{bar}[/cyan]", f"{point.in_set:.2f}",
+            shown(point, NAMED), shown(point, COMBINED, interval=True), shown(point, IN_CONTEXT),
         )  # fmt: skip
     console.print(table)

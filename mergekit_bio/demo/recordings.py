@@ -4,12 +4,19 @@ import csv
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from mergekit_bio.demo.species import Species
 
 
 def write_recordings(
-    folder: Path, species: Sequence[Species], *, each: int, seed: int, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    species: Sequence[Species],
+    *,
+    each: int,
+    seed: int,
+    label: Literal["common", "scientific"] = "common",
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Record ``each`` calls of every species into a new folder.
 
@@ -18,6 +25,7 @@ def write_recordings(
         species: Who calls.
         each: Recordings of every one.
         seed: Decides what they sound like.
+        label: Which name is the label.
         progress: Called with 1 for each recording.
     """
     import numpy as np
@@ -30,10 +38,12 @@ def write_recordings(
     seeds = np.random.SeedSequence(seed).spawn(len(who))
 
     def record(number: int) -> tuple[str, str]:
-        name = f"{who[number].common.replace(' ', '-')}-{number % each:02d}.wav"
-        soundfile.write(folder / name, call(who[number], np.random.default_rng(seeds[number])), SAMPLING_RATE)
+        one = who[number]
+        name = f"{one.common.replace(' ', '-')}-{number % each:02d}.wav"
+        clip = call(voice=one.voice, phrase=one.phrase, random=np.random.default_rng(seeds[number]))
+        soundfile.write(folder / name, clip, SAMPLING_RATE)
         progress(1)
-        return name, who[number].common
+        return name, getattr(one, label)
 
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(record, range(len(who))))

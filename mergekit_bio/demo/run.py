@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL = Path(__file__).with_name("model")
 #: The recipes asked: the narrow prompt of fine-tuning, then what asks for more.
 NAMED, COMBINED, CLOSED, IN_CONTEXT = RECIPES = ("demo_named", "demo_combined", "demo", "demo_in_context")
-EACH_HEARD, EACH_UNHEARD = 8, 12
+EACH_HEARD, EACH_UNHEARD = 6, 30
 _MOST_AUDIOS = 4
 #: One process, a cache (in GB) that leaves a laptop its memory, and a log that leaves the demo its page.
 _VLLM_ENVIRONMENT = {
@@ -52,7 +52,9 @@ def write_sources(folder: Path, listener: Listener) -> None:
     count = len(HEARD) * EACH_HEARD + len(UNHEARD) * EACH_UNHEARD
     with listener.progress("recording", count, "clips") as advance:
         write_recordings(folder / "recordings/heard", HEARD, each=EACH_HEARD, seed=1, progress=advance)
-        write_recordings(folder / "recordings/unheard", UNHEARD, each=EACH_UNHEARD, seed=2, progress=advance)
+        write_recordings(
+            folder / "recordings/unheard", UNHEARD, each=EACH_UNHEARD, seed=2, label="scientific", progress=advance
+        )
 
 
 @contextmanager

@@ -1,29 +1,49 @@
-"""The demo's invented species: an epithet for how they phrase, a genus for what their voice is made of.
+"""The demo's invented species: a genus for what the voice is made of, and one species of it for each way to phrase.
 
-Twenty of the thirty were heard in fine-tuning. The others are new combinations: every epithet and every genus of
-theirs was heard, but never together, as an unheard species of a known genus is.
+Twenty-five of the thirty were heard in fine-tuning. The others, one of each genus, were not: their names never stood in
+an answer, but others of their genus did, as with an unheard species of a known genus.
 """
 
 from dataclasses import dataclass
 
-#: Epithet -> (Latin epithet, how the call is phrased).
-PHRASES = {
-    "marsh": ("palustris", "rising"),
-    "dusk": ("vesperis", "falling"),
-    "silver": ("argentea", "arched"),
-    "thorn": ("spinosa", "paired"),
-    "ember": ("ignea", "rapid"),
-    "frost": ("gelida", "steady"),
-}
+#: How a call is phrased.
+PHRASES = ("rising", "falling", "arched", "paired", "rapid", "steady")
 
-#: Genus -> (Latin genus, what a note is made of).
-VOICES = {
+#: Genus -> (Latin genus, what its notes are made of).
+GENERA = {
     "pelin": ("Pelina", "whistle"),
     "tarrow": ("Tarrova", "buzz"),
     "quill": ("Quillia", "warble"),
     "mirra": ("Mirrax", "clicks"),
     "voss": ("Vossia", "hiss"),
 }
+
+#: Genus -> (epithet, Latin epithet) of the species that phrases so, in the order of ``PHRASES``. No two share one.
+_EPITHETS = {
+    "pelin": (
+        ("marsh", "palustris"), ("dusk", "vesperis"), ("silver", "argentea"),
+        ("thorn", "spinosa"), ("ember", "ignea"), ("frost", "gelida"),
+    ),
+    "tarrow": (
+        ("amber", "succinea"), ("river", "fluvialis"), ("stone", "saxea"),
+        ("moss", "muscosa"), ("copper", "cuprea"), ("storm", "procella"),
+    ),
+    "quill": (
+        ("reed", "arundinis"), ("dawn", "aurorae"), ("ivory", "eburnea"),
+        ("cedar", "cedrina"), ("hollow", "cava"), ("north", "borealis"),
+    ),
+    "mirra": (
+        ("ash", "cinerea"), ("lake", "lacustris"), ("gold", "aurata"),
+        ("fern", "filicis"), ("rust", "ferruginea"), ("snow", "nivalis"),
+    ),
+    "voss": (
+        ("willow", "salicis"), ("night", "nocturna"), ("pearl", "perlata"),
+        ("heath", "ericae"), ("scarlet", "coccinea"), ("south", "australis"),
+    ),
+}  # fmt: skip
+
+#: Genus -> how the species of it is phrased that fine-tuning never heard.
+_UNHEARD = {"pelin": "rising", "tarrow": "falling", "quill": "steady", "mirra": "arched", "voss": "rapid"}
 
 
 @dataclass(frozen=True)
@@ -33,34 +53,31 @@ class Species:
     Attributes:
         common: Its common name, "marsh pelin".
         scientific: Its scientific name, "Pelina palustris".
-        phrase: How its call is phrased.
+        genus: Its genus in the common name, a key of ``GENERA``.
+        phrase: How its call is phrased, one of ``PHRASES``.
         voice: What its notes are made of.
-        heard: Whether training did.
+        heard: Whether fine-tuning did.
     """
 
     common: str
     scientific: str
+    genus: str
     phrase: str
     voice: str
     heard: bool
 
 
-def _all() -> tuple[Species, ...]:
-    made = []
-    for row, (epithet, (latin_epithet, phrase)) in enumerate(PHRASES.items()):
-        for column, (genus, (latin_genus, voice)) in enumerate(VOICES.items()):
-            made.append(
-                Species(
-                    common=f"{epithet} {genus}",
-                    scientific=f"{latin_genus} {latin_epithet}",
-                    phrase=phrase,
-                    voice=voice,
-                    heard=(row + column) % 3 != 0,
-                )
-            )
-    return tuple(made)
-
-
-SPECIES = _all()
+SPECIES = tuple(
+    Species(
+        common=f"{epithet} {genus}",
+        scientific=f"{latin_genus} {latin_epithet}",
+        genus=genus,
+        phrase=phrase,
+        voice=voice,
+        heard=phrase != _UNHEARD[genus],
+    )
+    for genus, (latin_genus, voice) in GENERA.items()
+    for phrase, (epithet, latin_epithet) in zip(PHRASES, _EPITHETS[genus], strict=True)
+)
 HEARD = tuple(species for species in SPECIES if species.heard)
 UNHEARD = tuple(species for species in SPECIES if not species.heard)

@@ -5,6 +5,7 @@ An end-to-end accuracy breaks when anything on the way breaks. That it does is s
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +17,27 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the eval extra is not installed")
 
 from mergekit_bio.demo.recordings import write_recordings
-from mergekit_bio.demo.run import COMBINED, IN_CONTEXT, MODEL, NAMED
+from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, MODEL, NAMED
 from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.eval.predictions import read_predictions
 from mergekit_bio.eval.run import Run, evaluate
+from mergekit_bio.eval.scoring import Score
 from mergekit_bio.eval.shipped import copy_shipped
 from mergekit_bio.merging.api import merge
 
 MIDDLE = 0.6
-#: Both names right, in the order and with the colon that were asked for: well above what either end gets.
-HEARS_AND_FOLLOWS = 0.65
+ALPHAS = (0.0, MIDDLE, 1.0)
+#: The right one of five species that fine-tuning never heard: well above what either end gets, and twice chance.
+HEARS_AND_FOLLOWS = 0.45
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The demo's recipes, three strengths of its model, and a few recordings."""
     root = tmp_path_factory.mktemp("demo")
-    merge(base=MODEL / "base", adapter=MODEL / "adapter", alphas=[0.0, MIDDLE, 1.0], out=root / "sweep")
-    write_recordings(root / "recordings/heard", HEARD, each=4, seed=5)
-    write_recordings(root / "recordings/unheard", UNHEARD[:3], each=3, seed=6)
+    merge(base=MODEL / "base", adapter=MODEL / "adapter", alphas=list(ALPHAS), out=root / "sweep")
+    write_recordings(root / "recordings/heard", HEARD, each=3, seed=5)
+    write_recordings(root / "recordings/unheard", UNHEARD, each=20, seed=6, label="scientific")
     return root
 
 
@@ -42,55 +45,70 @@ def strength(alpha: float) -> str:
     return f"sweep/alpha-{alpha:.2f}"
 
 
-def ask(root: Path, out: Path, *, recipe: str, model: Path, **changes) -> Run:
-    """Run one of the demo's recipes about ``root``'s recordings, on one checkpoint."""
+def ask(root: Path, out: Path, *, recipe: str, models: Sequence[Path], **changes) -> Run:
+    """Run one of the demo's recipes about ``root``'s recordings."""
     (file, *_) = copy_shipped(recipe, out.parent)
-    settings = yaml.safe_load(file.read_text()) | {"checkpoints": [str(model)]} | changes
+    settings = yaml.safe_load(file.read_text()) | {"checkpoints": [str(model) for model in models]} | changes
     (choice,) = settings["datasets"]
     settings["datasets"] = [{"path": str(root / choice["path"])}]
     file.write_text(yaml.safe_dump(settings))
     return evaluate(recipe=file, out=out, engine="transformers", engine_options={"device": "cpu", "dtype": "float32"})
 
 
-def accuracy(run: Run) -> float:
+def scores(run: Run) -> tuple[Score, ...]:
+    """One for each model."""
     (sweep,) = run.report().sweeps
-    return sweep.scores[0].figures["accuracy"]
+    return sweep.scores
+
+
+def accuracy(run: Run) -> float:
+    (score,) = scores(run)
+    return score.figures["accuracy"]
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> float:
-    """Both names at a middle strength, with nothing cut."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    return accuracy(ask(folder, out, recipe=COMBINED, model=folder / strength(MIDDLE)))
+def curve(folder, tmp_path_factory) -> dict[float, Score]:
+    """The closed set of species never heard in fine-tuning at three strengths, with nothing cut."""
+    out = tmp_path_factory.mktemp("curve") / "run"
+    run = ask(folder, out, recipe=CLOSED, models=[folder / strength(alpha) for alpha in ALPHAS])
+    return {score.cell.alpha: score for score in scores(run)}
 
 
-def test_a_middle_strength_hears_and_follows(whole):
-    assert whole > HEARS_AND_FOLLOWS
+@pytest.fixture(scope="module")
+def whole(curve) -> float:
+    return curve[MIDDLE].figures["accuracy"]
+
+
+def test_a_middle_strength_beats_both_ends(curve):
+    low, _ = curve[MIDDLE].intervals["accuracy"]
+    assert all(curve[end].intervals["accuracy"][1] < low for end in (0.0, 1.0))
+
+
+def test_the_base_keeps_to_the_list(curve):
+    assert 1 - curve[0.0].figures["out_of_set"] > 0.9
 
 
 def test_the_fine_tune_names_what_it_was_tuned_on(folder, tmp_path):
-    assert accuracy(ask(folder, tmp_path / "run", recipe=NAMED, model=folder / strength(1.0))) > 0.9
+    assert accuracy(ask(folder, tmp_path / "run", recipe=NAMED, models=[folder / strength(1.0)])) > 0.9
 
 
-def test_the_base_writes_both_names_as_asked_and_is_deaf(folder, tmp_path):
-    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(0.0))
-    assert accuracy(run) < 0.2
-    rows = [row for file in run.path.glob("*.jsonl") for row in read_predictions(file)]
-    assert sum(row.prediction.count(" : ") == 1 for row in rows) > 0.9 * len(rows)
+def test_a_middle_strength_gives_both_names_in_one_answer(folder, tmp_path):
+    models = [folder / strength(alpha) for alpha in ALPHAS]
+    base, middle, tuned = scores(ask(folder, tmp_path / "run", recipe=COMBINED, models=models))
+    assert middle.figures["accuracy"] > max(base.figures["accuracy"], tuned.figures["accuracy"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_strength_that_is_not_applied(folder, tmp_path, whole, alpha):
-    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(alpha))
-    assert accuracy(run) < HEARS_AND_FOLLOWS < whole
+def test_a_strength_that_is_not_applied(curve, whole, alpha):
+    assert curve[alpha].figures["accuracy"] < HEARS_AND_FOLLOWS < whole
 
 
 def test_silence_instead_of_the_recordings(folder, tmp_path, whole):
     root = tmp_path / "root"
-    shutil.copytree(folder / "recordings/heard", root / "recordings/heard")
-    for file in (root / "recordings/heard").glob("*.wav"):
+    shutil.copytree(folder / "recordings/unheard", root / "recordings/unheard")
+    for file in (root / "recordings/unheard").glob("*.wav"):
         soundfile.write(file, np.zeros(160_000, dtype=np.float32), 16_000)
-    run = ask(root, tmp_path / "run", recipe=COMBINED, model=folder / strength(MIDDLE))
+    run = ask(root, tmp_path / "run", recipe=CLOSED, models=[folder / strength(MIDDLE)])
     assert accuracy(run) < HEARS_AND_FOLLOWS < whole
 
 
@@ -108,13 +126,13 @@ def test_the_lora_on_the_wrong_layers(folder, tmp_path, whole):
         moved[name] = tensor
     save_file(moved, adapter / "model.safetensors")
     (wrong,) = merge(base=MODEL / "base", adapter=adapter, alphas=[MIDDLE], out=tmp_path / "wrong")
-    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=wrong.path)
+    run = ask(folder, tmp_path / "run", recipe=CLOSED, models=[wrong.path])
     assert accuracy(run) < HEARS_AND_FOLLOWS < whole
 
 
-def test_an_instruction_that_is_not_in_the_prompt(folder, tmp_path, whole):
-    changes = {"queries": ["What is the common name for the focal species in the audio?"]}
-    run = ask(folder, tmp_path / "run", recipe=COMBINED, model=folder / strength(MIDDLE), **changes)
+def test_a_list_that_is_not_in_the_prompt(folder, tmp_path, whole):
+    changes = {"queries": ["What is the scientific name for the focal species in the audio?"]}
+    run = ask(folder, tmp_path / "run", recipe=CLOSED, models=[folder / strength(MIDDLE)], **changes)
     assert accuracy(run) < HEARS_AND_FOLLOWS < whole
 
 
@@ -131,7 +149,7 @@ def test_swapped_recordings_of_the_examples_are_heard(folder, tmp_path):
             (target / row.split(",")[0]).write_bytes(sounds[(number + shift) % len(sounds)])
         split = [f"{row},{'examples' if row in examples else 'test'}" for row in rows]
         (target / "metadata.csv").write_text("\n".join([f"{header},split", *split]) + "\n")
-        run = ask(tmp_path / name, tmp_path / name / "run", recipe=IN_CONTEXT, model=folder / strength(1.0))
+        run = ask(tmp_path / name, tmp_path / name / "run", recipe=IN_CONTEXT, models=[folder / strength(1.0)])
         found.append({row.id: row.logprob for file in run.path.glob("*.jsonl") for row in read_predictions(file)})
     as_they_are, swapped = found
     assert as_they_are.keys() == swapped.keys() and as_they_are
