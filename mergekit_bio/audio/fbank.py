@@ -43,7 +43,8 @@ def _log_mel(clip: torch.Tensor, window: torch.Tensor, filters: torch.Tensor) ->
     frames = clip.unfold(0, FRAME_LENGTH, FRAME_SHIFT)
     frames = frames - frames.mean(1, keepdim=True)
     before = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # a frame's first sample precedes itself
-    power = torch.fft.rfft((frames - _PREEMPHASIS * before) * window, n=_FFT).abs().square()
+    spectrum = torch.fft.rfft((frames - _PREEMPHASIS * before) * window, n=_FFT)
+    power = spectrum.real.square() + spectrum.imag.square()
     return (power @ filters).clamp(min=_FLOOR).log()
 
 

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.model.layout import MODEL_TYPE
+from mergekit_bio.model.registration import register
 
 
 class NatureLMAudioConfig(PreTrainedConfig):
@@ -38,3 +39,6 @@ class NatureLMAudioConfig(PreTrainedConfig):
             CheckpointError: It is missing, incomplete or inconsistent.
         """
         return AudioPrefixConfig.from_dict(self.audio_config or {}, where="config.json: audio_config")
+
+
+register()

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
+from mergekit_bio.model.registration import register
 
 
 class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixin):
@@ -116,3 +117,6 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
             inputs = input_ids
             kwargs["inputs_embeds"] = self.embed(input_ids, input_features)
         return super().generate(inputs, *args, **kwargs)
+
+
+register()

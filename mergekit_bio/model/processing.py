@@ -12,6 +12,7 @@ from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.layout import AUDIO_SLOT
 from mergekit_bio.model.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
+from mergekit_bio.model.registration import register
 
 # Llama 3's headers around every message; an audio part of a message becomes a slot, set as NatureLM-audio sets it.
 _CHAT_TEMPLATE = (
@@ -159,3 +160,6 @@ def _distribute(audio: Any, prompts: list[str]) -> list[list[Any]]:
     check_audio_count(slots=sum(slots), audios=len(audio))
     rest = iter(audio)
     return [[next(rest) for _ in range(count)] for count in slots]
+
+
+register()

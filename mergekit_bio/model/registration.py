@@ -8,16 +8,28 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+_CLASSES = {
+    "configuration": "NatureLMAudioConfig",
+    "modeling": "NatureLMAudioForConditionalGeneration",
+    "processing": "NatureLMAudioProcessor",
+}
+
 
 def register() -> None:
     """Register the audio model with Transformers now if it is imported, else as soon as it will be.
 
-    So ``import mergekit_bio`` neither needs Transformers nor waits for it.
+    So ``import mergekit_bio`` neither needs Transformers nor waits for it. The modules of the classes call this too, at
+    their end: one of them may be what imports Transformers first, and is only half there when Transformers is whole.
     """
-    if "transformers" in sys.modules:
-        _register()
-    else:
+    if "transformers" not in sys.modules:
         sys.meta_path.insert(0, _AfterTransformers())
+    elif not _half_imported():
+        _register()
+
+
+def _half_imported() -> bool:
+    modules = ((sys.modules.get(f"{__package__}.{name}"), class_) for name, class_ in _CLASSES.items())
+    return any(module is not None and not hasattr(module, class_) for module, class_ in modules)
 
 
 class _AfterTransformers(MetaPathFinder):
@@ -43,7 +55,7 @@ class _AfterTransformers(MetaPathFinder):
             def execute_and_register(module: ModuleType) -> None:
                 sys.meta_path.remove(self)
                 execute(module)
-                _register()
+                register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
