@@ -28,7 +28,7 @@ RANK = 32
 WIDTH = 64
 #: Prefix tokens of a clip, as the configuration below has it.
 PREFIX_LENGTH = 9
-#: Spread of the prefix's embeddings: twenty times the tokens' own, as loud as a foreign language can be.
+#: Spread of the prefix's embeddings, about the tokens' own.
 PREFIX_SCALE = 0.5
 #: Frames of a lesson of the tower's: 3.2 s, which hold a phrase and cost an eighth of the clip.
 CROP = 320
@@ -133,6 +133,7 @@ def train_tower(heard: Recordings, nobody: Recordings, *, steps: int, seed: int,
     voices = torch.tensor([VOICES.index(voice) for voice in (*heard.voices, *nobody.voices)])
     features = torch.cat([heard.features, nobody.features])
     named = [(name, p) for name, p in prefix.named_parameters() if p.requires_grad]
+    # Muon is for matrices proper: not for a gate of a few rows, nor for a table of relative positions.
     matrices = [p for name, p in named if p.ndim == 2 and min(p.shape) >= 16 and "relative" not in name]
     optimizer = Optimizer([*(p for _, p in named), *heads.parameters()], matrices=matrices, steps=steps)
     start = time.perf_counter()
