@@ -87,7 +87,7 @@ def demo(
             output.note("\nTo keep the model, the answers and the page: mergekit-bio demo --out demo/")
 
 
-_BAR = 12
+_BAR = 8
 #: What asks Llama-3.1-8B with NatureLM-audio the same.
 _REAL = {
     "demo_named": "mergekit-bio eval watkins",
@@ -123,14 +123,17 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
 
     from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, NAMED
 
-    table = Table(title="Exact answers, with 95% intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Exact answers, with 95% intervals", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     table.add_column("alpha", justify="right")
     table.add_column("picks species it\nnever heard\nfrom a list", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
     table.add_column("keeps\nto the\nlist", no_wrap=True, justify="right")
-    table.add_column("names\nspecies it\nwas tuned on", no_wrap=True, justify="right")
+    table.add_column("names\nspecies\nit did", no_wrap=True, justify="right")
     table.add_column("gives both\nnames in one\nanswer", no_wrap=True)
-    table.add_column("uses\naudio\nexamples", no_wrap=True, justify="right")
+    table.add_column("learns\nfrom\nclips", no_wrap=True, justify="right")
     best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
 
     def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:
