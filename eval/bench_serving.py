@@ -24,7 +24,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import machine
 import torch
-import transformers  # noqa: F401 -- before the modules that it registers
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
@@ -65,10 +64,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Swept:
-    """What moving one engine over the alphas of a sweep costs the tower.
+    """The same prompts at every alpha of a sweep, by one engine that encodes each clip once.
 
     Attributes:
         audios: Audios a prompt.
+        prompts: How many there were, at each alpha.
         alphas: How many.
         heard: Audios in the prompts of all alphas.
         encoded: Clips that went through the tower.
@@ -78,6 +78,7 @@ class Swept:
     """
 
     audios: int
+    prompts: int
     alphas: int
     heard: int
     encoded: int
@@ -244,23 +245,24 @@ def _timed(run: Run, prompts: Sequence[Prompt], decoding: Decoding) -> float:
     return time.perf_counter() - start
 
 
-def sweep(checkpoints: Sequence[Path], *, count: int, audios: int) -> Swept:
-    """vLLM over all alphas, one token a prompt, with the prefix cache."""
+def sweep(checkpoints: Sequence[Path], *, count: int, audios: int, decoding: Decoding) -> Swept:
+    """vLLM over all alphas as ``mergekit-bio eval`` runs it, moved from one to the next."""
     clock = TowerClock()
     engine, cache = start_vllm(checkpoints[0]), prefix_cache(checkpoints[0])
     engine.prefixes = cache
     prompts = make_prompts(count, audios)
-    engine.generate(make_prompts(BATCH, audios, seed=1), Decoding(max_new_tokens=1))
+    engine.generate(make_prompts(BATCH, audios, seed=1), decoding)
     before, known = clock.seconds, cache.encoded
     first, start = 0.0, time.perf_counter()
     for checkpoint in checkpoints:
         engine.load(checkpoint)
-        engine.generate(prompts, Decoding(max_new_tokens=1))
+        engine.generate(prompts, decoding)
         first = first or clock.seconds - before
     seconds = time.perf_counter() - start
     engine.close()
     heard = len(checkpoints) * sum(len(prompt.audios) for prompt in prompts)
-    return Swept(audios, len(checkpoints), heard, cache.encoded - known, first, clock.seconds - before, seconds)
+    encoded, tower = cache.encoded - known, clock.seconds - before
+    return Swept(audios, count, len(checkpoints), heard, encoded, first, tower, seconds)
 
 
 def report(rows: Sequence[Measured], sweeps: Sequence[Swept], what: str) -> str:
@@ -275,19 +277,28 @@ def report(rows: Sequence[Measured], sweeps: Sequence[Swept], what: str) -> str:
             f"| {row.engine} | {row.audios} | {row.prompts} | {rate:.2f} | {rate / reference:.1f}x | "
             f"{row.tower / row.seconds:.0%} | {1000 * row.first_token:.0f} ms |"
         )
+    lines += ["", "| vLLM with the prefix cache, a sweep | audios | prompts/s | against the loop | in the tower |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for swept in sweeps:
+        (base,) = [row for row in rows if row.audios == swept.audios and row.engine == LOOP]
+        rate, reference = swept.alphas * swept.prompts / swept.seconds, base.prompts / base.seconds
+        lines.append(
+            f"| {swept.alphas} alphas x {swept.prompts} prompts | {swept.audios} | {rate:.2f} | "
+            f"{rate / reference:.1f}x | {swept.all / swept.seconds:.0%} |"
+        )
     (loop,) = [row for row in rows if row.audios == 1 and row.engine == LOOP]
     bound = loop.seconds / loop.tower
     lines.append("")
     lines.append(
         f"- With 1 audio a prompt every clip is new, and the tower takes {loop.tower:.1f} s of the loop's "
-        f"{loop.seconds:.1f} s: no engine that hears all clips can be more than {bound:.1f} times as fast."
+        f"{loop.seconds:.1f} s: at one alpha no engine that hears all clips can be more than {bound:.1f} times as fast."
     )
-    for swept in sweeps:
-        lines.append(
-            f"- A sweep of {swept.alphas} alphas with {swept.audios} audio{'s' * (swept.audios > 1)} a prompt hears "
-            f"{swept.heard} audios and sends {swept.encoded} clips through the tower: {swept.all:.1f} s of "
-            f"{swept.seconds:.1f} s; the first alpha alone takes {swept.first:.1f} s of it."
-        )
+    lines += [
+        f"- A sweep with {swept.audios} audio{'s' * (swept.audios > 1)} a prompt hears {swept.heard} audios and sends "
+        f"{swept.encoded} clips through the tower: {swept.first:.1f} s at the first alpha, {swept.all:.1f} s at all "
+        f"{swept.alphas}."
+        for swept in sweeps
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -358,16 +369,11 @@ def in_a_process(name: str, audios: int, checkpoints: Sequence[Path], given: arg
 def measure_here(given: argparse.Namespace) -> None:
     """One measurement, in this process."""
     found: Measured | Swept
+    decoding = Decoding(max_new_tokens=given.tokens)
     if given.measure == SWEEP:
-        found = sweep(given.checkpoint, count=given.prompts, audios=given.audios)
+        found = sweep(given.checkpoint, count=given.prompts, audios=given.audios, decoding=decoding)
     else:
-        found = measure(
-            given.measure,
-            given.checkpoint[0],
-            count=given.prompts,
-            audios=given.audios,
-            decoding=Decoding(max_new_tokens=given.tokens),
-        )
+        found = measure(given.measure, given.checkpoint[0], count=given.prompts, audios=given.audios, decoding=decoding)
     given.results.write_text(json.dumps(asdict(found)))
 
 
