@@ -16,8 +16,8 @@ from mergekit_bio.eval.predictions import Prediction
 from mergekit_bio.eval.report import TITLES, Report, Sweep
 from mergekit_bio.eval.report_tables import RATES, mark, model, model_header, sentences
 
-#: Recordings go into the page until they fill this many bytes; the rest is linked.
-AUDIO_BUDGET = 48_000_000
+#: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
+AUDIO_BUDGET = 16_000_000
 #: Seconds of a recording that go into the page.
 AUDIO_SECONDS = 30
 
