@@ -45,16 +45,20 @@ def write_sources(folder: Path, listener: Listener) -> None:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise OutputError(f"{folder}: exists already; choose another --out") from error
-    for part in ("base", "adapter"):
-        shutil.copytree(MODEL / part, folder / part)
-    for recipe in RECIPES:
-        copy_shipped(recipe, folder)
-    count = len(HEARD) * EACH_HEARD + len(UNHEARD) * EACH_UNHEARD
-    with listener.progress("recording", count, "clips") as advance:
-        write_recordings(folder / "recordings/heard", HEARD, each=EACH_HEARD, seed=1, progress=advance)
-        write_recordings(
-            folder / "recordings/unheard", UNHEARD, each=EACH_UNHEARD, seed=2, label="scientific", progress=advance
-        )
+    try:
+        for part in ("base", "adapter"):
+            shutil.copytree(MODEL / part, folder / part)
+        for recipe in RECIPES:
+            copy_shipped(recipe, folder)
+        count = len(HEARD) * EACH_HEARD + len(UNHEARD) * EACH_UNHEARD
+        with listener.progress("recording", count, "clips") as advance:
+            write_recordings(folder / "recordings/heard", HEARD, each=EACH_HEARD, seed=1, progress=advance)
+            write_recordings(
+                folder / "recordings/unheard", UNHEARD, each=EACH_UNHEARD, seed=2, label="scientific", progress=advance
+            )
+    except BaseException:  # a package that is missing, a disk that is full, Ctrl-C: the next try finds no obstacle
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers", reason="the eval extra is not installed")
 
 from mergekit_bio.demo.recordings import write_recordings
-from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, MODEL, NAMED
+from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, MODEL, NAMED, write_sources
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.eval.asking import Silence
 from mergekit_bio.eval.predictions import read_predictions
 from mergekit_bio.eval.run import Run, evaluate
 from mergekit_bio.eval.scoring import Score
@@ -154,3 +155,13 @@ def test_swapped_recordings_of_the_examples_are_heard(folder, tmp_path):
     as_they_are, swapped = found
     assert as_they_are.keys() == swapped.keys() and as_they_are
     assert all(abs(as_they_are[key] - swapped[key]) > 1e-4 for key in as_they_are)
+
+
+def test_a_demo_that_is_interrupted_leaves_no_folder_in_the_way(tmp_path):
+    class Interrupted(Silence):
+        def progress(self, description, total, unit):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_sources(tmp_path / "demo", Interrupted())
+    assert list(tmp_path.iterdir()) == []
