@@ -124,16 +124,16 @@ class TransformersEngine:
             )
         return ids
 
-    def _embed(self, prompt: Prompt, ids: Sequence[int]) -> "torch.Tensor":
-        """The prompt as Llama sees it: ``[tokens, hidden]``."""
+    def _embed(self, ids: Sequence[int], prefixes: "Sequence[torch.Tensor]") -> "torch.Tensor":
+        """A prompt as Llama sees it, its audios' prefixes where the placeholders are: ``[tokens, hidden]``."""
         import torch
 
         input_ids = torch.tensor(ids, device=self._device)
         embeds: torch.Tensor = self._model.model.embed_tokens(input_ids)
-        if not prompt.audios:
+        if not prefixes:
             return embeds
-        prefixes = torch.cat(self.prefixes(prompt.audios)).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], prefixes)
+        heard = torch.cat(list(prefixes)).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], heard)
 
     def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
         source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
@@ -155,7 +155,10 @@ class TransformersEngine:
         beams = decoding.num_beams > 1
         start = time.perf_counter()
         with torch.no_grad():
-            rows = [self._embed(prompt, own) for prompt, own in zip(prompts, ids, strict=True)]
+            heard = iter(self.prefixes([clip for prompt in prompts for clip in prompt.audios]))
+            rows = [
+                self._embed(own, [next(heard) for _ in prompt.audios]) for prompt, own in zip(prompts, ids, strict=True)
+            ]
             # Generation continues a row at its right end, so the padding stands on the left.
             embeds = pad_sequence(rows, batch_first=True, padding_side="left")
             mask = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
@@ -244,7 +247,7 @@ class _Reader:
     def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":
         if self._kept is None or self._kept[0] != prompt:
             ids = self._engine._prompt_ids(self._prompts[prompt])
-            embeds = self._engine._embed(self._prompts[prompt], ids)[None]
+            embeds = self._engine._embed(ids, self._engine.prefixes(self._prompts[prompt].audios))[None]
             output = self._engine._model(inputs_embeds=embeds, use_cache=True)
             self._kept = (prompt, output.past_key_values, output.logits[0, -1], len(ids))
         return self._kept[1:]

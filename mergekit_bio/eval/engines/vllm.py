@@ -191,9 +191,7 @@ class VllmEngine:
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if prompt.audios:
             audio = (
-                self.prefixes(prompt.audios)
-                if self.prefixes is not None
-                else [clip.waveform for clip in prompt.audios]
+                self.prefixes(prompt.audios) if self.prefixes is not None else [clip.waveform for clip in prompt.audios]
             )
             request["multi_modal_data"] = {"audio": audio}
             # Known by content already: vLLM need not hash it again at every step.
