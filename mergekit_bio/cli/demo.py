@@ -131,9 +131,9 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
     table.add_column("picks species it\nnever heard\nfrom a list", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
     table.add_column("keeps\nto the\nlist", no_wrap=True, justify="right")
-    table.add_column("names\nspecies\nit heard", no_wrap=True, justify="right")
+    table.add_column("names\nheard\nones", no_wrap=True, justify="right")
     table.add_column("gives both\nnames in one\nanswer", no_wrap=True)
-    table.add_column("uses\naudio\nexamples", no_wrap=True, justify="right")
+    table.add_column("learns\nfrom\nclips", no_wrap=True, justify="right")
     best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
 
     def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:
