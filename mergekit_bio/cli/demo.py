@@ -69,7 +69,8 @@ def demo(
         with run.shared_engine(engine, folder, listener) as slot, listener.shown():
             for recipe in run.RECIPES:
                 file = folder / f"{recipe}.yaml"
-                with stage(f"Ask ({slot.name})", f"mergekit-bio eval {file}", _REAL[recipe]):
+                title, real = _ASKED[recipe]
+                with stage(f"{title} ({slot.name})", f"mergekit-bio eval {file}", real):
                     run.ask(recipe, folder, slot, listener)
         runs = [folder / "runs" / recipe for recipe in run.RECIPES]
         with stage("Score, compare, draw", f"mergekit-bio report {folder}/runs/*", "mergekit-bio report runs/*"):
@@ -88,12 +89,12 @@ def demo(
 
 
 _BAR = 8
-#: What asks Llama-3.1-8B with NatureLM-audio the same.
-_REAL = {
-    "demo_named": "mergekit-bio eval watkins",
-    "demo": "mergekit-bio eval closed_set",
-    "demo_combined": "mergekit-bio eval watkins",
-    "demo_in_context": "mergekit-bio eval in_context_1",
+#: What a recipe asks, and what asks Llama-3.1-8B with NatureLM-audio the same.
+_ASKED = {
+    "demo_named": ("Ask what fine-tuning asked", "mergekit-bio eval watkins"),
+    "demo": ("Ask to pick species it never heard from a list", "mergekit-bio eval closed_set"),
+    "demo_combined": ("Ask for both names in one answer", "mergekit-bio eval watkins"),
+    "demo_in_context": ("Ask with audio examples", "mergekit-bio eval in_context_1"),
 }
 
 
