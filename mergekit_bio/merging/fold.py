@@ -102,8 +102,9 @@ class _Slot:
             if job.noise_key is not None:
                 first, count = start * job.cols, shape[0] * job.cols
                 noise = self._noise_of(count).draw(job.noise_key, first, count).view(shape)
-            sample = self._buffer("sample", (4, -(-shape[0] // every) * job.cols), job.compute, self._device)
-            delta, exact, nearest, kept = sample.view(4, -1, job.cols)
+            sampled = -(-shape[0] // every)
+            sample = self._buffer("sample", (4, sampled * job.cols), job.compute, self._device)
+            delta, exact, nearest, kept = sample.view(4, sampled, job.cols)
             kept.copy_(weights[::every])
             for number, target in enumerate(fold.targets):
                 mixed_from = weights

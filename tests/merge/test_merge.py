@@ -1,6 +1,7 @@
 """What a merge writes: which files, which bytes, and what several strengths share."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_another_dtype_for_all_weights(sources, tmp_path, dtype):
         assert value.dtype == wanted
         assert (value != truth[name].to(wanted)).sum() <= 1, name
     assert json.loads((merged.path / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_another_dtype_for_tensors_that_hold_nothing(sources, tmp_path):
+    base = shutil.copytree(sources[0], tmp_path / "base")
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    shard = base / min(index["weight_map"].values())
+    empty = {"model.none": torch.empty(0, dtype=torch.bfloat16), "model.no_columns": torch.empty(3, 0)}
+    save_file(load_file(shard) | empty, shard, {"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(empty, shard.name)
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (merged,) = merge((base, sources[1]), tmp_path / "out", 0.5, dtype="float16")
+    weights = read_tensors(merged.path)
+    assert {name: (weights[name].dtype, weights[name].shape) for name in empty} == {
+        name: (torch.float16, tensor.shape) for name, tensor in empty.items()
+    }
 
 
 def test_strengths_by_module_and_layer(sources, tmp_path):
