@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import EngineError, MergekitBioError
+from mergekit_bio.serve.predictions import is_text
 from mergekit_bio.serve.settings import ServeSettings
 from mergekit_bio.serve.turnstile import Turnstile
 
@@ -166,12 +167,10 @@ def _is_text(body: bytes) -> bool:
     if not _SURROGATE.search(body):
         return True
     try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
+        strings = json.dumps(json.loads(body), ensure_ascii=False)
     except (ValueError, RecursionError):
         return True  # no JSON: vLLM will say so
-    return True
+    return is_text(strings)
 
 
 def _has_key(scope: "Scope") -> bool:
