@@ -1,0 +1,66 @@
+"""The pages that users read, cut into blocks and commands."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, or one command of it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line} {' '.join(self.text.splitlines()[0].split('  #')[0].split())}"
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text()
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            yield Block(page, text.count("\n", 0, found.start()) + 2, found[1], found[2])
+
+
+def in_language(language: str) -> list[Block]:
+    return [block for block in blocks() if block.language == language]
+
+
+def commands() -> Iterator[Block]:
+    """The lines of sh blocks, continued ones joined."""
+    for block in in_language("sh"):
+        joined = re.sub(r"\\\n *", lambda found: " " * len(found[0]), block.text)
+        start = 0
+        for line in joined.splitlines():
+            if shlex.split(line, comments=True):
+                number = block.line + block.text.count("\n", 0, start)
+                yield Block(block.page, number, "sh", line)
+            start += len(line) + 1
+
+
+COMMANDS = list(commands())
+OURS = [command for command in COMMANDS if command.words[0] == "mergekit-bio"]
+
+
+def is_merge_recipe(block: Block) -> bool:
+    return not {"datasets", "extended", "model"} & yaml.safe_load(block.text).keys()
+
+
+def starts_an_engine(command: Block) -> bool:
+    """Whether it asks a model many things, for minutes, through vLLM where that is installed."""
+    _, name, *options = command.words
+    return name in ("serve", "demo") or (name == "eval" and not {"--dry-run", "--show-prompts"} & {*options})

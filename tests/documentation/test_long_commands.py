@@ -1,0 +1,198 @@
+"""README.md and docs/: what starts vLLM, make or pip runs as it stands, in a shell.
+
+What installs packages or trains a model takes minutes and gigabytes; MERGEKIT_BIO_FULL=1 asks for it.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from documentation.pages import COMMANDS, PAGES, ROOT, Block, starts_an_engine
+from documentation.standins import write_recipes
+
+FULL = pytest.mark.skipif("MERGEKIT_BIO_FULL" not in os.environ, reason="MERGEKIT_BIO_FULL is not set")
+VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+MADE = ROOT / ".venv"
+PYTHONS = Path(sys.executable).parent
+
+
+def named(*words: str) -> list[Block]:
+    return [command for command in COMMANDS if command.words[: len(words)] == [*words]]
+
+
+#: In blocks and in prose.
+ENVIRONMENTS = sorted(
+    {line for page in PAGES for line in re.findall(r"(?:^|`)(make env EXTRAS=\S+?)[ `]", page.read_text(), re.M)}
+)
+
+
+def environment(folder: Path = PYTHONS) -> dict[str, str]:
+    """A shell's in which the programs of a virtual environment come first."""
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def shell(line: str, *, programs: Path = PYTHONS, cwd: Path | None = None, **more: str) -> str:
+    """What a line prints; a failure of the test with all of it if it fails."""
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=cwd, env=environment(programs) | more, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+@VLLM
+@pytest.mark.parametrize("command", [one for one in named("mergekit-bio", "eval") if starts_an_engine(one)], ids=str)
+def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -> None:
+    write_recipes(command.page, here)
+    shutil.rmtree("runs")
+    shell(command.text)
+    (run,) = Path("runs").iterdir()
+    assert json.loads((run / "run.json").read_text())["environment"]["engine"]["name"] == "vllm"
+    assert (run / "report/report.html").exists()
+
+
+@contextmanager
+def served(line: str) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(["bash", "-c", f"exec {line}"], env=environment())
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.kill()
+
+
+@VLLM
+@pytest.mark.parametrize("command", named("mergekit-bio", "serve"), ids=str)
+def test_a_server_serves_as_it_stands(command: Block, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    words = command.words
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 8000)) == 0:
+            pytest.skip("another program uses port 8000")
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    key = {"authorization": f"Bearer {words[words.index('--api-key') + 1]}"} if "--api-key" in words else {}
+    deadline = time.monotonic() + 240
+    with served(command.text) as process, httpx.Client(base_url="http://127.0.0.1:8000", headers=key) as client:
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline
+            try:
+                models = client.get("/v1/models").raise_for_status().json()["data"]
+                break
+            except httpx.ConnectError:
+                time.sleep(0.5)
+        wanted = [Path(word).name for word in words[2:] if (here / word).is_dir()]
+        assert [model["id"] for model in models] == wanted
+        question = {"model": wanted[0], "max_tokens": 4, "messages": [{"role": "user", "content": "What is it?"}]}
+        client.post("/v1/chat/completions", json=question, timeout=60).raise_for_status()
+    assert process.returncode == 0
+
+
+made = pytest.mark.skipif(Path(sys.prefix) != MADE, reason="these tests were not started by `make test`")
+
+
+@made
+def test_make_demo_runs_as_it_stands() -> None:
+    (command,) = named("make", "demo")
+    shown = shell(command.text, cwd=ROOT)
+    assert re.search(r"^ *0\.6 .*\d", shown, re.MULTILINE), shown
+
+
+@made
+def test_make_test_runs_as_it_stands() -> None:
+    """It is what is running; pytest only collects, so that it ends."""
+    (command,) = named("make", "test")
+    shown = shell(command.text, cwd=ROOT, PYTEST_ADDOPTS="--collect-only")
+    assert Path(__file__).name in shown
+
+
+def extras() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def test_installations_name_extras_that_exist() -> None:
+    for line in [command.text for command in named("pip", "install")] + ENVIRONMENTS:
+        asked = re.search(r"\[(.+)\]|EXTRAS=(\S+)", line)
+        assert asked is None or set((asked[1] or asked[2]).split(",")) <= extras(), line
+
+
+@made
+def test_the_environment_lacks_nothing_that_it_asks_for() -> None:
+    assert shell("pip check").strip() == "No broken requirements found."
+    left_out = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["exclude-dependencies"]
+    assert [name for name in left_out if find_spec(name)] == []
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"leaves out {left_out[0]}, {left_out[2]} and {left_out[1]}" in readme
+
+
+def test_completion_installs_as_it_stands(tmp_path: Path) -> None:
+    (line,) = {line for page in PAGES for line in re.findall(r"`(mergekit-bio --install-\S+)`", page.read_text())}
+    shell(f"{line}; :", HOME=str(tmp_path))  # a second command, or bash would not stay as the shell that asks
+    assert "mergekit-bio" in (tmp_path / ".bashrc").read_text()
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    hidden = shutil.ignore_patterns(".git", ".venv", "build", "dist", ".*_cache", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=hidden)
+
+
+def try_out(programs: Path) -> None:
+    """An environment is consistent, and what was installed into it merges, and asks where it can."""
+    assert shell("pip check", programs=programs).strip() == "No broken requirements found."
+    shell("mergekit-bio doctor", programs=programs)
+    (merging,) = (one for one in named("mergekit-bio", "merge", "--alpha") if one.words[3:] == ["0.5"])
+    shell(merging.text, programs=programs)
+    if "transformers" in shell("pip list", programs=programs):
+        shell(named("mergekit-bio", "ask")[0].text, programs=programs)
+
+
+@FULL
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", named("pip", "install"), ids=str)
+def test_pip_installs_as_it_stands(command: Block, here: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "environment/bin"
+    shell(f"{sys.executable} -m venv {programs.parent}")
+    shell(command.text, programs=programs, cwd=copy_of_the_tree(tmp_path / "clone"))
+    try_out(programs)
+    shutil.rmtree(programs.parent)  # gigabytes
+
+
+@FULL
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("line", ENVIRONMENTS)
+def test_make_installs_as_it_stands(line: str, here: Path, tmp_path: Path) -> None:
+    clone = copy_of_the_tree(tmp_path / "clone")
+    shell(line, cwd=clone)
+    try_out(clone / ".venv/bin")
+    shutil.rmtree(clone / ".venv")
+
+
+@FULL
+@made
+@pytest.mark.timeout(3600)
+def test_make_demo_model_trains_a_model_whose_middle_beats_both_ends(tmp_path: Path) -> None:
+    clone = copy_of_the_tree(tmp_path / "clone")
+    (clone / ".venv").symlink_to(MADE)
+    (line,) = {line for page in PAGES for line in re.findall(r"`(make demo-model)`", page.read_text())}
+    shown = shell(line, cwd=clone)
+    rows = re.findall(r"^ (\d\.\d\d)  .* \[(\d\.\d\d), (\d\.\d\d)\]", shown, re.MULTILINE)
+    ends = max(float(high) for alpha, _, high in rows if alpha in ("0.00", "1.00"))
+    assert len(rows) == 11 and max(float(low) for _, low, _ in rows) > ends, shown
+    shipped, trained = ROOT / "mergekit_bio/demo/model", clone / "build/demo-model"
+    assert {file.relative_to(trained) for file in trained.rglob("*")} >= {
+        file.relative_to(shipped) for file in shipped.rglob("*.safetensors")
+    }

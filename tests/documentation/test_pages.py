@@ -1,0 +1,146 @@
+"""What README.md and docs/ show and say beside commands: snippets run, recipes are read, tables and links are right."""
+
+import ast
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from documentation.pages import PAGES, ROOT, Block, blocks, in_language, is_merge_recipe
+from documentation.standins import write_audio_folder
+
+#: Fenced blocks that are only looked at.
+PICTURES = ("text", "json", "mermaid")
+
+
+@pytest.mark.parametrize("block", in_language("python"), ids=str)
+def test_a_python_block_runs_as_it_stands(block: Block, here: Path) -> None:
+    import torch
+
+    for output in re.findall(r'out="(.+?)"', block.text):
+        shutil.rmtree(here / output)
+    names = {"waveform": torch.rand(1, 160_000, generator=torch.Generator().manual_seed(0)) - 0.5}
+    exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), names)
+
+
+@pytest.mark.parametrize("block", in_language("yaml"), ids=str)
+def test_a_yaml_block_is_what_the_code_reads(block: Block, here: Path) -> None:
+    from mergekit_bio.eval.recipe import load_recipe
+    from mergekit_bio.merging.request import read_request
+
+    file = here / "block.yaml"
+    file.write_text(block.text)
+    if is_merge_recipe(block):
+        assert read_request(file, {}).strengths
+    else:
+        assert load_recipe(file).recipe.datasets
+
+
+@pytest.mark.parametrize("block", in_language("csv"), ids=str)
+def test_a_csv_block_describes_recordings(block: Block, here: Path) -> None:
+    from mergekit_bio.eval.audio_folder import open_audio_folder
+
+    write_audio_folder(here / "folder", block.text)
+    assert open_audio_folder(here / "folder", name="folder", task="classification").clips
+
+
+def test_every_block_says_what_it_is() -> None:
+    found = list(blocks())
+    assert [str(block) for block in found if block.language not in {"sh", "python", "yaml", "csv", *PICTURES}] == []
+    assert sum(page.read_text().count("```") for page in PAGES) == 2 * len(found), "a fence that is not read here"
+
+
+def _recipe_keys() -> set[str]:
+    from mergekit_bio.eval.recipe import Generate, Recipe
+
+    return {f"generate.{one.name}" for one in fields(Generate)} | {one.name for one in fields(Recipe)} - {"generate"}
+
+
+def _merge_keys() -> set[str]:
+    from mergekit_bio.merging.request import MergeRequest
+
+    return set(MergeRequest.model_fields)
+
+
+def _manifest_keys() -> set[str]:
+    from mergekit_bio.merging.manifest import Manifest
+
+    return set(Manifest.model_fields)
+
+
+def _rounding_keys() -> set[str]:
+    from mergekit_bio.merging.manifest import LossRecord
+
+    return set(LossRecord.model_fields)
+
+
+def _scorers() -> set[str]:
+    from mergekit_bio.eval.matching import SCORERS
+
+    return set(SCORERS)
+
+
+@pytest.mark.parametrize(
+    ("page", "section", "keys"),
+    [
+        ("recipes.md", "Merge recipe", _merge_keys),
+        ("recipes.md", "Evaluation recipe", _recipe_keys),
+        ("checkpoint.md", "merge.json", _manifest_keys),
+        ("checkpoint.md", "Rounding figures", _rounding_keys),
+        ("scoring.md", "From text to label", _scorers),
+    ],
+)
+def test_a_reference_table_names_every_key(page: str, section: str, keys: Callable[[], set[str]]) -> None:
+    (text,) = re.findall(rf"^#+ {section}\n(.*?)(?=^#)", (ROOT / "docs" / page).read_text() + "\n#", re.M | re.S)
+    named = [name for cell in re.findall(r"^\| (.+?) \|", text, re.M) for name in re.findall(r"`(.+?)`", cell)]
+    assert sorted(named) == sorted(keys())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    def anchors(file: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_names_commands_that_exist(page: Path) -> None:
+    from typer.main import get_command
+
+    from mergekit_bio.cli.app import app
+
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, name in re.findall(r"`(mergekit-bio|make) ([\w-]+)", page.read_text()):
+        assert name in (get_command(app).commands if program == "mergekit-bio" else targets) or name[:2] == "--", name
+
+
+def test_imports_go_the_way_that_the_architecture_page_says() -> None:
+    (line,) = (line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line.startswith("cli > "))
+    layers = [layer.split(", ") for layer in line.split(" > ")]
+    level = {name: number for number, layer in enumerate(layers) for name in layer}
+
+    def part(module: str) -> str:
+        names = module.split(".")[1:3]
+        return ".".join(names) if names[0] == "hub" and len(names) == 2 else names[0]
+
+    package = ROOT / "mergekit_bio"
+    assert {name.partition(".")[0] for name in level} == {
+        path.stem
+        for path in package.iterdir()
+        if (path / "__init__.py").exists() or path.name in ("errors.py", "diagnosis.py")
+    }
+    for file in package.glob("*/**/*.py"):
+        importer = part(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit_bio."):
+                imported = part(node.module)
+                assert imported == importer or level[imported] > level[importer], f"{file} imports {node.module}"
