@@ -1,10 +1,11 @@
 """Starts vLLM's server with this package's parts in it."""
 
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.checkpoint.source import resolve
@@ -89,10 +90,11 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         settings: Limits; its models and media rules are filled in here.
 
     Raises:
-        MergekitBioError: The checkpoints cannot be served.
+        MergekitBioError: The checkpoints cannot be served, or not with these flags.
         MissingPackageError: vLLM is not installed.
     """
     from mergekit_bio.model.vllm_plugin import register, require_vllm
+    from mergekit_bio.model.vllm_start import interruptible, objections
 
     require_vllm()
     register()
@@ -116,7 +118,14 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     }
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    ServeSubcommand.cmd(args)
+    signal.signal(signal.SIGINT, _interrupt)
+    with interruptible(), objections(Path(args.model)):
+        ServeSubcommand.cmd(args)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    """What Python does on Ctrl-C; but asyncio puts its own, which waits for vLLM, in the place of Python's only."""
+    raise KeyboardInterrupt
 
 
 def _clip_seconds(checkpoint: Path) -> float:

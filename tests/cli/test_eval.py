@@ -122,6 +122,11 @@ def test_mistakes_are_the_users_errors(arguments, error):
     assert isinstance(run(*arguments).exception, error)
 
 
+def test_a_data_type_that_does_not_exist_is_refused(recipe, tmp_path):
+    done = run(recipe, "--out", tmp_path / "run", *ON_CPU, "--engine-option", "dtype=float17")
+    assert isinstance(done.exception, EngineError) and "dtype=float17: no such data type" in str(done.exception)
+
+
 def refused(folder, *arguments, **environment) -> str:
     """The one line that a shipped recipe ends with on a machine that has neither the data nor the models."""
     done = subprocess.run(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,14 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep):
     assert (args.tensor_parallel_size, args.data_parallel_size) == (2, 2)
     with pytest.raises(EngineError, match="--served-model-name"):
         parse_flags(models, ["--served-model-name", "frog"])
+
+
+def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    (model, *_) = sweep.values()
+    program = "from mergekit_bio.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "serve", model, "--gpu-memory-utilization", "7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    line = f"error: {model}: vLLM cannot start: gpu_memory_utilization: Input should be less than or equal to 1"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stdout + done.stderr

@@ -34,6 +34,9 @@ class TransformersEngine:
 
     Attributes:
         prefixes: Where audio prefixes come from.
+
+    Raises:
+        EngineError: There is no such dtype.
     """
 
     name = "transformers"
@@ -52,6 +55,8 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForMultimodalLM
 
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise EngineError(f"dtype={dtype}: no such data type; write auto, float32, bfloat16 or float16")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()

@@ -64,6 +64,7 @@ class VllmEngine:
         **vllm_options: Any,
     ) -> None:
         from mergekit_bio.model.vllm_plugin import register, require_vllm
+        from mergekit_bio.model.vllm_start import interruptible, objections
 
         require_vllm()
         self.checkpoint = resolve(checkpoint).path
@@ -74,18 +75,19 @@ class VllmEngine:
         self.prefixes = prefixes
         self._max_len = min(self.tokenization.max_tokens, max_model_len or 16384)
         self._max_audios = max_audios
-        self._llm = LLM(
-            str(self.checkpoint),
-            dtype=dtype,
-            max_model_len=self._max_len,
-            limit_mm_per_prompt={"audio": max_audios},
-            enable_mm_embeds=True,
-            max_logprobs=MAX_LOGPROBS,
-            worker_extension_cls=_EXTENSION,
-            disable_log_stats=False,  # with them come the times of first tokens
-            generation_config="vllm",  # every setting comes with the request
-            **vllm_options,
-        )
+        with interruptible(), objections(self.checkpoint):
+            self._llm = LLM(
+                str(self.checkpoint),
+                dtype=dtype,
+                max_model_len=self._max_len,
+                limit_mm_per_prompt={"audio": max_audios},
+                enable_mm_embeds=True,
+                max_logprobs=MAX_LOGPROBS,
+                worker_extension_cls=_EXTENSION,
+                disable_log_stats=False,  # with them come the times of first tokens
+                generation_config="vllm",  # every setting comes with the request
+                **vllm_options,
+            )
         _open.add(id(self))
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:

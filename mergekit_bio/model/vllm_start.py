@@ -1,0 +1,68 @@
+"""While vLLM starts: an interruption ends it, and what it objects to is said in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.errors import EngineError
+
+
+class _Interruption(BaseException):
+    """A KeyboardInterrupt that vLLM does not know."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a KeyboardInterrupt end the start of vLLM.
+
+    vLLM swallows it where it shakes hands with its engine's process, and then serves all the same, or waits for ever
+    for an engine that was interrupted too.
+    """
+    from vllm.v1.engine import utils
+
+    original = utils.zmq_socket_ctx
+
+    @contextmanager
+    def handshake(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with original(*args, **kwargs) as socket:
+            try:
+                yield socket
+            except KeyboardInterrupt:
+                raise _Interruption from None
+
+    utils.zmq_socket_ctx = handshake
+    try:
+        yield
+    except _Interruption:
+        raise KeyboardInterrupt from None
+    finally:
+        utils.zmq_socket_ctx = original
+
+
+@contextmanager
+def objections(checkpoint: Path) -> Iterator[None]:
+    """Turn what vLLM objects to in its options, and an engine that did not come up, into an error of one line.
+
+    Raises:
+        EngineError: What is wrong; the traceback is its cause.
+    """
+    import torch
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except (ValueError, TypeError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, ValidationError):
+            of_option = {str(one["loc"][0]) if one["loc"] else "": one["msg"] for one in error.errors()}
+            reason = "; ".join(f"{option}: {message}".removeprefix(": ") for option, message in of_option.items())
+        elif isinstance(error, TypeError):
+            reason = f"is every option of the type that it needs? ({error})"
+        elif isinstance(error, (ValueError, torch.OutOfMemoryError)):
+            reason = str(error)
+        elif str(error).startswith("Engine core initialization failed"):
+            reason = "its engine did not come up; why stands above"
+        else:
+            raise
+        reason = " ".join(reason.replace("Value error, ", "").split())
+        raise EngineError(f"{checkpoint}: vLLM cannot start: {reason}") from error
