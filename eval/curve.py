@@ -14,9 +14,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mergekit_bio.errors import MergekitBioError
-from mergekit_bio.eval.cells import read_runs
-from mergekit_bio.eval.figures import STYLE, draw_against_alpha
-from mergekit_bio.eval.report import Sweep, build_report
+from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.report.figures import STYLE, draw_against_alpha
+from mergekit_bio.eval.report.report import Sweep, build_report
 
 RUN = "closed_set_classification_all"
 FIGURE = "f1_weighted"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergekit_bio.audio.prefix import AudioPrefix
     from mergekit_bio.checkpoint.checkpoint import Checkpoint
     from mergekit_bio.errors import MergekitBioError
-    from mergekit_bio.eval.run import evaluate
+    from mergekit_bio.eval.run.run import evaluate
     from mergekit_bio.merging.api import MergedCheckpoint, merge
 
 _PUBLIC = {
@@ -22,7 +22,7 @@ _PUBLIC = {
     "Checkpoint": "mergekit_bio.checkpoint.checkpoint",
     "MergedCheckpoint": "mergekit_bio.merging.api",
     "MergekitBioError": "mergekit_bio.errors",
-    "evaluate": "mergekit_bio.eval.run",
+    "evaluate": "mergekit_bio.eval.run.run",
     "merge": "mergekit_bio.merging.api",
 }
 

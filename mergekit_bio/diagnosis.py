@@ -228,7 +228,7 @@ def soundfile() -> Finding:
 
 def spice() -> Finding:
     """Whether captions are scored by SPICE, too, the one thing that Java is for."""
-    from mergekit_bio.eval.captioning import spice_missing
+    from mergekit_bio.eval.scoring.captioning import spice_missing
 
     return Finding("SPICE (optional)", "ok", spice_missing() or "captions are scored by it")
 

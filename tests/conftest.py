@@ -52,8 +52,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a finished evaluation run: a sweep whose middle alpha is best."""
-    from mergekit_bio.eval.predictions import Prediction
-    from mergekit_bio.eval.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name
+    from mergekit_bio.eval.records.predictions import Prediction
+    from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name
 
     labels = ("Coruro", "Great <b>Grig</b>", "Wild Boar & Sons")
 

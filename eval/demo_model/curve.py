@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.demo.species import UNHEARD
-from mergekit_bio.eval.statistics import percentile_interval
+from mergekit_bio.eval.scoring.statistics import percentile_interval
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 BOTH = "Identify the focal species in the audio and provide its taxonomic name followed by a colon and its common name."

@@ -43,9 +43,9 @@ def demo(
     """
     from mergekit_bio.cli.run_progress import RunListener
     from mergekit_bio.demo import run
-    from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.report import build_report, to_document
-    from mergekit_bio.eval.report_files import write_report
+    from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.report.files import write_report
+    from mergekit_bio.eval.report.report import build_report, to_document
     from mergekit_bio.merging.api import merge
     from mergekit_bio.merging.verify import verify
 

@@ -13,7 +13,7 @@ from mergekit_bio.cli.run_progress import RunListener
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergekit_bio.eval.run_plan import RunPlan
+    from mergekit_bio.eval.run.plan import RunPlan
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
     """
-    from mergekit_bio.eval.run import carry_out, prepare_run
+    from mergekit_bio.eval.run.run import carry_out, prepare_run
 
     output = Output(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
@@ -113,9 +113,9 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
-    from mergekit_bio.eval.questions import show_prompts
-    from mergekit_bio.eval.recipe import load_recipe
-    from mergekit_bio.eval.shipped import find_recipe
+    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.shipped import find_recipe
+    from mergekit_bio.eval.run.questions import show_prompts
 
     loaded = load_recipe(find_recipe(recipe), data=data)
     for note in loaded.notes:
@@ -149,7 +149,7 @@ def _print_lines(console: "Console", lines: Sequence[str]) -> None:
 
 
 def _print_plan(plan: "RunPlan", output: Output) -> None:
-    from mergekit_bio.eval.run_plan import to_document
+    from mergekit_bio.eval.run.plan import to_document
 
     document = to_document(plan)
 
@@ -180,17 +180,17 @@ def _print_plan(plan: "RunPlan", output: Output) -> None:
 
 def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
     """The tables, and where the files are."""
-    from mergekit_bio.eval.run_plan import to_document
+    from mergekit_bio.eval.run.plan import to_document
 
     run = {"run": str(plan.out), "cells": to_document(plan)["cells"]}
     if not scored:
         output.result(run, lambda console: _print_lines(console, [f"predictions: {plan.out}"]), [str(plan.out)])
         return
     from mergekit_bio.cli.report import score_and_write
-    from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.report import to_document as report_document
-    from mergekit_bio.eval.report_files import default_folder
-    from mergekit_bio.eval.report_tables import print_report
+    from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.report.files import default_folder
+    from mergekit_bio.eval.report.report import to_document as report_document
+    from mergekit_bio.eval.report.tables import print_report
 
     result, files = score_and_write(read_runs([plan.out]), output, folder=default_folder([plan.out]))
     output.result(

@@ -25,8 +25,8 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
       mergekit-bio recipes list
       mergekit-bio recipes list --json
     """
-    from mergekit_bio.eval.recipe import load_recipe
-    from mergekit_bio.eval.shipped import shipped_recipes
+    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.shipped import shipped_recipes
 
     recipes = {name: load_recipe(file).recipe for name, file in shipped_recipes().items()}
 
@@ -66,8 +66,8 @@ def show_recipe(
 
     import yaml
 
-    from mergekit_bio.eval.recipe import load_recipe
-    from mergekit_bio.eval.shipped import find_recipe
+    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.shipped import find_recipe
 
     output = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(find_recipe(recipe))
@@ -94,7 +94,7 @@ def copy_recipe(
       mergekit-bio recipes copy closed_set
       mergekit-bio recipes copy watkins my_whales.yaml
     """
-    from mergekit_bio.eval.shipped import copy_shipped
+    from mergekit_bio.eval.recipe.shipped import copy_shipped
 
     files = [str(file) for file in copy_shipped(recipe, destination)]
     Output(as_json=as_json, quiet=quiet).result(

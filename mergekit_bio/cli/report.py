@@ -10,8 +10,8 @@ from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.cells import Cell
-    from mergekit_bio.eval.report import Report
+    from mergekit_bio.eval.records.cells import Cell
+    from mergekit_bio.eval.report.report import Report
 
 
 def report(
@@ -42,11 +42,11 @@ def report(
       mergekit-bio report runs/closed_set
       mergekit-bio report published/watkins --scorer exact --tables-only
     """
-    from mergekit_bio.eval.cells import read_runs
-    from mergekit_bio.eval.report import to_document
-    from mergekit_bio.eval.report_files import default_folder
-    from mergekit_bio.eval.report_tables import print_report
-    from mergekit_bio.eval.shipped import find_label_map
+    from mergekit_bio.eval.recipe.shipped import find_label_map
+    from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.report.files import default_folder
+    from mergekit_bio.eval.report.report import to_document
+    from mergekit_bio.eval.report.tables import print_report
 
     output = Output(as_json=as_json, quiet=quiet)
     cells = read_runs(runs, label_map and find_label_map(label_map))
@@ -71,8 +71,8 @@ def score_and_write(
     Returns:
         The report and its files, the page first.
     """
-    from mergekit_bio.eval.report import build_report
-    from mergekit_bio.eval.report_files import write_report
+    from mergekit_bio.eval.report.files import write_report
+    from mergekit_bio.eval.report.report import build_report
 
     with output.progress("scoring", len(cells), "cells") as advance:
         scored = build_report(cells, scorer=scorer, progress=advance)

@@ -11,7 +11,7 @@ from mergekit_bio.cli.console import Output
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mergekit_bio.eval.asking import Standing
+    from mergekit_bio.eval.run.asking import Standing
 
 #: Seconds between two lines of progress where there is no terminal.
 LINE_EVERY = 60.0
@@ -27,11 +27,11 @@ class RunListener:
         self._cell, self._spoken = 0, 0.0
 
     def note(self, text: str) -> None:
-        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
         self._output.note(text)
 
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
         return self._output.progress(description, total, unit)
 
     @contextmanager
@@ -44,7 +44,7 @@ class RunListener:
                 self._bars.stop()
 
     def standing(self, standing: "Standing") -> None:
-        """See :class:`mergekit_bio.eval.asking.Listener`."""
+        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
         if self._output.quiet:
             return
         cell = f"[{standing.number}/{standing.cells}] {standing.cell}"

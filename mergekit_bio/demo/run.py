@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.errors import OutputError
-from mergekit_bio.eval.asking import Listener
-from mergekit_bio.eval.engine_slot import EngineSlot, choose_engine
-from mergekit_bio.eval.run import carry_out, prepare_run
+from mergekit_bio.eval.run.asking import Listener
+from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
+from mergekit_bio.eval.run.run import carry_out, prepare_run
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.report import Report
+    from mergekit_bio.eval.report.report import Report
 
 MODEL = Path(__file__).with_name("model")
 #: The recipes asked: the narrow prompt of fine-tuning, then what asks for more.
@@ -39,7 +39,7 @@ def write_sources(folder: Path, listener: Listener) -> None:
         OutputError: The folder is there already.
     """
     from mergekit_bio.demo.recordings import write_recordings
-    from mergekit_bio.eval.shipped import copy_shipped
+    from mergekit_bio.eval.recipe.shipped import copy_shipped
 
     try:
         folder.mkdir(parents=True)

@@ -5,8 +5,12 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from mergekit_bio.errors import RecipeError
+
+#: What the right answer is: the label, its scientific name, or "scientific : label".
+Target = Literal["label", "scientific", "combined"]
 
 
 def read_label_map(path: Path) -> dict[str, str]:
@@ -55,12 +59,12 @@ def _rows(path: Path) -> Iterator[tuple[int, object, object]]:
         raise RecipeError(f"{path}: damaged ({error})") from None
 
 
-def target_text(label: str, *, target: str, names: Mapping[str, str], where: str) -> str:
+def target_text(label: str, *, target: Target, names: Mapping[str, str], where: str) -> str:
     """The right answer for a clip: the label, its scientific name, or ``"scientific : label"``.
 
     Args:
         label: The clip's label.
-        target: "label", "scientific" or "combined".
+        target: Which of the three.
         names: The label map.
         where: The cell, for the error.
 

@@ -70,7 +70,8 @@ def test_a_package_of_an_extra_that_is_missing_is_named_with_what_brings_it(make
 
 
 def test_a_bug_is_a_traceback(make_run) -> None:
-    program = "import sys; sys.modules['mergekit_bio.eval.cells'] = None; from mergekit_bio.cli.app import main; main()"
+    hidden = "import sys; sys.modules['mergekit_bio.eval.records.cells'] = None"
+    program = f"{hidden}; from mergekit_bio.cli.app import main; main()"
     done = subprocess.run([sys.executable, "-c", program, "report", str(make_run())], capture_output=True, text=True)
 
     assert "Traceback" in done.stderr

@@ -19,11 +19,11 @@ pytest.importorskip("transformers", reason="the eval extra is not installed")
 from mergekit_bio.demo.recordings import write_recordings
 from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, MODEL, NAMED, write_sources
 from mergekit_bio.demo.species import HEARD, UNHEARD
-from mergekit_bio.eval.asking import Silence
-from mergekit_bio.eval.predictions import read_predictions
-from mergekit_bio.eval.run import Run, evaluate
-from mergekit_bio.eval.scoring import Score
-from mergekit_bio.eval.shipped import copy_shipped
+from mergekit_bio.eval.recipe.shipped import copy_shipped
+from mergekit_bio.eval.records.predictions import read_predictions
+from mergekit_bio.eval.run.asking import Silence
+from mergekit_bio.eval.run.run import Run, evaluate
+from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.merging.api import merge
 
 MIDDLE = 0.6

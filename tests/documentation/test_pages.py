@@ -27,7 +27,7 @@ def test_a_python_block_runs_as_it_stands(block: Block, here: Path) -> None:
 
 @pytest.mark.parametrize("block", in_language("yaml"), ids=str)
 def test_a_yaml_block_is_what_the_code_reads(block: Block, here: Path) -> None:
-    from mergekit_bio.eval.recipe import load_recipe
+    from mergekit_bio.eval.recipe.recipe import load_recipe
     from mergekit_bio.merging.request import read_request
 
     file = here / "block.yaml"
@@ -40,7 +40,7 @@ def test_a_yaml_block_is_what_the_code_reads(block: Block, here: Path) -> None:
 
 @pytest.mark.parametrize("block", in_language("csv"), ids=str)
 def test_a_csv_block_describes_recordings(block: Block, here: Path) -> None:
-    from mergekit_bio.eval.audio_folder import open_audio_folder
+    from mergekit_bio.eval.data.audio_folder import open_audio_folder
 
     write_audio_folder(here / "folder", block.text)
     assert open_audio_folder(here / "folder", name="folder", task="classification").clips
@@ -53,7 +53,7 @@ def test_every_block_says_what_it_is() -> None:
 
 
 def _recipe_keys() -> set[str]:
-    from mergekit_bio.eval.recipe import Generate, Recipe
+    from mergekit_bio.eval.recipe.recipe import Generate, Recipe
 
     return {f"generate.{one.name}" for one in fields(Generate)} | {one.name for one in fields(Recipe)} - {"generate"}
 
@@ -77,7 +77,7 @@ def _rounding_keys() -> set[str]:
 
 
 def _scorers() -> set[str]:
-    from mergekit_bio.eval.matching import SCORERS
+    from mergekit_bio.eval.scoring.matching import SCORERS
 
     return set(SCORERS)
 
@@ -123,24 +123,24 @@ def test_prose_names_commands_that_exist(page: Path) -> None:
         assert name in (get_command(app).commands if program == "mergekit-bio" else targets) or name[:2] == "--", name
 
 
-def test_imports_go_the_way_that_the_architecture_page_says() -> None:
-    (line,) = (line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line.startswith("cli > "))
-    layers = [layer.split(", ") for layer in line.split(" > ")]
-    level = {name: number for number, layer in enumerate(layers) for name in layer}
+@pytest.mark.parametrize(("package", "first"), [("mergekit_bio", "cli"), ("mergekit_bio.eval", "run")])
+def test_imports_go_the_way_that_the_architecture_page_says(package: str, first: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{first} > "))
+    level = {name: number for number, layer in enumerate(line.split(" > ")) for name in layer.split(", ")}
 
     def part(module: str) -> str:
-        names = module.split(".")[1:3]
-        return ".".join(names) if names[0] == "hub" and len(names) == 2 else names[0]
+        names = module.removeprefix(f"{package}.").split(".")
+        return ".".join(names[:2]) if names[0] == "hub" else names[0]
 
-    package = ROOT / "mergekit_bio"
+    folder = ROOT / package.replace(".", "/")
+    files = [file for file in folder.rglob("*.py") if file != folder / "__init__.py"]
     assert {name.partition(".")[0] for name in level} == {
-        path.stem
-        for path in package.iterdir()
-        if (path / "__init__.py").exists() or path.name in ("errors.py", "diagnosis.py")
+        file.relative_to(folder).parts[0].split(".")[0] for file in files
     }
-    for file in package.glob("*/**/*.py"):
+    for file in files:
         importer = part(".".join(file.relative_to(ROOT).with_suffix("").parts))
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit_bio."):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
                 imported = part(node.module)
                 assert imported == importer or level[imported] > level[importer], f"{file} imports {node.module}"

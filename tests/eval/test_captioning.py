@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_bio.eval.captioning import cider, words
+from mergekit_bio.eval.scoring.captioning import cider, words
 
 
 def test_an_equal_caption_has_ten_and_a_foreign_one_none():

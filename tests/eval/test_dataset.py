@@ -6,11 +6,11 @@ import pytest
 import soundfile
 
 from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.audio_folder import open_audio_folder
-from mergekit_bio.eval.beans_zero import open_component
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.dataset import open_dataset
-from mergekit_bio.eval.recipe import DatasetChoice, Recipe, Species
+from mergekit_bio.eval.data.audio_folder import open_audio_folder
+from mergekit_bio.eval.data.beans_zero import open_component
+from mergekit_bio.eval.data.dataset import open_dataset
+from mergekit_bio.eval.recipe.recipe import DatasetChoice, Recipe, Species
 
 RATE = 8000
 

@@ -3,7 +3,7 @@ from eval.beans_zero_tool import edits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_bio.eval.matching import birds_counted, clean_as_paper, match_exactly, match_lists, nearest_labels
+from mergekit_bio.eval.scoring.matching import birds_counted, clean_as_paper, match_exactly, match_lists, nearest_labels
 
 WORDS = st.text("abcN ", max_size=8)
 

@@ -11,13 +11,13 @@ import soundfile
 import yaml
 
 from mergekit_bio.errors import MergekitBioError
-from mergekit_bio.eval.audio_folder import open_audio_folder
-from mergekit_bio.eval.cells import read_runs
+from mergekit_bio.eval.data.audio_folder import open_audio_folder
 from mergekit_bio.eval.label_map import read_label_map
-from mergekit_bio.eval.predictions import Prediction, read_predictions
-from mergekit_bio.eval.recipe import load_recipe
-from mergekit_bio.eval.run_directory import read_record
-from mergekit_bio.eval.scoring import score
+from mergekit_bio.eval.recipe.recipe import load_recipe
+from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.predictions import Prediction, read_predictions
+from mergekit_bio.eval.records.run_directory import read_record
+from mergekit_bio.eval.scoring.score import score
 
 RECIPE = {
     "merge": {"base": "a/b", "adapter": "c/d", "alphas": [0.0, 0.5]},

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.predictions import Prediction, PredictionWriter, read_predictions
+from mergekit_bio.eval.records.predictions import Prediction, PredictionWriter, read_predictions
 
 
 def row(number: int, **extra) -> Prediction:
@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_file_resumes(tmp_path):
 WRITE_SLOWLY = """
 import sys, time
 from pathlib import Path
-from mergekit_bio.eval.predictions import Prediction, PredictionWriter
+from mergekit_bio.eval.records.predictions import Prediction, PredictionWriter
 with PredictionWriter(Path(sys.argv[1])) as writer:
     print("open", flush=True)
     for number in range(400):

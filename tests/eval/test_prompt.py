@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_bio.errors import DatasetError, PromptError, RecipeError
-from mergekit_bio.eval.cells import read_runs
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.dataset import Clip, Dataset
+from mergekit_bio.eval.data.dataset import Clip, Dataset
 from mergekit_bio.eval.prompt import flags, instruction_prompt, query_prompt, shuffled
-from mergekit_bio.eval.questions import options, questions, show_prompts
-from mergekit_bio.eval.recipe import DatasetChoice, Recipe, load_recipe
-from mergekit_bio.eval.shipped import shipped_recipes
+from mergekit_bio.eval.recipe.recipe import DatasetChoice, Recipe, load_recipe
+from mergekit_bio.eval.recipe.shipped import shipped_recipes
+from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.run.questions import options, questions, show_prompts
 
 SLOT = "<Audio><AudioHere></Audio>"
 
@@ -177,8 +177,8 @@ def test_a_shuffle_is_the_same_on_every_machine():
 SHOW = """
 import sys
 from pathlib import Path
-from mergekit_bio.eval.questions import show_prompts
-from mergekit_bio.eval.recipe import load_recipe
+from mergekit_bio.eval.run.questions import show_prompts
+from mergekit_bio.eval.recipe.recipe import load_recipe
 for _, query, asked in show_prompts(load_recipe(Path(sys.argv[1])).recipe, 99):
     print(query, *asked, sep="\\n")
 """

@@ -9,7 +9,7 @@ import yaml
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import read_label_map
-from mergekit_bio.eval.recipe import (
+from mergekit_bio.eval.recipe.recipe import (
     DatasetChoice,
     Generate,
     Merge,
@@ -17,7 +17,7 @@ from mergekit_bio.eval.recipe import (
     Species,
     load_recipe,
 )
-from mergekit_bio.eval.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
+from mergekit_bio.eval.recipe.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 SWEEP = tuple(number / 10 for number in range(11))

@@ -16,13 +16,14 @@ import pytest
 import soundfile
 from rich.console import Console
 
+import mergekit_bio.eval.report.page as report_page
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval import figures, report_page
-from mergekit_bio.eval.cells import read_runs
-from mergekit_bio.eval.report import Report, build_report, to_document
-from mergekit_bio.eval.report_files import default_folder, write_report
-from mergekit_bio.eval.report_page import render_page
-from mergekit_bio.eval.report_tables import print_report, sentences
+from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.report import figures
+from mergekit_bio.eval.report.files import default_folder, write_report
+from mergekit_bio.eval.report.page import render_page
+from mergekit_bio.eval.report.report import Report, build_report, to_document
+from mergekit_bio.eval.report.tables import print_report, sentences
 
 
 def no_progress(description: str, total: int):

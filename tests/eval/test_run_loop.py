@@ -20,11 +20,11 @@ from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
-from mergekit_bio.eval.asking import Silence
-from mergekit_bio.eval.predictions import read_predictions
-from mergekit_bio.eval.run import Run, evaluate, prepare_run
-from mergekit_bio.eval.run_directory import read_record
-from mergekit_bio.eval.shipped import copy_shipped, shipped_recipes
+from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
+from mergekit_bio.eval.records.predictions import read_predictions
+from mergekit_bio.eval.records.run_directory import read_record
+from mergekit_bio.eval.run.asking import Silence
+from mergekit_bio.eval.run.run import Run, evaluate, prepare_run
 from mergekit_bio.merging.api import merge
 
 CPU = {"engine": "transformers", "engine_options": {"device": "cpu"}}
@@ -179,7 +179,7 @@ def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
 KILLS, ALPHAS = 20, ["0:1:0.05"]
 #: Imported once, by the process that every run is forked from.
 IMPORTED = [
-    "mergekit_bio.eval.run",
+    "mergekit_bio.eval.run.run",
     "transformers",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from mergekit_bio.errors import RecipeError, RunError
-from mergekit_bio.eval.cells import Cell, read_runs
-from mergekit_bio.eval.predictions import Prediction
-from mergekit_bio.eval.report import build_report
-from mergekit_bio.eval.scoring import score
+from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.report.report import build_report
+from mergekit_bio.eval.scoring.score import score
 
 WORDINGS = ("Original (query0)", "Reversed (query1)", "No Classes (query2)")
 TARGETS = ("common", "scientific", "combined")
@@ -140,9 +140,8 @@ def test_rows_in_another_order_and_zipped_files_make_no_difference(published, tm
 
 
 def test_the_hash_seed_makes_no_difference():
-    code = (
-        "from mergekit_bio.eval.matching import *; print(nearest_labels(['cxt', 'x'], ['cut', 'cat', 'cot', 'b', 'a']))"
-    )
+    answers = "['cxt', 'x'], ['cut', 'cat', 'cot', 'b', 'a']"
+    code = f"from mergekit_bio.eval.scoring.matching import *; print(nearest_labels({answers}))"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
-from mergekit_bio.eval import classification, detection
-from mergekit_bio.eval.statistics import (
+from mergekit_bio.eval.scoring import classification, detection
+from mergekit_bio.eval.scoring.statistics import (
     bootstrap,
     holm,
     mcnemar_exact,

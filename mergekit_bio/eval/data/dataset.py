@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task, components
-from mergekit_bio.eval.recipe import DatasetChoice, Recipe
+from mergekit_bio.eval.recipe.recipe import DatasetChoice, Recipe
 from mergekit_bio.eval.validation import nearest
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
         MissingPackageError: The ``datasets`` package is not installed.
     """
     if choice.path is not None:
-        from mergekit_bio.eval.audio_folder import open_audio_folder
+        from mergekit_bio.eval.data.audio_folder import open_audio_folder
 
         dataset = open_audio_folder(Path(choice.path), name=choice.name, task=choice.task or "classification")
     else:
-        from mergekit_bio.eval.beans_zero import open_component
+        from mergekit_bio.eval.data.beans_zero import open_component
 
         component = components()[choice.name]
         dataset = open_component(component, source=recipe.data, streaming=recipe.streaming)

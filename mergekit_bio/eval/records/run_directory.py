@@ -19,14 +19,12 @@ from typing import Any, ClassVar, Literal
 
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.components import Task
-from mergekit_bio.eval.predictions import PredictionWriter
+from mergekit_bio.eval.label_map import Target
+from mergekit_bio.eval.records.predictions import PredictionWriter
 from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, validated
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
-
-#: What the right answer is: the label, its scientific name, or "scientific : label".
-Target = Literal["label", "scientific", "combined"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,10 @@ from annotated_types import Ge, Gt, Len
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.label_map import read_label_map
-from mergekit_bio.eval.located_yaml import read_located_yaml
+from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.prompt import flags
-from mergekit_bio.eval.reference_yaml import is_reference, reference_path, translated
-from mergekit_bio.eval.run_directory import Target
+from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
+from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
 from mergekit_bio.eval.validation import FORBID_EXTRA, nearest, validated
 from mergekit_bio.eval.validation import Path as KeyPath
 

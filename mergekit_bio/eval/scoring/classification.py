@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.eval.matching import MAX_EDITS, NO_LABEL, Match
+from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, Match
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_bio.errors import RunError
-from mergekit_bio.eval import captioning, classification, detection
-from mergekit_bio.eval.cells import Cell
 from mergekit_bio.eval.label_map import target_text
-from mergekit_bio.eval.matching import (
+from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.scoring import captioning, classification, detection
+from mergekit_bio.eval.scoring.matching import (
     END_OF_TEXT,
     MAX_EDITS,
     NO_LABEL,
@@ -19,8 +20,7 @@ from mergekit_bio.eval.matching import (
     match_lists,
     nearest_labels,
 )
-from mergekit_bio.eval.predictions import Prediction
-from mergekit_bio.eval.statistics import Statistic, bootstrap, percentile_interval
+from mergekit_bio.eval.scoring.statistics import Statistic, bootstrap, percentile_interval
 from mergekit_bio.eval.validation import nearest
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.components import Task, components
-from mergekit_bio.eval.label_map import read_label_map
-from mergekit_bio.eval.predictions import Prediction, read_predictions
-from mergekit_bio.eval.run_directory import RECORD_NAME, Target, read_record
+from mergekit_bio.eval.label_map import Target, read_label_map
+from mergekit_bio.eval.records.predictions import Prediction, read_predictions
+from mergekit_bio.eval.records.run_directory import RECORD_NAME, read_record
 
 _PUBLISHED_NAME = re.compile(
     r"beans_zero_eval_(?P<dataset>.+)_query(?P<query>\d{1,4})_lora(?P<hundredths>\d{1,6})\.jsonl(\.gz)?"

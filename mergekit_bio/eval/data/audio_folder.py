@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.audio.recording import CLIP_SECONDS
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task
-from mergekit_bio.eval.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 
 if TYPE_CHECKING:
     import numpy as np

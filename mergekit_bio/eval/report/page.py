@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from mergekit_bio.errors import MissingPackageError
-from mergekit_bio.eval.figures import Figure
-from mergekit_bio.eval.matching import SCORERS
-from mergekit_bio.eval.predictions import Prediction
-from mergekit_bio.eval.report import TITLES, Report, Sweep
-from mergekit_bio.eval.report_tables import RATES, mark, model, model_header, sentences
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.report.figures import Figure
+from mergekit_bio.eval.report.report import TITLES, Report, Sweep
+from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences
+from mergekit_bio.eval.scoring.matching import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
 AUDIO_BUDGET = 16_000_000
@@ -38,7 +38,7 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
     except ImportError:
         raise MissingPackageError("jinja2", "eval", "the HTML page") from None
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        Path(__file__).with_name("report_page.html.j2").read_text(encoding="utf-8")
+        Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
     pictures = [(figure.sweep, figure.caption, base64.b64encode(figure.png).decode()) for figure in figures]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import MissingPackageError
-from mergekit_bio.eval.cells import Cell
-from mergekit_bio.eval.classification import confusion
-from mergekit_bio.eval.report import TITLES, Report, Sweep
-from mergekit_bio.eval.report_tables import model
-from mergekit_bio.eval.run_directory import Target
-from mergekit_bio.eval.scoring import Score
+from mergekit_bio.eval.label_map import Target
+from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.report.report import TITLES, Report, Sweep
+from mergekit_bio.eval.report.tables import model
+from mergekit_bio.eval.scoring.classification import confusion
+from mergekit_bio.eval.scoring.score import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

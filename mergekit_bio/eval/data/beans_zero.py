@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import DatasetError, MissingPackageError
 from mergekit_bio.eval.components import Component
-from mergekit_bio.eval.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 
 if TYPE_CHECKING:
     import numpy as np

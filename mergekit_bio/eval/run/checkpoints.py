@@ -12,7 +12,7 @@ from typing import Any
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
-from mergekit_bio.eval.recipe import Merge, Recipe
+from mergekit_bio.eval.recipe.recipe import Merge, Recipe
 from mergekit_bio.merging.alpha import parse_alphas
 from mergekit_bio.merging.manifest import MANIFEST, Manifest, fingerprint, read_manifest
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import EngineError, MissingPackageError
-from mergekit_bio.eval.checkpoints import RunCheckpoint, family
+from mergekit_bio.eval.run.checkpoints import RunCheckpoint, family
 from mergekit_bio.eval.validation import nearest
 
 if TYPE_CHECKING:

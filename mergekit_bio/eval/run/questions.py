@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mergekit_bio.eval.dataset import Clip, Dataset, open_dataset, species_asked
+from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
 from mergekit_bio.eval.label_map import target_text
 from mergekit_bio.eval.prompt import Prompt, instruction_prompt, query_prompt
-from mergekit_bio.eval.recipe import Recipe
+from mergekit_bio.eval.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,18 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from mergekit_bio.eval.cells import Cell
-from mergekit_bio.eval.matching import SCORERS
-from mergekit_bio.eval.scoring import Score, score
-from mergekit_bio.eval.statistics import LEVEL, RESAMPLES, bootstrap, holm, mcnemar_exact, paired_bootstrap, plateau
+from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.scoring.matching import SCORERS
+from mergekit_bio.eval.scoring.score import Score, score
+from mergekit_bio.eval.scoring.statistics import (
+    LEVEL,
+    RESAMPLES,
+    bootstrap,
+    holm,
+    mcnemar_exact,
+    paired_bootstrap,
+    plateau,
+)
 
 #: What every table and figure calls a figure; no average goes unnamed.
 TITLES = {

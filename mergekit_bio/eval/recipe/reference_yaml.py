@@ -4,7 +4,7 @@ from typing import Any
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.located_yaml import LocatedYaml
+from mergekit_bio.eval.recipe.located_yaml import LocatedYaml
 from mergekit_bio.eval.validation import Path as KeyPath
 from mergekit_bio.eval.validation import nearest
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE

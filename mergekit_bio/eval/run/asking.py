@@ -11,12 +11,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.engine_slot import PROMPTS_AT_ONCE, EngineSlot
-from mergekit_bio.eval.predictions import Prediction
-from mergekit_bio.eval.questions import Question, options, questions
-from mergekit_bio.eval.recipe import Recipe
-from mergekit_bio.eval.run_directory import CellRecord, RunDirectory
-from mergekit_bio.eval.run_plan import PlannedCell, RunPlan
+from mergekit_bio.eval.recipe.recipe import Recipe
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory
+from mergekit_bio.eval.run.engine_slot import PROMPTS_AT_ONCE, EngineSlot
+from mergekit_bio.eval.run.plan import PlannedCell, RunPlan
+from mergekit_bio.eval.run.questions import Question, options, questions
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 if TYPE_CHECKING:

