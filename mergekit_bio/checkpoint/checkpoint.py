@@ -72,11 +72,6 @@ class Checkpoint:
         return read_json(inside(self.root, "config.json"))
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """The ``__metadata__`` of all shards together."""
-        return {key: value for shard in self.shards for key, value in shard.metadata.items()}
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)

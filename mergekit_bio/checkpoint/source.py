@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from mergekit_bio.checkpoint.checkpoint import inside
 from mergekit_bio.errors import SourceError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-#: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICEN*", "USE_POLICY*", "NOTICE*")
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
-_IGNORED = ("original/*", "*/*.safetensors", "onnx/*")
+#: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", *_LICENCES)
+_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.*.safetensors")
+#: A LoRA of before safetensors; read as tensors alone, never unpickled.
+_OLD_LORA = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     given = str(source)
     path = Path(source)
     if path.is_dir():
+        try:
+            str(path.resolve()).encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"{given!r}: its name is not UTF-8, so no file can tell of it; rename it") from None
         return _from_directory(given, path)
     if path.exists():
         raise SourceError(f"{given}: is a file; name the directory that holds it, or a hub id")
     repo, _, revision = given.partition("@")
-    if not _HUB_ID.fullmatch(repo) or ".." in repo:
+    if repo.count("/") != 1 or not _is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")
     return _from_hub(given, repo, revision or None, patterns or PATTERNS)
 
@@ -74,9 +80,12 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED)
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
+        config, weights, old = (folder / name for name in _OLD_LORA)
+        if config.exists() and not weights.exists() and not old.exists():
+            snapshot_download(repo, revision=folder.name, allow_patterns=[old.name])
     except errors.GatedRepoError as error:
         raise SourceError(
             f"{given}: this repository is gated; accept its licence at https://huggingface.co/{repo} and log in with "
@@ -100,7 +109,18 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
         raise SourceError(f"{given}: the hub answered: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise SourceError(f"{given}: cannot be fetched: {error}") from error
-    return Source(given, Path(folder), repo, Path(folder).name)
+    return Source(given, folder, repo, folder.name)
+
+
+def _is_hub_id(repo: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return True
 
 
 def licence_files(source: Source) -> list[str]:
@@ -113,6 +133,12 @@ def stated_licence(source: Source) -> str | None:
     card = source.path / "README.md"
     if not card.is_file():
         return None
-    front = re.match(r"---\s*\n(.*?)\n---\s*\n", inside(source.path, card.name).read_text(errors="replace"), re.DOTALL)
-    stated = re.search(r"^license:\s*[\"']?([\w.-]+)", front[1], re.MULTILINE) if front else None
-    return stated[1] if stated else None
+    text = inside(source.path, card.name).read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    stated = metadata.get("license") if isinstance(metadata, dict) else None
+    licences = [one for one in (stated if isinstance(stated, list) else [stated]) if isinstance(one, str) and one]
+    return ", ".join(licences) or None

@@ -7,6 +7,7 @@ is resumed by running it again, which sends only what did not arrive (whole file
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_bio import __version__
+from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.errors import HubError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ MANIFEST = "merge.json"
 _PRIVATE = (".*", "*.lock", "*.partial", "*.incomplete", "*.part", "*.tmp", "*~", "__pycache__")
 
 #: Weights that loaders find by name: left from another push, they would be loaded instead of these.
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 _RESUME = "run the same command again: what has arrived is not sent twice"
 
@@ -93,17 +95,26 @@ def push(
     from mergekit_bio.merging.verify import verify
 
     directory = Path(directory)
-    _check_repo_id(repo_id)
+    check_ready(repo_id, dry_run=dry_run)
     paths, left_out = _list_files(directory)
     _check_single_checkpoint(directory, paths, repo_id)
-    if not dry_run:
-        _check_logged_in()
     verify(directory)
     if dry_run:
         planned = tuple(PushedFile(path, (directory / path).stat().st_size, "planned") for path in paths)
         return PushReport(f"{constants.ENDPOINT}/{repo_id}", None, planned, (), left_out)
     with _one_line_errors(repo_id, revision):
         return _upload(directory, paths, left_out, repo_id, private, revision, progress)
+
+
+def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
+    """Find out before long work whether it could be pushed at all.
+
+    Raises:
+        HubError: ``repo_id`` is no repository's name, or, but for a dry run, nobody is logged in.
+    """
+    _check_repo_id(repo_id)
+    if not dry_run:
+        _check_logged_in()
 
 
 def _upload(
@@ -142,7 +153,7 @@ def _upload(
             files.append(PushedFile(path, size, "uploaded"))
         progress(files[-1])
 
-    removed = sorted(path for path in there.keys() - set(paths) if any(fnmatch(path, name) for name in _WEIGHTS))
+    removed = sorted(path for path in there.keys() - set(paths) if _WEIGHTS.fullmatch(path))
     operations += [CommitOperationDelete(path) for path in removed]
     commit = head.sha
     if operations:
@@ -212,10 +223,9 @@ def _check_logged_in() -> None:
 def _unchanged(path: Path, size: int, there: "RepoFile | None") -> bool:
     if there is None or there.size != size:
         return False
-    with path.open("rb") as file:
-        if there.lfs is not None:
-            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
-        return hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest() == there.blob_id
+    if there.lfs is not None:
+        return file_sha256(path) == there.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == there.blob_id
 
 
 @contextmanager

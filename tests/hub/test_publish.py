@@ -131,7 +131,9 @@ def test_a_push_killed_in_the_middle_is_resumed_by_the_next(hub: Hub, checkpoint
 def test_weights_of_an_earlier_push_do_not_linger(hub: Hub, checkpoint: Path) -> None:
     repo = hub.create(REPO)
     stale = {"model.safetensors": File.regular(b"old"), "model-00009-of-00009.safetensors": File.regular(b"old")}
-    others = {"adapter_model.safetensors": File.regular(b"x"), "figure.png": File.regular(b"x")}
+    kept = ("adapter_model.safetensors", "figure.png", "models/whale/detector.safetensors", "model_card.safetensors",
+            "model-gguf/model.safetensors")  # fmt: skip
+    others = {name: File.regular(b"x") for name in kept}
     repo.commit(repo.files() | stale | others)
     report = push(checkpoint, REPO)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hub.server import File, Hub, Repo
 
-from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.checkpoint.source import resolve, stated_licence
 from mergekit_bio.errors import SourceError
 
 ID = "owl/Llama-tiny"
@@ -20,7 +20,8 @@ def published(hub: Hub, repo_id: str = ID, *, private: bool = False, gated: bool
     hub.objects[SHA256] = WEIGHTS
     large = File.large(SHA256, len(WEIGHTS))
     files = {"config.json": File.regular(b"{}"), "LICENSE": File.regular(b"Llama"), "model.safetensors": large}
-    unwanted = {"original/consolidated.00.pth": large, "pytorch_model.bin": large, "figure.png": File.regular(b"x")}
+    others = ("original/consolidated.00.pth", "consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+    unwanted = {**dict.fromkeys(others, large), "figure.png": File.regular(b"x")}
     repo.commit(repo.files() | files | unwanted)
     return repo
 
@@ -46,6 +47,18 @@ def test_a_hub_id_is_downloaded_and_known_by_its_commit(hub: Hub) -> None:
     assert source.name == "Llama-tiny"
     assert {path.name for path in source.path.iterdir()} == {"config.json", "LICENSE", "model.safetensors"}
     assert (source.path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_an_old_lora_comes_with_its_bin_file_and_a_new_one_without(hub: Hub) -> None:
+    repo = hub.create(ID)
+    files = {name: File.regular(b"{}") for name in ("adapter_config.json", "adapter_model.bin", "COPYING")}
+    repo.commit(files)
+    assert {path.name for path in resolve(ID).path.iterdir()} == files.keys()
+
+    repo.commit(files | {"adapter_model.safetensors": File.regular(b"{}")})
+    assert {path.name for path in resolve(ID).path.iterdir()} == {*files, "adapter_model.safetensors"} - {
+        "adapter_model.bin"
+    }
 
 
 def test_the_second_time_nothing_is_downloaded(hub: Hub) -> None:
@@ -167,10 +180,30 @@ def test_nobody_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the hub cannot be reached" in refusal(ID)
 
 
-@pytest.mark.parametrize("name", ["owl", "owl/", "/owl/tiny", "../owl/tiny", "owl/tiny/more", "owl/..", "owl tiny/x"])
+@pytest.mark.parametrize(
+    "name",
+    ["owl", "owl/", "/owl/tiny", "../owl/tiny", "owl/tiny/more", "owl/..", "owl tiny/x", "daten/vögel",
+     "owl/llama--lora", "foo/bar-"],
+)  # fmt: skip
 def test_neither_a_directory_nor_a_hub_id(hub: Hub, name: str) -> None:
     assert "not a hub id" in refusal(name)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license:\nlanguage: en", None),
+        ("license:\n- mit\n- apache-2.0", "mit, apache-2.0"),
+        ("license: {", None),
+        ("tags: [x]", None),
+    ],
+)
+def test_the_stated_licence_is_the_cards(tmp_path: Path, metadata: str, licence: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n\nOwls.\n")
+
+    assert stated_licence(resolve(tmp_path)) == licence
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
