@@ -61,7 +61,7 @@ def inspect(source: Source) -> Contents:
         "hidden size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
         "tied embeddings": "lm_head.weight" not in checkpoint.tensors,
-        "quantized": config.get("quantization_config", {}).get("quant_method"),
+        "quantized": (config.get("quantization_config") or {}).get("quant_method"),
         "audio tower": _count(info for name, info in checkpoint.tensors.items() if name.startswith(MERGED_PREFIX)),
     }
     if (source.path / "merge.json").is_file():

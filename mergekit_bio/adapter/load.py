@@ -17,7 +17,7 @@ def load_adapter(source: Source, base: Base) -> Adapter:
         AdapterError: It is none of these, is damaged, or does not fit the base.
         CheckpointError: Its files are damaged.
     """
-    if "quantization_config" in base.checkpoint.config:
+    if base.checkpoint.config.get("quantization_config"):
         raise AdapterError(
             f"{base.checkpoint.root / 'config.json'}: quantization_config: a quantized base cannot be folded exactly; "
             "give the full-precision model"

@@ -39,6 +39,10 @@ _READ = {
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 
+# Where Transformers uses Conv1D, which keeps weights as [in, out].
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?|base_layer\.(?:weight|bias))"
@@ -232,12 +236,22 @@ def _low_rank(
             f"{where.name} gives {module}"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    transposed = embedding or _stores_transposed(module, config, base)
     low_rank = LowRank(a, b, scaling, transposed)
     target = base.find(f"{module}.weight")
     if transposed and not embedding and target is not None and low_rank.shape != target.shape:
-        return LowRank(a, b, scaling)  # a plain Linear among Conv1D layers, as GPT-2's head
+        return LowRank(a, b, scaling)  # a plain Linear among Conv1D layers
     return low_rank
+
+
+def _stores_transposed(module: str, config: Mapping[str, Any], base: Base) -> bool:
+    """Whether the base stores the module's weight as [in, out], as the Conv1D of GPT-2 and its kin does.
+
+    PEFT keeps one fan_in_fan_out for all modules, that of the last it has seen, so the base is asked first.
+    """
+    if base.checkpoint.config.get("model_type") in _CONV1D_MODELS:
+        return module.rpartition(".")[2] in _CONV1D
+    return bool(config.get("fan_in_fan_out"))
 
 
 def _check_targets(config: Mapping[str, Any], adapted: set[str], base: Base, where: Path) -> None:
@@ -260,7 +274,6 @@ def _check_targets(config: Mapping[str, Any], adapted: set[str], base: Base, whe
             f"{where}: target_modules {config['target_modules']!r} match no module of the base {base.source.given}; "
             "this adapter was made for another model"
         )
-    # With tied embeddings PEFT may adapt the head as well, under another name for the same weight.
     missing = sorted(wanted - adapted)
     if missing:
         raise AdapterError(

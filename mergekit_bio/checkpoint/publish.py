@@ -1,30 +1,39 @@
 """A directory that appears complete or not at all.
 
 The work happens in ``.NAME.partial`` beside the output, under a lock that dies with its process; the last step is a
-rename. What a killed process leaves behind is recognised by its name and removed by the next one.
+rename. An output that is there and empty may be a mount point, or the only place that can be written: there the work
+happens inside, and the last step moves it up. What a killed process leaves behind is recognised by its name, and put
+back or removed by the next one.
 """
 
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_bio.errors import OutputError
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG)
-
 
 @contextmanager
-def staged(out: Path, *, ours: str, overwrite: bool = False, fsync: bool = True) -> Iterator[Path]:
+def staged(
+    out: Path,
+    *,
+    mark: str,
+    stranger: Callable[[Path], str | None] = lambda _: None,
+    overwrite: bool = False,
+    fsync: bool = True,
+) -> Iterator[Path]:
     """A scratch directory that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Args:
         out: The directory to make; its parents are created.
-        ours: Name of a file that marks a directory as written by us, here or one level down; only such a directory
-            is ever overwritten.
+        mark: Name of the file that marks a directory as written by us. Only a directory that has it, or that holds
+            nothing but directories that have it, is ever overwritten.
+        stranger: Names something in a directory with that mark that somebody else has put there; then it is not
+            overwritten either.
         overwrite: Replace an existing ``out``.
         fsync: Have everything on the disk before the rename, so that a power cut leaves all or nothing.
 
@@ -32,34 +41,42 @@ def staged(out: Path, *, ours: str, overwrite: bool = False, fsync: bool = True)
         OutputError: ``out`` exists, is being written by somebody else, or cannot be written.
     """
     out = out.absolute()
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out.with_name(f".{out.name}.lock"), out):
-            _refuse_existing(out, ours, overwrite)
-            for leftover in (partial, old):
-                _remove(leftover)
+        within = _is_empty(out)
+        room = out if within else out.parent
+        room.mkdir(parents=True, exist_ok=True)
+        partial, old, lock = (room / f".{out.name}.{kind}" for kind in ("partial", "old", "lock"))
+        with _locked(lock, out):
+            _put_back(old, out)
+            replaces = not within and os.path.lexists(out)
+            if replaces:
+                _refuse(out, mark, stranger, overwrite)
+            _remove(partial)
             partial.mkdir()
             try:
                 yield partial
                 if fsync:
                     _sync_tree(partial)
-                if out.exists():
-                    out.rename(old)
-                partial.rename(out)
+                if within:
+                    _move_up(partial, out, last=mark)
+                else:
+                    if replaces:
+                        out.rename(old)
+                    partial.rename(out)
                 if fsync:
-                    _sync(out.parent)
+                    _sync(room)
             finally:
-                for leftover in (partial, old):
-                    _remove(leftover)
+                _put_back(old, out)
+                _remove(partial)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"{out}: the disk is full; nothing was left behind, free some space or use --out"
             ) from error
-        if error.errno in _UNWRITABLE:
-            raise OutputError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
-        raise
+        if error.strerror is None:  # not the system's
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"{out}: cannot be written: {error.strerror}{where}") from error
 
 
 @contextmanager
@@ -85,15 +102,46 @@ def _locked(lock: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_existing(out: Path, ours: str, overwrite: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-        out.rmdir()
-    elif not overwrite:
+def _is_empty(out: Path) -> bool:
+    """Whether ``out`` is a directory with nothing in it but what a killed process of ours left."""
+    leftovers = {f".{out.name}.{kind}" for kind in ("partial", "lock")}
+    return out.is_dir() and not out.is_symlink() and {path.name for path in out.iterdir()} <= leftovers
+
+
+def _refuse(out: Path, mark: str, stranger: Callable[[Path], str | None], overwrite: bool) -> None:
+    """Leave an existing ``out`` alone unless it is wholly ours, and to be overwritten."""
+    if not overwrite:
         raise OutputError(f"{out}: exists already; use --overwrite, or choose another --out")
-    elif out.is_symlink() or not ((out / ours).is_file() or any(out.glob(f"*/{ours}"))):
-        raise OutputError(f"{out}: was not written by mergekit-bio (no {ours} in it), so it is not overwritten")
+    if out.is_symlink() or not out.is_dir():
+        raise OutputError(f"{out}: is no directory, so it is not overwritten; choose another --out")
+    ours = [out] if (out / mark).is_file() else sorted(out.iterdir())
+    for folder in ours:
+        found = stranger(folder) if not folder.is_symlink() and (folder / mark).is_file() else ""
+        if found is not None:
+            raise OutputError(
+                f"{folder / found}: no merge has written it, so {out} is not overwritten; move it away, or choose "
+                "another --out"
+            )
+
+
+def _put_back(old: Path, out: Path) -> None:
+    """End an exchange that was cut off: where both are there the old one goes, a lone one gets its name back."""
+    if not os.path.lexists(out) and old.is_dir():
+        old.rename(out)
+    _remove(old)
+
+
+def _move_up(partial: Path, out: Path, *, last: str) -> None:
+    """Move what ``partial`` holds into ``out``, the mark of a whole one at the end; nothing stays where that fails."""
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == last, name))
+    try:
+        for name in names:
+            (partial / name).rename(out / name)
+    except BaseException:
+        for name in names:
+            _remove(out / name)
+            (out / name).unlink(missing_ok=True)
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -77,6 +77,11 @@ def main() -> NoReturn:
         # The reader of our stdout has left (`mergekit-bio inspect ... | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.filename is None or error.strerror is None:  # a library's, not the system's word on a file
+            raise
+        print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        code = 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not _comes_with_eval(package):

@@ -75,7 +75,7 @@ class Output:
 
         amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             *amount,
             TimeElapsedColumn(),
@@ -91,7 +91,7 @@ def stdout_console() -> "Console":
     """A rich console on stdout, at most ``MAX_WIDTH`` columns wide."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
     if not console.is_terminal or console.width > MAX_WIDTH:
         console.width = MAX_WIDTH
     return console

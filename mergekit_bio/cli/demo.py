@@ -121,6 +121,7 @@ class _Stages:
 def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, NAMED
 
@@ -137,15 +138,15 @@ def _print_curve(console: "Console", points: "Sequence[Point]") -> None:
     table.add_column("learns\nfrom\nclips", no_wrap=True, justify="right")
     best = {recipe: max(point.accuracy[recipe][0] for point in points) for recipe in points[0].accuracy}
 
-    def shown(point: "Point", recipe: str, *, interval: bool = False) -> str:
+    def shown(point: "Point", recipe: str, *, interval: bool = False) -> Text:
         value, low, high = point.accuracy[recipe]
-        text = f"{value:.2f}" + (f" \\[{low:.2f}, {high:.2f}]" if interval else "")
-        return f"[bold]{text}[/bold]" if value == best[recipe] else text
+        text = f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if interval else "")
+        return Text(text, style="bold" if value == best[recipe] else "")
 
     for point in points:
         bar = "\N{FULL BLOCK}" * round(_BAR * point.accuracy[CLOSED][0])
         table.add_row(
-            f"{point.alpha:.1f}", shown(point, CLOSED, interval=True), f"[cyan]{bar}[/cyan]", f"{point.in_set:.2f}",
+            f"{point.alpha:.1f}", shown(point, CLOSED, interval=True), Text(bar, style="cyan"), f"{point.in_set:.2f}",
             shown(point, NAMED), shown(point, COMBINED, interval=True), shown(point, IN_CONTEXT),
         )  # fmt: skip
     console.print(table)

@@ -101,6 +101,10 @@ def merge(
     )  # fmt: skip
     if request.alphas == []:
         raise AlphaError("--alpha: no strength given; try --alpha 0.5, or a sweep --alpha 0:1:0.1")
+    if push:
+        from mergekit_bio.hub.push import check_ready
+
+        check_ready(push, dry_run=dry_run)
     started = time.perf_counter()
     plan = plan_merge(
         base=request.base,
@@ -133,12 +137,17 @@ def merge(
             progress=advance,
         )
     seconds = time.perf_counter() - started
-    pushed = [_push(checkpoint, push, len(merged) > 1, output) for checkpoint in merged] if push else []
-    output.result(
-        _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
-        lambda console: _draw(console, plan, merged, seconds),
-        lines=pushed or [str(checkpoint.path) for checkpoint in merged],
-    )
+    pushed: list[str] = []
+    try:
+        if push:
+            for checkpoint in merged:
+                pushed.append(_push(checkpoint, push, len(merged) > 1, output))
+    finally:  # what is merged is merged, whatever the hub says
+        output.result(
+            _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
+            lambda console: _draw(console, plan, merged, seconds),
+            lines=pushed or [str(checkpoint.path) for checkpoint in merged],
+        )
 
 
 def _push(checkpoint: "MergedCheckpoint", repo_id: str, several: bool, output: Output) -> str:
@@ -152,13 +161,15 @@ def _push(checkpoint: "MergedCheckpoint", repo_id: str, several: bool, output: O
 
 
 def _plan_document(plan: "MergePlan", out: Path) -> dict[str, Any]:
+    from mergekit_bio.merging import estimate
+
     return {
         "out": str(out),
         "outputs": [{"alpha": one.alpha.label, "folder": one.folder, "files": one.files} for one in plan.outputs],
         "modules": _modules(plan),
         "bytes": {"read": plan.bytes_read, "computed": plan.bytes_folded, "written": plan.bytes_on_disk},
-        "memory_bytes": plan.memory_estimate,
-        "seconds": plan.seconds_estimate,
+        "memory_bytes": estimate.memory_bytes(plan),
+        "seconds": estimate.seconds(plan),
     }
 
 
@@ -178,6 +189,8 @@ def _modules(plan: "MergePlan") -> list[dict[str, Any]]:
 def _draw_plan(console: "Console", plan: "MergePlan", out: Path) -> None:
     from rich.table import Table
 
+    from mergekit_bio.merging import estimate
+
     table = Table(title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}")
     for column in ("modules", "folded", "converted", "copied"):
         table.add_column(column, justify="left" if column == "modules" else "right")
@@ -188,9 +201,8 @@ def _draw_plan(console: "Console", plan: "MergePlan", out: Path) -> None:
     console.print(f"read     {human_bytes(plan.bytes_read)} into memory; the rest is copied by the system")
     console.print(f"compute  {human_bytes(plan.bytes_folded)}")
     console.print(f"write    {human_bytes(plan.bytes_on_disk)} in {len(plan.shards)} files to {out}")
-    console.print(
-        f"expect   {plan.seconds_estimate:.0f} s if the disk keeps up, {human_bytes(plan.memory_estimate)} memory"
-    )
+    memory = human_bytes(estimate.memory_bytes(plan))
+    console.print(f"expect   {estimate.seconds(plan):.0f} s if the disk keeps up, {memory} memory")
     console.print("nothing was written (--dry-run)")
 
 

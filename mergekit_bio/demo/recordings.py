@@ -47,5 +47,5 @@ def write_recordings(
 
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(record, range(len(who))))
-    with (folder / "metadata.csv").open("w", newline="") as file:
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "label"), *rows])

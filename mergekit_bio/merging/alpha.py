@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from mergekit_bio.errors import AlphaError
 
 _MAX_SWEEP = 1000
+_MAX_STRENGTH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,18 @@ def parse_alphas(texts: Sequence[str | float | Alpha]) -> tuple[Alpha, ...]:
     return tuple(alphas)
 
 
+def one_alpha(text: str | float | Alpha) -> Alpha:
+    """Read what must be one strength, as :func:`parse_alphas` does.
+
+    Raises:
+        AlphaError: It cannot be read, or is a sweep.
+    """
+    alphas = parse_alphas([text])
+    if len(alphas) != 1:
+        raise AlphaError(f"--alpha: {text!r} is {len(alphas)} strengths; an adapter has one of its own")
+    return alphas[0]
+
+
 def _component(wanted: str, part: str) -> bool:
     bounds = re.fullmatch(r"(\d+)-(\d+)", wanted)
     if bounds and part.isdigit():
@@ -132,9 +145,9 @@ def _sweep(text: str) -> list[float]:
         raise AlphaError(
             f"--alpha: {text!r} goes nowhere; a sweep is START:STOP:STEP with STEP above 0 and STOP >= START"
         )
+    if max(abs(start), stop) > _MAX_STRENGTH or stop - start >= step * _MAX_SWEEP:
+        raise AlphaError(f"--alpha: {text!r} is more than {_MAX_SWEEP} strengths, or one above {_MAX_STRENGTH:,}")
     count = int((stop - start) / step) + 1
-    if count > _MAX_SWEEP:
-        raise AlphaError(f"--alpha: {text!r} is {count} strengths; {_MAX_SWEEP} at most")
     return [float(start + number * step) for number in range(count)]
 
 
@@ -145,6 +158,8 @@ def _exceptions(text: str) -> Alpha:
         name, equals, value = part.strip().partition("=")
         if equals and not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
             raise AlphaError(f"--alpha: {name!r} is no module or layer range, such as q_proj or layers.0-15")
+        if name in dict(modules):
+            raise AlphaError(f"--alpha: {text!r} gives {name} twice")
         if equals:
             modules.append((name, _parse(value)))
         elif default is None:

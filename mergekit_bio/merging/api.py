@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -13,7 +13,8 @@ from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import MergekitBioError, OutputError
-from mergekit_bio.merging.alpha import Alpha, parse_alphas
+from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
+from mergekit_bio.merging.directory import configuration
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
 
@@ -72,10 +73,11 @@ def plan_merge(
     for source in sources:
         name, own = source if isinstance(source, tuple) else (source, None)
         adapters.append(load_adapter(resolve(name), model))
-        fixed.append(None if own is None else parse_alphas([own])[0])
-    return build_plan(
+        fixed.append(None if own is None else one_alpha(own))
+    plan = build_plan(
         base=model, adapters=adapters, fixed=fixed, alphas=strengths, dtype=dtype, text_only=text_only, share=share
     )
+    return replace(plan, configuration=configuration(plan))
 
 
 def merge(
@@ -138,13 +140,13 @@ def carry_out(
         command: What the user typed, for the record.
         progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
     """
-    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.manifest import MANIFEST, stranger
     from mergekit_bio.merging.record import Settings
     from mergekit_bio.merging.write import execute
 
     target = Path(out)
     _check_place(target, plan)
-    with staged(target, ours=MANIFEST, overwrite=overwrite, fsync=fsync) as folder:
+    with staged(target, mark=MANIFEST, stranger=stranger, overwrite=overwrite, fsync=fsync) as folder:
         _check_space(folder, plan)
         stochastic = rounding == "stochastic"
         folded = execute(
@@ -164,15 +166,15 @@ def _finish(
     plan: MergePlan, output: Output, root: Path, folded: "tuple[Folded, ...]", settings: "Settings", target: Path
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
+    from mergekit_bio.checkpoint.digest import file_sha256
     from mergekit_bio.hub.card import model_card
-    from mergekit_bio.merging.directory import write_companions, write_index
-    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.merging.directory import write_companions
+    from mergekit_bio.merging.manifest import CARD, MANIFEST
     from mergekit_bio.merging.record import describe
     from mergekit_bio.merging.rounding_loss import summarise
 
     folder, files = root / output.folder, plan.files_of(output)
-    write_companions(plan, folder)
-    write_index(plan, output, folder)
+    companions = {name: file_sha256(folder / name) for name in write_companions(plan, output, folder)}
     stored_in = {shard.file for shard in files.values()}
     hashes, errors = {}, []
     for fold, result in zip(plan.folds, folded, strict=True):
@@ -181,13 +183,13 @@ def _finish(
                 hashes[fold.name] = sha256
                 errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
     losses = summarise(errors)
-    manifest = describe(plan, output, settings, hashes, losses)
-    (folder / "README.md").write_text(model_card(manifest.document()))
+    manifest = describe(plan, output, settings, hashes, companions, losses)
+    (folder / CARD).write_text(model_card(manifest.document()), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
             (folder / name).chmod(0o444)
     # Last, because it is what makes a directory a checkpoint that verify accepts.
-    (folder / MANIFEST).write_text(manifest.to_json())
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return MergedCheckpoint(target / output.folder, output.alpha, losses, unchanged=not hashes)
 
 

@@ -2,57 +2,101 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.adapter.adapter import Adapter
+from mergekit_bio.adapter.adapter import LM_HEAD, Adapter
 from mergekit_bio.checkpoint.checkpoint import INDEX, inside, read_json
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.model.layout import merged_config, processor_config
 
+#: What loaders read beside the weights: tokenizer, processor, generation settings.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+#: What is written anew, or tells of the base's own making.
+_OWN = ("config.json", "*.index.json", "merge.json", "*_results.json", "trainer_state.json", "params.json")
+#: Taken together from whoever brought the vocabulary.
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "spiece.model", "sentencepiece*.model", "tekken.json", "*.tiktoken",
 )  # fmt: skip
-_COMPANIONS = (*_TOKENIZER, "generation_config.json")
 
 
-def write_companions(plan: MergePlan, folder: Path) -> None:
-    """Write config, tokenizer and licence files of a merged checkpoint into ``folder``.
+def configuration(plan: MergePlan) -> dict[str, dict[str, Any]]:
+    """The configuration files of the checkpoints that ``plan`` makes: name -> document.
 
     Raises:
-        CheckpointError: The base's config is missing or damaged.
+        CheckpointError: The base's config, or the tokenizer that an audio tower needs, is missing or damaged.
     """
-    for name in _COMPANIONS:
-        origin = _tokenizer_source(plan) if name in _TOKENIZER else plan.base.source.path
-        if (origin / name).is_file():
-            shutil.copyfile(inside(origin, name), folder / name)
-    for licence in licence_files(plan.base.source):
-        shutil.copyfile(inside(plan.base.source.path, licence), folder / licence)
-    for adapter in plan.adapters:
-        for licence in licence_files(adapter.source):
-            shutil.copyfile(inside(adapter.source.path, licence), folder / f"{adapter.source.name}-{licence}")
     config = _text_config(plan)
-    towers = [adapter for adapter in plan.adapters if adapter.tower and not plan.text_only]
-    for adapter in towers:
-        tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
-        ears = dict(adapter.config)
-        processor = processor_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer)
-        _write_json(folder / "processor_config.json", processor)
-        config = merged_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer)
-    _write_json(folder / "config.json", config)
+    for adapter in plan.adapters:
+        if adapter.tower and not plan.text_only:
+            tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
+            ears = dict(adapter.config)
+            return {
+                "processor_config.json": processor_config(
+                    text_config=config, naturelm_config=ears, tokenizer=tokenizer
+                ),
+                "config.json": merged_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer),
+            }
+    return {"config.json": config}
 
 
-def write_index(plan: MergePlan, output: Output, folder: Path) -> None:
-    """Write the index of a checkpoint of several shards."""
-    if len(output.files) == 1:
-        return
+def write_companions(plan: MergePlan, output: Output, folder: Path) -> list[str]:
+    """Write what stands beside the weights of one output into ``folder``.
+
+    Returns:
+        The names of the files.
+    """
+    copied = dict(_companions(plan))
+    for name, origin in copied.items():
+        shutil.copyfile(inside(origin.parent, origin.name), folder / name)
+    documents: dict[str, Mapping[str, Any]] = dict(plan.configuration)
+    if len(output.files) > 1:
+        documents[INDEX] = _index(plan, output)
+    for name, document in documents.items():
+        text = json.dumps(document, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    return sorted({*copied, *documents})
+
+
+def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
+    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
+    taken: set[str] = set()
+    found = []
+    for number, adapter in enumerate(plan.adapters, start=1):
+        name = adapter.source.name if adapter.source.name not in taken else f"{adapter.source.name}-{number}"
+        taken.add(name)
+        found.append({f"{name}-{file}": adapter.source.path / file for file in licence_files(adapter.source)})
+    return found
+
+
+def _companions(plan: MergePlan) -> Iterator[tuple[str, Path]]:
+    """(name, where it is) of every file that is copied as it is."""
+    base, tokenizer = plan.base.source.path, _tokenizer_source(plan)
+    for origin in dict.fromkeys((base, tokenizer)):
+        for file in sorted(origin.iterdir()):
+            wanted = _matches(file.name, _COMPANIONS) and not _matches(file.name, _OWN)
+            whose = tokenizer if _matches(file.name, _TOKENIZER) else base
+            if wanted and whose == origin and file.is_file() and not file.name.startswith("."):
+                yield file.name, file
+    for name in licence_files(plan.base.source):
+        yield name, base / name
+    for licences in adapter_licences(plan):
+        yield from licences.items()
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _index(plan: MergePlan, output: Output) -> dict[str, Any]:
     held = plan.files_of(output)
     weight_map = {name: file for file, shard in held.items() for name in shard.tensors}
     total = sum(shard.size - len(shard.header) for shard in held.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _tokenizer_source(plan: MergePlan) -> Path:
@@ -68,16 +112,19 @@ def _grows(adapter: Adapter, rows: int) -> bool:
     return any(delta.shape and delta.shape[0] == rows for deltas in adapter.deltas.values() for delta in deltas)
 
 
+def _head_apart(plan: MergePlan) -> bool:
+    """Whether an output head that the base stores beside an equal input embedding may differ from it now."""
+    changed = {fold.name for fold in plan.folds if fold.deltas}
+    stored = LM_HEAD in plan.base.checkpoint.tensors and bool(plan.base.checkpoint.config.get("tie_word_embeddings"))
+    return stored and bool(changed & {LM_HEAD, plan.base.input_embedding})
+
+
 def _text_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = dict(plan.base.checkpoint.config)
-    if plan.untied:
+    if plan.untied or _head_apart(plan):
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary
     if plan.dtype != "keep":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.dtype
     return config
-
-
-def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

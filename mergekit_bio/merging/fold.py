@@ -8,10 +8,10 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,8 +23,12 @@ from mergekit_bio.merging.plan import Fold
 from mergekit_bio.merging.rounding import Noise, noise_key, round_into
 from mergekit_bio.merging.rounding_loss import ErrorSums
 
+#: Takes the number of a target, an offset in the tensor, and bytes.
+Write: TypeAlias = Callable[[int, int, memoryview], None]
 #: Elements a block holds: small enough for a CPU core's cache, large enough for a GPU's launch cost.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
+#: Strengths that share a GPU's block at its full size; more of them get smaller blocks, and so the same memory.
+_TARGETS_A_BLOCK = 12
 #: The rounding loss is estimated from every 16th row; blocks begin at multiples of it.
 SAMPLED_ROWS = 16
 
@@ -66,15 +70,15 @@ class _Slot:
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers: dict[str, torch.Tensor] = {}
         self._noise: Noise | None = None
-        self._pending: list[tuple[int, torch.Tensor]] = []
+        self._pending: list[tuple[int, int, torch.Tensor]] = []
 
-    def finished(self) -> Iterator[tuple[int, memoryview]]:
-        """Wait for the block; give (offset in the tensor, bytes) for every target."""
+    def drain(self, write: Write) -> None:
+        """Wait for the block, and write what is not written yet."""
         if self._stream is not None and self._pending:
             self._stream.synchronize()
         pending, self._pending = self._pending, []
-        for offset, rounded in pending:
-            yield offset, memory_of(rounded)
+        for number, offset, rounded in pending:
+            write(number, offset, memory_of(rounded))
 
     def begin(self, job: _Job) -> None:
         """Turn to another tensor."""
@@ -88,8 +92,8 @@ class _Slot:
         """Whether all results of the tensor are finite; a False may be an overflow of the sum that tells."""
         return bool(self._probe.isfinite())
 
-    def start(self, base: int, start: int, stop: int) -> None:
-        """Read rows ``[start, stop)`` and set the device to work on them."""
+    def start(self, base: int, start: int, stop: int, write: Write) -> None:
+        """Read rows ``[start, stop)`` and set the device to work on them; a CPU's results are written at once."""
         job = self._job
         fold, shape, every = job.fold, (stop - start, job.cols), job.sampled
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
@@ -115,18 +119,22 @@ class _Slot:
                 if not deltas:
                     mixed.copy_(weights)
                 exact.copy_(mixed[::every])
-                rounded = self._buffer(f"rounded{number}", shape, job.dtype, self._device)
-                round_into(mixed, rounded, noise)
+                rounded = self._buffer("rounded", shape, job.dtype, self._device)
                 flat = mixed.flatten()
-                self._probe += rounded.sum(dtype=torch.float32) if job.dtype == torch.float16 else torch.dot(flat, flat)
+                self._probe += torch.dot(flat, flat)  # before noise could carry the bits of a NaN round to a number
+                round_into(mixed, rounded, noise)
+                if job.dtype != torch.bfloat16:  # bfloat16 alone has the range of what it was computed in
+                    self._probe += rounded.sum(dtype=torch.float32)
                 if deltas:
                     torch.sub(exact.to(job.dtype).to(job.compute), exact, out=nearest)
                     torch.sub(rounded[::every].to(job.compute), exact, out=exact)  # from here on the error
                     self.sums[number].add(sample)
+                offset = start * job.cols * job.dtype.itemsize
                 if self._cuda:
                     host = self._buffer(f"host{number}", shape, job.dtype, torch.device("cpu"))
-                    rounded = host.copy_(rounded, non_blocking=True)
-                self._pending.append((start * job.cols * job.dtype.itemsize, rounded))
+                    self._pending.append((number, offset, host.copy_(rounded, non_blocking=True)))
+                else:
+                    write(number, offset, memory_of(rounded))
 
     def _weights(self, job: _Job, base: int, start: int, stop: int) -> torch.Tensor:
         """W0 in the compute dtype; rows beyond the base's come from the adapter that brings them."""
@@ -152,8 +160,7 @@ class _Slot:
         held = self._buffers.get(name)
         if held is None or held.dtype != dtype or held.numel() < count:
             pinned = self._cuda and device.type == "cpu"
-            capacity = max(count, BLOCK_ELEMENTS[self._device.type])
-            held = self._buffers[name] = torch.empty(capacity, dtype=dtype, device=device, pin_memory=pinned)
+            held = self._buffers[name] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
         return held[:count].view(shape)
 
     def _noise_of(self, count: int) -> Noise:
@@ -195,7 +202,10 @@ class Folder:
         # Two precisions above a 16-bit result float32 is; a float32 result needs float64 to be rounded but once.
         compute = torch.float32 if dtype.itemsize == 2 else torch.float64
         rows, cols = _matrix(fold.shape)
-        step = max(1, BLOCK_ELEMENTS[self._device.type] // max(cols, 1))
+        block = BLOCK_ELEMENTS[self._device.type]
+        if self._device.type == "cuda":  # every target's block waits in pinned memory until the stream is done
+            block //= -(-len(fold.targets) // _TARGETS_A_BLOCK)
+        step = max(1, block // max(cols, 1))
         step = step // SAMPLED_ROWS * SAMPLED_ROWS or step
         key = noise_key(self._seed, fold.name) if self._stochastic and dtype.itemsize == 2 else None
         deltas = [delta.prepare(fold.base, self._device, compute) for _, delta in fold.deltas]
@@ -204,23 +214,22 @@ class Folder:
         digests = [hashlib.sha256() for _ in fold.targets]
         for slot in self._slots:
             slot.begin(job)
-        with ExitStack() as stack:
-            base = stack.enter_context(_opened(fold.base.file, os.O_RDONLY))
-            files = [stack.enter_context(_opened(self._root / target.file, os.O_WRONLY)) for target in fold.targets]
 
-            def drain(slot: _Slot) -> None:
-                for number, (offset, buffer) in enumerate(slot.finished()):
-                    digests[number].update(buffer)
-                    write_exactly(files[number], buffer, fold.targets[number].offset + offset)
-                    self._progress(len(buffer))
+        def write(number: int, offset: int, block: memoryview) -> None:
+            target = fold.targets[number]
+            digests[number].update(block)
+            with _opened(self._root / target.file, os.O_WRONLY) as file:  # a sweep has more files than may be open
+                write_exactly(file, block, target.offset + offset)
+            self._progress(len(block))
 
+        with _opened(fold.base.file, os.O_RDONLY) as base:
             starts = range(0, rows, step)
             for number, start in enumerate(starts):
                 slot = self._slots[number % len(self._slots)]
-                drain(slot)
-                slot.start(base, start, min(start + step, rows))
+                slot.drain(write)
+                slot.start(base, start, min(start + step, rows), write)
             for number in range(len(starts), len(starts) + len(self._slots)):
-                drain(self._slots[number % len(self._slots)])
+                self._slots[number % len(self._slots)].drain(write)
         if not all(slot.finite() for slot in self._slots):
             self._refuse_not_finite(fold)
         errors = tuple(

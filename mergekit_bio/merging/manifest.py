@@ -13,6 +13,7 @@ from mergekit_bio.checkpoint.checkpoint import inside
 from mergekit_bio.errors import VerificationError
 
 MANIFEST = "merge.json"
+CARD = "README.md"
 FORMAT = "mergekit-bio/merge@1"
 
 
@@ -77,7 +78,7 @@ class SharedFiles(_Strict):
 
 
 class FileRecord(_Strict):
-    """A shard: its size, the sha256 of its header, and of all of it where that is known."""
+    """A shard: its size, and the sha256 of its header."""
 
     bytes: int
     header_sha256: str
@@ -103,7 +104,11 @@ class LossRecord(_Strict):
 
 
 class Manifest(_Strict):
-    """The whole of ``merge.json``."""
+    """The whole of ``merge.json``.
+
+    ``files`` are the shards; ``companions`` the files beside them, name -> sha256: configuration, tokenizer, licences.
+    The model card is not among them: it is for people to go on writing.
+    """
 
     format: str
     created: str
@@ -123,6 +128,7 @@ class Manifest(_Strict):
     versions: dict[str, str]
     rounding_loss: list[LossRecord]
     files: dict[str, FileRecord]
+    companions: dict[str, str]
     tensors: dict[str, TensorRecord]
 
     def to_json(self) -> str:
@@ -150,6 +156,17 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the document"
         raise VerificationError(f"{directory / MANIFEST}: {key}: {first['msg']}; the file is damaged") from error
+
+
+def stranger(directory: Path) -> str | None:
+    """Name something in a merged checkpoint's directory that its merge has not written.
+
+    Raises:
+        VerificationError: Its ``merge.json`` is not one of ours.
+    """
+    manifest = read_manifest(directory)
+    ours = {MANIFEST, CARD, *manifest.files, *manifest.companions}
+    return next((path.name for path in sorted(directory.iterdir()) if path.name not in ours), None)
 
 
 def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:

@@ -4,9 +4,10 @@ A plan can be printed, tested and compared before it is carried out.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.adapter.adapter import Adapter, Base
 from mergekit_bio.adapter.delta import Delta, Dense, Dora, StoredTensor
@@ -137,7 +138,8 @@ class MergePlan:
 
     Attributes:
         base: The base.
-        adapters: The adapters, each with the strength of its own or None for the merge's.
+        adapters: The adapters.
+        fixed: For each adapter the strength of its own, or None for the merge's.
         outputs: The checkpoints, one for each strength.
         shards: The files.
         folds: The tensors computed anew.
@@ -145,6 +147,7 @@ class MergePlan:
         vocabulary: Rows of the embeddings, where an adapter brings more than the base has.
         dtype: ``"keep"``, or torch's name of the dtype of all weights.
         text_only: Whether an audio tower was left out.
+        configuration: The configuration files of every checkpoint: name -> document.
     """
 
     base: Base
@@ -157,6 +160,7 @@ class MergePlan:
     vocabulary: int | None = None
     dtype: str = "keep"
     text_only: bool = False
+    configuration: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def files_of(self, output: Output) -> dict[str, OutputShard]:
         """The shards of one output, by the name they have there."""
@@ -187,17 +191,6 @@ class MergePlan:
         """Bytes read into memory: folded tensors of the base, and their deltas."""
         stored = {id(tensor): tensor for fold in self.folds for _, delta in fold.deltas for tensor in delta.stored}
         return sum(fold.base.nbytes for fold in self.folds) + sum(_nbytes(tensor) for tensor in stored.values())
-
-    @property
-    def memory_estimate(self) -> int:
-        """Bytes of buffers and factors beside what torch itself takes: a few tensors, whatever the model's size."""
-        blocks = 64 << 20  # the buffers of a machine's workers, see fold.BLOCK_ELEMENTS
-        return blocks + 4 * max((_nbytes(t) for f in self.folds for _, d in f.deltas for t in d.stored), default=0)
-
-    @property
-    def seconds_estimate(self) -> float:
-        """A guess from rates measured on two cores of a server with its files in memory; not a benchmark."""
-        return 1.5 + (self.bytes_on_disk - self.bytes_folded) / 2.5e9 + self.bytes_folded / 1.0e9
 
 
 def _nbytes(tensor: object) -> int:

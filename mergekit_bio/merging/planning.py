@@ -72,8 +72,7 @@ def build_plan(
             "--text-only"
         )
     changes, untied = resolve_tying(base, adapters)
-    for alpha in (*alphas, *(alpha for alpha in fixed if alpha is not None)):
-        alpha.check_used(changes)
+    _check_strengths(changes, fixed, alphas)
     wanted = next((key for key, (_, name) in DTYPES.items() if name == dtype), None)
     pieces = _pieces(base, changes, fixed, alphas, wanted, untied)
     tower = [] if text_only else [_carried(info) for adapter in adapters for info in adapter.tower]
@@ -90,6 +89,21 @@ def build_plan(
     outputs, shards, folds = _place(layout, folders, alphas, base)
     grown = _grown_rows(base, pieces)
     return MergePlan(base, tuple(adapters), tuple(fixed), outputs, shards, folds, untied, grown, dtype, text_only)
+
+
+def _check_strengths(
+    changes: Mapping[str, tuple[tuple[int, Delta], ...]], fixed: Sequence[Alpha | None], alphas: Sequence[Alpha]
+) -> None:
+    """Every strength must be about tensors of the adapters that it is for."""
+
+    def changed_by(adapters: set[int]) -> list[str]:
+        return [name for name, deltas in changes.items() if any(adapter in adapters for adapter, _ in deltas)]
+
+    for adapter, own in enumerate(fixed):
+        if own is not None:
+            own.check_used(changed_by({adapter}))
+    for alpha in alphas:
+        alpha.check_used(changed_by({adapter for adapter, own in enumerate(fixed) if own is None}))
 
 
 def _carried(info: TensorInfo) -> _Piece:

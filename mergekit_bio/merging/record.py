@@ -7,7 +7,10 @@ from datetime import UTC, datetime
 from typing import TypedDict
 
 import mergekit_bio
+from mergekit_bio.adapter.adapter import LM_HEAD
 from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
+from mergekit_bio.merging.alpha import matches
+from mergekit_bio.merging.directory import adapter_licences
 from mergekit_bio.merging.manifest import (
     FORMAT,
     AdapterOrigin,
@@ -43,7 +46,12 @@ class _Found(TypedDict):
 
 
 def describe(
-    plan: MergePlan, output: Output, settings: Settings, hashes: Mapping[str, str], losses: Sequence[RoundingLoss]
+    plan: MergePlan,
+    output: Output,
+    settings: Settings,
+    hashes: Mapping[str, str],
+    companions: Mapping[str, str],
+    losses: Sequence[RoundingLoss],
 ) -> Manifest:
     """The manifest of ``output``.
 
@@ -52,6 +60,7 @@ def describe(
         output: The checkpoint described.
         settings: How it was done.
         hashes: sha256 of every tensor that was computed.
+        companions: sha256 of every file beside the weights.
         losses: What rounding cost.
     """
     import torch
@@ -63,7 +72,7 @@ def describe(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=mergekit_bio.__version__,
-        command=settings.command,
+        command=settings.command.encode(errors="replace").decode(),  # it may name files that are not UTF-8
         base=BaseOrigin(
             **_found(base.source),
             fingerprint=fingerprint(base.checkpoint.tensors),
@@ -86,19 +95,22 @@ def describe(
             name: FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
             for name, shard in sorted(files.items())
         },
+        companions=dict(companions),
         tensors={name: TensorRecord(sha256=sha256) for name, sha256 in sorted(hashes.items())},
     )
 
 
 def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
     adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
+    changed = [name for name in adapter.deltas if name != LM_HEAD or plan.untied or not plan.base.tied]
+    modules = {pattern: own for pattern, own in alpha.modules if any(matches(pattern, name) for name in changed)}
     return AdapterOrigin(
         **_found(adapter.source),
         fingerprint=fingerprint(adapter.stored),
-        license_files=[f"{adapter.source.name}-{name}" for name in licence_files(adapter.source)],
+        license_files=list(adapter_licences(plan)[number]),
         kind=adapter.kind,
         peft_type=adapter.config.get("peft_type"),
-        alpha=Strength(default=alpha.default, modules=dict(alpha.modules)),
+        alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
     )

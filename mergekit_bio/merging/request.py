@@ -3,17 +3,20 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.merging.alpha import Alpha, parse_alphas
 from mergekit_bio.merging.api import AdapterSource, DType, Rounding
+from mergekit_bio.plain_yaml import PlainLoader
 
 BASE = "meta-llama/Llama-3.1-8B-Instruct"
 ADAPTER = "EarthSpeciesProject/NatureLM-audio"
+#: "true" is no strength.
+Number: TypeAlias = Annotated[float, Strict()]
 
 
 class AdapterEntry(BaseModel):
@@ -26,7 +29,7 @@ class AdapterEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str
-    alpha: float | str | None = None
+    alpha: Number | str | None = None
 
 
 class MergeRequest(BaseModel):
@@ -35,7 +38,7 @@ class MergeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     base: str = BASE
     adapter: str | list[str | AdapterEntry] = ADAPTER
-    alphas: float | str | list[float | str] = Field(default_factory=list)
+    alphas: Number | str | list[Number | str] = Field(default_factory=list)
     out: Path | None = None
     dtype: DType = "keep"
     rounding: Rounding = "stochastic"
@@ -95,7 +98,7 @@ def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeReques
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(file.read_text())
+        document = yaml.load(file.read_text(encoding="utf-8"), PlainLoader)  # a SafeLoader
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -3,12 +3,13 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.compare import same_bytes
+from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.header import TensorInfo
 from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
@@ -29,6 +30,7 @@ class Verification:
     Attributes:
         directory: The checkpoint.
         files: Shards whose size and header were compared.
+        companions: Files beside them whose sha256 was compared.
         hashed: Tensors whose sha256 was compared.
         copied: Tensors that were compared with the source byte by byte; None without sources.
         recomputed: Tensors that were folded again in float64; None without sources.
@@ -38,6 +40,7 @@ class Verification:
 
     directory: Path
     files: int
+    companions: int
     hashed: int
     copied: int | None = None
     recomputed: int | None = None
@@ -79,6 +82,7 @@ def verify(
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
     _check_files(root, manifest, checkpoint)
+    _check_companions(root, manifest)
     for name, record in manifest.tensors.items():
         info = checkpoint.tensors.get(name)
         if info is None:
@@ -86,7 +90,7 @@ def verify(
         if _sha256(info) != record.sha256:
             raise VerificationError(f"{info.file}: tensor {name}: was changed after the merge (sha256 differs)")
         progress(info.nbytes)
-    result = Verification(root, len(manifest.files), len(manifest.tensors))
+    result = Verification(root, len(manifest.files), len(manifest.companions), len(manifest.tensors))
     if not against_sources:
         return result
     return _against_sources(result, manifest, checkpoint, base, adapters, progress)
@@ -104,6 +108,14 @@ def _check_files(root: Path, manifest: Manifest, checkpoint: Checkpoint) -> None
         raise VerificationError(f"{root / name}: is not part of the merge; remove it")
     if len(shards) > 1 and (root / SINGLE).exists():
         raise VerificationError(f"{root / SINGLE}: stands beside {INDEX}; remove one")
+
+
+def _check_companions(root: Path, manifest: Manifest) -> None:
+    for name, sha256 in manifest.companions.items():
+        if not (root / name).is_file():
+            raise VerificationError(f"{root / name}: is missing; the merge wrote it")
+        if file_sha256(inside(root, name)) != sha256:
+            raise VerificationError(f"{root / name}: was changed after the merge (sha256 differs)")
 
 
 def _sha256(info: TensorInfo) -> str:
@@ -150,7 +162,7 @@ def _against_sources(
                 raise VerificationError(f"{info.file}: tensor {name}: is not what {source.file} holds")
             copied += 1
         progress(info.nbytes)
-    return Verification(result.directory, result.files, result.hashed, copied, len(folds), worst, where)
+    return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=where)
 
 
 def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
@@ -165,7 +177,7 @@ def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None
     return plan_merge(
         base=base or located(manifest.base.source, manifest.base.revision),
         adapter=list(zip(names, strengths, strict=True)),
-        alphas=[strengths[0]],
+        alphas=[1.0],  # of no adapter: each has its own
         dtype=manifest.dtype,  # type: ignore[arg-type]
         text_only=manifest.text_only,
     )
@@ -200,7 +212,7 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
     device, double = torch.device("cpu"), torch.float64
     blocks = [delta.prepare(fold.base, device, double) for _, delta in fold.deltas]
     strengths = fold.targets[0].strengths
-    rows = written.rows
+    rows = written.rows if written.elements else 0
     step = max(1, (1 << 21) // max(written.elements // max(rows, 1), 1))
     # Half a unit for the nearest value, a whole one for either neighbour; a little more where float32 sums fell short.
     narrow = written.dtype in ("BF16", "F16")

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, Lock, local
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def execute(
         with lock:
             progress(count)
 
-    with ThreadPoolExecutor(cores(), "merge") as pool:
+    with ExitStack() as afterwards, ThreadPoolExecutor(cores(), "merge") as pool:
         jobs: list[Future[None]] = []
         folds: list[Future[Folded]] = []
         pools = [pool]
@@ -73,6 +74,7 @@ def execute(
                 for copies in _create(shard, root, advance):
                     jobs.append(pool.submit(_copy, copies, root / shard.file, advance))
             if plan.folds:
+                afterwards.enter_context(_thread_count_kept())
                 pools, folds = _start_folding(plan, root, devices(), pool, stochastic, seed, advance)
             meanwhile()
             everything: list[Future[Any]] = [*jobs, *folds]
@@ -130,6 +132,18 @@ def _copy(copies: Sequence[Copy], target: Path, advance: Callable[[int], None]) 
             with copy.source.open("rb", buffering=0) as reader:
                 copy_range(reader.fileno(), copy.source_offset, writer.fileno(), copy.target_offset, copy.count)
             advance(copy.count)
+
+
+@contextmanager
+def _thread_count_kept() -> Iterator[None]:
+    """Give torch its number of threads back: what a worker sets for itself is the default of later threads."""
+    import torch
+
+    count = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _start_folding(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,14 +16,14 @@ def names(folder):
 
 
 def test_it_appears_when_the_block_ends(tmp_path):
-    with staged(tmp_path / "deep" / "out", ours="mark") as folder:
+    with staged(tmp_path / "deep" / "out", mark="mark") as folder:
         (folder / "mark").touch()
         assert not (tmp_path / "deep" / "out").exists()
     assert names(tmp_path / "deep") == ["out"] and names(tmp_path / "deep" / "out") == ["mark"]
 
 
 def test_nothing_stays_of_a_failure(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path / "out", ours="mark") as folder:
+    with pytest.raises(RuntimeError), staged(tmp_path / "out", mark="mark") as folder:
         (folder / "half").touch()
         raise RuntimeError
     assert names(tmp_path) == []
@@ -32,7 +33,7 @@ def test_an_existing_output_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="out: "), staged(tmp_path / "out", ours="mark", overwrite=overwrite):
+        with pytest.raises(OutputError, match="out"), staged(tmp_path / "out", mark="mark", overwrite=overwrite):
             raise AssertionError("the block must not run")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["thesis.tex"]
 
@@ -41,30 +42,117 @@ def test_an_existing_output_is_not_touched(tmp_path):
 def test_our_own_output_is_replaced_on_request(tmp_path, mark):
     (tmp_path / "out" / mark).parent.mkdir(parents=True)
     (tmp_path / "out" / mark).touch()
-    with staged(tmp_path / "out", ours="mark", overwrite=True) as folder:
+    with staged(tmp_path / "out", mark="mark", overwrite=True) as folder:
         (folder / "new").touch()
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
 
 
-def test_an_empty_directory_is_no_hindrance(tmp_path):
+@pytest.mark.parametrize("other", ["thesis.tex", "recordings/wren.wav"])
+def test_what_lies_beside_our_own_output_is_not_overwritten(tmp_path, other):
+    for file in ("half/mark", other):
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).touch()
+    with pytest.raises(OutputError, match=other.split("/")[0]), staged(tmp_path / "out", mark="mark", overwrite=True):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "out" / other).exists() and (tmp_path / "out/half/mark").exists()
+
+
+def test_what_a_stranger_put_into_our_own_output_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out", ours="mark") as folder:
+    for name in ("mark", "owls.gguf"):
+        (tmp_path / "out" / name).touch()
+
+    def stranger(folder):
+        return next((name for name in names(folder) if name != "mark"), None)
+
+    with (
+        pytest.raises(OutputError, match=r"owls\.gguf: no merge has written it"),
+        staged(tmp_path / "out", mark="mark", stranger=stranger, overwrite=True),
+    ):
+        raise AssertionError("the block must not run")
+    assert names(tmp_path / "out") == ["mark", "owls.gguf"]
+
+
+def test_an_interruption_between_the_two_renames_leaves_the_old_output(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mark").write_text("old")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        rename(path, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", mark="mark", overwrite=True) as folder:
+        (folder / "mark").write_text("new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "mark").read_text() == "old"
+
+
+def test_an_old_output_that_a_killed_process_had_set_aside_gets_its_name_back(tmp_path):
+    for name in (".out.old", ".out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mark").write_text(name)
+    with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "out", mark="mark"):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "out" / "mark").read_text() == ".out.old"
+    with staged(tmp_path / "out", mark="mark", overwrite=True) as folder:
+        (folder / "mark").write_text("new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "mark").read_text() == "new"
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(OutputError, match="not empty"), staged(tmp_path / "out", mark="mark") as folder:
+        (folder / "mark").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_an_empty_directory_is_filled_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with staged(Path(), mark="mark") as folder:
         (folder / "new").touch()
-    assert names(tmp_path / "out") == ["new"]
+        (folder / "mark").touch()
+    assert names(Path()) == ["mark", "new"] and names(tmp_path) == ["out"]
+
+
+def test_an_empty_directory_stays_empty_where_the_work_fails(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RuntimeError), staged(tmp_path / "out", mark="mark") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert names(tmp_path / "out") == [] and names(tmp_path) == ["out"]
+
+
+def test_a_mount_point_is_filled(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from mergekit_bio.checkpoint.publish import staged\n"
+        "with staged(Path(sys.argv[1]), mark='mark') as folder:\n"
+        "    (folder / 'mark').touch()\n"
+        "print(*(path.name for path in Path(sys.argv[1]).iterdir()))"
+    )
+    (tmp_path / "out").mkdir()
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$1" && exec "$2" -c "$3" "$1"', "sh"]
+    done = subprocess.run([*mount, tmp_path / "out", sys.executable, program], capture_output=True, text=True)
+    if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
+        pytest.skip("mounting is not allowed here")
+    assert done.stdout == "mark\n", done.stderr
 
 
 def test_a_link_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mark").touch()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError), staged(tmp_path / "out", ours="mark", overwrite=True):
+    with pytest.raises(OutputError), staged(tmp_path / "out", mark="mark", overwrite=True):
         raise AssertionError("the block must not run")
     assert names(tmp_path / "elsewhere") == ["mark"]
 
 
 def test_only_one_writes_at_a_time(tmp_path):
-    with staged(tmp_path / "out", ours="mark") as folder:
-        with pytest.raises(OutputError, match="another process"), staged(tmp_path / "out", ours="mark"):
+    with staged(tmp_path / "out", mark="mark") as folder:
+        with pytest.raises(OutputError, match="another process"), staged(tmp_path / "out", mark="mark"):
             raise AssertionError("the block must not run")
         (folder / "mark").touch()
     assert names(tmp_path) == ["out"]
@@ -73,12 +161,12 @@ def test_only_one_writes_at_a_time(tmp_path):
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     program = (
         "import os, signal, sys; from pathlib import Path; from mergekit_bio.checkpoint.publish import staged\n"
-        "with staged(Path(sys.argv[1]), ours='mark') as folder:\n"
+        "with staged(Path(sys.argv[1]), mark='mark') as folder:\n"
         "    (folder / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "out"], check=False)
     assert names(tmp_path) == [".out.lock", ".out.partial"]
-    with staged(tmp_path / "out", ours="mark") as folder:
+    with staged(tmp_path / "out", mark="mark") as folder:
         assert names(folder) == []
         (folder / "mark").touch()
     assert names(tmp_path) == ["out"]
@@ -86,12 +174,12 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "file" / "out", ours="mark"):
+    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "file" / "out", mark="mark"):
         raise AssertionError("the block must not run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_parent_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "out", ours="mark"):
+    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "out", mark="mark"):
         raise AssertionError("the block must not run")

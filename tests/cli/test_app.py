@@ -69,6 +69,14 @@ def test_a_package_of_an_extra_that_is_missing_is_named_with_what_brings_it(make
     assert done.stderr == "error: this needs rapidfuzz; install it with: pip install 'mergekit-bio[eval]'\n"
 
 
+@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("push", "--dry-run", "owl/owls")])
+def test_what_the_system_says_of_a_file_is_one_line(command: tuple[str, ...]) -> None:
+    done = run(*command[:1], "x" * 300, *command[1:])
+
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*x{300}.*\n", done.stderr)
+
+
 def test_a_bug_is_a_traceback(make_run) -> None:
     hidden = "import sys; sys.modules['mergekit_bio.eval.records.cells'] = None"
     program = f"{hidden}; from mergekit_bio.cli.app import main; main()"

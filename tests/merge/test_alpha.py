@@ -52,7 +52,8 @@ def test_patterns_are_whole_components_in_order(pattern, tensor, expected):
 @pytest.mark.parametrize(
     "text",
     ["", "nan", "inf", "-inf", "half", "0:1", "0:1:0", "1:0:0.1", "0:1:-1", "0:1:nan", "0:1:1e-9", "q_proj=", "=0.5",
-     "0.1,0.2,q_proj=1", "q_proj=nan", "../x=1", "0.5,0.5"],
+     "0.1,0.2,q_proj=1", "q_proj=0.1,k_proj=0.2,q_proj=0.3", "0:1e5000:1", "0:9e999999:1e-999999",
+     "q_proj=nan", "../x=1", "0.5,0.5"],
 )  # fmt: skip
 def test_nonsense_is_one_line(text):
     with pytest.raises(AlphaError, match="--alpha") as error:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import mergekit_bio
 from mergekit_bio.checkpoint.publish import staged
+from mergekit_bio.cli.app import main
+from mergekit_bio.errors import AdapterError
+from mergekit_bio.merging.request import read_request
 from mergekit_bio.merging.verify import verify
 
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -252,6 +256,28 @@ def test_a_product_that_overflows(sources: Path) -> None:
     assert "model.layers.1.self_attn.q_proj" in merge(sources)
 
 
+def test_a_result_that_only_float64_holds(sources: Path) -> None:
+    with pytest.raises(AdapterError, match="do not fit F32"):
+        mergekit_bio.merge(
+            base=sources / "base", adapter=sources / "adapter", alphas=[1e42], out=sources / "merged", dtype="float32"
+        )
+    assert not (sources / "merged").exists()
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_a_base_whose_bits_are_all_ones(sources: Path, rounding: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    for root in (sources / "base", sources / "finetune"):
+        file = root / json.loads((root / "model.safetensors.index.json").read_text())["weight_map"][name]
+        tensors = {key: tensor.float() for key, tensor in load_file(file).items()}
+        if root.name == "base":
+            tensors[name].view(torch.int32).fill_(-1)
+        save_file(tensors, file, {"format": "pt"})
+    line = merge(sources, "--dtype", "bfloat16", "--rounding", rounding, adapter="finetune")
+
+    assert f"tensor {name}: holds NaN or infinity" in line
+
+
 def test_a_sweep_leaves_nothing_either(sources: Path) -> None:
     file = sources / "adapter" / "adapter_model.safetensors"
     change_tensor(file, f"{Q_PROJ}.lora_B.weight", put(math.nan))
@@ -289,6 +315,33 @@ def test_an_alpha_for_a_module_that_nothing_changes(sources: Path) -> None:
 
     assert "'q_prj'" in line
     assert "did you mean q_proj" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        ("alphas: true", "alphas"),
+        ("alphas: [0.5, yes]", "'yes' is not a number"),
+        ("adapter: [{source: ADAPTER, alpha: '0:1:0.5'}]\nalphas: 0.5", "'0:1:0.5' is 3 strengths"),
+        ("adapter: [{source: ADAPTER, alpha: true}]\nalphas: 0.5", "alpha"),
+        ("adapter: [{source: ADAPTER, alpha: mlp=0.3}, finetune]\nalphas: 0.5", "'mlp' names none"),
+        ("adapter: [{source: ADAPTER, alpha: 0.3}]\nalphas: q_proj=0.5", "'q_proj' names none"),
+    ],
+)
+def test_a_recipe_whose_strengths_are_none(sources: Path, lines: str, named: str) -> None:
+    recipe = sources / "merge.yaml"
+    recipe.write_text(lines.replace("ADAPTER", str(sources / "adapter")).replace("finetune", str(sources / "finetune")))
+    adapter = [] if "adapter:" in lines else ["--adapter", sources / "adapter"]
+    options = ["--recipe", recipe, "--base", sources / "base", *adapter, "--out", sources / "merged"]
+
+    assert named in refused("merge", *options, watch=sources.parent)
+
+
+def test_an_unquoted_sweep_in_a_recipe_is_a_sweep(sources: Path) -> None:
+    (sources / "merge.yaml").write_text("alphas: 0:1:0.5")
+    request = read_request(sources / "merge.yaml", {})
+
+    assert [alpha.label for alpha in request.strengths] == ["0.00", "0.50", "1.00"]
 
 
 # Outputs
@@ -331,6 +384,25 @@ def test_overwrite_does_not_overwrite_what_is_not_ours(sources: Path, kind: str)
     line = merge(sources, "--overwrite")
 
     assert str(out) in line
+
+
+def test_overwrite_replaces_a_merge_and_nothing_that_was_put_beside_or_into_it(sources: Path) -> None:
+    options = ("--base", sources / "base", "--adapter", sources / "adapter", "--alpha=0.5", "--overwrite")
+    mergekit_bio.merge(base=sources / "base", adapter=sources / "adapter", alphas=[0.5], out=sources / "merged")
+    (sources / "merged" / "owls.gguf").write_text("hours of conversion")
+    line = merge(sources, "--overwrite")
+    assert str(sources / "merged" / "owls.gguf") in line
+
+    (sources / "merged" / "owls.gguf").rename(sources / "owls.gguf")
+    project = sources / "project"
+    project.mkdir()
+    (sources / "merged").rename(project / "half")
+    (project / "thesis.tex").write_text("years of work")
+    assert str(project / "thesis.tex") in refused("merge", *options, "--out", project, watch=sources)
+
+
+def test_a_repository_that_cannot_be(sources: Path) -> None:
+    assert "'owls' is not the name of a repository" in merge(sources, "--push", "owls")
 
 
 @pytest.mark.parametrize("inside", ["base", "base/merged", "base/a/b", "adapter/merged", "."])
@@ -388,7 +460,7 @@ def test_a_file_system_that_takes_no_files(sources: Path, place: str) -> None:
 
 def test_an_output_that_somebody_is_writing(sources: Path) -> None:
     out = sources / "merged"
-    with staged(out, ours="merge.json", fsync=False) as partial:
+    with staged(out, mark="merge.json", fsync=False) as partial:
         (partial / "half").write_text("done")
         line = merge(sources)
     assert str(out) in line
@@ -427,3 +499,28 @@ def test_a_merge_with_ears_is_neither_base_nor_adapter(tmp_path):
         options = ("--base", base, "--adapter", adapter, "--alpha", 0.5, "--out", tmp_path / "out")
         line = refused("merge", *options, watch=tmp_path)
         assert line.startswith(f"{tmp_path / 'merged'}: ") and "audio tower" in line and "merge.json" in line
+
+
+def test_an_audio_tower_needs_the_bases_tokenizer_before_anything_is_written(tmp_path):
+    demo = Path(mergekit_bio.__file__).with_name("demo") / "model"
+    base = shutil.copytree(demo / "base", tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    options = ("--base", base, "--adapter", demo / "adapter", "--alpha", 0.5, "--out", tmp_path / "out", "--dry-run")
+    assert f"{base / 'tokenizer.json'}: no such file" in refused("merge", *options, watch=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["", "config.json", "merge.json", "README.md"])
+def test_what_may_not_be_read_is_named(sources: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    merge_once(sources)  # imports everything, which may lie where only root may read
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        merged = Path(folder) / "merged"
+        mergekit_bio.merge(base=sources / "base", adapter=sources / "adapter", alphas=[0.5], out=merged)
+        (merged / file).chmod(0)
+        with unprivileged(), patch.object(sys, "argv", ["mergekit-bio", "inspect", str(merged)]):
+            with pytest.raises(SystemExit) as exit_:
+                main()
+            assert exit_.value.code == 1
+        (merged / file).chmod(0o755)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(merged) in error and "Permission denied" in error

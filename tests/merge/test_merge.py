@@ -1,6 +1,7 @@
 """What a merge writes: which files, which bytes, and what several strengths share."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging import fold
 from mergekit_bio.merging.api import plan_merge
+from mergekit_bio.merging.verify import verify
 
 COMPANIONS = {"README.md", "config.json", "merge.json"}
 FOLDED = [f"model.layers.{n}.self_attn.{m}_proj.weight" for n in range(4) for m in "qkvo"]
@@ -134,6 +136,7 @@ def test_another_dtype_for_tensors_that_hold_nothing(sources, tmp_path):
     assert {name: (weights[name].dtype, weights[name].shape) for name in empty} == {
         name: (torch.float16, tensor.shape) for name, tensor in empty.items()
     }
+    verify(merged.path, against_sources=True)
 
 
 def test_strengths_by_module_and_layer(sources, tmp_path):
@@ -249,6 +252,67 @@ def test_memory_is_bounded_whatever_the_models_size(tmp_path, gigabytes):
     paths = [tmp_path / name for name in ("base", "adapter", "out")]
     done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200e6
+
+
+def test_more_strengths_than_files_that_may_be_open(sources, tmp_path):
+    program = (
+        "import resource, sys, mergekit_bio\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))\n"
+        "sources = dict(base=sys.argv[1], adapter=sys.argv[2])\n"
+        "print(len(mergekit_bio.merge(**sources, alphas=['0:0.099:0.001'], out=sys.argv[3], fsync=False)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *sources, tmp_path / "out"], capture_output=True, text=True)
+    assert done.stdout == "100\n", done.stderr
+
+
+def test_torch_computes_afterwards_on_as_many_threads_as_before(sources, tmp_path):
+    program = (
+        "import sys, threading, mergekit_bio, torch\n"
+        "torch.set_num_threads(3)\n"
+        "mergekit_bio.merge(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.5], out=sys.argv[3])\n"
+        "counts = [torch.get_num_threads()]\n"
+        "thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))\n"
+        "thread.start(); thread.join(); print(*counts)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *sources, tmp_path / "out"], capture_output=True, text=True)
+    assert done.stdout == "3 3\n", done.stderr
+
+
+def test_tokenizer_and_processor_files_come_along_whatever_they_are_called(sources, tmp_path):
+    base = shutil.copytree(sources[0], tmp_path / "base")
+    wanted = ("preprocessor_config.json", "vocab.txt", "spiece.model", "tekken.json", "qwen.tiktoken")
+    for name in (*wanted, "trainer_state.json", "pytorch_model.bin", ".hidden.json"):
+        (base / name).write_text(name)
+    (merged,) = merge((base, sources[1]), tmp_path / "out", 0.5)
+    shards = {path.name for path in merged.path.glob("model*")}
+    assert {path.name for path in merged.path.iterdir()} == COMPANIONS | shards | set(wanted)
+
+
+def test_two_adapters_of_one_name_keep_both_licences(sources, tmp_path):
+    adapters = [shutil.copytree(sources[1], tmp_path / place / "lora") for place in ("a", "b")]
+    for adapter in adapters:
+        (adapter / "LICENSE").write_text(str(adapter))
+    (merged,) = mergekit_bio.merge(base=sources[0], adapter=adapters, alphas=[0.5], out=tmp_path / "out")
+    texts = {path.name: path.read_text() for path in merged.path.glob("*LICENSE")}
+    assert texts == {"lora-LICENSE": str(adapters[0]), "lora-2-LICENSE": str(adapters[1])}
+    manifest = json.loads((merged.path / "merge.json").read_text())
+    assert [adapter["license_files"] for adapter in manifest["adapters"]] == [["lora-LICENSE"], ["lora-2-LICENSE"]]
+
+
+def test_a_locale_without_utf8_and_names_with_brackets(sources, tmp_path):
+    base = shutil.copytree(sources[0], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"made_for": "vögel日本"}
+    (base / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    out = tmp_path / "out[/final]"
+    command = [sys.executable, "-c", "from mergekit_bio.cli.app import main; main()"]
+    done = subprocess.run(
+        [*command, "merge", "--base", base, "--adapter", sources[1], "--alpha=0.5", "--out", out],
+        env=os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(out).encode() in done.stdout
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config
 
 
 def as_bin(adapter: Path, folder: Path, document: object) -> Path:

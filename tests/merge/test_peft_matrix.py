@@ -25,6 +25,7 @@ CASES = [
     Case.of("patterns and rslora", use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 11}),
     Case.of("fan_in_fan_out", "gpt2", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
     Case.of("fan_in_fan_out, all-linear", "gpt2", target_modules="all-linear", fan_in_fan_out=True),
+    Case.of("Conv1D beside Linear", "gpt2", target_modules=["c_proj", "lm_head"], stays_tied=False),
     Case.of("fan_in_fan_out, DoRA", "gpt2", target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True),
     Case.of("fan_in_fan_out, bias all", "gpt2", target_modules=["c_fc"], fan_in_fan_out=True, bias="all"),
     Case.of("fan_in_fan_out, lora_bias", "gpt2", target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True),
@@ -115,7 +116,8 @@ def unadapted(base: Path, adapter: Path, names: Iterable[str]) -> dict[str, torc
     weights = read_tensors(base)
     stored = load_file(adapter / "adapter_model.safetensors")
     if "lm_head.weight" in names and "lm_head.weight" not in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        (embedding,) = (name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+        weights["lm_head.weight"] = weights[embedding]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         module = f"base_model.model.{name.removesuffix('.weight')}"
         grown = stored.get(f"{module}.base_layer.weight", stored.get(f"{module}.weight"))

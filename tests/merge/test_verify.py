@@ -58,6 +58,22 @@ def test_a_changed_folded_tensor_is_named(merged):
         verify(merged)
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_file_beside_the_weights_is_checked_too(merged, damage):
+    file = merged / "config.json"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text(file.read_text().replace("}", " }"))
+    with pytest.raises(VerificationError, match=r"config\.json: (no such file|was changed after the merge)"):
+        verify(merged)
+
+
+def test_the_model_card_is_there_to_be_changed(merged):
+    (merged / "README.md").write_text("Owls.")
+    verify(merged)
+
+
 def test_a_changed_copied_tensor_is_named_against_the_sources(merged):
     flip(merged, "model.layers.2.mlp.up_proj.weight")
     verify(merged)  # its bytes are nowhere but in the source

@@ -8,6 +8,7 @@ import yaml
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.validation import Path as KeyPath
+from mergekit_bio.plain_yaml import PlainLoader
 
 #: A recipe is three levels deep.
 DEEPEST = 20
@@ -19,7 +20,7 @@ class LocatedYaml:
 
     Attributes:
         file: The file it came from.
-        data: Mappings, lists and scalars. Dates stay texts.
+        data: Mappings, lists and scalars.
         lines: Path of keys and indices -> line, counted from 1.
     """
 
@@ -34,13 +35,9 @@ class LocatedYaml:
         return f"{self.file}:{self.lines.get(path, 1)}"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe loading without aliases (a recipe needs none, and they can be made endless) and without dates."""
+class _Loader(PlainLoader):
+    """Safe loading without aliases: a recipe needs none, and they can be made endless."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - a copy, as PyYAML's own add_implicit_resolver makes one
-        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -72,7 +72,7 @@ def model(sweep: Sweep, item: Score) -> str:
 
 def _with_interval(sweep: Sweep, item: Score, figure: str) -> str:
     low, high = (f"{bound:.3f}".removeprefix("0") for bound in item.intervals[figure])
-    return f"{item.figures[figure]:.3f} \\[{low}, {high}]{mark(sweep, item, figure)}"
+    return f"{item.figures[figure]:.3f} [{low}, {high}]{mark(sweep, item, figure)}"
 
 
 def mark(sweep: Sweep, item: Score, figure: str) -> str:

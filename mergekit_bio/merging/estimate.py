@@ -1,0 +1,25 @@
+"""What a merge will take, guessed from its plan."""
+
+from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.merging.plan import MergePlan
+from mergekit_bio.merging.write import cores
+
+#: A worker's buffers on a CPU: eleven blocks of fold.BLOCK_ELEMENTS, most of them 4 bytes wide.
+_WORKER_BYTES = 20 << 20
+
+
+def memory_bytes(plan: MergePlan) -> int:
+    """Bytes of buffers and factors beside what torch itself takes: a few tensors, whatever the model's size."""
+    factors = (
+        stored.nbytes
+        for fold in plan.folds
+        for _, delta in fold.deltas
+        for stored in delta.stored
+        if isinstance(stored, TensorInfo)
+    )
+    return cores() * _WORKER_BYTES + 4 * max(factors, default=0)
+
+
+def seconds(plan: MergePlan) -> float:
+    """A guess from rates measured on two cores of a server with its files in memory; not a benchmark."""
+    return 1.5 + (plan.bytes_on_disk - plan.bytes_folded) / 2.5e9 + plan.bytes_folded / 1.0e9
