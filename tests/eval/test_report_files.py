@@ -67,6 +67,32 @@ def test_cells_are_compared_over_the_clips_that_all_of_them_have(make_run):
     assert {comparison.clips for comparison in sweep.comparisons} == {40}
 
 
+def test_a_table_of_cells_with_different_clips_says_how_many_each_has(make_run, tmp_path):
+    path = make_run()
+    file = path / "beans_zero_eval_frogs_query0_lora100.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
+    report = build_report(read_runs([path]))
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(report, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split()[:2] for line in lines]
+    assert all([alpha, f"({clips})"] in rows for alpha, clips in (("0", 60), ("0.5", 60), ("1", 40)))
+    page = write_report(report, tmp_path, progress=no_progress)[0].read_text()
+    assert "<th>Clips</th>" in page and "compared over the 40 that all have" in page
+
+
+def test_cells_that_were_planned_and_have_no_answer_are_told(make_run):
+    path = make_run()
+    (path / "beans_zero_eval_frogs_query0_lora050.jsonl").unlink()
+    (path / "beans_zero_eval_frogs_query0_lora100.jsonl").write_text("")
+    report = build_report(read_runs([path]))
+    assert [item.cell.alpha for item in report.sweeps[0].scores] == [0.0]
+    assert report.notes == [
+        "frogs: 2 of 3 cells have no answer yet (frogs, query 0, alpha 0.5; frogs, query 0, alpha 1.0)"
+    ]
+
+
 def test_the_files_of_a_report(report, written):
     folder, files = written
     assert files[0] == folder / "report.html"

@@ -65,7 +65,8 @@ def test_a_written_run_is_read_back(tmp_path):
     read = read_record(tmp_path / "run")
     assert read.cells == (wanted.cells[0], replace(wanted.cells[1], seconds=1.5))
     assert read.environment == {"versions": {"torch": "2"}, "engine": "vllm"}
-    (found,) = read_runs([tmp_path / "run"])
+    waiting, found = read_runs([tmp_path / "run"])
+    assert (waiting.alpha, waiting.rows) == (0.0, ())
     assert (found.run, found.alpha, found.scorer, found.expected_rows) == ("watkins", 0.4, "exact", 2)
     assert [row.id for row in found.rows] == ["1", "2"]
 

@@ -27,7 +27,8 @@ class Cell:
 
     Attributes:
         run: Name of the run or of the published experiment.
-        rows: The predictions, ordered by id, so that cells of one sweep are aligned.
+        rows: The predictions, ordered by id, so that cells of one sweep are aligned; none where the cell was planned
+            and has no answer yet.
         expected_rows: How many there are once the run is complete; None if nobody says.
         names: label -> scientific name, where ``target`` needs it.
         scorer: The scorer that the run asks for; None in the published layout.
@@ -51,6 +52,11 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.run}, {self.dataset}, query {self.query}, {self.checkpoint}"
 
+    @property
+    def sweep(self) -> tuple[str, str, int, str, str]:
+        """The same for all cells that are compared: a recipe whose queries change may use a number again."""
+        return self.run, self.dataset, self.query, self.target, self.query_text or ""
+
 
 def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
     """Read every cell below the given paths.
@@ -61,7 +67,7 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
         label_map: Used instead of the label maps that the runs bring.
 
     Returns:
-        The cells in the order of run, dataset, query and alpha.
+        The cells in the order of run, dataset, query and alpha; those that have no answer yet are among them.
 
     Raises:
         RunError: A path holds no run, no prediction at all, or something damaged.
@@ -72,8 +78,8 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
         found = list(_cells_at(path, names))
         if not found:
             raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
-        cells += [cell for cell in found if cell.rows]
-        if not cells:
+        cells += found
+        if not any(cell.rows for cell in cells):
             raise RunError(f"{path}: the run has no prediction yet; let `mergekit-bio eval` go on")
     cells = _told_apart(cells)
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
@@ -81,8 +87,7 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
         cells,
         key=lambda cell: (
             order[cell.run],
-            cell.dataset,
-            cell.query,
+            cell.sweep,
             cell.alpha is None,
             cell.alpha or 0.0,
             cell.checkpoint,
@@ -119,22 +124,21 @@ def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
     record = read_record(path)
     for cell in record.cells:
         file = path / cell.file
-        if file.exists():
-            yield Cell(
-                run=record.name,
-                dataset=cell.dataset,
-                task=cell.task,
-                query=cell.query,
-                checkpoint=cell.checkpoint,
-                alpha=cell.alpha,
-                target=cell.target,
-                names=record.label_map if names is None else names,
-                rows=_by_id(read_predictions(file)),
-                expected_rows=cell.rows,
-                query_text=cell.query_text,
-                scorer=record.scorer,
-                file=file,
-            )
+        yield Cell(
+            run=record.name,
+            dataset=cell.dataset,
+            task=cell.task,
+            query=cell.query,
+            checkpoint=cell.checkpoint,
+            alpha=cell.alpha,
+            target=cell.target,
+            names=record.label_map if names is None else names,
+            rows=_by_id(read_predictions(file)) if file.exists() else (),
+            expected_rows=cell.rows,
+            query_text=cell.query_text,
+            scorer=record.scorer,
+            file=file,
+        )
 
 
 def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:

@@ -143,26 +143,32 @@ def _plans(report: Report) -> Iterator[_Plan]:
             if len(sweep.scores) > 1:
                 yield _Plan(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_figures[0])
-            title = f"{sweep.title}, {best.cell.checkpoint}"
-            yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
+            if best is not None:
+                title = f"{sweep.title}, {best.cell.checkpoint}"
+                yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
         sweeps = [sweep for sweep in members if sweep.cell.task == "classification"]
         title = run if run == dataset else f"{run}, {dataset}"
         named = {sweep.cell.target: sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1}
-        if len(named) == 3:
+        if len(named) == 3 and _same_clips([*named.values()]):
             yield _Plan(kind="names", title=title, draw=partial(_draw_names, named))
         for _, alike in groupby(sweeps, key=lambda sweep: sweep.cell.target):
             wordings = list(alike)
-            if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings):
+            if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):
                 yield _Plan(kind="wordings", title=title, draw=partial(_draw_wordings, wordings))
     yield from _run_plans(report)
+
+
+def _same_clips(sweeps: Sequence[Sweep]) -> bool:
+    """Whether the cells may be drawn side by side."""
+    return len({item.ids for sweep in sweeps for item in sweep.scores}) == 1
 
 
 def _run_plans(report: Report) -> Iterator[_Plan]:
     """Runs that asked about the same clips, laid over one another (in-context examples or none, for one)."""
     alike: dict[Any, list[Sweep]] = {}
     for sweep in report.sweeps:
-        if sweep.by_alpha and sweep.comparisons and sweep.cell.task == "classification":
+        if sweep.by_alpha and sweep.comparisons and sweep.same_clips and sweep.cell.task == "classification":
             key = (sweep.cell.dataset, sweep.cell.target, sweep.scores[0].ids)
             alike.setdefault(key, []).append(sweep)
     for sweeps in alike.values():
@@ -200,10 +206,11 @@ def _alpha_axis(axes: "Axes", title: str) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _baselines(axes: "Axes", item: Score, figure: str) -> None:
+def _baselines(axes: "Axes", sweep: Sweep, figure: str) -> None:
+    baselines = sweep.baselines
     for kind, dashes in (("majority", (5, 2)), ("random", (1, 1.5))):
-        if f"{figure}_{kind}" in item.baselines:
-            axes.axhline(item.baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
+        if f"{figure}_{kind}" in baselines:
+            axes.axhline(baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
 
 
 def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
@@ -212,7 +219,7 @@ def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
     if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
         axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
     _curve(axes, sweep.scores, figure, "value, 95% interval")
-    _baselines(axes, sweep.scores[0], figure)
+    _baselines(axes, sweep, figure)
     _alpha_axis(axes, TITLES[figure])
 
 
@@ -286,7 +293,7 @@ def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     ]
     names = [_wording(item.cell) for item in scores]
     axes.bar(names, values, yerr=errors, width=0.6, color=SKY, edgecolor="black", linewidth=0.6, capsize=3)
-    _baselines(axes, scores[0], "accuracy")
+    _baselines(axes, sweeps[0], "accuracy")
     axes.set_ylabel("Accuracy")
     axes.set_ylim(0, 1)
     axes.grid(axis="x", visible=False)
@@ -318,7 +325,7 @@ def _draw_confusion(item: Score) -> "Canvas":
 
     labels, counts = confusion(targets=item.targets, answers=item.answers)
     answers, labels = labels, sorted(set(item.targets))
-    counts = counts[: len(labels)]  # no clip's label is the "None" of an answer out of the set
+    counts = counts[: len(labels)]  # what else was answered is the label of no clip here
     side = min(7.0, max(2.6, 0.17 * len(labels) + 1.4))
     canvas, axes = _subplots(figsize=(side + 0.8, side))
     totals = counts.sum(axis=1, keepdims=True)

@@ -41,11 +41,11 @@ def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     }
 
 
-def error_rates(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[float, float]:
-    """The share of answers that are no label at all, and of those that are a label but the wrong one."""
-    labels = set(targets)
-    out_of_set = sum(answer not in labels for answer in answers)
-    wrong = sum(answer in labels and answer != target for target, answer in zip(targets, answers, strict=True))
+def error_rates(*, targets: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> tuple[float, float]:
+    """The share of answers that are none of the labels, and of those that are one but the wrong one."""
+    known = set(labels)
+    out_of_set = sum(answer not in known for answer in answers)
+    wrong = sum(answer in known and answer != target for target, answer in zip(targets, answers, strict=True))
     return out_of_set / len(targets), wrong / len(targets)
 
 
@@ -93,22 +93,25 @@ def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[st
 
 
 def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], "np.ndarray"]:
-    """Rows and columns (sorted labels, then "None" where it was answered) and counts, int64 [labels, labels]."""
+    """Rows and columns, and counts, int64 [labels, labels].
+
+    The targets come first, sorted, then what else was answered: labels of clips that are not among these, "None" last.
+    """
     from sklearn.metrics import confusion_matrix
 
     labels = sorted(set(targets))
-    if set(answers) - set(labels):
-        labels.append(NO_LABEL)
+    labels += sorted(set(answers) - set(labels), key=lambda label: (label == NO_LABEL, label))
     return labels, confusion_matrix(targets, answers, labels=labels)
 
 
-def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str]) -> Any:
+def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str], labels: Sequence[str]) -> Any:
     """Per-clip indicators from whose sums ``resampled_figures`` computes.
 
     Args:
         targets: The n true labels.
         answers: The n matched labels or "None".
         listed: The n answers matched as lists, for the error breakdown of the paper.
+        labels: What an answer may be.
 
     Returns:
         scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong.
@@ -116,8 +119,8 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     import numpy as np
     from scipy.sparse import csr_matrix, hstack
 
-    labels = sorted(set(targets))
-    position = {label: index for index, label in enumerate(dict.fromkeys([*labels, *sorted(set(answers))]))}
+    classes = dict.fromkeys([*sorted(set(targets)), *sorted(set(answers))])
+    position = {label: index for index, label in enumerate(classes)}
 
     def one_hot(values: Sequence[str], where: Sequence[bool]) -> Any:
         rows = [row for row, wanted in enumerate(where) if wanted]

@@ -60,12 +60,14 @@ class Score:
     notes: tuple[str, ...] = ()
 
 
-def score(cell: Cell, *, scorer: str, seed: int = 0) -> Score:
+def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0) -> Score:
     """Score a cell.
 
     Args:
         cell: Its predictions and what they should be.
         scorer: One of ``SCORERS``.
+        labels: The labels of all clips that any cell of the sweep has, so that a cell with few clips is given no easier
+            list to match with; by default those of the cell.
         seed: Of the bootstrap.
 
     Raises:
@@ -80,12 +82,15 @@ def score(cell: Cell, *, scorer: str, seed: int = 0) -> Score:
     if cell.expected_rows is not None and len(cell.rows) < cell.expected_rows:
         notes = (f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips",)
     scored = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
-    return scored(cell, scorer, seed, notes)
+    return scored(cell, scorer, labels or [row.label for row in cell.rows], seed, notes)
 
 
-def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
-    targets = [target_text(row.label, target=cell.target, names=cell.names, where=str(cell.file)) for row in cell.rows]
-    labels = sorted(set(targets))
+def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
+    def target(label: str) -> str:
+        return target_text(label, target=cell.target, names=cell.names, where=str(cell.file))
+
+    targets = [target(row.label) for row in cell.rows]
+    labels = sorted({target(label) for label in sweep_labels})
     texts = [birds_counted(row.prediction) if cell.dataset == "zf-indiv" else row.prediction for row in cell.rows]
     if scorer == "paper":
         texts = [clean_as_paper(text, cell.dataset) for text in texts]
@@ -98,9 +103,11 @@ def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) 
     else:
         answers = listed = [_chosen(text, row, scorer, labels) for text, row in zip(texts, cell.rows, strict=True)]
     figures = classification.figures(targets=targets, answers=answers)
-    figures["out_of_set"], figures["in_set_wrong"] = classification.error_rates(targets=targets, answers=listed)
+    figures["out_of_set"], figures["in_set_wrong"] = classification.error_rates(
+        targets=targets, answers=listed, labels=labels
+    )
     figures["out_of_set_matched"], figures["in_set_wrong_matched"] = classification.error_rates(
-        targets=targets, answers=answers
+        targets=targets, answers=answers, labels=labels
     )
     return _score(
         cell=cell,
@@ -113,7 +120,7 @@ def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) 
         figures=figures,
         baselines=classification.baselines(targets),
         matching=matching,
-        indicators=classification.indicators(targets=targets, answers=answers, listed=listed),
+        indicators=classification.indicators(targets=targets, answers=answers, listed=listed, labels=labels),
         statistic=classification.resampled_figures,
     )
 
@@ -127,15 +134,15 @@ def _chosen(text: str, row: Prediction, scorer: str, labels: Sequence[str]) -> s
     return text if text in labels else NO_LABEL
 
 
-def _detection(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
+def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
     targets = [detection.label_set(row.label) for row in cell.rows]
     if not any(targets):
         raise RunError(f"{cell.file}: no clip has a label other than None; detection needs one")
     if scorer in ("paper", "beans-zero"):
         # As beans-zero: the candidates are the label texts as they stand, lists of several labels included.
-        texts = match_lists([row.prediction for row in cell.rows], [row.label for row in cell.rows])
+        texts = match_lists([row.prediction for row in cell.rows], sweep_labels)
     else:
-        known = sorted(frozenset().union(*targets))
+        known = sorted(frozenset().union(*map(detection.label_set, sweep_labels)))
         texts = [", ".join(match_exactly(part, known) for part in row.prediction.split(",")) for row in cell.rows]
     answers = [detection.label_set(text) for text in texts]
     return _score(
@@ -152,7 +159,7 @@ def _detection(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Sc
     )
 
 
-def _captioning(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
+def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
     import numpy as np
     from scipy.sparse import csr_matrix
 
@@ -162,6 +169,7 @@ def _captioning(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> S
         "cider": captioning.cider(
             references=[captioning.words(text, plain=plain) for text in references],
             captions=[captioning.words(text, plain=plain) for text in captions],
+            documents=[captioning.words(text, plain=plain) for text in sweep_labels],
         )
     }
     missing = captioning.spice_missing()
