@@ -1,5 +1,6 @@
 import base64
 import csv
+import gzip
 import http.server
 import io
 import json
@@ -248,6 +249,46 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
     runs = {cell.run for cell in read_runs([first, second, first])}
     assert runs == {str(first), str(second)}
     assert len(build_report(read_runs([first, second])).sweeps) == 2
+
+
+def test_a_run_that_several_paths_lead_to_is_counted_once(make_run, tmp_path):
+    shutil.copytree(make_run(), tmp_path / "all/frogs")
+    (tmp_path / "again").symlink_to(tmp_path / "all/frogs")
+    paths = [tmp_path / "all", tmp_path / "all/frogs", tmp_path / "again"]
+    (sweep,) = build_report(read_runs(paths)).sweeps
+    assert [item.cell.alpha for item in sweep.scores] == [0.0, 0.5, 1.0]
+
+
+def test_a_run_without_answers_is_a_note_beside_others_and_an_error_alone(make_run):
+    begun, waiting = make_run(name="begun"), make_run(name="waiting")
+    for file in waiting.glob("*.jsonl"):
+        file.unlink()
+    for paths in ([begun, waiting], [waiting, begun]):
+        report = build_report(read_runs(paths))
+        assert [sweep.cell.run for sweep in report.sweeps] == ["begun"]
+        assert [note.partition(" (")[0] for note in report.notes] == ["waiting: 3 of 3 cells have no answer yet"]
+    with pytest.raises(RunError, match=r"waiting: no prediction yet; let `mergekit-bio eval` go on"):
+        read_runs([waiting])
+
+
+def test_a_published_file_that_stands_there_zipped_too_is_an_error(published, tmp_path):
+    name = "beans_zero_eval_unseen-family-cmn_query0_lora100.jsonl.gz"
+    shutil.copy(published / "closed_set_classification_2" / name, tmp_path)
+    (tmp_path / name.removesuffix(".gz")).write_bytes(gzip.decompress((tmp_path / name).read_bytes()))
+    with pytest.raises(RunError, match=r"lora100.jsonl: stands there zipped too; keep one"):
+        read_runs([tmp_path])
+
+
+def test_a_checkpoint_that_a_run_asked_twice_is_called_by_its_files_too(make_run):
+    path = make_run()
+    record = json.loads((path / "run.json").read_text())
+    for cell in record["cells"][:2]:
+        cell |= {"checkpoint": "half", "alpha": 0.5}
+    (path / "run.json").write_text(json.dumps(record))
+    (sweep,) = build_report(read_runs([path])).sweeps
+    names = [f"half (beans_zero_eval_frogs_query0_lora{alpha}.jsonl)" for alpha in ("000", "050")]
+    assert [item.cell.checkpoint for item in sweep.scores] == [*names, "alpha 1.0"]
+    assert sweep.best("accuracy").cell.checkpoint == names[1]
 
 
 def test_checkpoints_without_an_alpha_are_compared_by_name(make_run):

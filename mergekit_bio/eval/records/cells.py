@@ -1,6 +1,7 @@
 """Cells of runs, read back from disk: our own run directories and the layout of the published predictions."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -63,25 +64,26 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
 
     Args:
         paths: Run directories, folders of published predictions files, folders of such folders, or single
-            published files.
+            published files. A file that several of them lead to counts once.
         label_map: Used instead of the label maps that the runs bring.
 
     Returns:
         The cells in the order of run, dataset, query and alpha; those that have no answer yet are among them.
 
     Raises:
-        RunError: A path holds no run, no prediction at all, or something damaged.
+        RunError: A path holds no run or something damaged, or there is no prediction at all.
     """
     names = None if label_map is None else read_label_map(label_map)
-    cells: list[Cell] = []
-    for path in {path.resolve(): path for path in paths}.values():
+    by_file: dict[Path, Cell] = {}
+    for path in paths:
         found = list(_cells_at(path, names))
         if not found:
             raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
-        cells += found
-        if not any(cell.rows for cell in cells):
-            raise RunError(f"{path}: the run has no prediction yet; let `mergekit-bio eval` go on")
-    cells = _told_apart(cells)
+        for cell in found:
+            by_file.setdefault(cell.file.resolve(), cell)
+    if not any(cell.rows for cell in by_file.values()):
+        raise RunError(f"{', '.join(map(str, paths))}: no prediction yet; let `mergekit-bio eval` go on")
+    cells = _told_apart([*by_file.values()])
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
     return sorted(
         cells,
@@ -96,11 +98,21 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
 
 
 def _told_apart(cells: list[Cell]) -> list[Cell]:
-    """Runs of one name in different folders, called by their folders."""
+    """Runs of one name in different folders, called by their folders; checkpoints of one name, by their files too.
+
+    A run asks a checkpoint again when a later start names another one of its strength.
+    """
     folders: dict[str, set[Path]] = {}
     for cell in cells:
         folders.setdefault(cell.run, set()).add(cell.file.parent)
-    return [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+    cells = [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+    number = Counter((cell.sweep, cell.checkpoint) for cell in cells)
+    return [
+        replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file.name})")
+        if number[cell.sweep, cell.checkpoint] > 1
+        else cell
+        for cell in cells
+    ]
 
 
 def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
@@ -143,6 +155,8 @@ def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
 
 def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:
     for file in files:
+        if file.with_name(f"{file.name}.gz") in files:
+            raise RunError(f"{file}: stands there zipped too; keep one")
         name = _PUBLISHED_NAME.fullmatch(file.name)
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
