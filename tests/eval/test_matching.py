@@ -68,10 +68,10 @@ LABELS = ["Coruro", "Dall's Porpoise", "Great Grig", "More", "One", "Lynx lynx :
         ("Answer: **one**", "One"),
         ("lynx lynx : lynx", "Lynx lynx : Lynx"),
         ("Coruro<|end_of_text|> or not", "Coruro"),
-        ("Coruros", "None"),
-        ("It is not a Coruro", "None"),
-        ("Coruro, Great Grig", "None"),
-        ("", "None"),
+        ("Coruros", ""),
+        ("It is not a Coruro", ""),
+        ("Coruro, Great Grig", ""),
+        ("", ""),
     ],
 )
 def test_exact_sees_through_wrapping_only(text, label):

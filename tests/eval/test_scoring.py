@@ -258,14 +258,29 @@ def test_ties_go_to_the_first_label_in_order():
     [
         ("paper", ("Coruro", "None", "None", "None")),
         ("beans-zero", ("Coruro", "Great Grig", "Great Grig", "Coruro")),
-        ("exact", ("Coruro", "Great Grig", "None", "None")),
-        ("choice", ("None", "None", "None", "None")),
+        ("exact", ("Coruro", "Great Grig", "", "")),
+        ("choice", ("", "", "", "")),
     ],
 )
 def test_scorers_differ_where_they_should(scorer, answers):
     texts = ("coruro", "It is a Great Grig.", "probably a grig", "")
     rows = cell(*zip(texts, ("Coruro", "Great Grig", "Great Grig", "Coruro"), strict=True))
     assert score(rows, scorer=scorer).answers == answers
+
+
+def test_a_label_called_none_is_right_only_where_it_is_said():
+    rows = [("none.", "None"), ("no idea", "None"), ("wren", "wren")]
+    assert score(cell(*rows), scorer="exact").correct == (True, False, True)
+    assert score(cell(*rows), scorer="choice").correct == (False, False, True)
+    assert score(cell(*rows), scorer="exact").notes == ()
+    for scorer, where in (("paper", "as it;"), ("beans-zero", "as it in the error breakdown;")):
+        (note,) = build_report(strengths(a000=rows, a100=rows), scorer=scorer).notes
+        assert note.startswith("r, frogs, query 0: 'None' is a label here") and where in note
+
+
+def test_a_clip_without_a_label_is_named():
+    with pytest.raises(RunError, match=r"f.jsonl: the clip '001' has no label"):
+        score(cell(("a", "a"), ("", "")), scorer="exact")
 
 
 def test_choice_takes_the_option_with_the_highest_probability_and_the_first_of_equals():

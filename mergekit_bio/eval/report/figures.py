@@ -336,7 +336,9 @@ def _draw_confusion(item: Score) -> "Canvas":
     for place in range(len(labels)):
         axes.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=GREY, linewidth=0.6))
     if len(labels) <= MOST_LABELS:
-        columns, rows = ([text if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels))
+        columns, rows = (
+            [text or "no label" if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels)
+        )
         rows = [f"{text} ({total})" for text, total in zip(rows, totals[:, 0], strict=True)]
         size = 8 if len(labels) < 12 else 5.5
         axes.set_xticks(range(len(columns)), columns, rotation=90 if len("".join(columns)) > 24 else 0, fontsize=size)

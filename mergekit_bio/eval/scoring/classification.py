@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, Match
+from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, NO_MATCH, Match
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,19 +14,20 @@ def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     """Accuracy and averages over the classes, by scikit-learn with ``zero_division=0``.
 
     ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
-    ``f1_macro`` averages over every class that occurs as a target or an answer, so that "None", once answered, is a
+    ``f1_macro`` averages over every class that occurs as a target or an answer, so that no label, once answered, is a
     class with F1 0; ``f1_macro_true`` averages over the targets' classes only. ``top1`` is beans-zero's "Top-1
     Accuracy": a target with commas counts as the list of its parts.
 
     Args:
         targets: The n true labels.
-        answers: The n matched labels or "None".
+        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
     """
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
     weighted = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
     right = sum(
-        answer in [part.strip() for part in target.split(",")] for target, answer in zip(targets, answers, strict=True)
+        answer != NO_MATCH and answer in [part.strip() for part in target.split(",")]
+        for target, answer in zip(targets, answers, strict=True)
     )
     return {
         "accuracy": float(accuracy_score(targets, answers)),
@@ -95,12 +96,12 @@ def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[st
 def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], "np.ndarray"]:
     """Rows and columns, and counts, int64 [labels, labels].
 
-    The targets come first, sorted, then what else was answered: labels of clips that are not among these, "None" last.
+    The targets come first, sorted, then what else was answered: labels of clips that are not here, no label last.
     """
     from sklearn.metrics import confusion_matrix
 
     labels = sorted(set(targets))
-    labels += sorted(set(answers) - set(labels), key=lambda label: (label == NO_LABEL, label))
+    labels += sorted(set(answers) - set(labels), key=lambda label: (label in (NO_LABEL, NO_MATCH), label))
     return labels, confusion_matrix(targets, answers, labels=labels)
 
 
@@ -109,7 +110,7 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
 
     Args:
         targets: The n true labels.
-        answers: The n matched labels or "None".
+        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
         listed: The n answers matched as lists, for the error breakdown of the paper.
         labels: What an answer may be.
 

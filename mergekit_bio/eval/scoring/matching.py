@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 END_OF_TEXT = "<|end_of_text|>"
+#: What the published scorers call an answer that matches no label; a label of that name cannot be told from it.
 NO_LABEL = "None"
+#: What ``exact`` and ``choice`` call it: no label is empty.
+NO_MATCH = ""
 #: Beyond this many edits the paper's scorer says "None" (``max_levenstein_distance`` of beans-zero).
 MAX_EDITS = 5
 
@@ -98,7 +101,7 @@ def match_lists(texts: Sequence[str], labels: Iterable[str]) -> list[str]:
 
 
 def match_exactly(text: str, labels: Iterable[str]) -> str:
-    """The label that the text is, or that a sentence around it states; else "None".
+    """The label that the text is, or that a sentence around it states; else ``NO_MATCH``.
 
     Case, white space, quotation marks and trailing dots are ignored. Of a longer answer the first line counts, and
     in it what follows "is", "are" or a colon ("The answer is a Coruro." is "Coruro").
@@ -111,7 +114,7 @@ def match_exactly(text: str, labels: Iterable[str]) -> str:
         label = known.get(_normalised(candidate))
         if label is not None:
             return label
-    return NO_LABEL
+    return NO_MATCH
 
 
 def _normalised(text: str) -> str:

@@ -13,6 +13,7 @@ from mergekit_bio.eval.scoring.matching import (
     END_OF_TEXT,
     MAX_EDITS,
     NO_LABEL,
+    NO_MATCH,
     SCORERS,
     birds_counted,
     clean_as_paper,
@@ -32,7 +33,8 @@ class Score:
         scorer: Its name.
         ids: The clips, in the order of the following three.
         targets: The right answers.
-        answers: The labels that the predictions were matched with, or "None"; the captions themselves for captioning.
+        answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
+            and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
         figures: Name -> value.
         intervals: 95% bootstrap interval of the figures that have one.
@@ -85,12 +87,25 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
     return scored(cell, scorer, labels or [row.label for row in cell.rows], seed, notes)
 
 
+#: What the published scorers do to a label "None".
+_AS_NONE = {
+    "paper": "counts every answer without a label as it",
+    "beans-zero": "counts every answer without a label as it in the error breakdown",
+}
+
+
 def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
     def target(label: str) -> str:
         return target_text(label, target=cell.target, names=cell.names, where=str(cell.file))
 
     targets = [target(row.label) for row in cell.rows]
     labels = sorted({target(label) for label in sweep_labels})
+    if NO_MATCH in targets:
+        raise RunError(f"{cell.file}: the clip {cell.rows[targets.index(NO_MATCH)].id!r} has no label")
+    if NO_LABEL in labels and scorer in _AS_NONE:
+        where = f"{cell.run}, {cell.dataset}, query {cell.query}"
+        does = f"the scorer {scorer} {_AS_NONE[scorer]}"
+        notes = (*notes, f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
     texts = [birds_counted(row.prediction) if cell.dataset == "zf-indiv" else row.prediction for row in cell.rows]
     if scorer == "paper":
         texts = [clean_as_paper(text, cell.dataset) for text in texts]
@@ -131,7 +146,7 @@ def _chosen(text: str, row: Prediction, scorer: str, labels: Sequence[str]) -> s
     if row.choice_logprobs:
         text = max(sorted(row.choice_logprobs), key=row.choice_logprobs.__getitem__)
     text = text.split(END_OF_TEXT)[0]
-    return text if text in labels else NO_LABEL
+    return text if text in labels else NO_MATCH
 
 
 def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
