@@ -78,6 +78,22 @@ def test_exact_sees_through_wrapping_only(text, label):
     assert match_exactly(text, LABELS) == label
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Marsh Wren", "Marsh Wren"),
+        ("Marsh wren", "Marsh wren"),
+        ("The answer is 'Marsh  wren'.", "Marsh wren"),
+        (" Marsh Wren", " Marsh Wren"),
+        ("MARSH WREN", " Marsh Wren"),
+        ("...", "..."),
+        ("", ""),
+    ],
+)
+def test_of_labels_that_differ_in_case_or_white_space_the_one_to_the_letter_is_taken(text, label):
+    assert match_exactly(text, ["Marsh wren", "Marsh Wren", " Marsh Wren", "..."]) == label
+
+
 @given(st.sampled_from(LABELS), st.sampled_from(["{}", "'{}'", "{}...", "  {}\n", "The answer is {}.", "Label: {}"]))
 def test_exact_finds_every_label_in_every_wrapping(label, wrapping):
     assert match_exactly(wrapping.format(label.upper()), LABELS) == label
