@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby
 from urllib.parse import unquote
 
 import numpy as np
@@ -19,7 +21,7 @@ from rich.console import Console
 
 import mergekit_bio.eval.report.page as report_page
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.report import figures
 from mergekit_bio.eval.report.files import default_folder, write_report
 from mergekit_bio.eval.report.page import render_page
@@ -242,6 +244,62 @@ def test_published_runs_together_have_the_papers_figures(published, tmp_path):
 def test_runs_over_the_same_clips_are_laid_over_one_another(make_run, tmp_path):
     report = build_report(read_runs([make_run(name="k0"), make_run(name="k5")]))
     assert "runs_frogs" in {file.stem for file in write_report(report, tmp_path / "out", progress=no_progress)}
+
+
+TARGETS = ("label", "scientific", "combined")
+
+
+def asked(cells: list[Cell], *queries: tuple[int, str]) -> list[Cell]:
+    """The cells once for each query and its target, as if all had been asked."""
+    names = {row.label: f"Genus {row.label}" for cell in cells for row in cell.rows}
+    return [
+        replace(cell, query=query, target=target, names=names)
+        for _, run in groupby(cells, key=lambda cell: cell.run)
+        for several in [list(run)]
+        for query, target in queries
+        for cell in several
+    ]
+
+
+def figure_names(cells: list[Cell]) -> list[str]:
+    return figures._file_names([*figures._plans(build_report(cells, scorer="exact"))])
+
+
+def test_the_files_listed_are_those_on_the_disk_with_two_runs_of_two_targets(make_run, tmp_path):
+    runs = [make_run(name=name, alphas=(0.5, 1.0)) for name in ("k0", "k5")]
+    cells = asked(read_runs(runs), (0, "label"), (1, "scientific"))
+    files = write_report(build_report(cells, scorer="exact"), tmp_path, progress=no_progress)
+    assert sorted(files) == sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    assert {"runs_frogs", "runs_frogs_scientific_name"} <= {file.stem for file in files}
+
+
+@pytest.mark.parametrize(
+    ("runs", "alphas", "queries", "among"),
+    [
+        (
+            ["k0"],
+            (0.5, 1.0),
+            [*enumerate(TARGETS * 2)],
+            {"names_k0_frogs_queries_0_1_2", "names_k0_frogs_queries_3_4_5"},
+        ),
+        (["frogs"], (0.5,), [*enumerate(TARGETS[:2] * 2)], {"wordings_frogs", "wordings_frogs_scientific_name"}),
+        (["a b", "a_b", "A b"], (0.5, 1.0), [(0, "label")], {"sweep_a_b_frogs_query_0", "sweep_a_b_frogs_query_0-2"}),
+    ],
+)
+def test_no_figure_takes_the_name_of_another(make_run, runs, alphas, queries, among):
+    cells = asked(read_runs([make_run(name=name, alphas=alphas) for name in runs]), *queries)
+    names = figure_names(cells)
+    assert len({name.casefold() for name in names}) == len(names)
+    assert among <= {*names}
+
+
+def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp_path):
+    paths = [tmp_path / ("a long name " * 18) / part / "frogs" for part in ("one", "two")]
+    for path in paths:
+        shutil.copytree(make_run(), path)
+    files = write_report(build_report(read_runs(paths)), tmp_path / "out", progress=no_progress)
+    assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert len(files) == 5 + 2 * (3 + 3 + 1) and max(len(file.name) for file in files) < 143
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):

@@ -1,6 +1,8 @@
 """The figures of a report: PNG and PDF, one style, colours that colour-blind readers can tell apart."""
 
+import hashlib
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ STYLE = {
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
+#: Bytes of a file's name without its suffix; file systems take 255 at most, some of them 143.
+LONGEST_NAME = 120
 #: Labels of a confusion matrix are written out up to this many, its counts up to a third of that.
 MOST_LABELS = 60
 
@@ -106,15 +110,31 @@ def draw_figures(
     plans = list(_plans(report))
     figures = []
     with matplotlib.rc_context(STYLE), progress("drawing", len(plans)) as advance:
-        for plan in plans:
-            figures.append(_save(folder, plan))
+        for name, plan in zip(_file_names(plans), plans, strict=True):
+            figures.append(_save(folder, name, plan))
             advance(1)
     return figures
 
 
-def _save(folder: Path, plan: _Plan) -> Figure:
+def _file_names(plans: Sequence[_Plan]) -> list[str]:
+    """For each figure a name without suffix that any file system takes and no other figure has."""
+    names: dict[str, str] = {}  # as file systems compare them, some of which ignore case
+    for plan in plans:
+        whole = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
+        stem = whole.encode()
+        if len(stem) > LONGEST_NAME:
+            stem = stem[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(stem).hexdigest()[:8].encode()
+        name = first = stem.decode(errors="ignore")
+        number = 1
+        while name.casefold() in names:
+            number += 1
+            name = f"{first}-{number}"
+        names[name.casefold()] = name
+    return [*names.values()]
+
+
+def _save(folder: Path, name: str, plan: _Plan) -> Figure:
     canvas = plan.draw()
-    name = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
     files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
     for file in files:
         # Without a date the same report gives the same bytes.
@@ -124,6 +144,8 @@ def _save(folder: Path, plan: _Plan) -> Figure:
     return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
 
 
+#: The targets, as readers of figures call them.
+NAMES: dict[Target, str] = {"label": "common", "scientific": "scientific", "combined": "combined"}
 _KINDS = {
     "sweep": "Against alpha",
     "errors": "Error breakdown",
@@ -147,16 +169,31 @@ def _plans(report: Report) -> Iterator[_Plan]:
                 title = f"{sweep.title}, {best.cell.checkpoint}"
                 yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
-        sweeps = [sweep for sweep in members if sweep.cell.task == "classification"]
         title = run if run == dataset else f"{run}, {dataset}"
-        named = {sweep.cell.target: sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1}
-        if len(named) == 3 and _same_clips([*named.values()]):
-            yield _Plan(kind="names", title=title, draw=partial(_draw_names, named))
-        for _, alike in groupby(sweeps, key=lambda sweep: sweep.cell.target):
-            wordings = list(alike)
+        by_target: dict[Target, list[Sweep]] = {target: [] for target in NAMES}
+        for sweep in members:
+            if sweep.cell.task == "classification":
+                by_target[sweep.cell.target].append(sweep)
+        yield from _names_plans(title, by_target)
+        for target, wordings in by_target.items():
             if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):
-                yield _Plan(kind="wordings", title=title, draw=partial(_draw_wordings, wordings))
+                yield _Plan(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
     yield from _run_plans(report)
+
+
+def _names_plans(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[_Plan]:
+    """The three targets of one question; of several wordings the first of each, the second of each, and so on."""
+    curves = ([sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1] for sweeps in by_target.values())
+    together = [sweeps for sweeps in zip(*curves, strict=False) if _same_clips(sweeps)]
+    for sweeps in together:
+        queries = ", queries " + ", ".join(str(sweep.cell.query) for sweep in sweeps) if len(together) > 1 else ""
+        named = dict(zip(by_target, sweeps, strict=True))
+        yield _Plan(kind="names", title=title + queries, draw=partial(_draw_names, named))
+
+
+def _of_target(title: str, target: Target) -> str:
+    """The title of a figure about one target where another may be about the next."""
+    return title if target == "label" else f"{title}, {target} name"
 
 
 def _same_clips(sweeps: Sequence[Sweep]) -> bool:
@@ -171,9 +208,11 @@ def _run_plans(report: Report) -> Iterator[_Plan]:
         if sweep.by_alpha and sweep.comparisons and sweep.same_clips and sweep.cell.task == "classification":
             key = (sweep.cell.dataset, sweep.cell.target, sweep.scores[0].ids)
             alike.setdefault(key, []).append(sweep)
-    for sweeps in alike.values():
-        if len({sweep.cell.run for sweep in sweeps}) > 1:
-            yield _Plan(kind="runs", title=sweeps[0].cell.dataset, draw=partial(_draw_runs, sweeps))
+    together = {key: sweeps for key, sweeps in alike.items() if len({sweep.cell.run for sweep in sweeps}) > 1}
+    titles = Counter((dataset, target) for dataset, target, _ in together)
+    for (dataset, target, clips), sweeps in together.items():
+        number = f", {len(clips)} clips" if titles[dataset, target] > 1 else ""
+        yield _Plan(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
 
 
 def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:
@@ -258,14 +297,13 @@ def _draw_errors(sweep: Sweep) -> "Canvas":
 def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
     """Left: accuracy against alpha for the three targets. Right: combined against the mean of the other two."""
     canvas, (left, right) = _subplots(1, 2, figsize=(6.6, 2.7))
-    words: dict[Target, str] = {"label": "common", "scientific": "scientific", "combined": "combined"}
-    for order, (target, word) in enumerate(words.items()):
+    for order, (target, word) in enumerate(NAMES.items()):
         _curve(left, named[target].scores, "accuracy", word, order)
     _alpha_axis(left, "Accuracy")
     left.legend(loc="upper left")
     values = [
         {item.cell.alpha: item.figures["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
-        for target in words
+        for target in NAMES
     ]
     alphas = sorted(set.intersection(*(set(part) for part in values)))
     trained = [(values[0][alpha] + values[1][alpha]) / 2 for alpha in alphas]
@@ -313,7 +351,7 @@ def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
     canvas, grid = _subplots(1, len(names), figsize=(3.2 * len(names), 2.4), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for order, sweep in enumerate(sweeps):
-            _curve(axes, sweep.scores, name, sweep.title, order)
+            _curve(axes, sweep.scores, name, textwrap.fill(sweep.title, 48), order)
         _alpha_axis(axes, TITLES[name])
     canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return canvas
