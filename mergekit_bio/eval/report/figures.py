@@ -2,6 +2,7 @@
 
 import hashlib
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "osD^vP"
 GREY = "#6e6e6e"
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -51,6 +52,15 @@ STYLE = {
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
+#: Drawn with where they are installed, the first that has the letter, for what DejaVu Sans has none of.
+FALLBACK_FONTS = (
+    "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans JP", "Noto Sans SC",
+    "Noto Sans KR", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Ethiopic", "Noto Sans Symbols2", "Source Han Sans",
+    "IPAexGothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Hiragino Sans", "PingFang SC",
+    "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Leelawadee UI",
+    "Arial Unicode MS", "Unifont",
+)  # fmt: skip
 #: Bytes of a file's name without its suffix; file systems take 255 at most, some of them 143.
 LONGEST_NAME = 120
 #: Labels of a confusion matrix are written out up to this many, its counts up to a third of that.
@@ -109,11 +119,19 @@ def draw_figures(
     folder.mkdir(parents=True, exist_ok=True)
     plans = list(_plans(report))
     figures = []
-    with matplotlib.rc_context(STYLE), progress("drawing", len(plans)) as advance:
+    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(plans)) as advance:
         for name, plan in zip(_file_names(plans), plans, strict=True):
             figures.append(_save(folder, name, plan))
             advance(1)
     return figures
+
+
+def _fonts() -> list[str]:
+    """The style's font and those of ``FALLBACK_FONTS`` that are here; matplotlib goes on about others."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return [*STYLE["font.sans-serif"], *(name for name in FALLBACK_FONTS if name in installed)]
 
 
 def _file_names(plans: Sequence[_Plan]) -> list[str]:
@@ -136,9 +154,11 @@ def _file_names(plans: Sequence[_Plan]) -> list[str]:
 def _save(folder: Path, name: str, plan: _Plan) -> Figure:
     canvas = plan.draw()
     files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
-    for file in files:
-        # Without a date the same report gives the same bytes.
-        canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there; the page has the letter
+        for file in files:
+            # Without a date the same report gives the same bytes.
+            canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
     rest = plan.title.removeprefix(plan.sweep.title).removeprefix(", ") if plan.sweep else plan.title
     caption = f"{_KINDS[plan.kind]}: {rest}" if rest else _KINDS[plan.kind]
     return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
@@ -379,7 +399,8 @@ def _draw_confusion(item: Score) -> "Canvas":
         )
         rows = [f"{text} ({total})" for text, total in zip(rows, totals[:, 0], strict=True)]
         size = 8 if len(labels) < 12 else 5.5
-        axes.set_xticks(range(len(columns)), columns, rotation=90 if len("".join(columns)) > 24 else 0, fontsize=size)
+        widest = max(map(len, columns))
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if widest * len(columns) > 24 else 0, fontsize=size)
         axes.set_yticks(range(len(rows)), rows, fontsize=size)
     else:
         axes.set_xticks([])

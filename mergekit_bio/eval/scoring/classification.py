@@ -1,5 +1,6 @@
 """The figures of a classification cell: accuracy, both F1 averages, error breakdowns, baselines, confusion."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,9 @@ def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[s
 
     labels = sorted(set(targets))
     labels += sorted(set(answers) - set(labels), key=lambda label: (label in (NO_LABEL, NO_MATCH), label))
-    return labels, confusion_matrix(targets, answers, labels=labels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")  # and a matrix of one row is what is wanted
+        return labels, confusion_matrix(targets, answers, labels=labels)
 
 
 def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str], labels: Sequence[str]) -> Any:
