@@ -191,6 +191,14 @@ def test_damaged_metadata_is_named_with_its_line(folder, metadata, said):
         open_audio_folder(folder, name="mine", task="classification")
 
 
+@pytest.mark.parametrize("column", ["label", "file_name"])
+def test_a_text_that_no_file_can_hold_is_named_with_its_line(folder, column):
+    rows = [{"file_name": "0.wav", "label": "wren"}, {"file_name": "1.wav", "label": "owl", column: "\ud800"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DatasetError, match=rf"metadata.jsonl:2: '{column}' must be a text without a lone surrogate"):
+        open_audio_folder(folder, name="mine", task="classification")
+
+
 def test_a_file_that_is_no_recording_is_an_audio_error(folder):
     (folder / "0.wav").write_text("not audio")
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n")

@@ -14,6 +14,7 @@ from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 from mergekit_bio.eval.scoring.detection import label_set
 from mergekit_bio.eval.scoring.matching import normalised
+from mergekit_bio.eval.validation import is_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,8 +115,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     f"{file}:{number}: no column '{column}'; it has {', '.join(map(str, row)) or 'none'}"
                 )
         for column in (*REQUIRED, "split"):
-            if not isinstance(row.get(column), str | None):
-                raise DatasetError(f"{file}:{number}: '{column}' must be a text")
+            if row.get(column) is not None and not is_text(row[column]):
+                raise DatasetError(f"{file}:{number}: '{column}' must be a text without a lone surrogate")
         yield f"{file}:{number}", row
 
 
