@@ -81,7 +81,7 @@ def run_experiments(folder: Path, arguments: argparse.Namespace) -> list[Path]:
 def print_sweep(sweep: Sweep, published: Published) -> float:
     """Print a table; the value is the largest difference, infinite where nothing was published."""
     recipe = RECIPES.get(sweep.cell.run, sweep.cell.run)
-    print(f"\n{sweep.title} ({len(sweep.targets)} clips)")
+    print(f"\n{sweep.title} ({len(sweep.clips)} clips)")
     print(("       " + "".join(f"{TITLES[name]:<18}" for name in FIGURES)).rstrip())
     print(("alpha  " + "paper   ours      " * len(FIGURES)).rstrip())
     largest = 0.0

@@ -82,6 +82,7 @@ def test_a_table_of_cells_with_different_clips_says_how_many_each_has(make_run, 
     rows = [line.split()[:2] for line in lines]
     assert all([alpha, f"({clips})"] in rows for alpha, clips in (("0", 60), ("0.5", 60), ("1", 40)))
     page = write_report(report, tmp_path, progress=no_progress)[0].read_text()
+    assert "<figcaption>Against alpha (each over its own clips)</figcaption>" in page
     assert "<th>Clips</th>" in page and "compared over the 40 that all have" in page
 
 

@@ -243,6 +243,13 @@ def test_cells_with_different_clips_are_told_with_their_numbers(published, tmp_p
     assert "(100 clips: alpha 0.00; 102 clips: alpha 0.10); compared over the 100" in note
 
 
+def test_a_clip_with_another_label_is_another_clip():
+    (sweep,) = build_report(
+        strengths(a000=[("a", "a"), ("b", "b")], a100=[("a", "a"), ("b", "a")]), scorer="exact"
+    ).sweeps
+    assert sweep.comparison("accuracy").clips == 1 and "compared over the 1 that all have" in sweep.clips_note
+
+
 def test_answers_to_other_words_under_the_same_number_are_another_sweep():
     first, second = strengths(a000=[("a", "a")], a100=[("a", "a")])
     assert len(build_report([first, replace(second, query_text="Another?")], scorer="exact").sweeps) == 2

@@ -59,9 +59,14 @@ class Comparison:
     plateau: tuple[float, float] | None
 
 
+def clips_of(item: Score) -> frozenset[tuple[str, str]]:
+    """The clips of a cell: their ids and right answers, as the labels of a dataset may have been mended in between."""
+    return frozenset(zip(item.ids, item.targets, strict=True))
+
+
 def shared_clips(scores: Sequence[Score]) -> frozenset[str]:
-    """The ids of the clips that all cells have."""
-    return frozenset.intersection(*(frozenset(item.ids) for item in scores))
+    """The ids of the clips that all cells have, with the same right answer."""
+    return frozenset(key for key, _ in frozenset.intersection(*map(clips_of, scores)))
 
 
 def distinct_alphas(scores: Sequence[Score]) -> bool:

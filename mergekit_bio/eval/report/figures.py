@@ -161,6 +161,8 @@ def _save(folder: Path, name: str, plan: _Plan) -> Figure:
             canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
     rest = plan.title.removeprefix(plan.sweep.title).removeprefix(", ") if plan.sweep else plan.title
     caption = f"{_KINDS[plan.kind]}: {rest}" if rest else _KINDS[plan.kind]
+    if plan.sweep and plan.kind in ("sweep", "errors") and not plan.sweep.same_clips:
+        caption += " (each over its own clips)"
     return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
 
 
@@ -217,7 +219,7 @@ def _of_target(title: str, target: Target) -> str:
 
 
 def _same_clips(sweeps: Sequence[Sweep]) -> bool:
-    """Whether the cells may be drawn side by side."""
+    """Whether the cells may be drawn side by side, though what they are asked about the clips may differ."""
     return len({item.ids for sweep in sweeps for item in sweep.scores}) == 1
 
 
@@ -226,7 +228,7 @@ def _run_plans(report: Report) -> Iterator[_Plan]:
     alike: dict[Any, list[Sweep]] = {}
     for sweep in report.sweeps:
         if sweep.by_alpha and sweep.comparisons and sweep.same_clips and sweep.cell.task == "classification":
-            key = (sweep.cell.dataset, sweep.cell.target, sweep.scores[0].ids)
+            key = (sweep.cell.dataset, sweep.cell.target, sweep.clips)
             alike.setdefault(key, []).append(sweep)
     together = {key: sweeps for key, sweeps in alike.items() if len({sweep.cell.run for sweep in sweeps}) > 1}
     titles = Counter((dataset, target) for dataset, target, _ in together)

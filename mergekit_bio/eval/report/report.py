@@ -6,7 +6,14 @@ from itertools import groupby
 from typing import Any
 
 from mergekit_bio.eval.records.cells import Cell
-from mergekit_bio.eval.report.comparison import MAIN_FIGURES, Comparison, compare, distinct_alphas, shared_clips
+from mergekit_bio.eval.report.comparison import (
+    MAIN_FIGURES,
+    Comparison,
+    clips_of,
+    compare,
+    distinct_alphas,
+    shared_clips,
+)
 from mergekit_bio.eval.scoring import classification
 from mergekit_bio.eval.scoring.matching import SCORERS
 from mergekit_bio.eval.scoring.score import Score, score
@@ -64,24 +71,25 @@ class Sweep:
         return [name for name in MAIN_FIGURES[self.cell.task] if name in self.scores[0].figures]
 
     @property
-    def targets(self) -> dict[str, str]:
-        """The right answer to every clip that any cell has, by the clip's id."""
-        return {key: target for item in self.scores for key, target in zip(item.ids, item.targets, strict=True)}
+    def clips(self) -> frozenset[tuple[str, str]]:
+        """The id and the right answer of every clip that any cell has."""
+        return frozenset.union(*map(clips_of, self.scores))
 
     @property
     def labels(self) -> frozenset[str]:
         """The right answers: what the cells of a classification choose among."""
-        return frozenset(self.targets.values())
+        return frozenset(target for _, target in self.clips)
 
     @property
     def baselines(self) -> dict[str, float]:
         """What majority and random answers to all its clips get (classification)."""
-        return classification.baselines([*self.targets.values()]) if self.cell.task == "classification" else {}
+        targets = [target for _, target in self.clips]
+        return classification.baselines(targets) if self.cell.task == "classification" else {}
 
     @property
     def same_clips(self) -> bool:
         """Whether all cells have the same clips."""
-        return len({item.ids for item in self.scores}) == 1
+        return len({clips_of(item) for item in self.scores}) == 1
 
     def comparison(self, figure: str) -> Comparison | None:
         """The comparison of a figure; None where the sweep has one cell."""
@@ -204,7 +212,7 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "query_text": cell.query_text,
         "target": cell.target,
         "scorer": first.scorer,
-        "clips": len(sweep.targets),
+        "clips": len(sweep.clips),
         "clips_shared": len(shared_clips(sweep.scores)),
         "labels": len(sweep.labels) if cell.task == "classification" else None,
         "baselines": sweep.baselines,

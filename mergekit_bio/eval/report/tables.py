@@ -63,7 +63,7 @@ def _table(sweep: Sweep) -> "Table":
 def size(sweep: Sweep) -> str:
     """The clips that any cell has, and the labels that a classification chooses among."""
     labels = f", {len(sweep.labels)} labels" if sweep.cell.task == "classification" else ""
-    return f"{len(sweep.targets)} clips{labels}"
+    return f"{len(sweep.clips)} clips{labels}"
 
 
 def model_header(sweep: Sweep) -> str:
