@@ -55,6 +55,12 @@ def test_the_tables_fit_100_columns_and_name_scorer_and_averages(report):
     assert "…" not in text
 
 
+def test_a_name_in_brackets_is_no_markup(make_run):
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(build_report(read_runs([make_run(name="frogs[bold]")])), console)
+    assert "frogs[bold], frogs, query 0" in console.export_text()
+
+
 def test_a_run_takes_its_own_scorer_unless_another_is_asked_for(make_run):
     cells = read_runs([make_run()])
     assert build_report(cells).scorers == ["exact"]
