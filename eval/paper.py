@@ -81,7 +81,7 @@ def run_experiments(folder: Path, arguments: argparse.Namespace) -> list[Path]:
 def print_sweep(sweep: Sweep, published: Published) -> float:
     """Print a table; the value is the largest difference, infinite where nothing was published."""
     recipe = RECIPES.get(sweep.cell.run, sweep.cell.run)
-    print(f"\n{sweep.title} ({len(sweep.scores[0].ids)} clips)")
+    print(f"\n{sweep.title} ({len(sweep.clips)} clips)")
     print(("       " + "".join(f"{TITLES[name]:<18}" for name in FIGURES)).rstrip())
     print(("alpha  " + "paper   ours      " * len(FIGURES)).rstrip())
     largest = 0.0
@@ -97,10 +97,12 @@ def print_sweep(sweep: Sweep, published: Published) -> float:
     gain = sweep.improvement("f1_weighted")
     if gain:
         best, full, relative = gain
-        ours = {name: f"{best.figures[name]:.3f} / {full.figures[name]:.3f}" for name in ("f1_weighted", "f1_macro")}
+        weighted, macro = (
+            [sweep.compared(name, item) for item in (best, full)] for name in ("f1_weighted", "f1_macro")
+        )
         print(
-            f"best alpha {best.cell.alpha:g} over alpha 1: F1 weighted {ours['f1_weighted']} ({relative:+.1%}),"
-            f" F1 macro {ours['f1_macro']} ({best.figures['f1_macro'] / full.figures['f1_macro'] - 1:+.1%})"
+            f"best alpha {best.cell.alpha:g} over alpha 1: F1 weighted {weighted[0]:.3f} / {weighted[1]:.3f}"
+            f" ({relative:+.1%}), F1 macro {macro[0]:.3f} / {macro[1]:.3f} ({macro[0] / macro[1] - 1:+.1%})"
         )
     return largest
 
@@ -125,6 +127,8 @@ def main() -> None:
     except MergekitBioError as error:
         sys.exit(f"error: {error}")
     published = published_scores()
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
     differences = [print_sweep(sweep, published) for sweep in report.sweeps]
     print("\n!: the published value is outside our 95% interval; nan: not published with predictions")
     print(f"largest difference: {max(differences):.2g}")

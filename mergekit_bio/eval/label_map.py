@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_bio.errors import RecipeError
+from mergekit_bio.eval.validation import is_text
 
 #: What the right answer is: the label, its scientific name, or "scientific : label".
 Target = Literal["label", "scientific", "combined"]
@@ -27,6 +28,8 @@ def read_label_map(path: Path) -> dict[str, str]:
     for number, label, scientific in _rows(path):
         if not (isinstance(label, str) and isinstance(scientific, str) and label and scientific):
             raise RecipeError(f"{path}:{number}: a line needs a label and a scientific name")
+        if not (is_text(label) and is_text(scientific)):
+            raise RecipeError(f"{path}:{number}: the names must be texts without a lone surrogate")
         if label in names:
             raise RecipeError(f"{path}:{number}: the label {label!r} stands in the file twice")
         names[label] = scientific

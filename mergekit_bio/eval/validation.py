@@ -47,6 +47,17 @@ def validated(kind: type[T], data: Any, *, error: type[MergekitBioError], locate
     raise error(f"{locate(path)}: {name + ': ' if name else ''}{message}")
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a text that a file can hold: a lone surrogate comes through JSON's escapes, and goes nowhere."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """What to add to "unknown ...": a suggestion, or the known words."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)

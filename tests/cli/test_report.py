@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -36,6 +37,17 @@ def test_quiet_prints_the_files_and_nothing_else(make_run, tmp_path):
     done = run(make_run(), "--quiet", "--out", tmp_path / "out")
     assert done.stdout.splitlines()[0] == str(tmp_path / "out" / "report.html")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("labels", [["ᎠᎡ", "アカゲラ", "𓅃"], ["wren"]])
+def test_quiet_is_quiet_about_letters_that_no_font_has_and_about_a_single_label(tmp_path, recwarn, labels):
+    for alpha in ("000", "100"):
+        rows = [{"prediction": label, "label": label, "id": label, "dataset_name": "birds"} for label in labels]
+        file = tmp_path / f"beans_zero_eval_birds_query0_lora{alpha}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(tmp_path, "--quiet", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_missing_run_is_the_users_error(tmp_path):

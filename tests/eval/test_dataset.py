@@ -114,6 +114,50 @@ def test_a_folder_of_recordings_with_jsonl_draws_examples_from_what_is_asked(fol
     assert dataset.clips == dataset.examples and dataset.clips[0].label == "öwl\u2028x"
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name, label, split\n0.wav, Quillia borealis, test\n 1.wav ,Quillia borealis,\n"),
+        (
+            "metadata.jsonl",
+            """{"file_name": "0.wav", "label": " Quillia borealis\\n"}
+               {"file_name": "1.wav ", "label": "Quillia borealis"}""",
+        ),
+    ],
+)
+def test_white_space_around_a_value_of_the_metadata_does_not_count(folder, name, text):
+    (folder / name).write_text(text)
+    dataset = open_audio_folder(folder, name="mine", task="classification")
+    assert [(clip.id, clip.label) for clip in dataset.clips] == [
+        ("0.wav", "Quillia borealis"),
+        ("1.wav", "Quillia borealis"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "named"),
+    [
+        ("classification", ("Marsh Wren", "Marsh wren"), "'Marsh Wren' and 'Marsh wren'"),
+        ("classification", ("Marsh  Wren", "Marsh Wren."), "'Marsh  Wren' and 'Marsh Wren.'"),
+        ("detection", ('"wren, owl"', "Owl"), "'owl' and 'Owl'"),
+    ],
+)
+def test_labels_that_scoring_could_not_tell_apart_are_named(folder, task, labels, named):
+    (folder / "metadata.csv").write_text(f"file_name,label,split\n0.wav,{labels[0]},\n1.wav,{labels[1]},examples\n")
+    with pytest.raises(DatasetError, match=rf"metadata.csv: the labels {named} differ only in case.*; write one"):
+        open_audio_folder(folder, name="mine", task=task)
+
+
+def test_no_label_of_a_detection_may_be_written_in_any_case(folder):
+    (folder / "metadata.csv").write_text("file_name,label\n0.wav,None\n1.wav,none\n2.wav,wren\n")
+    assert len(open_audio_folder(folder, name="mine", task="detection").clips) == 3
+
+
+def test_captions_may_differ_in_case(folder):
+    (folder / "metadata.csv").write_text("file_name,label\n0.wav,a wren\n1.wav,A wren.\n")
+    assert len(open_audio_folder(folder, name="mine", task="captioning").clips) == 2
+
+
 def test_the_fingerprint_follows_labels_and_recordings(folder):
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n1.wav,owl\n")
     first = open_audio_folder(folder, name="mine", task="classification")
@@ -144,6 +188,14 @@ def test_the_fingerprint_follows_labels_and_recordings(folder):
 def test_damaged_metadata_is_named_with_its_line(folder, metadata, said):
     (folder / "metadata.csv").write_text(metadata)
     with pytest.raises(DatasetError, match=said):
+        open_audio_folder(folder, name="mine", task="classification")
+
+
+@pytest.mark.parametrize("column", ["label", "file_name"])
+def test_a_text_that_no_file_can_hold_is_named_with_its_line(folder, column):
+    rows = [{"file_name": "0.wav", "label": "wren"}, {"file_name": "1.wav", "label": "owl", column: "\ud800"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DatasetError, match=rf"metadata.jsonl:2: '{column}' must be a text without a lone surrogate"):
         open_audio_folder(folder, name="mine", task="classification")
 
 

@@ -68,14 +68,30 @@ LABELS = ["Coruro", "Dall's Porpoise", "Great Grig", "More", "One", "Lynx lynx :
         ("Answer: **one**", "One"),
         ("lynx lynx : lynx", "Lynx lynx : Lynx"),
         ("Coruro<|end_of_text|> or not", "Coruro"),
-        ("Coruros", "None"),
-        ("It is not a Coruro", "None"),
-        ("Coruro, Great Grig", "None"),
-        ("", "None"),
+        ("Coruros", ""),
+        ("It is not a Coruro", ""),
+        ("Coruro, Great Grig", ""),
+        ("", ""),
     ],
 )
 def test_exact_sees_through_wrapping_only(text, label):
     assert match_exactly(text, LABELS) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Marsh Wren", "Marsh Wren"),
+        ("Marsh wren", "Marsh wren"),
+        ("The answer is 'Marsh  wren'.", "Marsh wren"),
+        (" Marsh Wren", " Marsh Wren"),
+        ("MARSH WREN", " Marsh Wren"),
+        ("...", "..."),
+        ("", ""),
+    ],
+)
+def test_of_labels_that_differ_in_case_or_white_space_the_one_to_the_letter_is_taken(text, label):
+    assert match_exactly(text, ["Marsh wren", "Marsh Wren", " Marsh Wren", "..."]) == label
 
 
 @given(st.sampled_from(LABELS), st.sampled_from(["{}", "'{}'", "{}...", "  {}\n", "The answer is {}.", "Label: {}"]))

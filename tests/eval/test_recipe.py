@@ -287,3 +287,9 @@ def test_a_wrong_label_map_is_one_line(tmp_path, content, said):
     with pytest.raises(RecipeError) as error:
         read_label_map(tmp_path / "map.csv")
     assert said in str(error.value)
+
+
+def test_a_name_that_no_file_can_hold_is_named_with_its_line(tmp_path):
+    (tmp_path / "names.jsonl").write_text('{"label": "a", "scientific_name": "\\ud800"}')
+    with pytest.raises(RecipeError, match=r"names.jsonl:1: the names must be texts without a lone surrogate"):
+        read_label_map(tmp_path / "names.jsonl")

@@ -1,5 +1,6 @@
 import base64
 import csv
+import gzip
 import http.server
 import io
 import json
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,7 +21,7 @@ from rich.console import Console
 
 import mergekit_bio.eval.report.page as report_page
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.report import figures
 from mergekit_bio.eval.report.files import default_folder, write_report
 from mergekit_bio.eval.report.page import render_page
@@ -52,6 +55,12 @@ def test_the_tables_fit_100_columns_and_name_scorer_and_averages(report):
     assert "…" not in text
 
 
+def test_a_name_in_brackets_is_no_markup(make_run):
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(build_report(read_runs([make_run(name="frogs[bold]")])), console)
+    assert "frogs[bold], frogs, query 0" in console.export_text()
+
+
 def test_a_run_takes_its_own_scorer_unless_another_is_asked_for(make_run):
     cells = read_runs([make_run()])
     assert build_report(cells).scorers == ["exact"]
@@ -65,6 +74,33 @@ def test_cells_are_compared_over_the_clips_that_all_of_them_have(make_run):
     (sweep,) = build_report(read_runs([path])).sweeps
     assert [len(item.ids) for item in sweep.scores] == [60, 60, 40]
     assert {comparison.clips for comparison in sweep.comparisons} == {40}
+
+
+def test_a_table_of_cells_with_different_clips_says_how_many_each_has(make_run, tmp_path):
+    path = make_run()
+    file = path / "beans_zero_eval_frogs_query0_lora100.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
+    report = build_report(read_runs([path]))
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(report, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split()[:2] for line in lines]
+    assert all([alpha, f"({clips})"] in rows for alpha, clips in (("0", 60), ("0.5", 60), ("1", 40)))
+    page = write_report(report, tmp_path, progress=no_progress)[0].read_text()
+    assert "<figcaption>Against alpha (each over its own clips)</figcaption>" in page
+    assert "<th>Clips</th>" in page and "compared over the 40 that all have" in page
+
+
+def test_cells_that_were_planned_and_have_no_answer_are_told(make_run):
+    path = make_run()
+    (path / "beans_zero_eval_frogs_query0_lora050.jsonl").unlink()
+    (path / "beans_zero_eval_frogs_query0_lora100.jsonl").write_text("")
+    report = build_report(read_runs([path]))
+    assert [item.cell.alpha for item in report.sweeps[0].scores] == [0.0]
+    assert report.notes == [
+        "frogs: 2 of 3 cells have no answer yet (frogs, query 0, alpha 0.5; frogs, query 0, alpha 1.0)"
+    ]
 
 
 def test_the_files_of_a_report(report, written):
@@ -217,11 +253,107 @@ def test_runs_over_the_same_clips_are_laid_over_one_another(make_run, tmp_path):
     assert "runs_frogs" in {file.stem for file in write_report(report, tmp_path / "out", progress=no_progress)}
 
 
+TARGETS = ("label", "scientific", "combined")
+
+
+def asked(cells: list[Cell], *queries: tuple[int, str]) -> list[Cell]:
+    """The cells once for each query and its target, as if all had been asked."""
+    names = {row.label: f"Genus {row.label}" for cell in cells for row in cell.rows}
+    return [
+        replace(cell, query=query, target=target, names=names)
+        for _, run in groupby(cells, key=lambda cell: cell.run)
+        for several in [list(run)]
+        for query, target in queries
+        for cell in several
+    ]
+
+
+def figure_names(cells: list[Cell]) -> list[str]:
+    return figures._file_names([*figures._plans(build_report(cells, scorer="exact"))])
+
+
+def test_the_files_listed_are_those_on_the_disk_with_two_runs_of_two_targets(make_run, tmp_path):
+    runs = [make_run(name=name, alphas=(0.5, 1.0)) for name in ("k0", "k5")]
+    cells = asked(read_runs(runs), (0, "label"), (1, "scientific"))
+    files = write_report(build_report(cells, scorer="exact"), tmp_path, progress=no_progress)
+    assert sorted(files) == sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    assert {"runs_frogs", "runs_frogs_scientific_name"} <= {file.stem for file in files}
+
+
+@pytest.mark.parametrize(
+    ("runs", "alphas", "queries", "among"),
+    [
+        (
+            ["k0"],
+            (0.5, 1.0),
+            [*enumerate(TARGETS * 2)],
+            {"names_k0_frogs_queries_0_1_2", "names_k0_frogs_queries_3_4_5"},
+        ),
+        (["frogs"], (0.5,), [*enumerate(TARGETS[:2] * 2)], {"wordings_frogs", "wordings_frogs_scientific_name"}),
+        (["a b", "a_b", "A b"], (0.5, 1.0), [(0, "label")], {"sweep_a_b_frogs_query_0", "sweep_a_b_frogs_query_0-2"}),
+    ],
+)
+def test_no_figure_takes_the_name_of_another(make_run, runs, alphas, queries, among):
+    cells = asked(read_runs([make_run(name=name, alphas=alphas) for name in runs]), *queries)
+    names = figure_names(cells)
+    assert len({name.casefold() for name in names}) == len(names)
+    assert among <= {*names}
+
+
+def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp_path):
+    paths = [tmp_path / ("a long name " * 18) / part / "frogs" for part in ("one", "two")]
+    for path in paths:
+        shutil.copytree(make_run(), path)
+    files = write_report(build_report(read_runs(paths)), tmp_path / "out", progress=no_progress)
+    assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert len(files) == 5 + 2 * (3 + 3 + 1) and max(len(file.name) for file in files) < 143
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
     first, second = make_run(), make_run()
     runs = {cell.run for cell in read_runs([first, second, first])}
     assert runs == {str(first), str(second)}
     assert len(build_report(read_runs([first, second])).sweeps) == 2
+
+
+def test_a_run_that_several_paths_lead_to_is_counted_once(make_run, tmp_path):
+    shutil.copytree(make_run(), tmp_path / "all/frogs")
+    (tmp_path / "again").symlink_to(tmp_path / "all/frogs")
+    paths = [tmp_path / "all", tmp_path / "all/frogs", tmp_path / "again"]
+    (sweep,) = build_report(read_runs(paths)).sweeps
+    assert [item.cell.alpha for item in sweep.scores] == [0.0, 0.5, 1.0]
+
+
+def test_a_run_without_answers_is_a_note_beside_others_and_an_error_alone(make_run):
+    begun, waiting = make_run(name="begun"), make_run(name="waiting")
+    for file in waiting.glob("*.jsonl"):
+        file.unlink()
+    for paths in ([begun, waiting], [waiting, begun]):
+        report = build_report(read_runs(paths))
+        assert [sweep.cell.run for sweep in report.sweeps] == ["begun"]
+        assert [note.partition(" (")[0] for note in report.notes] == ["waiting: 3 of 3 cells have no answer yet"]
+    with pytest.raises(RunError, match=r"waiting: no prediction yet; let `mergekit-bio eval` go on"):
+        read_runs([waiting])
+
+
+def test_a_published_file_that_stands_there_zipped_too_is_an_error(published, tmp_path):
+    name = "beans_zero_eval_unseen-family-cmn_query0_lora100.jsonl.gz"
+    shutil.copy(published / "closed_set_classification_2" / name, tmp_path)
+    (tmp_path / name.removesuffix(".gz")).write_bytes(gzip.decompress((tmp_path / name).read_bytes()))
+    with pytest.raises(RunError, match=r"lora100.jsonl: stands there zipped too; keep one"):
+        read_runs([tmp_path])
+
+
+def test_a_checkpoint_that_a_run_asked_twice_is_called_by_its_files_too(make_run):
+    path = make_run()
+    record = json.loads((path / "run.json").read_text())
+    for cell in record["cells"][:2]:
+        cell |= {"checkpoint": "half", "alpha": 0.5}
+    (path / "run.json").write_text(json.dumps(record))
+    (sweep,) = build_report(read_runs([path])).sweeps
+    names = [f"half (beans_zero_eval_frogs_query0_lora{alpha}.jsonl)" for alpha in ("000", "050")]
+    assert [item.cell.checkpoint for item in sweep.scores] == [*names, "alpha 1.0"]
+    assert sweep.best("accuracy").cell.checkpoint == names[1]
 
 
 def test_checkpoints_without_an_alpha_are_compared_by_name(make_run):

@@ -7,6 +7,7 @@ from mergekit_bio.errors import RunError
 from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name, read_record
+from mergekit_bio.eval.report.report import build_report
 
 IDENTITY = {"generate": {"num_beams": 2, "stop": ["a", "b"]}, "seed": 0, "checkpoint": "sha256:1"}
 
@@ -65,7 +66,8 @@ def test_a_written_run_is_read_back(tmp_path):
     read = read_record(tmp_path / "run")
     assert read.cells == (wanted.cells[0], replace(wanted.cells[1], seconds=1.5))
     assert read.environment == {"versions": {"torch": "2"}, "engine": "vllm"}
-    (found,) = read_runs([tmp_path / "run"])
+    waiting, found = read_runs([tmp_path / "run"])
+    assert (waiting.alpha, waiting.rows) == (0.0, ())
     assert (found.run, found.alpha, found.scorer, found.expected_rows) == ("watkins", 0.4, "exact", 2)
     assert [row.id for row in found.rows] == ["1", "2"]
 
@@ -77,6 +79,28 @@ def test_a_run_goes_on_under_the_same_configuration_and_may_grow(tmp_path):
         assert [known.alpha for known in run.record.cells] == [0.5, 0.0]
     with RunDirectory(tmp_path, record(cell(0.0))) as run, run.writer(cell(0.0)) as writer:
         assert writer.done == {"1"}
+
+
+def named(query: int, **changes) -> CellRecord:
+    file = cell_file_name(dataset="watkins", query=query, checkpoint="alpha 0.5", alpha=0.5)
+    return cell(0.5, file=file, query=query, **changes)
+
+
+def test_a_narrowed_recipe_keeps_the_names_that_earlier_answers_are_scored_with(tmp_path):
+    names = {"a": "Genus a", "b": "Genus b"}
+    whole = record(named(0), named(1, target="scientific"), label_map=names)
+    with RunDirectory(tmp_path, whole) as run:
+        for one in whole.cells:
+            with run.writer(one) as writer:
+                writer.append(answer(1))
+    with RunDirectory(tmp_path, record(named(0))) as run:
+        assert run.record.label_map == names
+    with RunDirectory(tmp_path, record(named(0), label_map={"a": "Genus aa"})) as run:
+        assert run.record.label_map == {"a": "Genus aa", "b": "Genus b"}
+    report = build_report(read_runs([tmp_path]))
+    assert [sweep.scores[0].targets for sweep in report.sweeps] == [("a",), ("Genus aa",)]
+    with RunDirectory(tmp_path, record(named(0), named(1))) as run:
+        assert run.record.label_map == {}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from mergekit_bio.errors import RecipeError, RunError
 from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.report.report import build_report
+from mergekit_bio.eval.report.report import Report, build_report, to_document
+from mergekit_bio.eval.report.tables import mark, sentences
 from mergekit_bio.eval.scoring.score import score
 
 WORDINGS = ("Original (query0)", "Reversed (query1)", "No Classes (query2)")
@@ -173,6 +174,87 @@ def cell(*pairs: tuple[str, str], **changes) -> Cell:
     return Cell(**(values | changes))
 
 
+def strengths(**answers: list[tuple[str, str]]) -> list[Cell]:
+    """A sweep: ``a050=[...]`` is the cell at alpha 0.5."""
+    alphas = {int(name[1:]) / 100: pairs for name, pairs in answers.items()}
+    return [cell(*pairs, alpha=alpha, checkpoint=f"alpha {alpha:.2f}") for alpha, pairs in alphas.items()]
+
+
+def test_the_best_its_star_its_gain_and_its_sentence_are_one_decision_over_the_shared_clips():
+    half = [("a", "a")] * 6 + [("b", "a")] * 2
+    full = [("a", "a")] * 8 + [("a", "b")] * 8
+    (sweep,) = build_report(strengths(a050=half, a100=full), scorer="exact").sweeps
+    assert [item.figures["accuracy"] for item in sweep.scores] == [0.75, 0.5]
+    assert sweep.comparison("accuracy").values == {"alpha 0.50": 0.75, "alpha 1.00": 1.0}
+    assert sweep.best("accuracy").cell.alpha == 1.0 and sweep.improvement("accuracy") is None
+    assert [mark(sweep, item, "accuracy") for item in sweep.scores] == ["=", "*"]
+    assert sentences(sweep)[0].startswith("Accuracy: best at alpha 1, on a plateau from 0.5 to 1 (McNemar exact, 8 sh")
+
+
+def test_a_gain_is_over_the_shared_clips_and_said_so():
+    half = [("a", "a")] * 8 + [("a", "b")] * 8
+    full = [("a", "a")] * 4 + [("b", "a")] * 4
+    (sweep,) = build_report(strengths(a050=half, a100=full), scorer="exact").sweeps
+    best, _, gain = sweep.improvement("accuracy")
+    assert (best.cell.alpha, gain) == (0.5, 1.0)
+    assert sentences(sweep)[0].endswith("(McNemar exact, 8 shared clips); 1.000 against 0.500 at alpha 1: +100.0%")
+    assert to_document(Report(sweeps=(sweep,)))["sweeps"][0]["best_over_full_strength"]["accuracy"] == {
+        "best_alpha": 0.5, "best": 1.0, "full": 0.5, "gain": 1.0,
+    }  # fmt: skip
+
+
+def test_cells_with_no_clip_in_common_are_not_compared():
+    first, second = strengths(a000=[("a", "a")], a100=[("b", "a")])
+    second = replace(second, rows=tuple(replace(row, id="other") for row in second.rows))
+    report = build_report([first, second], scorer="exact")
+    (sweep,) = report.sweeps
+    assert sweep.comparisons == () and sweep.best("accuracy") is None and sweep.improvement("accuracy") is None
+    assert sentences(sweep) == [] and "nothing is compared" in report.notes[0]
+
+
+@pytest.mark.parametrize(("scorer", "answer"), [("paper", "Walrus"), ("beans-zero", "Walrus"), ("exact", "Walrus")])
+def test_a_cell_with_few_clips_chooses_among_the_labels_of_all(scorer, answer):
+    few, many = [("Walrus", "Coruro")], [("Coruro", "Coruro"), ("Walrus", "Walrus")]
+    (sweep,) = build_report(strengths(a000=few, a100=many), scorer=scorer).sweeps
+    first = sweep.scores[0]
+    assert first.answers == (answer,)
+    assert (first.figures["out_of_set"], first.figures["in_set_wrong"], len(sweep.labels)) == (0.0, 1.0, 2)
+
+
+def test_a_caption_weighs_its_words_as_all_captions_of_the_sweep_use_them():
+    few, many = [("a low call", "a low call")], [("a low call", "a low call"), ("x", "a bird sings")]
+    (sweep,) = build_report(
+        [replace(one, task="captioning") for one in strengths(a000=few, a100=many)], scorer="exact"
+    ).sweeps
+    assert sweep.scores[0].figures["cider"] == pytest.approx(7.5) and sweep.comparison("cider").clips == 1
+
+
+def test_cells_with_different_clips_are_told_with_their_numbers(published, tmp_path):
+    a, b = (("a", "a"),) * 3, (("a", "a"),) * 5
+    (note,) = build_report(strengths(a000=[*a], a050=[*b], a100=[*b]), scorer="exact").notes
+    assert note == (
+        "r, frogs, query 0: the cells have different clips (3 clips: alpha 0.00; 5 clips: alpha 0.50, alpha 1.00);"
+        " compared over the 3 that all have"
+    )
+    for number, file in enumerate(sorted((published / "closed_set_classification_2").iterdir())[:2]):
+        lines = gzip.decompress(file.read_bytes()).splitlines(keepends=True)
+        (tmp_path / file.name.removesuffix(".gz")).write_bytes(b"".join(lines[: 100 + 2 * number]))
+    (note,) = build_report(read_runs([tmp_path])).notes
+    assert "(100 clips: alpha 0.00; 102 clips: alpha 0.10); compared over the 100" in note
+
+
+def test_a_clip_with_another_label_is_another_clip():
+    (sweep,) = build_report(
+        strengths(a000=[("a", "a"), ("b", "b")], a100=[("a", "a"), ("b", "a")]), scorer="exact"
+    ).sweeps
+    assert sweep.comparison("accuracy").clips == 1 and "compared over the 1 that all have" in sweep.clips_note
+
+
+def test_answers_to_other_words_under_the_same_number_are_another_sweep():
+    first, second = strengths(a000=[("a", "a")], a100=[("a", "a")])
+    assert len(build_report([first, replace(second, query_text="Another?")], scorer="exact").sweeps) == 2
+
+
 def test_ties_go_to_the_first_label_in_order():
     tied = cell(("cxt", "cat"), ("cut", "cut"), ("cat", "cat"))
     assert score(tied, scorer="beans-zero").answers == ("cat", "cut", "cat")
@@ -183,14 +265,29 @@ def test_ties_go_to_the_first_label_in_order():
     [
         ("paper", ("Coruro", "None", "None", "None")),
         ("beans-zero", ("Coruro", "Great Grig", "Great Grig", "Coruro")),
-        ("exact", ("Coruro", "Great Grig", "None", "None")),
-        ("choice", ("None", "None", "None", "None")),
+        ("exact", ("Coruro", "Great Grig", "", "")),
+        ("choice", ("", "", "", "")),
     ],
 )
 def test_scorers_differ_where_they_should(scorer, answers):
     texts = ("coruro", "It is a Great Grig.", "probably a grig", "")
     rows = cell(*zip(texts, ("Coruro", "Great Grig", "Great Grig", "Coruro"), strict=True))
     assert score(rows, scorer=scorer).answers == answers
+
+
+def test_a_label_called_none_is_right_only_where_it_is_said():
+    rows = [("none.", "None"), ("no idea", "None"), ("wren", "wren")]
+    assert score(cell(*rows), scorer="exact").correct == (True, False, True)
+    assert score(cell(*rows), scorer="choice").correct == (False, False, True)
+    assert score(cell(*rows), scorer="exact").notes == ()
+    for scorer, where in (("paper", "as it;"), ("beans-zero", "as it in the error breakdown;")):
+        (note,) = build_report(strengths(a000=rows, a100=rows), scorer=scorer).notes
+        assert note.startswith("r, frogs, query 0: 'None' is a label here") and where in note
+
+
+def test_a_clip_without_a_label_is_named():
+    with pytest.raises(RunError, match=r"f.jsonl: the clip '001' has no label"):
+        score(cell(("a", "a"), ("", "")), scorer="exact")
 
 
 def test_choice_takes_the_option_with_the_highest_probability_and_the_first_of_equals():

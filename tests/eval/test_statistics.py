@@ -26,7 +26,7 @@ def test_figures_of_a_resample_are_scikit_learns_of_the_resampled_clips(clips, r
     targets, answers = zip(*clips, strict=True)
     drawn = [random.randrange(len(clips)) for _ in clips]
     weights = np.bincount(drawn, minlength=len(clips)).astype(float)[None]
-    matrix = classification.indicators(targets=targets, answers=answers, listed=answers)
+    matrix = classification.indicators(targets=targets, answers=answers, listed=answers, labels=targets)
     ours = classification.resampled_figures(weights @ matrix)
     true, answered = [targets[i] for i in drawn], [answers[i] for i in drawn]
     options = {"zero_division": 0}

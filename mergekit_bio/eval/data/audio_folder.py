@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ from mergekit_bio.audio.recording import CLIP_SECONDS
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.eval.scoring.detection import label_set
+from mergekit_bio.eval.scoring.matching import normalised
+from mergekit_bio.eval.validation import is_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +36,8 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         task: How its answers are scored.
 
     Raises:
-        DatasetError: The metadata is missing, damaged or names a file that is not there; file and line are named.
+        DatasetError: The metadata is missing, damaged or names a file that is not there, or two labels differ only in
+            what scoring does not look at; the file, and where there is one the line, is named.
     """
     found = [folder / file for file in METADATA if (folder / file).is_file()]
     if not found:
@@ -48,6 +52,8 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
             raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
         (examples if split in EXAMPLES else asked).append(_clip(folder, where, row))
     unique_clips([*asked, *examples], str(found[0]))
+    if task != "captioning":
+        _distinct_labels([clip.label for clip in (*asked, *examples)], several=task == "detection", file=found[0])
     clips = unique_clips(asked, f"{found[0]} (rows that are asked)")
     return Dataset(
         name=name,
@@ -73,23 +79,49 @@ def _clip(folder: Path, where: str, row: dict[str, str]) -> Clip:
     return Clip(id=row["file_name"], label=row["label"], path=path)
 
 
+def _distinct_labels(labels: Sequence[str], *, several: bool, file: Path) -> None:
+    """Refuse labels that an answer could be both of.
+
+    Args:
+        labels: Of all rows.
+        several: Whether they are lists.
+        file: For the error.
+
+    Raises:
+        DatasetError: It names the two.
+    """
+    known: dict[str, str] = {}
+    for label in (part for text in labels for part in (sorted(label_set(text)) if several else [text])):
+        first = known.setdefault(normalised(label), label)
+        if first != label:
+            raise DatasetError(
+                f"{file}: the labels {first!r} and {label!r} differ only in case, white space, quotation marks or dots;"
+                " write one of them"
+            )
+
+
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row stands, and its texts."""
+    """Where each row stands, and its texts, without white space around them."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file}: cannot be read ({error})") from None
     rows = _json_rows(file, text) if file.suffix == ".jsonl" else _csv_rows(file, text)
-    for number, row in rows:
+    for number, texts in rows:
+        row = {_stripped(column): _stripped(value) for column, value in texts.items()}
         for column in REQUIRED:
             if column not in row:
                 raise DatasetError(
                     f"{file}:{number}: no column '{column}'; it has {', '.join(map(str, row)) or 'none'}"
                 )
         for column in (*REQUIRED, "split"):
-            if not isinstance(row.get(column), str | None):
-                raise DatasetError(f"{file}:{number}: '{column}' must be a text")
+            if row.get(column) is not None and not is_text(row[column]):
+                raise DatasetError(f"{file}:{number}: '{column}' must be a text without a lone surrogate")
         yield f"{file}:{number}", row
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Cells of runs, read back from disk: our own run directories and the layout of the published predictions."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +28,8 @@ class Cell:
 
     Attributes:
         run: Name of the run or of the published experiment.
-        rows: The predictions, ordered by id, so that cells of one sweep are aligned.
+        rows: The predictions, ordered by id, so that cells of one sweep are aligned; none where the cell was planned
+            and has no answer yet.
         expected_rows: How many there are once the run is complete; None if nobody says.
         names: label -> scientific name, where ``target`` needs it.
         scorer: The scorer that the run asks for; None in the published layout.
@@ -51,38 +53,43 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.run}, {self.dataset}, query {self.query}, {self.checkpoint}"
 
+    @property
+    def sweep(self) -> tuple[str, str, int, str, str]:
+        """The same for all cells that are compared: a recipe whose queries change may use a number again."""
+        return self.run, self.dataset, self.query, self.target, self.query_text or ""
+
 
 def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
     """Read every cell below the given paths.
 
     Args:
         paths: Run directories, folders of published predictions files, folders of such folders, or single
-            published files.
+            published files. A file that several of them lead to counts once.
         label_map: Used instead of the label maps that the runs bring.
 
     Returns:
-        The cells in the order of run, dataset, query and alpha.
+        The cells in the order of run, dataset, query and alpha; those that have no answer yet are among them.
 
     Raises:
-        RunError: A path holds no run, no prediction at all, or something damaged.
+        RunError: A path holds no run or something damaged, or there is no prediction at all.
     """
     names = None if label_map is None else read_label_map(label_map)
-    cells: list[Cell] = []
-    for path in {path.resolve(): path for path in paths}.values():
+    by_file: dict[Path, Cell] = {}
+    for path in paths:
         found = list(_cells_at(path, names))
         if not found:
             raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
-        cells += [cell for cell in found if cell.rows]
-        if not cells:
-            raise RunError(f"{path}: the run has no prediction yet; let `mergekit-bio eval` go on")
-    cells = _told_apart(cells)
+        for cell in found:
+            by_file.setdefault(cell.file.resolve(), cell)
+    if not any(cell.rows for cell in by_file.values()):
+        raise RunError(f"{', '.join(map(str, paths))}: no prediction yet; let `mergekit-bio eval` go on")
+    cells = _told_apart([*by_file.values()])
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
     return sorted(
         cells,
         key=lambda cell: (
             order[cell.run],
-            cell.dataset,
-            cell.query,
+            cell.sweep,
             cell.alpha is None,
             cell.alpha or 0.0,
             cell.checkpoint,
@@ -91,11 +98,21 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
 
 
 def _told_apart(cells: list[Cell]) -> list[Cell]:
-    """Runs of one name in different folders, called by their folders."""
+    """Runs of one name in different folders, called by their folders; checkpoints of one name, by their files too.
+
+    A run asks a checkpoint again when a later start names another one of its strength.
+    """
     folders: dict[str, set[Path]] = {}
     for cell in cells:
         folders.setdefault(cell.run, set()).add(cell.file.parent)
-    return [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+    cells = [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+    number = Counter((cell.sweep, cell.checkpoint) for cell in cells)
+    return [
+        replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file.name})")
+        if number[cell.sweep, cell.checkpoint] > 1
+        else cell
+        for cell in cells
+    ]
 
 
 def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
@@ -119,26 +136,27 @@ def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
     record = read_record(path)
     for cell in record.cells:
         file = path / cell.file
-        if file.exists():
-            yield Cell(
-                run=record.name,
-                dataset=cell.dataset,
-                task=cell.task,
-                query=cell.query,
-                checkpoint=cell.checkpoint,
-                alpha=cell.alpha,
-                target=cell.target,
-                names=record.label_map if names is None else names,
-                rows=_by_id(read_predictions(file)),
-                expected_rows=cell.rows,
-                query_text=cell.query_text,
-                scorer=record.scorer,
-                file=file,
-            )
+        yield Cell(
+            run=record.name,
+            dataset=cell.dataset,
+            task=cell.task,
+            query=cell.query,
+            checkpoint=cell.checkpoint,
+            alpha=cell.alpha,
+            target=cell.target,
+            names=record.label_map if names is None else names,
+            rows=_by_id(read_predictions(file)) if file.exists() else (),
+            expected_rows=cell.rows,
+            query_text=cell.query_text,
+            scorer=record.scorer,
+            file=file,
+        )
 
 
 def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:
     for file in files:
+        if file.with_name(f"{file.name}.gz") in files:
+            raise RunError(f"{file}: stands there zipped too; keep one")
         name = _PUBLISHED_NAME.fullmatch(file.name)
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.eval.validation import is_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +94,6 @@ def parse_line(line: bytes, where: str) -> Prediction:
     return Prediction(**values)
 
 
-def _is_text(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate passes through JSON escapes but can be written to no file
-        return False
-    return True
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -116,22 +107,22 @@ def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_logprobs(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(key) and _is_number(number) for key, number in value.items())
+    return isinstance(value, dict) and all(is_text(key) and _is_number(number) for key, number in value.items())
 
 
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prediction": ("a text", _is_text),
-    "label": ("a text", _is_text),
-    "id": ("a text", _is_text),
-    "dataset_name": ("a text", _is_text),
-    "prompt": ("a text", _is_text),
+    "prediction": ("a text", is_text),
+    "label": ("a text", is_text),
+    "id": ("a text", is_text),
+    "dataset_name": ("a text", is_text),
+    "prompt": ("a text", is_text),
     "lora_scale": ("a finite number", _is_number),
     "prompt_tokens": ("a count", _is_count),
     "generated_ids": ("a list of token ids", _list_of(_is_count)),
     "logprob": ("a finite number", _is_number),
-    "example_ids": ("a list of texts", _list_of(_is_text)),
+    "example_ids": ("a list of texts", _list_of(is_text)),
     "choice_logprobs": ("an object of finite numbers", _is_logprobs),
-    "audio": ("a text", _is_text),
+    "audio": ("a text", is_text),
 }
 
 

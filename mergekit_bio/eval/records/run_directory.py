@@ -191,7 +191,10 @@ class RunDirectory:
 
 
 def _continued(path: Path, wanted: RunRecord) -> RunRecord:
-    """The record of a run that goes on: the cells of both, none of them under two configurations."""
+    """The record of a run that goes on: the cells of both, none of them under two configurations.
+
+    The label map is the new one, with the names that it lacks where earlier cells that are not asked again need some.
+    """
     started = read_record(path)
     before = {cell.file: cell for cell in started.cells}
     for cell in wanted.cells:
@@ -207,7 +210,14 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
     cells = {cell.file: cell for cell in wanted.cells}
     for cell in started.cells:
         cells[cell.file] = replace(cells.get(cell.file, cell), seconds=cell.seconds)
-    return replace(wanted, cells=tuple(cells.values()), environment={**started.environment, **wanted.environment})
+    asked = {cell.file for cell in wanted.cells}
+    needed = any(cell.target != "label" for cell in started.cells if cell.file not in asked)
+    return replace(
+        wanted,
+        cells=tuple(cells.values()),
+        label_map={**started.label_map, **wanted.label_map} if needed else wanted.label_map,
+        environment={**started.environment, **wanted.environment},
+    )
 
 
 def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """The figures of a report: PNG and PDF, one style, colours that colour-blind readers can tell apart."""
 
+import hashlib
 import textwrap
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "osD^vP"
 GREY = "#6e6e6e"
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -49,6 +52,17 @@ STYLE = {
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
+#: Drawn with where they are installed, the first that has the letter, for what DejaVu Sans has none of.
+FALLBACK_FONTS = (
+    "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans JP", "Noto Sans SC",
+    "Noto Sans KR", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Ethiopic", "Noto Sans Symbols2", "Source Han Sans",
+    "IPAexGothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Hiragino Sans", "PingFang SC",
+    "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Leelawadee UI",
+    "Arial Unicode MS", "Unifont",
+)  # fmt: skip
+#: Bytes of a file's name without its suffix; file systems take 255 at most, some of them 143.
+LONGEST_NAME = 120
 #: Labels of a confusion matrix are written out up to this many, its counts up to a third of that.
 MOST_LABELS = 60
 
@@ -105,25 +119,55 @@ def draw_figures(
     folder.mkdir(parents=True, exist_ok=True)
     plans = list(_plans(report))
     figures = []
-    with matplotlib.rc_context(STYLE), progress("drawing", len(plans)) as advance:
-        for plan in plans:
-            figures.append(_save(folder, plan))
+    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(plans)) as advance:
+        for name, plan in zip(_file_names(plans), plans, strict=True):
+            figures.append(_save(folder, name, plan))
             advance(1)
     return figures
 
 
-def _save(folder: Path, plan: _Plan) -> Figure:
+def _fonts() -> list[str]:
+    """The style's font and those of ``FALLBACK_FONTS`` that are here; matplotlib goes on about others."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return [*STYLE["font.sans-serif"], *(name for name in FALLBACK_FONTS if name in installed)]
+
+
+def _file_names(plans: Sequence[_Plan]) -> list[str]:
+    """For each figure a name without suffix that any file system takes and no other figure has."""
+    names: dict[str, str] = {}  # as file systems compare them, some of which ignore case
+    for plan in plans:
+        whole = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
+        stem = whole.encode()
+        if len(stem) > LONGEST_NAME:
+            stem = stem[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(stem).hexdigest()[:8].encode()
+        name = first = stem.decode(errors="ignore")
+        number = 1
+        while name.casefold() in names:
+            number += 1
+            name = f"{first}-{number}"
+        names[name.casefold()] = name
+    return [*names.values()]
+
+
+def _save(folder: Path, name: str, plan: _Plan) -> Figure:
     canvas = plan.draw()
-    name = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
     files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
-    for file in files:
-        # Without a date the same report gives the same bytes.
-        canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there; the page has the letter
+        for file in files:
+            # Without a date the same report gives the same bytes.
+            canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
     rest = plan.title.removeprefix(plan.sweep.title).removeprefix(", ") if plan.sweep else plan.title
     caption = f"{_KINDS[plan.kind]}: {rest}" if rest else _KINDS[plan.kind]
+    if plan.sweep and plan.kind in ("sweep", "errors") and not plan.sweep.same_clips:
+        caption += " (each over its own clips)"
     return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
 
 
+#: The targets, as readers of figures call them.
+NAMES: dict[Target, str] = {"label": "common", "scientific": "scientific", "combined": "combined"}
 _KINDS = {
     "sweep": "Against alpha",
     "errors": "Error breakdown",
@@ -143,31 +187,54 @@ def _plans(report: Report) -> Iterator[_Plan]:
             if len(sweep.scores) > 1:
                 yield _Plan(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_figures[0])
-            title = f"{sweep.title}, {best.cell.checkpoint}"
-            yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
+            if best is not None:
+                title = f"{sweep.title}, {best.cell.checkpoint}"
+                yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
-        sweeps = [sweep for sweep in members if sweep.cell.task == "classification"]
         title = run if run == dataset else f"{run}, {dataset}"
-        named = {sweep.cell.target: sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1}
-        if len(named) == 3:
-            yield _Plan(kind="names", title=title, draw=partial(_draw_names, named))
-        for _, alike in groupby(sweeps, key=lambda sweep: sweep.cell.target):
-            wordings = list(alike)
-            if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings):
-                yield _Plan(kind="wordings", title=title, draw=partial(_draw_wordings, wordings))
+        by_target: dict[Target, list[Sweep]] = {target: [] for target in NAMES}
+        for sweep in members:
+            if sweep.cell.task == "classification":
+                by_target[sweep.cell.target].append(sweep)
+        yield from _names_plans(title, by_target)
+        for target, wordings in by_target.items():
+            if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):
+                yield _Plan(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
     yield from _run_plans(report)
+
+
+def _names_plans(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[_Plan]:
+    """The three targets of one question; of several wordings the first of each, the second of each, and so on."""
+    curves = ([sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1] for sweeps in by_target.values())
+    together = [sweeps for sweeps in zip(*curves, strict=False) if _same_clips(sweeps)]
+    for sweeps in together:
+        queries = ", queries " + ", ".join(str(sweep.cell.query) for sweep in sweeps) if len(together) > 1 else ""
+        named = dict(zip(by_target, sweeps, strict=True))
+        yield _Plan(kind="names", title=title + queries, draw=partial(_draw_names, named))
+
+
+def _of_target(title: str, target: Target) -> str:
+    """The title of a figure about one target where another may be about the next."""
+    return title if target == "label" else f"{title}, {target} name"
+
+
+def _same_clips(sweeps: Sequence[Sweep]) -> bool:
+    """Whether the cells may be drawn side by side, though what they are asked about the clips may differ."""
+    return len({item.ids for sweep in sweeps for item in sweep.scores}) == 1
 
 
 def _run_plans(report: Report) -> Iterator[_Plan]:
     """Runs that asked about the same clips, laid over one another (in-context examples or none, for one)."""
     alike: dict[Any, list[Sweep]] = {}
     for sweep in report.sweeps:
-        if sweep.by_alpha and sweep.comparisons and sweep.cell.task == "classification":
-            key = (sweep.cell.dataset, sweep.cell.target, sweep.scores[0].ids)
+        if sweep.by_alpha and sweep.comparisons and sweep.same_clips and sweep.cell.task == "classification":
+            key = (sweep.cell.dataset, sweep.cell.target, sweep.clips)
             alike.setdefault(key, []).append(sweep)
-    for sweeps in alike.values():
-        if len({sweep.cell.run for sweep in sweeps}) > 1:
-            yield _Plan(kind="runs", title=sweeps[0].cell.dataset, draw=partial(_draw_runs, sweeps))
+    together = {key: sweeps for key, sweeps in alike.items() if len({sweep.cell.run for sweep in sweeps}) > 1}
+    titles = Counter((dataset, target) for dataset, target, _ in together)
+    for (dataset, target, clips), sweeps in together.items():
+        number = f", {len(clips)} clips" if titles[dataset, target] > 1 else ""
+        yield _Plan(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
 
 
 def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:
@@ -200,10 +267,11 @@ def _alpha_axis(axes: "Axes", title: str) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _baselines(axes: "Axes", item: Score, figure: str) -> None:
+def _baselines(axes: "Axes", sweep: Sweep, figure: str) -> None:
+    baselines = sweep.baselines
     for kind, dashes in (("majority", (5, 2)), ("random", (1, 1.5))):
-        if f"{figure}_{kind}" in item.baselines:
-            axes.axhline(item.baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
+        if f"{figure}_{kind}" in baselines:
+            axes.axhline(baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
 
 
 def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
@@ -212,7 +280,7 @@ def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
     if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
         axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
     _curve(axes, sweep.scores, figure, "value, 95% interval")
-    _baselines(axes, sweep.scores[0], figure)
+    _baselines(axes, sweep, figure)
     _alpha_axis(axes, TITLES[figure])
 
 
@@ -251,14 +319,13 @@ def _draw_errors(sweep: Sweep) -> "Canvas":
 def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
     """Left: accuracy against alpha for the three targets. Right: combined against the mean of the other two."""
     canvas, (left, right) = _subplots(1, 2, figsize=(6.6, 2.7))
-    words: dict[Target, str] = {"label": "common", "scientific": "scientific", "combined": "combined"}
-    for order, (target, word) in enumerate(words.items()):
+    for order, (target, word) in enumerate(NAMES.items()):
         _curve(left, named[target].scores, "accuracy", word, order)
     _alpha_axis(left, "Accuracy")
     left.legend(loc="upper left")
     values = [
         {item.cell.alpha: item.figures["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
-        for target in words
+        for target in NAMES
     ]
     alphas = sorted(set.intersection(*(set(part) for part in values)))
     trained = [(values[0][alpha] + values[1][alpha]) / 2 for alpha in alphas]
@@ -286,7 +353,7 @@ def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     ]
     names = [_wording(item.cell) for item in scores]
     axes.bar(names, values, yerr=errors, width=0.6, color=SKY, edgecolor="black", linewidth=0.6, capsize=3)
-    _baselines(axes, scores[0], "accuracy")
+    _baselines(axes, sweeps[0], "accuracy")
     axes.set_ylabel("Accuracy")
     axes.set_ylim(0, 1)
     axes.grid(axis="x", visible=False)
@@ -306,7 +373,7 @@ def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
     canvas, grid = _subplots(1, len(names), figsize=(3.2 * len(names), 2.4), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for order, sweep in enumerate(sweeps):
-            _curve(axes, sweep.scores, name, sweep.title, order)
+            _curve(axes, sweep.scores, name, textwrap.fill(sweep.title, 48), order)
         _alpha_axis(axes, TITLES[name])
     canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return canvas
@@ -318,7 +385,7 @@ def _draw_confusion(item: Score) -> "Canvas":
 
     labels, counts = confusion(targets=item.targets, answers=item.answers)
     answers, labels = labels, sorted(set(item.targets))
-    counts = counts[: len(labels)]  # no clip's label is the "None" of an answer out of the set
+    counts = counts[: len(labels)]  # what else was answered is the label of no clip here
     side = min(7.0, max(2.6, 0.17 * len(labels) + 1.4))
     canvas, axes = _subplots(figsize=(side + 0.8, side))
     totals = counts.sum(axis=1, keepdims=True)
@@ -329,10 +396,13 @@ def _draw_confusion(item: Score) -> "Canvas":
     for place in range(len(labels)):
         axes.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=GREY, linewidth=0.6))
     if len(labels) <= MOST_LABELS:
-        columns, rows = ([text if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels))
+        columns, rows = (
+            [text or "no label" if len(text) <= 34 else text[:32] + "…" for text in part] for part in (answers, labels)
+        )
         rows = [f"{text} ({total})" for text, total in zip(rows, totals[:, 0], strict=True)]
         size = 8 if len(labels) < 12 else 5.5
-        axes.set_xticks(range(len(columns)), columns, rotation=90 if len("".join(columns)) > 24 else 0, fontsize=size)
+        widest = max(map(len, columns))
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if widest * len(columns) > 24 else 0, fontsize=size)
         axes.set_yticks(range(len(rows)), rows, fontsize=size)
     else:
         axes.set_xticks([])

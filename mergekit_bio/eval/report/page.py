@@ -13,7 +13,7 @@ from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.figures import Figure
 from mergekit_bio.eval.report.report import TITLES, Report, Sweep
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences
+from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences, size
 from mergekit_bio.eval.scoring.matching import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
@@ -57,7 +57,8 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
     figures = sweep.main_figures
     rates = [name for name in RATES if name in sweep.scores[0].figures]
     first = sweep.scores[0]
-    labels = f", {len(set(first.targets))} labels" if sweep.cell.task == "classification" else ""
+    clips = [] if sweep.same_clips else ["Clips"]
+    baselines = sweep.baselines
     adjusted = {
         name: {row.checkpoint: row.p_adjusted for row in comparison.against}
         for name in figures
@@ -72,25 +73,24 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             if name in adjusted:
                 p = adjusted[name].get(item.cell.checkpoint)
                 texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
-        return texts + [f"{item.figures[name]:.3f}" for name in rates]
+        return texts + [f"{item.figures[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
 
     header = [text for name in figures for text in (TITLES[name], *(["p"] if name in adjusted else []))]
-    blank = [""] * len(rates)
+    blank = [""] * (len(rates) + len(clips))
     return {
         "title": sweep.title,
-        "about": f"{len(first.ids)} clips{labels}, scorer {first.scorer}",
+        "about": f"{size(sweep)}, scorer {first.scorer}",
         "query": sweep.cell.query_text,
         "prompt": first.cell.rows[0].prompt,
-        "header": [model_header(sweep), *header, *(TITLES[name] for name in rates)],
+        "header": [model_header(sweep), *header, *(TITLES[name] for name in rates), *clips],
         "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
         "baselines": [
             (
                 kind,
-                [t for n in figures for t in (f"{first.baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))]
-                + blank,
+                [t for n in figures for t in (f"{baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))] + blank,
             )
             for kind in ("majority", "random")
-            if first.baselines
+            if baselines
         ],
         "sentences": sentences(sweep),
         "pictures": pictures,
@@ -103,8 +103,8 @@ def _predictions(report: Report, folder: Path) -> str:
     recordings = _Recordings(folder)
     rows = []
     for number, sweep in enumerate(report.sweeps):
+        labels = sweep.labels
         for item in sweep.scores:
-            labels = set(item.targets)
             caption = item.cell.task == "captioning"
             for row, answer, target, correct in zip(
                 item.cell.rows, item.answers, item.targets, item.correct, strict=True

@@ -1,4 +1,4 @@
-"""The report as data: scored cells in sweeps, compared with the best of the sweep and its JSON form."""
+"""The report as data: scored cells in sweeps, what a reader must be told about them, and its JSON form."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -6,17 +6,18 @@ from itertools import groupby
 from typing import Any
 
 from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.report.comparison import (
+    MAIN_FIGURES,
+    Comparison,
+    clips_of,
+    compare,
+    distinct_alphas,
+    shared_clips,
+)
+from mergekit_bio.eval.scoring import classification
 from mergekit_bio.eval.scoring.matching import SCORERS
 from mergekit_bio.eval.scoring.score import Score, score
-from mergekit_bio.eval.scoring.statistics import (
-    LEVEL,
-    RESAMPLES,
-    bootstrap,
-    holm,
-    mcnemar_exact,
-    paired_bootstrap,
-    plateau,
-)
+from mergekit_bio.eval.scoring.statistics import LEVEL, RESAMPLES
 
 #: What every table and figure calls a figure; no average goes unnamed.
 TITLES = {
@@ -38,60 +39,11 @@ TITLES = {
     "spice": "SPICE",
     "spider": "SPIDEr",
 }
-#: The figures that a task is judged by, the first one first.
-MAIN_FIGURES = {
-    "classification": ("accuracy", "f1_weighted", "f1_macro"),
-    "detection": ("f1_macro", "map"),
-    "captioning": ("cider", "spice", "spider"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Against:
-    """One cell of a sweep against the best one.
-
-    Attributes:
-        checkpoint: The cell's.
-        alpha: Its merge strength, if it has one.
-        difference: Its figure minus the best one's, with the 95% interval of the paired bootstrap.
-        p: Two-sided.
-        p_adjusted: Holm-adjusted for the number of cells compared.
-    """
-
-    checkpoint: str
-    alpha: float | None
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_adjusted: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A sweep against its best cell, paired clip by clip.
-
-    Attributes:
-        figure: What is compared.
-        test: "McNemar exact" or "paired bootstrap".
-        clips: The number of clips that all cells of the sweep have.
-        best: The checkpoint with the highest figure (the first such).
-        against: The other cells.
-        plateau: The first and last alpha of the stretch around the best that cannot be told from it; None where the
-            cells are not told apart by alpha.
-    """
-
-    figure: str
-    test: str
-    clips: int
-    best: str
-    against: tuple[Against, ...]
-    plateau: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All cells of a run that were asked the same query about the same dataset."""
+    """All cells of a run that were asked the same query about the same dataset, for the same target."""
 
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...]
@@ -111,35 +63,89 @@ class Sweep:
     @property
     def by_alpha(self) -> bool:
         """Whether every cell has an alpha of its own: then it is a curve."""
-        return _distinct_alphas(self.scores)
+        return distinct_alphas(self.scores)
 
     @property
     def main_figures(self) -> list[str]:
         """The figures of ``MAIN_FIGURES`` that could be computed."""
         return [name for name in MAIN_FIGURES[self.cell.task] if name in self.scores[0].figures]
 
+    @property
+    def clips(self) -> frozenset[tuple[str, str]]:
+        """The id and the right answer of every clip that any cell has."""
+        return frozenset.union(*map(clips_of, self.scores))
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The right answers: what the cells of a classification choose among."""
+        return frozenset(target for _, target in self.clips)
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """What majority and random answers to all its clips get (classification)."""
+        targets = [target for _, target in self.clips]
+        return classification.baselines(targets) if self.cell.task == "classification" else {}
+
+    @property
+    def same_clips(self) -> bool:
+        """Whether all cells have the same clips."""
+        return len({clips_of(item) for item in self.scores}) == 1
+
     def comparison(self, figure: str) -> Comparison | None:
         """The comparison of a figure; None where the sweep has one cell."""
         return next((item for item in self.comparisons if item.figure == figure), None)
 
-    def best(self, figure: str) -> Score:
-        """The cell with the highest figure (the first such)."""
-        return max(self.scores, key=lambda item: item.figures[figure])
+    def compared(self, figure: str, item: Score) -> float:
+        """A cell's figure over the clips that all cells have, which there are."""
+        comparison = self.comparison(figure)
+        return item.figures[figure] if comparison is None else comparison.values[item.cell.checkpoint]
+
+    def best(self, figure: str) -> Score | None:
+        """The best cell of the comparison, or the only one; None where no clip is shared to compare the cells over."""
+        comparison = self.comparison(figure)
+        if comparison is None:
+            return self.scores[0] if len(self.scores) == 1 else None
+        return next(item for item in self.scores if item.cell.checkpoint == comparison.best)
 
     def improvement(self, figure: str) -> tuple[Score, Score, float] | None:
-        """The best cell, the one at alpha 1.0 and the relative gain between them; None where there is none to state."""
+        """The best cell, the one at alpha 1.0 and the relative gain between them over the clips that all cells have.
+
+        None where there is none to state.
+        """
         best = self.best(figure)
         full = next((item for item in self.scores if item.cell.alpha == 1.0), None)
-        if not self.by_alpha or full is None or full is best or not full.figures[figure]:
+        if best is None or full is None or full is best or not self.by_alpha or not self.compared(figure, full):
             return None
-        return best, full, best.figures[figure] / full.figures[figure] - 1
+        return best, full, self.compared(figure, best) / self.compared(figure, full) - 1
+
+    @property
+    def clips_note(self) -> str | None:
+        """How the cells differ in clips, if they do."""
+        if self.same_clips:
+            return None
+        by_number: dict[int, list[str]] = {}
+        for item in self.scores:
+            by_number.setdefault(len(item.ids), []).append(item.cell.checkpoint)
+        has = "; ".join(
+            f"{number} clips: {', '.join(names) if len(names) <= 3 else f'{len(names)} cells'}"
+            for number, names in by_number.items()
+        )
+        shared = len(shared_clips(self.scores))
+        compared = f"compared over the {shared} that all have" if shared else "none is in all, so nothing is compared"
+        return f"{self.title}: the cells have different clips ({has}); {compared}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that tables, figures and the page are drawn from."""
+    """Everything that tables, figures and the page are drawn from.
+
+    Attributes:
+        sweeps: The cells that have answers.
+        waiting: Those that were planned and have none yet.
+    """
 
     sweeps: tuple[Sweep, ...]
+    waiting: tuple[Cell, ...] = ()
 
     @property
     def scorers(self) -> list[str]:
@@ -149,7 +155,16 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What a reader must be told, each once."""
-        return list(dict.fromkeys(note for sweep in self.sweeps for item in sweep.scores for note in item.notes))
+        of_scores = [note for sweep in self.sweeps for item in sweep.scores for note in item.notes]
+        of_sweeps = [note for sweep in self.sweeps if (note := sweep.clips_note)]
+        return list(dict.fromkeys([*of_scores, *of_sweeps, *self._waiting_notes()]))
+
+    def _waiting_notes(self) -> Iterator[str]:
+        for run, cells in groupby(self.waiting, key=lambda cell: cell.run):
+            names = [f"{cell.dataset}, query {cell.query}, {cell.checkpoint}" for cell in cells]
+            begun = sum(len(sweep.scores) for sweep in self.sweeps if sweep.cell.run == run)
+            shown = "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
+            yield f"{run}: {len(names)} of {begun + len(names)} cells have no answer yet ({shown})"
 
 
 def build_report(
@@ -158,80 +173,21 @@ def build_report(
     """Score and compare.
 
     Args:
-        cells: In the order of ``read_runs``.
+        cells: Of ``read_runs``, in its order.
         scorer: For all cells; None takes what each run asks for ("paper" for the published layout).
         seed: Of the bootstrap.
         progress: Called with 1 after each cell.
     """
     sweeps = []
-    for _, members in groupby(cells, key=lambda cell: (cell.run, cell.dataset, cell.query)):
+    for _, group in groupby((cell for cell in cells if cell.rows), key=lambda cell: cell.sweep):
+        members = list(group)
+        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.rows})]
         scores = []
         for cell in members:
-            scores.append(score(cell, scorer=scorer or cell.scorer or "paper", seed=seed))
+            scores.append(score(cell, scorer=scorer or cell.scorer or "paper", labels=labels, seed=seed))
             progress(1)
-        sweeps.append(Sweep(scores=tuple(scores), comparisons=tuple(_compare(scores, seed))))
-    return Report(sweeps=tuple(sweeps))
-
-
-def _compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
-    """Every main figure, over the clips that all cells have."""
-    if len(scores) < 2:
-        return
-    shared = set.intersection(*(set(item.ids) for item in scores))
-    if not shared:
-        return
-    rows = [[index for index, key in enumerate(item.ids) if key in shared] for item in scores]
-    parts = [item.indicators[kept] for item, kept in zip(scores, rows, strict=True)]
-    samples = [item.samples for item in scores]
-    if any(len(item.ids) > len(shared) for item in scores):
-        samples = [
-            bootstrap(indicators=part, statistic=item.statistic, seed=seed)
-            for item, part in zip(scores, parts, strict=True)
-        ]
-    values = [item.statistic(part.sum(axis=0).A) for item, part in zip(scores, parts, strict=True)]
-    alphas = [item.cell.alpha or 0.0 for item in scores]
-    for figure in MAIN_FIGURES[scores[0].cell.task]:
-        if figure not in samples[0]:
-            continue
-        points = [float(value[figure][0]) for value in values]
-        best = max(range(len(points)), key=points.__getitem__)
-        others = [index for index in range(len(points)) if index != best]
-        paired = {index: paired_bootstrap(samples[best][figure], samples[index][figure]) for index in others}
-        p_values = {index: paired[index][2] for index in others}
-        if figure == "accuracy":
-            right = [[item.correct[index] for index in kept] for item, kept in zip(scores, rows, strict=True)]
-            p_values = {index: _mcnemar(right[best], right[index]) for index in others}
-        adjusted = dict(zip(others, holm([p_values[index] for index in others]), strict=True))
-        first, last = plateau(points, [adjusted.get(index, 1.0) for index in range(len(points))])
-        yield Comparison(
-            figure=figure,
-            test="McNemar exact" if figure == "accuracy" else "paired bootstrap",
-            clips=len(shared),
-            best=scores[best].cell.checkpoint,
-            against=tuple(
-                Against(
-                    checkpoint=scores[index].cell.checkpoint,
-                    alpha=scores[index].cell.alpha,
-                    difference=points[index] - points[best],
-                    low=paired[index][0],
-                    high=paired[index][1],
-                    p=p_values[index],
-                    p_adjusted=adjusted[index],
-                )
-                for index in others
-            ),
-            plateau=(alphas[first], alphas[last]) if _distinct_alphas(scores) else None,
-        )
-
-
-def _distinct_alphas(scores: Sequence[Score]) -> bool:
-    alphas = {item.cell.alpha for item in scores}
-    return len(alphas) == len(scores) and None not in alphas
-
-
-def _mcnemar(best: Sequence[bool], other: Sequence[bool]) -> float:
-    pairs = list(zip(best, other, strict=True))
-    return mcnemar_exact(only_first=pairs.count((True, False)), only_second=pairs.count((False, True)))
+        sweeps.append(Sweep(scores=tuple(scores), comparisons=tuple(compare(scores, seed))))
+    return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.rows))
 
 
 def to_document(report: Report) -> dict[str, Any]:
@@ -256,9 +212,10 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "query_text": cell.query_text,
         "target": cell.target,
         "scorer": first.scorer,
-        "clips": len(first.ids),
-        "labels": len(set(first.targets)) if cell.task == "classification" else None,
-        "baselines": first.baselines,
+        "clips": len(sweep.clips),
+        "clips_shared": len(shared_clips(sweep.scores)),
+        "labels": len(sweep.labels) if cell.task == "classification" else None,
+        "baselines": sweep.baselines,
         "cells": [
             {
                 "checkpoint": item.cell.checkpoint,
@@ -272,7 +229,12 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         ],
         "comparisons": [asdict(comparison) for comparison in sweep.comparisons],
         "best_over_full_strength": {
-            name: {"best_alpha": best.cell.alpha, "best": best.figures[name], "full": full.figures[name], "gain": gain}
+            name: {
+                "best_alpha": best.cell.alpha,
+                "best": sweep.compared(name, best),
+                "full": sweep.compared(name, full),
+                "gain": gain,
+            }
             for name, (best, full, gain) in gains.items()
         },
     }

@@ -33,18 +33,18 @@ def print_report(report: Report, console: "Console") -> None:
 
 def _table(sweep: Sweep) -> "Table":
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     first = sweep.scores[0]
-    labels = f", {len(set(first.targets))} labels" if sweep.cell.task == "classification" else ""
     table = Table(
-        title=f"{sweep.title} · {len(first.ids)} clips{labels} · scorer {first.scorer}",
+        title=f"{escape(sweep.title)} · {size(sweep)} · scorer {first.scorer}",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column(model_header(sweep), overflow="fold")
+    table.add_column(model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"), overflow="fold")
     figures = sweep.main_figures
     for name in figures:
         table.add_column(TITLES[name], no_wrap=True, min_width=len("0.000 [.000, .000]="))
@@ -53,11 +53,18 @@ def _table(sweep: Sweep) -> "Table":
         table.add_column(RATES[name], justify="right")
     for item in sweep.scores:
         values = [_with_interval(sweep, item, name) for name in figures]
-        table.add_row(model(sweep, item), *values, *(f"{item.figures[name]:.3f}" for name in rates))
-    for kind in ("majority", "random") if first.baselines else ():
-        values = [f"{first.baselines[f'{name}_{kind}']:.3f}" for name in figures]
-        table.add_row(kind, *values, *("" for _ in rates), style="dim")
+        clips = "" if sweep.same_clips else f" ({len(item.ids)})"
+        table.add_row(escape(model(sweep, item)) + clips, *values, *(f"{item.figures[name]:.3f}" for name in rates))
+    baselines = sweep.baselines
+    for kind in ("majority", "random") if baselines else ():
+        table.add_row(kind, *(f"{baselines[f'{name}_{kind}']:.3f}" for name in figures), style="dim")
     return table
+
+
+def size(sweep: Sweep) -> str:
+    """The clips that any cell has, and the labels that a classification chooses among."""
+    labels = f", {len(sweep.labels)} labels" if sweep.cell.task == "classification" else ""
+    return f"{len(sweep.clips)} clips{labels}"
 
 
 def model_header(sweep: Sweep) -> str:
@@ -91,25 +98,27 @@ def sentences(sweep: Sweep) -> list[str]:
     found = []
     for name in sweep.main_figures:
         comparison = sweep.comparison(name)
-        if comparison is None:
+        best = sweep.best(name)
+        if comparison is None or best is None:
             continue
-        if not sweep.best(name).figures[name]:
+        if not sweep.compared(name, best):
             found.append(f"{TITLES[name]}: 0 everywhere")
             continue
-        best = model(sweep, sweep.best(name))
-        where = f"alone at the top ({comparison.test})"
+        test = comparison.test if sweep.same_clips else f"{comparison.test}, {comparison.clips} shared clips"
+        where = f"alone at the top ({test})"
         if comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
             first, last = comparison.plateau
-            where = f"on a plateau from {first:g} to {last:g} ({comparison.test})"
+            where = f"on a plateau from {first:g} to {last:g} ({test})"
         elif any(row.p_adjusted >= SIGNIFICANCE for row in comparison.against):
-            where = f"not told from every other ({comparison.test})"
-        sentence = f"{TITLES[name]}: best at {'alpha ' if sweep.by_alpha else ''}{best}, {where}"
+            where = f"not told from every other ({test})"
+        sentence = f"{TITLES[name]}: best at {'alpha ' if sweep.by_alpha else ''}{model(sweep, best)}, {where}"
         gain = sweep.improvement(name)
         if gain:
             top, full, relative = gain
-            sentence += f"; {top.figures[name]:.3f} against {full.figures[name]:.3f} at alpha 1: {relative:+.1%}"
-            if name == "f1_weighted" and full.figures["f1_macro"]:
-                macro = top.figures["f1_macro"], full.figures["f1_macro"]
+            values = sweep.compared(name, top), sweep.compared(name, full)
+            sentence += f"; {values[0]:.3f} against {values[1]:.3f} at alpha 1: {relative:+.1%}"
+            macro = [sweep.compared("f1_macro", item) for item in (top, full) if name == "f1_weighted"]
+            if macro and macro[1]:
                 sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {macro[0] / macro[1] - 1:+.1%})"
         found.append(sentence)
     return found

@@ -19,23 +19,30 @@ def words(text: str, *, plain: bool) -> list[str]:
     return re.sub(r"[^\w\s'-]", " ", text.lower()).split() if plain else text.split()
 
 
-def cider(*, references: Sequence[Sequence[str]], captions: Sequence[Sequence[str]]) -> list[float]:
+def cider(
+    *,
+    references: Sequence[Sequence[str]],
+    captions: Sequence[Sequence[str]],
+    documents: Sequence[Sequence[str]] | None = None,
+) -> list[float]:
     """CIDEr-D of every caption against its one reference (Vedantam et al. 2015, section 4 and eq. 4).
 
-    On the usual scale, where a caption equal to its reference has 10 at most. Inverse document frequencies are
-    those of the references given. Lengths are counted in bigrams, as in the authors' program.
+    On the usual scale, where a caption equal to its reference has 10 at most. Lengths are counted in bigrams, as in
+    the authors' program.
 
     Args:
         references: n lists of words.
         captions: n lists of words.
+        documents: Lists of words that the inverse document frequencies are taken from; by default the references.
     """
-    documents = Counter(ngram for reference in references for ngram in set(_ngrams(reference)))
-    log_documents = math.log(len(references)) if references else 0.0
+    documents = references if documents is None else documents
+    occurrences = Counter(ngram for document in documents for ngram in set(_ngrams(document)))
+    log_documents = math.log(len(documents)) if documents else 0.0
 
     def weighted(ngrams: Counter[tuple[str, ...]]) -> _Ngrams:
         vectors: _Ngrams = [{} for _ in range(ORDERS)]
         for ngram, count in ngrams.items():
-            vectors[len(ngram) - 1][ngram] = count * (log_documents - math.log(max(1, documents[ngram])))
+            vectors[len(ngram) - 1][ngram] = count * (log_documents - math.log(max(1, occurrences[ngram])))
         return vectors
 
     scores = []

@@ -1,10 +1,11 @@
 """The figures of a classification cell: accuracy, both F1 averages, error breakdowns, baselines, confusion."""
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, Match
+from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, NO_MATCH, Match
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,19 +15,20 @@ def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     """Accuracy and averages over the classes, by scikit-learn with ``zero_division=0``.
 
     ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
-    ``f1_macro`` averages over every class that occurs as a target or an answer, so that "None", once answered, is a
+    ``f1_macro`` averages over every class that occurs as a target or an answer, so that no label, once answered, is a
     class with F1 0; ``f1_macro_true`` averages over the targets' classes only. ``top1`` is beans-zero's "Top-1
     Accuracy": a target with commas counts as the list of its parts.
 
     Args:
         targets: The n true labels.
-        answers: The n matched labels or "None".
+        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
     """
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
     weighted = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
     right = sum(
-        answer in [part.strip() for part in target.split(",")] for target, answer in zip(targets, answers, strict=True)
+        answer != NO_MATCH and answer in [part.strip() for part in target.split(",")]
+        for target, answer in zip(targets, answers, strict=True)
     )
     return {
         "accuracy": float(accuracy_score(targets, answers)),
@@ -41,11 +43,11 @@ def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     }
 
 
-def error_rates(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[float, float]:
-    """The share of answers that are no label at all, and of those that are a label but the wrong one."""
-    labels = set(targets)
-    out_of_set = sum(answer not in labels for answer in answers)
-    wrong = sum(answer in labels and answer != target for target, answer in zip(targets, answers, strict=True))
+def error_rates(*, targets: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> tuple[float, float]:
+    """The share of answers that are none of the labels, and of those that are one but the wrong one."""
+    known = set(labels)
+    out_of_set = sum(answer not in known for answer in answers)
+    wrong = sum(answer in known and answer != target for target, answer in zip(targets, answers, strict=True))
     return out_of_set / len(targets), wrong / len(targets)
 
 
@@ -93,22 +95,27 @@ def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[st
 
 
 def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], "np.ndarray"]:
-    """Rows and columns (sorted labels, then "None" where it was answered) and counts, int64 [labels, labels]."""
+    """Rows and columns, and counts, int64 [labels, labels].
+
+    The targets come first, sorted, then what else was answered: labels of clips that are not here, no label last.
+    """
     from sklearn.metrics import confusion_matrix
 
     labels = sorted(set(targets))
-    if set(answers) - set(labels):
-        labels.append(NO_LABEL)
-    return labels, confusion_matrix(targets, answers, labels=labels)
+    labels += sorted(set(answers) - set(labels), key=lambda label: (label in (NO_LABEL, NO_MATCH), label))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found")  # and a matrix of one row is what is wanted
+        return labels, confusion_matrix(targets, answers, labels=labels)
 
 
-def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str]) -> Any:
+def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str], labels: Sequence[str]) -> Any:
     """Per-clip indicators from whose sums ``resampled_figures`` computes.
 
     Args:
         targets: The n true labels.
-        answers: The n matched labels or "None".
+        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
         listed: The n answers matched as lists, for the error breakdown of the paper.
+        labels: What an answer may be.
 
     Returns:
         scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong.
@@ -116,8 +123,8 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     import numpy as np
     from scipy.sparse import csr_matrix, hstack
 
-    labels = sorted(set(targets))
-    position = {label: index for index, label in enumerate(dict.fromkeys([*labels, *sorted(set(answers))]))}
+    classes = dict.fromkeys([*sorted(set(targets)), *sorted(set(answers))])
+    position = {label: index for index, label in enumerate(classes)}
 
     def one_hot(values: Sequence[str], where: Sequence[bool]) -> Any:
         rows = [row for row, wanted in enumerate(where) if wanted]

@@ -2,11 +2,15 @@
 
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 END_OF_TEXT = "<|end_of_text|>"
+#: What the published scorers call an answer that matches no label; a label of that name cannot be told from it.
 NO_LABEL = "None"
+#: What ``exact`` and ``choice`` call it: no label is empty.
+NO_MATCH = ""
 #: Beyond this many edits the paper's scorer says "None" (``max_levenstein_distance`` of beans-zero).
 MAX_EDITS = 5
 
@@ -98,21 +102,38 @@ def match_lists(texts: Sequence[str], labels: Iterable[str]) -> list[str]:
 
 
 def match_exactly(text: str, labels: Iterable[str]) -> str:
-    """The label that the text is, or that a sentence around it states; else "None".
+    """The label that the text is, or that a sentence around it states; else ``NO_MATCH``.
 
-    Case, white space, quotation marks and trailing dots are ignored. Of a longer answer the first line counts, and
-    in it what follows "is", "are" or a colon ("The answer is a Coruro." is "Coruro").
+    Case, white space, quotation marks and trailing dots are ignored, but of labels that differ in nothing else the one
+    that is there to the letter is taken. Of a longer answer the first line counts, and in it what follows "is", "are"
+    or a colon ("The answer is a Coruro." is "Coruro").
     """
-    known = {_normalised(label): label for label in sorted(labels, reverse=True)}
-    lines = text.split(END_OF_TEXT)[0].strip().splitlines() or [""]
-    first = lines[0]
+    known = _known(tuple(labels))
+    cut = text.split(END_OF_TEXT)[0]
+    first = (cut.strip().splitlines() or [""])[0]
     stated = [first[found.end() :] for found in re.finditer(r"\b(?:is|are)\b(?:\s+(?:an?|the)\b)?|:", first, re.I)]
-    for candidate in (first, *stated):
-        label = known.get(_normalised(candidate))
-        if label is not None:
-            return label
-    return NO_LABEL
+    for candidate in (cut, first, *stated):
+        for form, label_of in zip(_FORMS, known, strict=True):
+            if label := label_of.get(form(candidate)):
+                return label
+    return NO_MATCH
 
 
-def _normalised(text: str) -> str:
-    return " ".join(text.split()).strip(_QUOTES + string.whitespace + ".").casefold()
+def normalised(text: str) -> str:
+    """What ``match_exactly`` compares: without case, quotation marks around it, dots after it and doubled spaces."""
+    return _bare(text).casefold()
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).strip(_QUOTES + string.whitespace + ".")
+
+
+#: From the letter to what is left of it: the first form in which a text is a label decides.
+_FORMS: tuple[Callable[[str], str], ...] = (str, _bare, normalised)
+
+
+@lru_cache(16)
+def _known(labels: tuple[str, ...]) -> list[dict[str, str]]:
+    """For each form the label that a text is; of several the first in order, and never one of which nothing is left."""
+    ordered = sorted(labels, reverse=True)
+    return [{key: label for label in ordered if (key := form(label))} for form in _FORMS]

@@ -13,6 +13,7 @@ from mergekit_bio.eval.scoring.matching import (
     END_OF_TEXT,
     MAX_EDITS,
     NO_LABEL,
+    NO_MATCH,
     SCORERS,
     birds_counted,
     clean_as_paper,
@@ -32,7 +33,8 @@ class Score:
         scorer: Its name.
         ids: The clips, in the order of the following three.
         targets: The right answers.
-        answers: The labels that the predictions were matched with, or "None"; the captions themselves for captioning.
+        answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
+            and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
         figures: Name -> value.
         intervals: 95% bootstrap interval of the figures that have one.
@@ -60,12 +62,14 @@ class Score:
     notes: tuple[str, ...] = ()
 
 
-def score(cell: Cell, *, scorer: str, seed: int = 0) -> Score:
+def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0) -> Score:
     """Score a cell.
 
     Args:
         cell: Its predictions and what they should be.
         scorer: One of ``SCORERS``.
+        labels: The labels of all clips that any cell of the sweep has, so that a cell with few clips is given no easier
+            list to match with; by default those of the cell.
         seed: Of the bootstrap.
 
     Raises:
@@ -80,12 +84,28 @@ def score(cell: Cell, *, scorer: str, seed: int = 0) -> Score:
     if cell.expected_rows is not None and len(cell.rows) < cell.expected_rows:
         notes = (f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips",)
     scored = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
-    return scored(cell, scorer, seed, notes)
+    return scored(cell, scorer, labels or [row.label for row in cell.rows], seed, notes)
 
 
-def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
-    targets = [target_text(row.label, target=cell.target, names=cell.names, where=str(cell.file)) for row in cell.rows]
-    labels = sorted(set(targets))
+#: What the published scorers do to a label "None".
+_AS_NONE = {
+    "paper": "counts every answer without a label as it",
+    "beans-zero": "counts every answer without a label as it in the error breakdown",
+}
+
+
+def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
+    def target(label: str) -> str:
+        return target_text(label, target=cell.target, names=cell.names, where=str(cell.file))
+
+    targets = [target(row.label) for row in cell.rows]
+    labels = sorted({target(label) for label in sweep_labels})
+    if NO_MATCH in targets:
+        raise RunError(f"{cell.file}: the clip {cell.rows[targets.index(NO_MATCH)].id!r} has no label")
+    if NO_LABEL in labels and scorer in _AS_NONE:
+        where = f"{cell.run}, {cell.dataset}, query {cell.query}"
+        does = f"the scorer {scorer} {_AS_NONE[scorer]}"
+        notes = (*notes, f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
     texts = [birds_counted(row.prediction) if cell.dataset == "zf-indiv" else row.prediction for row in cell.rows]
     if scorer == "paper":
         texts = [clean_as_paper(text, cell.dataset) for text in texts]
@@ -98,9 +118,11 @@ def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) 
     else:
         answers = listed = [_chosen(text, row, scorer, labels) for text, row in zip(texts, cell.rows, strict=True)]
     figures = classification.figures(targets=targets, answers=answers)
-    figures["out_of_set"], figures["in_set_wrong"] = classification.error_rates(targets=targets, answers=listed)
+    figures["out_of_set"], figures["in_set_wrong"] = classification.error_rates(
+        targets=targets, answers=listed, labels=labels
+    )
     figures["out_of_set_matched"], figures["in_set_wrong_matched"] = classification.error_rates(
-        targets=targets, answers=answers
+        targets=targets, answers=answers, labels=labels
     )
     return _score(
         cell=cell,
@@ -113,7 +135,7 @@ def _classification(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) 
         figures=figures,
         baselines=classification.baselines(targets),
         matching=matching,
-        indicators=classification.indicators(targets=targets, answers=answers, listed=listed),
+        indicators=classification.indicators(targets=targets, answers=answers, listed=listed, labels=labels),
         statistic=classification.resampled_figures,
     )
 
@@ -124,18 +146,18 @@ def _chosen(text: str, row: Prediction, scorer: str, labels: Sequence[str]) -> s
     if row.choice_logprobs:
         text = max(sorted(row.choice_logprobs), key=row.choice_logprobs.__getitem__)
     text = text.split(END_OF_TEXT)[0]
-    return text if text in labels else NO_LABEL
+    return text if text in labels else NO_MATCH
 
 
-def _detection(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
+def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
     targets = [detection.label_set(row.label) for row in cell.rows]
     if not any(targets):
         raise RunError(f"{cell.file}: no clip has a label other than None; detection needs one")
     if scorer in ("paper", "beans-zero"):
         # As beans-zero: the candidates are the label texts as they stand, lists of several labels included.
-        texts = match_lists([row.prediction for row in cell.rows], [row.label for row in cell.rows])
+        texts = match_lists([row.prediction for row in cell.rows], sweep_labels)
     else:
-        known = sorted(frozenset().union(*targets))
+        known = sorted(frozenset().union(*map(detection.label_set, sweep_labels)))
         texts = [", ".join(match_exactly(part, known) for part in row.prediction.split(",")) for row in cell.rows]
     answers = [detection.label_set(text) for text in texts]
     return _score(
@@ -152,7 +174,7 @@ def _detection(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Sc
     )
 
 
-def _captioning(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> Score:
+def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
     import numpy as np
     from scipy.sparse import csr_matrix
 
@@ -162,6 +184,7 @@ def _captioning(cell: Cell, scorer: str, seed: int, notes: tuple[str, ...]) -> S
         "cider": captioning.cider(
             references=[captioning.words(text, plain=plain) for text in references],
             captions=[captioning.words(text, plain=plain) for text in captions],
+            documents=[captioning.words(text, plain=plain) for text in sweep_labels],
         )
     }
     missing = captioning.spice_missing()
