@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Len
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
-from mergekit_bio.eval.prompt import flags
+from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
 from mergekit_bio.eval.validation import FORBID_EXTRA, nearest, validated
@@ -212,6 +212,8 @@ def _check(recipe: Recipe, locate: Any) -> None:
             refuse(("datasets", index), "the task of a BEANS-Zero component is known; leave it out")
         if names.index(choice.name) != index:
             refuse(("datasets", index), f"'{choice.name}' stands twice; give local folders different names")
+        if choice.path is not None and not recipe.queries:
+            refuse(("datasets", index), f"the folder '{choice.name}' has no instruction of its own; give queries")
     if recipe.species and recipe.top_k_species is not None:
         refuse(("top_k_species",), "give either species or top_k_species")
     if (recipe.species or recipe.top_k_species is not None) and len(recipe.datasets) != 1:
@@ -235,3 +237,5 @@ def _check(recipe: Recipe, locate: Any) -> None:
             refuse(("queries", index), "{audio_examples} needs n_examples of 1 or more")
         if "audio_examples" in used and recipe.streaming:
             refuse(("streaming",), "audio examples are read in any order: {audio_examples} needs streaming: false")
+        if not question(query):
+            refuse(("queries", index), f"query {index} asks nothing beside its flags and audio slot; write a question")
