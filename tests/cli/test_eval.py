@@ -122,9 +122,11 @@ def test_mistakes_are_the_users_errors(arguments, error):
     assert isinstance(run(*arguments).exception, error)
 
 
-def test_a_data_type_that_does_not_exist_is_refused(recipe, tmp_path):
-    done = run(recipe, "--out", tmp_path / "run", *ON_CPU, "--engine-option", "dtype=float17")
+def test_a_data_type_that_does_not_exist_is_refused_and_the_corrected_command_runs(recipe, tmp_path):
+    command = [recipe, "--out", tmp_path / "run", *ON_CPU, "--limit", 1, "--no-report"]
+    done = run(*command, "--engine-option", "dtype=float17")
     assert isinstance(done.exception, EngineError) and "dtype=float17: no such data type" in str(done.exception)
+    assert run(*command).exit_code == 0
 
 
 def refused(folder, *arguments, **environment) -> str:
