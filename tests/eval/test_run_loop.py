@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
+from tiny_naturelm import make_base
 
 from eval import beans_zero_tool
 from mergekit_bio.demo import run as demo
@@ -165,7 +166,7 @@ def test_a_changed_recipe_does_not_go_on(run, evaluation, changes, key):
 
 
 def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
-    other = write_evaluation(tmp_path)
+    other = write_evaluation(tmp_path, base=make_base(tmp_path / "other", seed=5))
     merge = {"base": str(other.base), "adapter": str(other.adapter), "alphas": [0.0, 1.0]}
     with pytest.raises(RunError, match="was merged from"):
         evaluate(recipe=evaluation.variant("elsewhere", merge=merge), out=run.path, **CPU)
@@ -173,6 +174,25 @@ def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
     data = [{"path": str(other.recordings), "name": "recordings"}]
     with pytest.raises(RunError, match="data was"):
         evaluate(recipe=evaluation.variant("recorded", datasets=data), out=run.path, **CPU)
+
+
+@pytest.mark.parametrize("adapter", ["made up", "naturelm-tiny", "naturelm-tiny-trained-only"])
+def test_a_project_that_was_moved_goes_on(golden, tmp_path, adapter):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    if adapter == "made up":
+        write_evaluation(old)
+    else:
+        base, adapter = (shutil.copytree(golden / name, old / name) for name in ("llama-tiny", adapter))
+        write_evaluation(old, base=base, adapter=adapter)
+    evaluate(recipe=old / "tones.yaml", out=old / "run", limit=1, alphas=[1.0], **CPU)
+    old.rename(new)
+    recipe = new / "tones.yaml"
+    recipe.write_text(recipe.read_text().replace(str(old), str(new)))
+    listening = Listening()
+    done = evaluate(recipe=recipe, out=new / "run", limit=2, alphas=[1.0], listener=listening, **CPU)
+    assert [len(rows) for rows in by_id(done.path, FILES[2:]).values()] == [2, 2]
+    assert listening.notes == []
 
 
 #: Every kill waits for new answers, of which a fast machine may give several batches before it comes.
