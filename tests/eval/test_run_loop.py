@@ -4,6 +4,7 @@ import http.server
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import threading
@@ -20,7 +21,7 @@ from eval import beans_zero_tool
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
-from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
+from mergekit_bio.errors import AlphaError, DatasetError, EngineError, RecipeError, RunError
 from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import read_record
@@ -391,6 +392,33 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_merged(evaluation, t
     with pytest.raises(EngineError, match="did you mean 'device'"):
         evaluate(recipe=evaluation.recipe, out=tmp_path / "x", engine="transformers", engine_options={"devise": "cpu"})
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "examples", "n_examples", "limit", "said"),
+    [
+        (8, 0, 2, None, "2 example(s) of 'Spotted Elachura' are asked for, there are 1 beside a clip"),
+        (8, 0, 2, 2, None),
+        (9, 0, 2, None, None),
+        (9, 6, 3, None, "3 example(s) of 'Coruro' are asked for, there are 2; lower n_examples"),
+        (9, 6, 2, None, None),
+    ],
+)
+def test_too_few_examples_are_found_before_anything_is_merged(tmp_path, rows, examples, n_examples, limit, said):
+    """Of every species, though the first clip's question would do."""
+    evaluation = write_evaluation(tmp_path)
+    metadata = evaluation.recordings / "metadata.csv"
+    header, *lines = metadata.read_text().splitlines()
+    lines = [f"{line},{'examples' if n < examples else 'test'}" for n, line in enumerate(lines[:rows])]
+    metadata.write_text("\n".join([f"{header},split", *lines]) + "\n")
+    recipe = evaluation.variant("few", n_examples=n_examples)
+    arguments = {"recipe": recipe, "out": tmp_path / "run", "limit": limit, "engine": "transformers"}
+    if said is None:
+        assert prepare_run(**arguments).max_audios == 3 * n_examples + 1
+    else:
+        with pytest.raises(DatasetError, match=re.escape(said)):
+            prepare_run(**arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_without_ears_is_refused_before_it_is_merged(evaluation, golden, tmp_path):
