@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Len
+from annotated_types import Ge, Gt, Le, Len
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
@@ -18,6 +18,11 @@ from mergekit_bio.eval.validation import Path as KeyPath
 Text = Annotated[str, Len(1)]
 Decoding = Literal["generate", "choice", "loglikelihood"]
 Scorer = Literal["paper", "beans-zero", "exact", "choice"]
+
+#: What divides logits without overflow; vLLM takes it where less is asked for.
+LOWEST_TEMPERATURE = 0.01
+#: With the number of a clip added it is one that torch and vLLM take.
+HIGHEST_SEED = 2**62
 
 DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
 DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
@@ -63,9 +68,9 @@ class Generate:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     max_new_tokens: Annotated[int, Ge(1)] = 100
-    num_beams: Annotated[int, Ge(1)] = 2
-    temperature: Annotated[float, Ge(0)] = 0.0
-    length_penalty: float = 1.0
+    num_beams: Annotated[int, Ge(1), Le(1000)] = 2
+    temperature: Annotated[float, Ge(0), Le(100)] = 0.0
+    length_penalty: Annotated[float, Ge(-10), Le(10)] = 1.0
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
 
 
@@ -226,6 +231,10 @@ def _check(recipe: Recipe, locate: Any) -> None:
         refuse(("targets",), "scientific and combined names need a label_map (CSV: label,scientific)")
     if recipe.generate.temperature > 0 and recipe.generate.num_beams > 1:
         refuse(("generate", "temperature"), "sampling (temperature above 0) needs num_beams: 1")
+    if 0 < recipe.generate.temperature < LOWEST_TEMPERATURE:
+        refuse(("generate", "temperature"), f"a temperature above 0 is {LOWEST_TEMPERATURE} or more")
+    if recipe.generate.temperature > 0 and not 0 <= recipe.seed <= HIGHEST_SEED:
+        refuse(("seed",), f"sampling needs a seed of 0 to {HIGHEST_SEED}")
     chosen = bool(recipe.species) or recipe.top_k_species is not None
     for index, query in enumerate(recipe.queries):
         used = flags(query, f"{locate(('queries', index))}: queries[{index}]")
