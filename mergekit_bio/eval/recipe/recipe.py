@@ -1,5 +1,6 @@
 """The recipe: what an evaluation run is made of, read from YAML."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
-from mergekit_bio.eval.validation import FORBID_EXTRA, nearest, validated
+from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, nearest, validated
 from mergekit_bio.eval.validation import Path as KeyPath
 
 Text = Annotated[str, Len(1)]
@@ -142,13 +143,16 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     document = read_located_yaml(file)
     if not isinstance(document.data, dict):
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
-    content, locate = document.data, document.locate
+    content, locate, named = document.data, document.locate, dotted
     notes: tuple[str, ...] = ()
     if is_reference(content):
         content, notes = translated(document)
 
         def locate(path: KeyPath) -> str:
-            return document.locate(reference_path(path))
+            return document.locate(reference_path(path, document.data))
+
+        def named(path: KeyPath) -> str:
+            return dotted(reference_path(path, document.data))
 
     content = {"name": file.stem, **content}
     content["datasets"] = _dataset_mappings(content.get("datasets"), file.parent)
@@ -159,8 +163,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         content["label_map"] = read_label_map(_beside(label_map, file.parent))
     if content["datasets"] is None:
         del content["datasets"]
-    recipe = validated(Recipe, content, error=RecipeError, locate=locate)
-    _check(recipe, locate)
+    recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
+    _check(recipe, locate, named)
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
@@ -201,11 +205,11 @@ def _found(source: str, folder: Path) -> str:
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
-def _check(recipe: Recipe, locate: Any) -> None:
+def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[KeyPath], str]) -> None:
     """What ties keys together."""
 
     def refuse(path: KeyPath, message: str) -> None:
-        raise RecipeError(f"{locate(path)}: {path[0]}: {message}")
+        raise RecipeError(f"{locate(path)}: {named(path[:1])}: {message}")
 
     if (recipe.merge is None) == (not recipe.checkpoints):
         refuse(("merge",), "give either merge or checkpoints")
@@ -237,7 +241,7 @@ def _check(recipe: Recipe, locate: Any) -> None:
         refuse(("seed",), f"sampling needs a seed of 0 to {HIGHEST_SEED}")
     chosen = bool(recipe.species) or recipe.top_k_species is not None
     for index, query in enumerate(recipe.queries):
-        used = flags(query, f"{locate(('queries', index))}: queries[{index}]")
+        used = flags(query, f"{locate(('queries', index))}: {named(('queries', index))}")
         if used & {"species_list", "examples", "audio_examples"} and not chosen:
             refuse(("queries", index), "the flags for species need species or top_k_species")
         if "examples" in used and not (recipe.species and all(one.description for one in recipe.species)):
