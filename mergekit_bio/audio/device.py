@@ -14,12 +14,13 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    if not isinstance(name, str) or name.startswith("meta"):  # a value of YAML's; a device that computes nothing
+        raise EngineError(f"--device {name}: no such device; try --device cpu")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EngineError(
-            f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise EngineError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
     return name

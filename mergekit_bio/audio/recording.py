@@ -1,6 +1,7 @@
 """Recordings on disk: found, decoded and cut into windows, however long they are."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from mergekit_bio.audio.waveform import MIN_SECONDS, check_channels, check_durat
 from mergekit_bio.errors import AudioError, MissingPackageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 CLIP_SECONDS = 10.0
@@ -94,6 +96,19 @@ def read_clip(path: str | Path, *, clip_samples: int = 10 * SAMPLING_RATE) -> Wi
     return next(read_windows(path, window=clip_samples / SAMPLING_RATE, clip_samples=clip_samples))
 
 
+def read_beginning(path: Path, *, seconds: float) -> "tuple[np.ndarray, int]":
+    """Decode the first seconds of a recording, and nothing after them.
+
+    Returns:
+        float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz.
+
+    Raises:
+        AudioError: The file is not decodable, or of an impossible rate or number of channels.
+    """
+    with _opened(path) as file:
+        return file.read(round(seconds * file.samplerate), dtype="float64"), file.samplerate
+
+
 def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[tuple[int, torch.Tensor]]":
     """Start and samples of every window of a stream; all in samples."""
     import torch
@@ -118,6 +133,13 @@ def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[t
 
 def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
     """Decode to mono at 16 kHz, about a clip at a time."""
+    with _opened(path) as file:
+        yield from resample_blocks(_decode(file), sampling_rate=file.samplerate)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A recording as a ``soundfile.SoundFile``; whatever is wrong with it is an AudioError that names it."""
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the package without its C library
@@ -127,7 +149,7 @@ def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
         with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
             check_rate(file.samplerate)
             check_channels(file.channels)
-            yield from resample_blocks(_decode(file), sampling_rate=file.samplerate)
+            yield file
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from error
     except soundfile.SoundFileError as error:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.listening import hear_each
+from mergekit_bio.cli.listening import check_any_used, hear_each
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def ask(
 
     Without <AudioHere> in the prompt, every recording is asked about on its own, in windows of 10 s to its end. With
     several, the recordings fill them in order and there is one answer. A recording that cannot be used is named and
-    counted, and the others are answered.
+    counted, and the others are answered; so is one that breaks midway, up to there.
 
     \b
     Examples:
@@ -69,11 +69,13 @@ def ask(
         ],
         "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
     }
-    output.result(
-        document,
-        lambda console: console.print("\n".join(map(_line, answers)), markup=False, soft_wrap=True),
-        lines=[answer.text for answer in answers],
-    )
+    if answers or not failed:
+        output.result(
+            document,
+            lambda console: console.print("\n".join(map(_line, answers)), markup=False, soft_wrap=True),
+            lines=[answer.text for answer in answers],
+        )
+    check_any_used(recordings, failed)
 
 
 def _line(answer: "Answer") -> str:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        # A file name may hold what the terminal's encoding does not: it is shown escaped.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
     def note(self, text: str) -> None:
         """Say something to the person at the terminal (stderr); silent under ``--quiet``."""
@@ -39,8 +44,7 @@ class Output:
             lines: The essential result, for ``--quiet``.
         """
         if self.as_json:
-            json.dump(document, sys.stdout, indent=2, ensure_ascii=False)
-            print(flush=True)
+            print(_json(document, sys.stdout.encoding or "utf-8"), flush=True)
         elif self.quiet:
             for line in lines:
                 print(line, flush=True)
@@ -85,6 +89,16 @@ class Output:
         ) as bar:
             task = bar.add_task(description, total=total)
             yield lambda step: bar.advance(task, step)
+
+
+def _json(document: Any, encoding: str) -> str:
+    """A document as it is, or with JSON's own escapes where the encoding lacks a character."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=2)
+    return text
 
 
 def stdout_console() -> "Console":

@@ -46,10 +46,12 @@ def demo(
     from mergekit_bio.eval.records.cells import read_runs
     from mergekit_bio.eval.report.files import write_report
     from mergekit_bio.eval.report.report import build_report, to_document
+    from mergekit_bio.eval.run.engine_slot import choose_engine
     from mergekit_bio.merging.api import merge
     from mergekit_bio.merging.verify import verify
 
     output = Output(as_json=as_json, quiet=quiet)
+    choose_engine(engine)  # one that is not there is said before anything is written
     # Off a terminal, forty-four cells of a second each would be forty-four lines.
     listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
     stage = _Stages(output)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.listening import hear_each
+from mergekit_bio.cli.listening import check_any_used, hear_each
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 
@@ -47,8 +47,8 @@ def embed(
         failed = hear_each(
             recordings, lambda recording: embeddings.add(prefix, recording, window=window, hop=hop), output
         )
-        clips = embeddings.clips
-    used = len(recordings) - len(failed)
+        check_any_used(recordings, failed)
+        clips, used = embeddings.clips, len(embeddings.recordings)
     document = {
         "out": str(out),
         "recordings": used,

@@ -1,6 +1,5 @@
 """``mergekit-bio recipes``: the evaluation recipes that come with the package."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,7 +82,10 @@ def show_recipe(
 @app.command("copy")
 def copy_recipe(
     recipe: Annotated[str, typer.Argument(help="The name of a recipe.")],
-    destination: Annotated[Path, typer.Argument(help="A file or an existing folder.")] = Path(),
+    # A text, because a path has no slash at its end.
+    destination: Annotated[
+        str, typer.Argument(metavar="PATH", help="A file, or a folder: one that exists, or a name with a / at its end.")
+    ] = ".",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -63,6 +63,11 @@ def flags(query: str, where: str) -> set[str]:
     return set(used)
 
 
+def question(query: str) -> str:
+    """What a query asks in its own words: without flags and the audio slot. Empty where it asks nothing."""
+    return _FLAG.sub("", query.replace(AUDIO_LEAD.strip(), "").replace(AUDIO_SLOT, "")).strip()
+
+
 def shuffled(items: Sequence[T], *key: object) -> list[T]:
     """The items in an order that the key decides alone: on every machine, in every version of Python.
 

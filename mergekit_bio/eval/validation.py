@@ -16,7 +16,22 @@ Path = tuple[str | int, ...]
 FORBID_EXTRA = {"extra": "forbid", "allow_inf_nan": False}
 
 
-def validated(kind: type[T], data: Any, *, error: type[MergekitBioError], locate: Callable[[Path], str]) -> T:
+def dotted(path: Path) -> str:
+    """``("datasets", 0, "path")`` -> ``"datasets[0].path"``."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def validated(
+    kind: type[T],
+    data: Any,
+    *,
+    error: type[MergekitBioError],
+    locate: Callable[[Path], str],
+    named: Callable[[Path], str] = dotted,
+) -> T:
     """Turn mappings, lists and scalars into ``kind``, strictly: no text becomes a number, no number a text.
 
     Args:
@@ -24,6 +39,7 @@ def validated(kind: type[T], data: Any, *, error: type[MergekitBioError], locate
         data: JSON-like values.
         error: What to raise.
         locate: Where a path of keys and indices stands, for the message ("file.yaml:12").
+        named: What is written there, where it is not the path itself.
 
     Raises:
         error: One line: where, which key, what is wrong, and for an unknown key the nearest one.
@@ -37,11 +53,11 @@ def validated(kind: type[T], data: Any, *, error: type[MergekitBioError], locate
         # An unknown key explains a missing one, seldom the other way round.
         problem = min(failure.errors(include_url=False), key=lambda item: item["type"] != "unexpected_keyword_argument")
     path = tuple(step for step in problem["loc"] if _occurs(step, data))
-    name = dotted(path)
+    name = named(path)
     if problem["type"] == "unexpected_keyword_argument":
         message = f"unknown key{nearest(str(path[-1]), _keys_at(kind, path[:-1]))}"
     elif problem["type"] == "missing":
-        name, message = dotted((*path, problem["loc"][-1])), "is missing"
+        name, message = named((*path, problem["loc"][-1])), "is missing"
     else:
         message = problem["msg"][0].lower() + problem["msg"][1:]
     raise error(f"{locate(path)}: {name + ': ' if name else ''}{message}")
@@ -62,14 +78,6 @@ def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """What to add to "unknown ...": a suggestion, or the known words."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-
-
-def dotted(path: Path) -> str:
-    """``("datasets", 0, "path")`` -> ``"datasets[0].path"``."""
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
 
 
 def _occurs(step: str | int, data: Any) -> bool:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.checkpoint.checkpoint import inside, read_json
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.engines.sweep import difference, verify
 from mergekit_bio.eval.engines.tokenization import read_audio_model_config
-from mergekit_bio.serve.chat_template import CHAT_TEMPLATE
+from mergekit_bio.serve.chat_template import chat_template
 from mergekit_bio.serve.settings import ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -57,7 +58,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     defaults = {
         "--host": "127.0.0.1",
         "--served-model-name": list(models),
-        "--chat-template": CHAT_TEMPLATE,
+        "--chat-template": chat_template(read_json(inside(first, "processor_config.json"))["audio_token"]),
         "--chat-template-content-format": "openai",
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),

@@ -64,16 +64,17 @@ class Guard:
             limit = self._settings.max_body_bytes
             await _refuse(scope, receive, send, 413, f"the request is larger than {limit} bytes")
             return
-        if scope["path"] != "/predict" and not _is_text(body):  # that one answers item by item
-            await _refuse(scope, receive, send, 400, "the request holds half of a surrogate pair, which is no text")
+        flaw = None if scope["path"] == "/predict" else _flaw(body)  # that one answers item by item
+        if flaw is not None:
+            await _refuse(scope, receive, send, 400, f"the request holds {flaw}")
             return
         replay = _replay(body, receive)
         if len(self._settings.models) == 1:
             await self._answer(scope, replay, send)
             return
         if self._turnstile is None:
-            engine = scope["app"].state.engine_client
-            self._turnstile = Turnstile(self._settings.default_model, lambda model: self._switch(engine, model))
+            state = scope["app"].state
+            self._turnstile = Turnstile(self._settings.default_model, lambda model: self._switch(state, model))
         try:
             async with self._turnstile.use(self._model(scope, body)):
                 await self._answer(scope, replay, send)
@@ -137,9 +138,10 @@ class Guard:
             if not message.get("more_body", False):
                 return bytes(body)
 
-    async def _switch(self, engine: Any, model: str) -> None:
+    async def _switch(self, state: Any, model: str) -> None:
         from mergekit_bio.eval.engines.sweep import difference
 
+        engine, served = state.engine_client, state.openai_serving_models
         target = Path(self._settings.models[model])
         change = difference(self._loaded, target)
         if change.names:
@@ -155,6 +157,8 @@ class Guard:
         await engine.reset_encoder_cache()
         if not await engine.reset_prefix_cache():
             raise EngineError(f"vLLM did not empty its prefix cache, so {model} cannot be served")
+        # vLLM's answers say that they are from the first of its served names.
+        served.base_model_paths = sorted(served.base_model_paths, key=lambda path: bool(path.name != model))
 
 
 async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
@@ -162,15 +166,25 @@ async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[
     return answers
 
 
-def _is_text(body: bytes) -> bool:
-    """Whether JSON's strings are text: half of a surrogate pair can be escaped, but not tokenized or sent back."""
-    if not _SURROGATE.search(body):
-        return True
+def _flaw(body: bytes) -> str | None:
+    """What JSON can write, but vLLM can neither tokenize, nor hand to its other processes, nor send back."""
+    longest = 0
+
+    def integer(digits: str) -> int:
+        nonlocal longest
+        value = int(digits)
+        longest = max(longest, value.bit_length() + 1)
+        return value
+
     try:
-        strings = json.dumps(json.loads(body), ensure_ascii=False)
+        document = json.loads(body, parse_int=integer)
     except (ValueError, RecursionError):
-        return True  # no JSON: vLLM will say so
-    return is_text(strings)
+        return None  # no JSON: vLLM will say so
+    if longest > 64:
+        return "an integer of more than 64 bits"
+    if _SURROGATE.search(body) and not is_text(json.dumps(document, ensure_ascii=False)):
+        return "half of a surrogate pair, which is no text"
+    return None
 
 
 def _has_key(scope: "Scope") -> bool:

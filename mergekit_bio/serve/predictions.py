@@ -66,7 +66,7 @@ class GenerationConfig(_Tolerant):
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
     def decoding(self, *, default_tokens: int) -> Decoding:

@@ -1,5 +1,6 @@
 """The command line as a whole: its help, its start, its completion."""
 
+import json
 import os
 import re
 import shlex
@@ -75,6 +76,23 @@ def test_what_the_system_says_of_a_file_is_one_line(command: tuple[str, ...]) ->
 
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*x{300}.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1", "ascii"])
+def test_what_the_terminals_encoding_lacks_is_shown_escaped(encoding: str) -> None:
+    text = "\udcff \xe9 \u9ce5 \U0001f438"
+    program = (
+        "import sys; from mergekit_bio.cli.console import Output; output = Output(as_json='json' in sys.argv)\n"
+        f"output.note({text!r}); output.result([{text!r}], lambda console: console.print({text!r}))"
+    )
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        return subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, check=True)
+
+    expected = text.encode(encoding.partition(":")[0], "backslashreplace") + b"\n"
+    assert (run().stdout, run().stderr) == (expected, expected)
+    assert json.loads(run("json").stdout.decode(encoding.partition(":")[0])) == [text]
 
 
 def test_a_bug_is_a_traceback(make_run) -> None:

@@ -1,6 +1,9 @@
 """``mergekit-bio ask`` as a user types it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +98,24 @@ def test_without_json_there_is_a_line_an_answer(run: Run, recording, merged: Pat
     assert f"{two} [0.0-2.0 s]" in out
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_file_name_that_is_no_text_is_shown_escaped(recording, merged: Path, tmp_path: Path, as_json: bool) -> None:
+    path = recording("a.wav").rename(tmp_path / os.fsdecode(b"\xff.wav"))
+    words = ["ask", merged, path, "-p", QUESTION, *map(str, SHORT), "--device", "cpu", *["--json"] * as_json]
+    done = subprocess.run(
+        [sys.executable, "-c", "from mergekit_bio.cli.app import program; program()", *words],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    if as_json:
+        assert json.loads(done.stdout)["answers"][0]["recordings"] == [str(path)]
+    else:
+        assert f"{tmp_path}/\\udcff.wav [0.0-2.0 s]" in done.stdout
+
+
 def test_in_a_folder_the_good_are_answered_and_the_bad_counted(
     run: Run, recording, merged: Path, tmp_path: Path
 ) -> None:
@@ -115,15 +136,36 @@ def test_in_a_folder_the_good_are_answered_and_the_bad_counted(
     assert "2 of 3 recordings could not be used" in err
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_recording_that_breaks_midway_is_answered_up_to_there(
+    run: Run, merged: Path, tmp_path: Path, others: int
+) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 12 * 16_000)
+    samples[11 * 16_000] = np.nan  # in the sixth of windows of 2 s, which are answered by fours
+    soundfile.write(tmp_path / "broken.wav", samples, 16_000, subtype="DOUBLE")
+    (tmp_path / "text.wav").write_text("no audio")
+    paths = [tmp_path / "broken.wav", *[tmp_path / "text.wav"] * others]
+
+    code, out, err = run(merged, *paths, "-p", QUESTION, *SHORT, "--window", 2, "--json")
+
+    assert code == 1
+    document = json.loads(out)
+    assert [answer["start"] for answer in document["answers"]] == [0.0, 2.0, 4.0, 6.0]
+    assert [failure["recording"] for failure in document["failed"]] == list(map(str, paths))
+    assert "broken.wav: holds NaN or infinity after 10.0 s" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: none of the 2" if others else "error: ")
+
+
 def test_where_none_is_good_it_is_an_error(run: Run, tmp_path: Path, merged: Path) -> None:
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_text("no audio")
 
-    code, out, err = run(merged, tmp_path, "-p", QUESTION)
+    for named in ([tmp_path], [tmp_path / "a.wav"] * 2):
+        code, out, err = run(merged, *named, "-p", QUESTION)
 
-    assert code == 1
-    assert not out
-    assert "error: none of the 2 recordings could be used" in err
+        assert code == 1
+        assert not out
+        assert "error: none of the 2 recordings could be used" in err
 
 
 @pytest.mark.parametrize(

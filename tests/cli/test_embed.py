@@ -69,6 +69,21 @@ def test_writes_prefix_and_pooled_encoder_of_every_window(run: Run, folder: Path
             assert np.abs(arrays["encoder"][row] - heard.mean(0).numpy()).max() < 1e-5
 
 
+def test_a_recording_that_breaks_midway_counts_with_the_rows_it_has(run: Run, folder: Path, merged: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 64 * 16_000)
+    samples[63 * 16_000] = np.nan
+    soundfile.write(folder / "broken.wav", samples, 16_000, subtype="DOUBLE")
+    out = folder.parent / "e.npz"
+
+    code, stdout, err = run(merged, folder / "a.wav", folder / "broken.wav", "--out", out, "--json")
+
+    assert code == 0, err
+    document, (arrays, recordings) = json.loads(stdout), read(out)
+    assert recordings == [str(folder / "a.wav"), str(folder / "broken.wav")]
+    assert (document["clips"], document["recordings"]) == (len(arrays["start"]), 2)
+    assert [failure["recording"] for failure in document["failed"]] == [recordings[1]]
+
+
 def test_the_original_checkpoint_gives_the_same(run: Run, folder: Path, merged: Path) -> None:
     first, second = folder.parent / "1.npz", folder.parent / "2.npz"
 

@@ -122,9 +122,18 @@ def test_mistakes_are_the_users_errors(arguments, error):
     assert isinstance(run(*arguments).exception, error)
 
 
-def test_a_data_type_that_does_not_exist_is_refused(recipe, tmp_path):
-    done = run(recipe, "--out", tmp_path / "run", *ON_CPU, "--engine-option", "dtype=float17")
+def test_a_data_type_that_does_not_exist_is_refused_and_the_corrected_command_runs(recipe, tmp_path):
+    command = [recipe, "--out", tmp_path / "run", *ON_CPU, "--limit", 1, "--no-report"]
+    done = run(*command, "--engine-option", "dtype=float17")
     assert isinstance(done.exception, EngineError) and "dtype=float17: no such data type" in str(done.exception)
+    assert run(*command).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["dtype=16", "dtype=[1]", "dtype=", "dtype=int8", "device=meta", "device={a: 1}"])
+def test_an_engine_option_of_another_kind_is_one_line(recipe, tmp_path, option):
+    done = run(recipe, "--out", tmp_path / "run", "--engine", "transformers", "--engine-option", option)
+    assert isinstance(done.exception, EngineError) and "\n" not in str(done.exception)
+    assert "no such data type" in str(done.exception) or "no such device" in str(done.exception)
 
 
 def refused(folder, *arguments, **environment) -> str:

@@ -29,3 +29,8 @@ def test_show_prints_a_recipe_that_is_one(tmp_path):
 def test_copy_makes_the_files(tmp_path):
     run("copy", "cbi", tmp_path)
     assert (tmp_path / "cbi.yaml").exists() and (tmp_path / "labels" / "cbi.csv").exists()
+
+
+def test_copy_makes_a_folder_of_a_name_with_a_slash_at_its_end(tmp_path):
+    run("copy", "cbi", f"{tmp_path}/mine/")
+    assert (tmp_path / "mine" / "cbi.yaml").exists() and (tmp_path / "mine" / "labels" / "cbi.csv").exists()

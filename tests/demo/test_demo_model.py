@@ -13,12 +13,15 @@ import pytest
 import soundfile
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 pytest.importorskip("transformers", reason="the eval extra is not installed")
 
+from mergekit_bio.cli.app import app
 from mergekit_bio.demo.recordings import write_recordings
 from mergekit_bio.demo.run import CLOSED, COMBINED, IN_CONTEXT, MODEL, NAMED, write_sources
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.recipe.shipped import copy_shipped
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.run.asking import Silence
@@ -164,4 +167,10 @@ def test_a_demo_that_is_interrupted_leaves_no_folder_in_the_way(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_sources(tmp_path / "demo", Interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_not_there_is_said_before_anything_is_written(tmp_path):
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--engine", "vlm"])
+    assert isinstance(done.exception, EngineError) and "did you mean 'vllm'?" in str(done.exception)
     assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,12 @@ def test_servers_must_be_there_and_have_the_model():
         engine.load("sweep/c")
 
 
+@pytest.mark.parametrize("option", [{"concurrency": "x"}, {"concurrency": 0}, {"timeout": "x"}, {"timeout": -1}])
+def test_an_option_of_another_kind_is_refused(option):
+    with pytest.raises(EngineError, match="write a"):
+        HttpEngine([Echo().url], **option)
+
+
 def test_what_the_api_cannot_do_is_refused():
     engine = HttpEngine([Echo().url])
     with pytest.raises(EngineError, match="beams"):

@@ -11,6 +11,7 @@ from engines.starting import start_vllm
 from eval.evaluation import write_evaluation
 
 from mergekit_bio.errors import EngineError
+from mergekit_bio.eval.engines.vllm import VllmEngine
 from mergekit_bio.model.vllm_start import objections
 
 
@@ -63,6 +64,13 @@ def test_an_option_that_vllm_objects_to_is_named_in_one_line(tiny_sweep, option,
         start_vllm(tiny_sweep[0.5], **option)
     assert str(refusal.value).startswith(f"{tiny_sweep[0.5]}: vLLM cannot start: ")
     assert "\n" not in str(refusal.value) and refusal.value.__cause__
+
+
+@pytest.mark.parametrize("option", [{"max_model_len": "long"}, {"max_model_len": -1}, {"max_audios": 0}])
+def test_an_option_of_our_own_is_a_whole_number(tiny_sweep, option):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with pytest.raises(EngineError, match="write a whole number"):
+        VllmEngine(tiny_sweep[0.5], **option)
 
 
 def test_an_engine_that_does_not_come_up_is_an_error_and_a_bug_is_a_traceback(tmp_path):

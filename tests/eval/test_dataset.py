@@ -199,6 +199,45 @@ def test_a_text_that_no_file_can_hold_is_named_with_its_line(folder, column):
         open_audio_folder(folder, name="mine", task="classification")
 
 
+def one_recording(folder, samples, rate, name, **how):
+    soundfile.write(folder / "made.wav", samples, rate, **how)
+    (folder / "made.wav").rename(folder / name)
+    (folder / "metadata.csv").write_text(f"file_name,label\n{name},wren\n")
+    return open_audio_folder(folder, name="mine", task="classification").audio(name)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 10, 12])
+@pytest.mark.parametrize("kind", [("WAV", "DOUBLE"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
+def test_the_first_ten_seconds_are_to_the_bit_what_the_whole_file_holds(tmp_path, kind, seconds):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * 44_100), 2))
+    heard, rate = one_recording(tmp_path, samples, 44_100, "a.rec", format=kind[0], subtype=kind[1])
+    whole, _ = soundfile.read(tmp_path / "a.rec", dtype="float64")
+    assert rate == 44_100 and np.array_equal(heard, whole[:441_000])
+
+
+def test_a_recording_is_read_by_its_content_and_no_further_than_it_is_heard(tmp_path):
+    samples = np.full(12 * RATE, 0.25)
+    samples[11 * RATE] = np.nan
+    heard, _ = one_recording(tmp_path, samples, RATE, "a.raw", subtype="DOUBLE")
+    assert np.array_equal(heard, samples[: 10 * RATE])
+    samples[9 * RATE] = np.nan
+    with pytest.raises(DatasetError, match="not finite"):
+        one_recording(tmp_path, samples, RATE, "a.raw", subtype="DOUBLE")
+
+
+def test_of_half_an_hour_the_memory_of_ten_seconds_is_taken(tmp_path):
+    import resource
+
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", samplerate=48_000, channels=2) as file:
+        for _ in range(30):
+            file.write(np.zeros((60 * 48_000, 2), dtype=np.int16))
+    (tmp_path / "metadata.csv").write_text("file_name,label\nlong.flac,wren\n")
+    dataset = open_audio_folder(tmp_path, name="mine", task="classification")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert dataset.audio("long.flac")[0].shape == (480_000, 2)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB; the whole is 1.4 GB
+
+
 def test_a_file_that_is_no_recording_is_an_audio_error(folder):
     (folder / "0.wav").write_text("not audio")
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n")

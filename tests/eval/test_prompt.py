@@ -188,7 +188,7 @@ def test_the_hash_seed_of_python_makes_no_difference(beans_zero, tmp_path):
     recipe = tmp_path / "all_flags.yaml"
     recipe.write_text(
         f"checkpoints: [x]\ndata: {beans_zero('parquet')}\ndatasets: [unseen-family-cmn]\ntop_k_species: 3\n"
-        "n_examples: 1\nqueries:\n- '{species_list}{randomize} {audio_examples}'\n- '{audio_examples}'\n"
+        "n_examples: 1\nqueries:\n- '{species_list}{randomize} {audio_examples} Which?'\n- '{audio_examples} Which?'\n"
     )
     printed = [
         subprocess.run(

@@ -142,10 +142,21 @@ def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):
         (SMALL + "top_k_species: 2\nqueries:\n- a\n- '{specis_list}'\n", "mine.yaml:6: queries[1]: unknown flag"),
         (SMALL + "top_k_species: 2\nqueries: ['{examples}']\n", "{examples} needs species with a description each"),
         (SMALL + "top_k_species: 2\nqueries: ['{audio_examples}']\n", "{audio_examples} needs n_examples of 1 or more"),
+        ("checkpoints: [m]\ndatasets:\n  - cbi\n  - path: frogs/\n", "mine.yaml:4: datasets: the folder 'frogs'"),
+        (SMALL + "queries:\n- a\n- ' {randomize}'\n", "mine.yaml:5: queries: query 1 asks nothing beside its flags"),
+        (SMALL + "queries: ['<Audio><AudioHere></Audio> ']\n", "mine.yaml:3: queries: query 0 asks nothing beside"),
+        (SMALL + "top_k_species: 2\nqueries: ['{species_list}']\n", "mine.yaml:4: queries: query 0 asks nothing"),
+        (SMALL + "queries: ['{randomize}<AudioHere>']\n", "mine.yaml:3: queries: query 0 asks nothing beside"),
         (SMALL + "queries: [a, b]\ntargets: [label]\n", "mine.yaml:4: targets: 1 targets for 2 queries"),
         (SMALL + "queries: [a]\ntargets: [scientific]\n", "scientific and combined names need a label_map"),
         (SMALL + "label_map: nowhere.csv\n", "nowhere.csv: the label map cannot be read"),
         (SMALL + "generate: {temperature: 0.5}\n", "sampling (temperature above 0) needs num_beams: 1"),
+        (SMALL + "generate: {temperature: 1.0e-300, num_beams: 1}\n", "generate: a temperature above 0 is 0.01 or"),
+        (SMALL + "generate: {temperature: 1.0e+300, num_beams: 1}\n", "temperature: input should be less"),
+        (SMALL + "generate: {length_penalty: 1.0e+300}\n", "generate.length_penalty: input should be less"),
+        (SMALL + f"generate: {{num_beams: {2**70}}}\n", "generate.num_beams: input should be less"),
+        (SMALL + f"seed: {2**64}\ngenerate: {{temperature: 1.0, num_beams: 1}}\n", "mine.yaml:3: seed: sampling needs"),
+        (SMALL + "seed: -1\ngenerate: {temperature: 1.0, num_beams: 1}\n", "mine.yaml:3: seed: sampling needs"),
         (SMALL + "queries: [a\n", "mine.yaml:4: not YAML"),
         (SMALL + "a: &x 1\nb: *x\n", "mine.yaml:4: not YAML: aliases are not used in recipes"),
         ("[" * 300, "mine.yaml:1: not YAML: nested too deeply"),
@@ -236,12 +247,21 @@ def test_the_references_own_defaults(tmp_path):
             "mine.yaml:17: extende: unknown section; did you mean 'extended'?",
         ),
         (("user<|end", "system<|end"), "mine.yaml:8: model.prompt_template: only NatureLM-audio's own chat template"),
-        (("[0.0, 0.5, 1.0]", "half"), "mine.yaml:19: merge.alphas: input should be a valid array"),
-        (("[unseen-family-cmn]", "[unseen-family]"), "unknown component 'unseen-family'; did you mean"),
+        (("[0.0, 0.5, 1.0]", "half"), "mine.yaml:19: extended.lora_scales: input should be a valid array"),
+        (("[unseen-family-cmn]", "[unseen-family]"), "extended.datasets: unknown component 'unseen-family'; did"),
+        (("1.0]", "x]"), "mine.yaml:19: extended.lora_scales[2]: input should be a valid number"),
+        (("{audio_examples}", "{audio_example}"), "mine.yaml:27: extended.queries[0]: unknown flag '{audio_example}'"),
+        (("llama_path: meta", "llama_path: 3 #"), "mine.yaml:3: model.llama_path: input should be a valid string"),
+        (("      description", "      descriptio"), "mine.yaml:22: extended.species[0].descriptio: unknown key; "),
     ],
 )
 def test_a_wrong_reference_recipe_is_one_line(tmp_path, change, said):
     assert said in refused(tmp_path, REFERENCE.replace(*change))
+
+
+def test_a_wrong_alpha_outside_of_a_sweep_is_named_where_it_stands(tmp_path):
+    said = "mine.yaml:2: generate.merging_alpha: input should be a valid number"
+    assert said in refused(tmp_path, "model: {}\ngenerate: {merging_alpha: half}\n")
 
 
 def test_recipes_are_found_by_name_by_path_and_as_the_readme_writes_them(tmp_path, monkeypatch):
@@ -261,6 +281,7 @@ def test_a_copied_recipe_works_where_it_is(tmp_path):
     assert load_recipe(files[0]).recipe == load_recipe(shipped_recipes()["watkins"]).recipe
     with pytest.raises(OutputError, match="exists already"):
         copy_shipped("watkins", tmp_path)
+    assert copy_shipped("watkins", f"{tmp_path}/new/folder/")[0] == tmp_path / "new/folder/watkins.yaml"
     assert copy_shipped("watkins", tmp_path / "whales.yaml")[0].read_text() == files[0].read_text()
     with pytest.raises(RecipeError, match="no such recipe; did you mean 'cbi'"):
         copy_shipped("cbii", tmp_path)

@@ -147,8 +147,10 @@ def test_the_page_needs_nothing_beside_it_and_holds_every_answer(written):
 
 
 def test_recordings_are_in_the_page_once_each_while_they_exist(make_run, tmp_path):
-    recording = tmp_path / "clip.wav"
-    soundfile.write(recording, np.sin(np.arange(4000) / 5), 8000)
+    tone = np.sin(np.arange(4000) / 5)
+    tone[3999] = np.nan
+    soundfile.write(tmp_path / "clip.wav", tone, 8000, subtype="DOUBLE")
+    recording = (tmp_path / "clip.wav").rename(tmp_path / "clip.raw")  # its content counts, not its name
     report = build_report(read_runs([make_run(audio=str(recording))]))
     data = page_data(render_page(report, [], folder=tmp_path))
     assert len(data["audio"]) == 1 and {row[-1] for row in data["rows"]} == {0}

@@ -113,8 +113,8 @@ def test_a_narrowed_recipe_keeps_the_names_that_earlier_answers_are_scored_with(
     ],
 )
 def test_a_changed_configuration_refuses_to_resume_and_names_the_key(tmp_path, identity, said):
-    with RunDirectory(tmp_path, record(cell(0.0))):
-        pass
+    with RunDirectory(tmp_path, record(cell(0.0))) as run, run.writer(cell(0.0)) as writer:
+        writer.append(answer(1))
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(RunError) as error:
         RunDirectory(tmp_path, record(cell(0.0, identity=identity)))
@@ -124,10 +124,24 @@ def test_a_changed_configuration_refuses_to_resume_and_names_the_key(tmp_path, i
         pass
 
 
-def test_a_tuple_in_the_identity_is_the_list_it_becomes_on_disk(tmp_path):
-    for _ in range(2):
-        with RunDirectory(tmp_path, record(cell(0.0, identity={"stop": ("a", "b")}))):
+def test_a_start_that_answered_nothing_may_be_followed_by_another_configuration(tmp_path):
+    with RunDirectory(tmp_path, record(cell(0.0), cell(0.5))) as run:
+        with run.writer(cell(0.0)):  # opened and left empty, or with half a line
             pass
+        (tmp_path / cell(0.5).file).write_bytes(b'{"prediction": "half a li')
+    changed = [cell(alpha, identity={**IDENTITY, "seed": 1}) for alpha in (0.0, 0.5)]
+    with RunDirectory(tmp_path, record(*changed)) as run, run.writer(changed[0]) as writer:
+        writer.append(answer(1))
+    assert read_record(tmp_path).cells == tuple(changed)
+    with pytest.raises(RunError, match="seed was 1 and is now 0"):
+        RunDirectory(tmp_path, record(cell(0.0)))
+
+
+def test_a_tuple_in_the_identity_is_the_list_it_becomes_on_disk(tmp_path):
+    known = cell(0.0, identity={"stop": ("a", "b")})
+    for number in range(2):
+        with RunDirectory(tmp_path, record(known)) as run, run.writer(known) as writer:
+            writer.append(answer(number))
 
 
 def test_two_processes_cannot_write_one_run(tmp_path):

@@ -4,6 +4,7 @@ import http.server
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import threading
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
+from tiny_naturelm import make_base
 
 from eval import beans_zero_tool
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
-from mergekit_bio.errors import AlphaError, EngineError, RecipeError, RunError
+from mergekit_bio.errors import AlphaError, DatasetError, EngineError, RecipeError, RunError
 from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import read_record
@@ -165,7 +167,7 @@ def test_a_changed_recipe_does_not_go_on(run, evaluation, changes, key):
 
 
 def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
-    other = write_evaluation(tmp_path)
+    other = write_evaluation(tmp_path, base=make_base(tmp_path / "other", seed=5))
     merge = {"base": str(other.base), "adapter": str(other.adapter), "alphas": [0.0, 1.0]}
     with pytest.raises(RunError, match="was merged from"):
         evaluate(recipe=evaluation.variant("elsewhere", merge=merge), out=run.path, **CPU)
@@ -173,6 +175,25 @@ def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
     data = [{"path": str(other.recordings), "name": "recordings"}]
     with pytest.raises(RunError, match="data was"):
         evaluate(recipe=evaluation.variant("recorded", datasets=data), out=run.path, **CPU)
+
+
+@pytest.mark.parametrize("adapter", ["made up", "naturelm-tiny", "naturelm-tiny-trained-only"])
+def test_a_project_that_was_moved_goes_on(golden, tmp_path, adapter):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    if adapter == "made up":
+        write_evaluation(old)
+    else:
+        base, adapter = (shutil.copytree(golden / name, old / name) for name in ("llama-tiny", adapter))
+        write_evaluation(old, base=base, adapter=adapter)
+    evaluate(recipe=old / "tones.yaml", out=old / "run", limit=1, alphas=[1.0], **CPU)
+    old.rename(new)
+    recipe = new / "tones.yaml"
+    recipe.write_text(recipe.read_text().replace(str(old), str(new)))
+    listening = Listening()
+    done = evaluate(recipe=recipe, out=new / "run", limit=2, alphas=[1.0], listener=listening, **CPU)
+    assert [len(rows) for rows in by_id(done.path, FILES[2:]).values()] == [2, 2]
+    assert listening.notes == []
 
 
 #: Every kill waits for new answers, of which a fast machine may give several batches before it comes.
@@ -371,6 +392,33 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_merged(evaluation, t
     with pytest.raises(EngineError, match="did you mean 'device'"):
         evaluate(recipe=evaluation.recipe, out=tmp_path / "x", engine="transformers", engine_options={"devise": "cpu"})
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "examples", "n_examples", "limit", "said"),
+    [
+        (8, 0, 2, None, "2 example(s) of 'Spotted Elachura' are asked for, there are 1 beside a clip"),
+        (8, 0, 2, 2, None),
+        (9, 0, 2, None, None),
+        (9, 6, 3, None, "3 example(s) of 'Coruro' are asked for, there are 2; lower n_examples"),
+        (9, 6, 2, None, None),
+    ],
+)
+def test_too_few_examples_are_found_before_anything_is_merged(tmp_path, rows, examples, n_examples, limit, said):
+    """Of every species, though the first clip's question would do."""
+    evaluation = write_evaluation(tmp_path)
+    metadata = evaluation.recordings / "metadata.csv"
+    header, *lines = metadata.read_text().splitlines()
+    lines = [f"{line},{'examples' if n < examples else 'test'}" for n, line in enumerate(lines[:rows])]
+    metadata.write_text("\n".join([f"{header},split", *lines]) + "\n")
+    recipe = evaluation.variant("few", n_examples=n_examples)
+    arguments = {"recipe": recipe, "out": tmp_path / "run", "limit": limit, "engine": "transformers"}
+    if said is None:
+        assert prepare_run(**arguments).max_audios == 3 * n_examples + 1
+    else:
+        with pytest.raises(DatasetError, match=re.escape(said)):
+            prepare_run(**arguments)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_without_ears_is_refused_before_it_is_merged(evaluation, golden, tmp_path):

@@ -159,6 +159,60 @@ def test_parallel_requests_for_two_models_get_their_own_models_answers(client, e
             assert tokens == wanted[job], job
 
 
+def test_every_kind_of_answer_names_the_model_that_was_asked(client, http):
+    for model in (B, A, B):
+        assert chat(client, QUESTION, model=model).model == model
+        assert {chunk.model for chunk in chat(client, QUESTION, model=model, stream=True)} == {model}
+        assert client.completions.create(model=model, prompt="frog", max_tokens=2).model == model
+        assert client.responses.create(model=model, input="frog", max_output_tokens=2).model == model
+        events = client.responses.create(model=model, input="frog", max_output_tokens=2, stream=True)
+        named = {event.response.model for event in events if hasattr(event, "response")}
+        assert named == {model}
+        assert [known.id for known in client.models.list()] == [A, B]
+    assert http.post("/v1/completions", json={"prompt": "frog", "max_tokens": 2}).json()["model"] == A
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (["<AudioHere> What?"], "audio slots (<AudioHere>) in the prompt: 1, audios given: 0"),
+        (["<AudioHere>", "What?"], "in the prompt: 1, audios given: 0"),
+        ([["<AudioHere>", None, None]], "in the prompt: 1, audios given: 2"),
+        ([[None, "What?"], "<AudioHere>"], "in the prompt: 2, audios given: 1"),
+        (
+            ["<|reserved_special_token_0|> What?"],
+            "writes the audio placeholder token itself; write <AudioHere> instead",
+        ),
+        ([[None, "<|reserved_special_token_0|>"]], "writes the audio placeholder token itself"),
+    ],
+)
+def test_slots_and_audios_that_differ_are_refused_in_chat(client, sounds, messages, said):
+    """Each message a text or a list of parts, of which None is an audio."""
+
+    def content(parts):
+        if isinstance(parts, str):
+            return parts
+        return [part(sounds[0]) if text is None else {"type": "text", "text": text} for text in parts]
+
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model=A, messages=[{"role": "user", "content": content(message)} for message in messages], max_tokens=2
+        )
+    assert said in str(refused.value)
+
+
+def test_numbers_that_no_machine_holds_are_the_clients_error(client, http):
+    for number in (2**64, -(2**70)):
+        with pytest.raises(openai.BadRequestError, match="integer of more than 64 bits"):
+            client.chat.completions.create(
+                model=A, messages=[{"role": "user", "content": QUESTION}], extra_body={"top_k": number}
+            )
+    sampled = [item(str(k), do_sample=True, top_k=2**k) for k in (30, 31, 70)]
+    good, *bad = predict(http, *sampled).json()["responses"]
+    assert good["error"] is None
+    assert all("generation_config.top_k" in entry["error"] for entry in bad)
+
+
 def test_the_models_are_listed_and_another_is_not_found(client):
     assert [model.id for model in client.models.list()] == [A, B]
     with pytest.raises(openai.NotFoundError):

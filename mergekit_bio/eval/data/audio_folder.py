@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.audio.recording import CLIP_SECONDS
-from mergekit_bio.errors import AudioError, DatasetError
+from mergekit_bio.audio.recording import CLIP_SECONDS, read_beginning
+from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 from mergekit_bio.eval.scoring.detection import label_set
@@ -152,10 +152,5 @@ def _json_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _recording(paths: dict[str, Path], clip_id: str) -> "tuple[np.ndarray, int]":
-    import soundfile
-
-    try:
-        samples, rate = soundfile.read(paths[clip_id], dtype="float64")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise AudioError(f"{paths[clip_id]}: cannot be decoded ({error})") from None
+    samples, rate = read_beginning(paths[clip_id], seconds=CLIP_SECONDS)
     return checked_samples(samples, str(paths[clip_id])), rate

@@ -68,6 +68,10 @@ class HttpEngine:
             raise MissingPackageError("httpx", "eval", "the http engine") from error
         if not servers:
             raise EngineError("name a server: --server http://HOST:PORT")
+        if not isinstance(concurrency, int) or concurrency < 1:
+            raise EngineError(f"concurrency={concurrency}: write a whole number of 1 or more")
+        if not isinstance(timeout, int | float) or not timeout > 0:
+            raise EngineError(f"timeout={timeout}: write a number of seconds")
         self._servers = [server.rstrip("/").removesuffix("/v1") for server in servers]
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries or Retries()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.source import resolve
@@ -17,6 +18,9 @@ from mergekit_bio.eval.engines.tokenization import Tokenization
 
 if TYPE_CHECKING:
     import torch
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 class TransformersEngine:
@@ -36,7 +40,7 @@ class TransformersEngine:
         prefixes: Where audio prefixes come from.
 
     Raises:
-        EngineError: There is no such dtype.
+        EngineError: There is no such dtype or device.
     """
 
     name = "transformers"
@@ -52,13 +56,11 @@ class TransformersEngine:
     ) -> None:
         self.checkpoint = resolve(checkpoint).path
         self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
-        import torch
         from transformers import AutoModelForMultimodalLM
 
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise EngineError(f"dtype={dtype}: no such data type; write auto, float32, bfloat16 or float16")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype not in _DTYPES:
+            raise EngineError(f"dtype={dtype}: no such data type; write {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+        device = pick_device(device)
         self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()
         self._device, self._batch_size = device, batch_size
         self.prefixes = prefixes or PrefixCache(self._model.audio_prefix, batch_size=1 if device == "cpu" else 16)

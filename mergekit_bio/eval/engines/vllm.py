@@ -47,7 +47,7 @@ class VllmEngine:
         prefixes: Where audio prefixes come from; may be changed between calls.
 
     Raises:
-        EngineError: vLLM cannot run the checkpoint.
+        EngineError: vLLM cannot run the checkpoint, or not with these options.
         MissingPackageError: vLLM is not installed.
     """
 
@@ -67,6 +67,9 @@ class VllmEngine:
         from mergekit_bio.model.vllm_start import interruptible, objections
 
         require_vllm()
+        for option, value in (("max_model_len", max_model_len or 1), ("max_audios", max_audios)):
+            if not isinstance(value, int) or value < 1:
+                raise EngineError(f"{option}={value}: write a whole number of 1 or more")
         self.checkpoint = resolve(checkpoint).path
         self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
         register()

@@ -1,23 +1,29 @@
 """The recipe: what an evaluation run is made of, read from YAML."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Len
+from annotated_types import Ge, Gt, Le, Len
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
-from mergekit_bio.eval.prompt import flags
+from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
-from mergekit_bio.eval.validation import FORBID_EXTRA, nearest, validated
+from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, nearest, validated
 from mergekit_bio.eval.validation import Path as KeyPath
 
 Text = Annotated[str, Len(1)]
 Decoding = Literal["generate", "choice", "loglikelihood"]
 Scorer = Literal["paper", "beans-zero", "exact", "choice"]
+
+#: What divides logits without overflow; vLLM takes it where less is asked for.
+LOWEST_TEMPERATURE = 0.01
+#: With the number of a clip added it is one that torch and vLLM take.
+HIGHEST_SEED = 2**62
 
 DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
 DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
@@ -63,9 +69,9 @@ class Generate:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     max_new_tokens: Annotated[int, Ge(1)] = 100
-    num_beams: Annotated[int, Ge(1)] = 2
-    temperature: Annotated[float, Ge(0)] = 0.0
-    length_penalty: float = 1.0
+    num_beams: Annotated[int, Ge(1), Le(1000)] = 2
+    temperature: Annotated[float, Ge(0), Le(100)] = 0.0
+    length_penalty: Annotated[float, Ge(-10), Le(10)] = 1.0
     repetition_penalty: Annotated[float, Gt(0)] = 1.0
 
 
@@ -137,13 +143,16 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     document = read_located_yaml(file)
     if not isinstance(document.data, dict):
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
-    content, locate = document.data, document.locate
+    content, locate, named = document.data, document.locate, dotted
     notes: tuple[str, ...] = ()
     if is_reference(content):
         content, notes = translated(document)
 
         def locate(path: KeyPath) -> str:
-            return document.locate(reference_path(path))
+            return document.locate(reference_path(path, document.data))
+
+        def named(path: KeyPath) -> str:
+            return dotted(reference_path(path, document.data))
 
     content = {"name": file.stem, **content}
     content["datasets"] = _dataset_mappings(content.get("datasets"), file.parent)
@@ -154,8 +163,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         content["label_map"] = read_label_map(_beside(label_map, file.parent))
     if content["datasets"] is None:
         del content["datasets"]
-    recipe = validated(Recipe, content, error=RecipeError, locate=locate)
-    _check(recipe, locate)
+    recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
+    _check(recipe, locate, named)
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
@@ -196,11 +205,11 @@ def _found(source: str, folder: Path) -> str:
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
-def _check(recipe: Recipe, locate: Any) -> None:
+def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[KeyPath], str]) -> None:
     """What ties keys together."""
 
     def refuse(path: KeyPath, message: str) -> None:
-        raise RecipeError(f"{locate(path)}: {path[0]}: {message}")
+        raise RecipeError(f"{locate(path)}: {named(path[:1])}: {message}")
 
     if (recipe.merge is None) == (not recipe.checkpoints):
         refuse(("merge",), "give either merge or checkpoints")
@@ -212,6 +221,8 @@ def _check(recipe: Recipe, locate: Any) -> None:
             refuse(("datasets", index), "the task of a BEANS-Zero component is known; leave it out")
         if names.index(choice.name) != index:
             refuse(("datasets", index), f"'{choice.name}' stands twice; give local folders different names")
+        if choice.path is not None and not recipe.queries:
+            refuse(("datasets", index), f"the folder '{choice.name}' has no instruction of its own; give queries")
     if recipe.species and recipe.top_k_species is not None:
         refuse(("top_k_species",), "give either species or top_k_species")
     if (recipe.species or recipe.top_k_species is not None) and len(recipe.datasets) != 1:
@@ -224,9 +235,13 @@ def _check(recipe: Recipe, locate: Any) -> None:
         refuse(("targets",), "scientific and combined names need a label_map (CSV: label,scientific)")
     if recipe.generate.temperature > 0 and recipe.generate.num_beams > 1:
         refuse(("generate", "temperature"), "sampling (temperature above 0) needs num_beams: 1")
+    if 0 < recipe.generate.temperature < LOWEST_TEMPERATURE:
+        refuse(("generate", "temperature"), f"a temperature above 0 is {LOWEST_TEMPERATURE} or more")
+    if recipe.generate.temperature > 0 and not 0 <= recipe.seed <= HIGHEST_SEED:
+        refuse(("seed",), f"sampling needs a seed of 0 to {HIGHEST_SEED}")
     chosen = bool(recipe.species) or recipe.top_k_species is not None
     for index, query in enumerate(recipe.queries):
-        used = flags(query, f"{locate(('queries', index))}: queries[{index}]")
+        used = flags(query, f"{locate(('queries', index))}: {named(('queries', index))}")
         if used & {"species_list", "examples", "audio_examples"} and not chosen:
             refuse(("queries", index), "the flags for species need species or top_k_species")
         if "examples" in used and not (recipe.species and all(one.description for one in recipe.species)):
@@ -235,3 +250,5 @@ def _check(recipe: Recipe, locate: Any) -> None:
             refuse(("queries", index), "{audio_examples} needs n_examples of 1 or more")
         if "audio_examples" in used and recipe.streaming:
             refuse(("streaming",), "audio examples are read in any order: {audio_examples} needs streaming: false")
+        if not question(query):
+            refuse(("queries", index), f"query {index} asks nothing beside its flags and audio slot; write a question")

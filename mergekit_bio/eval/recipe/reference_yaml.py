@@ -77,8 +77,10 @@ def translated(document: LocatedYaml) -> tuple[dict[str, Any], tuple[str, ...]]:
     return recipe, tuple(notes)
 
 
-def reference_path(path: KeyPath) -> KeyPath:
-    """Where in the reference's file the value stands that became ``path`` of ours."""
+def reference_path(path: KeyPath, data: dict[str, Any]) -> KeyPath:
+    """Where in the reference's file, which holds ``data``, the value stands that became ``path`` of ours."""
+    if path[:2] == ("merge", "alphas") and "lora_scales" not in (data.get("extended") or {}):
+        return ("generate", "merging_alpha")
     for ours, theirs in _MOVED.items():
         if path[: len(ours)] == ours:
             return (*theirs, *path[len(ours) :])

@@ -45,12 +45,12 @@ def find_label_map(path: Path) -> Path:
     return shipped if not path.exists() and path.parent == Path() and shipped.exists() else path
 
 
-def copy_shipped(name: str, destination: Path) -> list[Path]:
+def copy_shipped(name: str, destination: str | Path) -> list[Path]:
     """Copy a recipe that comes with the package, and the label map it names.
 
     Args:
         name: One of ``shipped_recipes``.
-        destination: A file to be, or a folder that is there.
+        destination: A file to be, or a folder: one that is there, or a text that ends in a slash.
 
     Returns:
         The files made.
@@ -62,7 +62,8 @@ def copy_shipped(name: str, destination: Path) -> list[Path]:
     source = shipped_recipes().get(name)
     if source is None:
         raise RecipeError(f"{name}: no such recipe{nearest(name, list(shipped_recipes()))}")
-    target = destination / source.name if destination.is_dir() else destination
+    into_folder = str(destination).endswith("/") or Path(destination).is_dir()
+    target = Path(destination, source.name) if into_folder else Path(destination)
     copies = {target: source}
     label_map = read_located_yaml(source).data.get("label_map")
     if label_map is not None:

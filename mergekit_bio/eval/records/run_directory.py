@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.label_map import Target
-from mergekit_bio.eval.records.predictions import PredictionWriter
+from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
 from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, validated
 
 RECORD_NAME = "run.json"
@@ -125,7 +125,7 @@ class RunDirectory:
         record: What is to be run.
 
     Raises:
-        RunError: Another process writes the run, or it was started with another configuration (the error names the
+        RunError: Another process writes the run, or it was answered under another configuration (the error names the
             keys), or it was written by another version.
         OutputError: The directory cannot be written.
     """
@@ -191,7 +191,7 @@ class RunDirectory:
 
 
 def _continued(path: Path, wanted: RunRecord) -> RunRecord:
-    """The record of a run that goes on: the cells of both, none of them under two configurations.
+    """The record of a run that goes on: the cells of both, no answer of them under two configurations.
 
     The label map is the new one, with the names that it lacks where earlier cells that are not asked again need some.
     """
@@ -201,7 +201,7 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         known = before.get(cell.file)
         # Through JSON, as the one on disk went: a tuple is a list there.
         identity = json.loads(json.dumps(cell.identity))
-        if known is not None and known.identity != identity:
+        if known is not None and known.identity != identity and _answered(path / cell.file):
             changes = list(_changes(known.identity, identity))
             shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
@@ -218,6 +218,11 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         label_map={**started.label_map, **wanted.label_map} if needed else wanted.label_map,
         environment={**started.environment, **wanted.environment},
     )
+
+
+def _answered(file: Path) -> bool:
+    """Whether a predictions file holds an answer: what failed before the first may be started otherwise."""
+    return file.exists() and bool(read_predictions(file))
 
 
 def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

@@ -155,14 +155,18 @@ class _Recordings:
 
 def _flac(path: Path) -> bytes | None:
     """The beginning of a recording as mono 16-bit FLAC; None where libsndfile cannot read or write it."""
+    import numpy as np
     import soundfile
 
     try:
-        with soundfile.SoundFile(path) as file:
+        # By descriptor, so that libsndfile goes by what is in the file and not by its name.
+        with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
             rate = file.samplerate
             samples = file.read(AUDIO_SECONDS * rate, dtype="float32", always_2d=True).mean(axis=1)
         buffer = io.BytesIO()
+        # After the seconds that a model hears anything may stand, and FLAC has no NaN.
+        samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
         soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
-    except soundfile.LibsndfileError:
+    except (OSError, soundfile.LibsndfileError):
         return None
     return buffer.getvalue()

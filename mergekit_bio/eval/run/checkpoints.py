@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.recipe import Merge, Recipe
 from mergekit_bio.merging.alpha import parse_alphas
-from mergekit_bio.merging.manifest import MANIFEST, Manifest, fingerprint, read_manifest
+from mergekit_bio.merging.manifest import MANIFEST, AdapterOrigin, Manifest, Origin, fingerprint, read_manifest
 
 FOLDER = "checkpoints"
 
@@ -200,12 +201,28 @@ def merge_missing(
 
 def _check_sources(directory: Path, merge: Merge) -> None:
     manifest = read_manifest(directory)
-    before = (manifest.base.source, *(adapter.source for adapter in manifest.adapters))
-    if before != (merge.base, merge.adapter):
+    origins = (manifest.base, *manifest.adapters)
+    before = tuple(origin.source for origin in origins)
+    now = (merge.base, merge.adapter)
+    if len(before) != len(now) or not all(map(_same_source, origins, now)):
         raise RunError(
             f"{directory}: was merged from {' and '.join(before)}, the recipe says {merge.base} and {merge.adapter}; "
             "give another --out for a new run"
         )
+
+
+def _same_source(origin: Origin, source: str) -> bool:
+    """Whether a source is what was merged, at its place or, with a project that was moved, at another one."""
+    if source == origin.source:
+        return True
+    if not Path(source).is_dir():
+        return False
+    stored = Checkpoint.open(Path(source)).tensors
+    if isinstance(origin, AdapterOrigin):
+        # What a merge uses of it: not a full checkpoint's copy of the base, nor copies of the tower's shared bias.
+        used = {name for name in stored if (".lora_" in name or is_tower_tensor(name)) and alias_of(name) is None}
+        stored = {name: stored[name] for name in used}
+    return fingerprint(stored) == origin.fingerprint
 
 
 def weights_identity(directory: Path) -> dict[str, Any]:

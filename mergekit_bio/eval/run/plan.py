@@ -11,7 +11,7 @@ from mergekit_bio.eval.recipe.recipe import Recipe
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import CellRecord, cell_file_name
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
-from mergekit_bio.eval.run.questions import query_numbers, questions
+from mergekit_bio.eval.run.questions import check_examples, query_numbers, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ def plan_run(
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit {limit}: ask about at least one clip")
     datasets = tuple(open_dataset(choice, recipe) for choice in recipe.datasets)
+    for dataset in datasets:
+        check_examples(recipe, dataset, limit)
     alphas = [checkpoint.alpha for checkpoint in checkpoints]
     distinct = len(set(alphas)) == len(alphas)
     return RunPlan(

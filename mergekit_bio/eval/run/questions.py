@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
 from mergekit_bio.eval.label_map import target_text
-from mergekit_bio.eval.prompt import Prompt, instruction_prompt, query_prompt
+from mergekit_bio.eval.prompt import Prompt, flags, instruction_prompt, query_prompt
 from mergekit_bio.eval.recipe.recipe import Recipe
 
 
@@ -39,9 +40,7 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
         PromptError: A label brings an audio slot of its own.
     """
     species = species_asked(dataset, recipe)
-    pool: dict[str, list[str]] = {}
-    for clip in dataset.examples:
-        pool.setdefault(clip.label, []).append(clip.id)
+    pool = _pool(dataset)
     for clip in dataset.clips[:limit]:
         if not recipe.queries:
             prompt = instruction_prompt(
@@ -58,6 +57,34 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
                 n_examples=recipe.n_examples,
             )
         yield Question(clip, prompt)
+
+
+def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -> None:
+    """Make sure that every clip can be asked about with the examples that the recipe wants.
+
+    Raises:
+        DatasetError: A species has too few clips for them.
+    """
+    if not any("audio_examples" in flags(query, recipe.name) for query in recipe.queries):
+        return
+    pool, asked = _pool(dataset), {clip.id for clip in dataset.clips[:limit]}
+    for name in species_asked(dataset, recipe):
+        clips = pool.get(name, [])
+        itself = 0 if asked.isdisjoint(clips) else 1
+        if len(clips) - itself < recipe.n_examples:
+            beside = " beside a clip that is asked about" if itself else ""
+            raise DatasetError(
+                f"{dataset.name}: n_examples: {recipe.n_examples} example(s) of '{name}' are asked for, there are "
+                f"{len(clips) - itself}{beside}; lower n_examples, or add clips"
+            )
+
+
+def _pool(dataset: Dataset) -> dict[str, list[str]]:
+    """Species -> ids of the clips that may serve as examples."""
+    pool: dict[str, list[str]] = {}
+    for clip in dataset.examples:
+        pool.setdefault(clip.label, []).append(clip.id)
+    return pool
 
 
 def options(recipe: Recipe, dataset: Dataset, query: int) -> list[str]:
