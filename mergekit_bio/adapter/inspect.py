@@ -53,15 +53,15 @@ def inspect(source: Source) -> Contents:
     config = checkpoint.config
     ears = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
     kind = "merged audio model" if ears else "checkpoint"
-    text = config.get("text_config", config)
+    text = _mapping(config.get("text_config")) or config
     facts = {
         "model type": config.get("model_type"),
-        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "architecture": _joined(config.get("architectures")),
         "layers": text.get("num_hidden_layers"),
         "hidden size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
         "tied embeddings": "lm_head.weight" not in checkpoint.tensors,
-        "quantized": (config.get("quantization_config") or {}).get("quant_method"),
+        "quantized": _mapping(config.get("quantization_config")).get("quant_method"),
         "audio tower": _count(info for name, info in checkpoint.tensors.items() if name.startswith(MERGED_PREFIX)),
     }
     if (source.path / "merge.json").is_file():
@@ -73,6 +73,14 @@ def inspect(source: Source) -> Contents:
         )
         facts["alpha"] = manifest.get("alpha")
     return _contents(source, kind, checkpoint.shards, facts)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _joined(value: Any) -> str | None:
+    return ", ".join(map(str, value)) if isinstance(value, list) and value else None
 
 
 def _adapter(source: Source) -> Contents:

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from mergekit_bio.errors import OutputError
 
+#: What is made beside an output, or in it where that is empty: ``.NAME.partial``, ...
+_OWN = ("partial", "old", "lock")
+
 
 @contextmanager
 def staged(
@@ -45,10 +48,12 @@ def staged(
         within = _is_empty(out)
         room = out if within else out.parent
         room.mkdir(parents=True, exist_ok=True)
-        partial, old, lock = (room / f".{out.name}.{kind}" for kind in ("partial", "old", "lock"))
+        partial, old, lock = (room / f".{out.name}.{kind}" for kind in _OWN)
         with _locked(lock, out):
             _put_back(old, out)
-            replaces = not within and os.path.lexists(out)
+            if within and not _is_empty(out):
+                raise OutputError(f"{out}: another process has just written it; choose another --out")
+            replaces = not within and os.path.lexists(out) and not _is_empty(out)
             if replaces:
                 _refuse(out, mark, stranger, overwrite)
             _remove(partial)
@@ -61,6 +66,7 @@ def staged(
                     _move_up(partial, out, last=mark)
                 else:
                     if replaces:
+                        _refuse(out, mark, stranger, overwrite)  # once more: the work took a while
                         out.rename(old)
                     partial.rename(out)
                 if fsync:
@@ -103,9 +109,14 @@ def _locked(lock: Path, out: Path) -> Iterator[None]:
 
 
 def _is_empty(out: Path) -> bool:
-    """Whether ``out`` is a directory with nothing in it but what a killed process of ours left."""
-    leftovers = {f".{out.name}.{kind}" for kind in ("partial", "lock")}
-    return out.is_dir() and not out.is_symlink() and {path.name for path in out.iterdir()} <= leftovers
+    """Whether ``out`` is a directory, and nobody has put anything in it."""
+    return out.is_dir() and not out.is_symlink() and not _entries(out)
+
+
+def _entries(out: Path) -> list[Path]:
+    """What ``out`` holds, but for what we or the file system have left there."""
+    leftovers = {*(f".{out.name}.{kind}" for kind in _OWN), "lost+found"}
+    return sorted(path for path in out.iterdir() if path.name not in leftovers)
 
 
 def _refuse(out: Path, mark: str, stranger: Callable[[Path], str | None], overwrite: bool) -> None:
@@ -114,13 +125,17 @@ def _refuse(out: Path, mark: str, stranger: Callable[[Path], str | None], overwr
         raise OutputError(f"{out}: exists already; use --overwrite, or choose another --out")
     if out.is_symlink() or not out.is_dir():
         raise OutputError(f"{out}: is no directory, so it is not overwritten; choose another --out")
-    ours = [out] if (out / mark).is_file() else sorted(out.iterdir())
-    for folder in ours:
-        found = stranger(folder) if not folder.is_symlink() and (folder / mark).is_file() else ""
+    if out.is_mount():
+        raise OutputError(f"{out}: is a mount point, which cannot be exchanged; empty it, or choose another --out")
+    for folder in [out] if (out / mark).is_file() else _entries(out):
+        if folder.is_symlink() or not (folder / mark).is_file():
+            found: Path | None = folder
+        else:
+            name = stranger(folder)
+            found = None if name is None else folder / name
         if found is not None:
             raise OutputError(
-                f"{folder / found}: no merge has written it, so {out} is not overwritten; move it away, or choose "
-                "another --out"
+                f"{found}: no merge has written it, so {out} is not overwritten; move it away, or choose another --out"
             )
 
 
@@ -133,14 +148,17 @@ def _put_back(old: Path, out: Path) -> None:
 
 def _move_up(partial: Path, out: Path, *, last: str) -> None:
     """Move what ``partial`` holds into ``out``, the mark of a whole one at the end; nothing stays where that fails."""
+    if found := _entries(out):
+        raise OutputError(f"{found[0]}: appeared meanwhile, so nothing was written; choose another --out")
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == last, name))
     try:
         for name in names:
             (partial / name).rename(out / name)
     except BaseException:
         for name in names:
-            _remove(out / name)
-            (out / name).unlink(missing_ok=True)
+            if not os.path.lexists(partial / name):  # it is the one that was moved
+                _remove(out / name)
+                (out / name).unlink(missing_ok=True)
         raise
 
 

@@ -9,11 +9,12 @@ import yaml
 
 from mergekit_bio.checkpoint.checkpoint import inside
 from mergekit_bio.errors import SourceError
+from mergekit_bio.plain_yaml import PlainLoader
 
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", *_LICENCES)
-_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.*.safetensors")
+_IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.[!s]*.safetensors")
 #: A LoRA of before safetensors; read as tensors alone, never unpickled.
 _OLD_LORA = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -84,7 +85,7 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
         )
         config, weights, old = (folder / name for name in _OLD_LORA)
-        if config.exists() and not weights.exists() and not old.exists():
+        if patterns is PATTERNS and config.exists() and not weights.exists() and not old.exists():
             snapshot_download(repo, revision=folder.name, allow_patterns=[old.name])
     except errors.GatedRepoError as error:
         raise SourceError(
@@ -125,20 +126,24 @@ def _is_hub_id(repo: str) -> bool:
 
 def licence_files(source: Source) -> list[str]:
     """Names of the licence files of a source."""
-    return sorted({path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()})
+    found = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
+    return sorted(name for name in found if not name.endswith("~"))
 
 
 def stated_licence(source: Source) -> str | None:
-    """The licence that the source's model card states in its metadata."""
+    """The licence that the source's model card states in its metadata; several in one text, parted by commas."""
     card = source.path / "README.md"
     if not card.is_file():
         return None
     text = inside(source.path, card.name).read_text(encoding="utf-8", errors="replace")
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    try:
-        metadata = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+    if not front:
         return None
+    try:
+        metadata = yaml.load(front[1], PlainLoader)
+    except (yaml.YAMLError, ValueError):  # a title with a colon is enough; the licence still has to be seen
+        line = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front[1], re.MULTILINE)
+        return line[1] if line else None
     stated = metadata.get("license") if isinstance(metadata, dict) else None
     licences = [one for one in (stated if isinstance(stated, list) else [stated]) if isinstance(one, str) and one]
     return ", ".join(licences) or None

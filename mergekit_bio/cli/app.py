@@ -78,7 +78,8 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.filename is None or error.strerror is None:  # a library's, not the system's word on a file
+        own = error.filename is None or error.strerror is None  # a library's, not the system's word on a file
+        if own or os.environ.get("MERGEKIT_BIO_DEBUG"):
             raise
         print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
         code = 1

@@ -102,12 +102,13 @@ def _key_value(text: str) -> tuple[str, Any]:
     import yaml
 
     from mergekit_bio.errors import EngineError
+    from mergekit_bio.plain_yaml import PlainLoader
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise EngineError(f"--engine-option {text}: write KEY=VALUE, such as dtype=float32")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, PlainLoader)  # a SafeLoader
     except yaml.YAMLError:
         return key, value
 

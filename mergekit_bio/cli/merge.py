@@ -88,6 +88,7 @@ def merge(
     """
     from mergekit_bio.errors import AlphaError
     from mergekit_bio.merging.api import carry_out, plan_merge
+    from mergekit_bio.merging.directory import companions
     from mergekit_bio.merging.request import read_request
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -101,10 +102,6 @@ def merge(
     )  # fmt: skip
     if request.alphas == []:
         raise AlphaError("--alpha: no strength given; try --alpha 0.5, or a sweep --alpha 0:1:0.1")
-    if push:
-        from mergekit_bio.hub.push import check_ready
-
-        check_ready(push, dry_run=dry_run)
     started = time.perf_counter()
     plan = plan_merge(
         base=request.base,
@@ -119,7 +116,13 @@ def merge(
             output.note(f"{adapter_notes.source.name}: {note}")
     for strength in (value for one in plan.outputs for value in one.alpha.values if not 0 <= value <= 1):
         output.note(f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)")
+    repositories = _repositories(push, plan) if push else []
+    for name in repositories:
+        from mergekit_bio.hub.push import check_ready
+
+        check_ready(name, dry_run=dry_run)
     if dry_run:
+        companions(plan)  # what would stop the merge stops this
         output.result(
             _plan_document(plan, request.destination), lambda console: _draw_plan(console, plan, request.destination)
         )
@@ -139,9 +142,8 @@ def merge(
     seconds = time.perf_counter() - started
     pushed: list[str] = []
     try:
-        if push:
-            for checkpoint in merged:
-                pushed.append(_push(checkpoint, push, len(merged) > 1, output))
+        for checkpoint, name in zip(merged, repositories, strict=bool(push)):
+            pushed.append(_push(checkpoint, name, output))
     finally:  # what is merged is merged, whatever the hub says
         output.result(
             _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
@@ -150,12 +152,15 @@ def merge(
         )
 
 
-def _push(checkpoint: "MergedCheckpoint", repo_id: str, several: bool, output: Output) -> str:
-    """Publish one checkpoint; those of a sweep each in a repository of its own."""
+def _repositories(repo_id: str, plan: "MergePlan") -> list[str]:
+    """Where the checkpoints are published: those of a sweep each in a repository of its own."""
+    return [f"{repo_id}-{one.folder}" if one.folder else repo_id for one in plan.outputs]
+
+
+def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
     from mergekit_bio.hub.push import push
 
-    name = f"{repo_id}-alpha-{checkpoint.alpha.label}" if several else repo_id
-    report = push(checkpoint.path, name, progress=lambda file: output.note(f"{file.state}  {file.path}"))
+    report = push(checkpoint.path, repo_id, progress=lambda file: output.note(f"{file.state}  {file.path}"))
     output.note(report.url)
     return report.url
 

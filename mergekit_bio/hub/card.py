@@ -77,14 +77,14 @@ def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "pipeline_tag": "audio-text-to-text" if audio else "text-generation",
         "tags": tags,
     }
-    licensed = {_license_id(source): source for source in _sources(manifest) if _license_id(source)}
+    licensed = {stated: source for source in _sources(manifest) if (stated := _license_id(source))}
     match list(licensed):
-        case [only] if only != "other":
+        case [only] if only != "other" and ", " not in only:
             data["license"] = only
         case [*_, last]:
             # The hub has no identifier for a combination. The adapter's licence is the one that narrows the base's.
             data["license"] = "other"
-            data["license_name"] = "-and-".join(filter(None, licensed))
+            data["license_name"] = "-and-".join(licensed).replace(", ", "-and-")
             data["license_link"] = _license(licensed[last])[1]
     return data
 

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Literal
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.errors import HubError
+from mergekit_bio.merging.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
-
-MANIFEST = "merge.json"
 
 #: Never published: hidden files, locks, and what is unfinished.
 _PRIVATE = (".*", "*.lock", "*.partial", "*.incomplete", "*.part", "*.tmp", "*~", "__pycache__")

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import MergekitBioError, OutputError
 from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
-from mergekit_bio.merging.directory import configuration
+from mergekit_bio.merging.directory import Companions, companions
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
 
@@ -74,10 +74,9 @@ def plan_merge(
         name, own = source if isinstance(source, tuple) else (source, None)
         adapters.append(load_adapter(resolve(name), model))
         fixed.append(None if own is None else one_alpha(own))
-    plan = build_plan(
+    return build_plan(
         base=model, adapters=adapters, fixed=fixed, alphas=strengths, dtype=dtype, text_only=text_only, share=share
     )
-    return replace(plan, configuration=configuration(plan))
 
 
 def merge(
@@ -146,8 +145,9 @@ def carry_out(
 
     target = Path(out)
     _check_place(target, plan)
+    beside = companions(plan)
     with staged(target, mark=MANIFEST, stranger=stranger, overwrite=overwrite, fsync=fsync) as folder:
-        _check_space(folder, plan)
+        _check_space(folder, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
         stochastic = rounding == "stochastic"
         folded = execute(
             plan,
@@ -159,11 +159,17 @@ def carry_out(
             progress=progress,
         )
         settings = Settings(rounding, seed, _device_name(device), command)
-        return tuple(_finish(plan, output, folder, folded, settings, target) for output in plan.outputs)
+        return tuple(_finish(plan, output, beside, folder, folded, settings, target) for output in plan.outputs)
 
 
 def _finish(
-    plan: MergePlan, output: Output, root: Path, folded: "tuple[Folded, ...]", settings: "Settings", target: Path
+    plan: MergePlan,
+    output: Output,
+    beside: Companions,
+    root: Path,
+    folded: "tuple[Folded, ...]",
+    settings: "Settings",
+    target: Path,
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
     from mergekit_bio.checkpoint.digest import file_sha256
@@ -174,7 +180,7 @@ def _finish(
     from mergekit_bio.merging.rounding_loss import summarise
 
     folder, files = root / output.folder, plan.files_of(output)
-    companions = {name: file_sha256(folder / name) for name in write_companions(plan, output, folder)}
+    hashed = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
     stored_in = {shard.file for shard in files.values()}
     hashes, errors = {}, []
     for fold, result in zip(plan.folds, folded, strict=True):
@@ -183,7 +189,7 @@ def _finish(
                 hashes[fold.name] = sha256
                 errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
     losses = summarise(errors)
-    manifest = describe(plan, output, settings, hashes, companions, losses)
+    manifest = describe(plan, output, settings, hashes, hashed, losses)
     (folder / CARD).write_text(model_card(manifest.document()), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
@@ -211,11 +217,11 @@ def _check_place(out: Path, plan: MergePlan) -> None:
             raise OutputError(f"{out}: the source {source.given} is inside it; choose another --out")
 
 
-def _check_space(folder: Path, plan: MergePlan) -> None:
+def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if plan.bytes_on_disk + _MARGIN_BYTES > free:
+    if needed + _MARGIN_BYTES > free:
         raise OutputError(
-            f"{folder.parent}: {plan.bytes_on_disk / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
+            f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
             "room, or choose an --out on another disk"
         )
 

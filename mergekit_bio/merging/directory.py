@@ -1,8 +1,10 @@
 """Everything of a checkpoint directory that is not weights: config, index, tokenizer, licences."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,26 +12,104 @@ from typing import Any
 from mergekit_bio.adapter.adapter import LM_HEAD, Adapter
 from mergekit_bio.checkpoint.checkpoint import INDEX, inside, read_json
 from mergekit_bio.checkpoint.source import licence_files
+from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.model.layout import merged_config, processor_config
 
-#: What loaders read beside the weights: tokenizer, processor, generation settings.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-#: What is written anew, or tells of the base's own making.
-_OWN = ("config.json", "*.index.json", "merge.json", "*_results.json", "trainer_state.json", "params.json")
 #: Taken together from whoever brought the vocabulary.
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
     "spiece.model", "sentencepiece*.model", "tekken.json", "*.tiktoken",
 )  # fmt: skip
+#: The base's.
+_SETTINGS = ("generation_config.json", "*processor_config.json")
+
+_EFFECTIVE = os.access in os.supports_effective_ids
 
 
-def configuration(plan: MergePlan) -> dict[str, dict[str, Any]]:
-    """The configuration files of the checkpoints that ``plan`` makes: name -> document.
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside the weights of every checkpoint of a merge.
+
+    Attributes:
+        copies: Name -> the file it is copied from: tokenizer, generation settings, licences.
+        documents: Name -> configuration.
+    """
+
+    copies: Mapping[str, Path]
+    documents: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is copied."""
+        return sum(file.stat().st_size for file in self.copies.values())
+
+
+def companions(plan: MergePlan) -> Companions:
+    """Find out, before anything is written, what will stand beside the weights.
 
     Raises:
-        CheckpointError: The base's config, or the tokenizer that an audio tower needs, is missing or damaged.
+        CheckpointError: The base's config, or the tokenizer that an audio tower needs, is missing or damaged; a file
+            that would be copied cannot be.
     """
+    copies = dict(_copies(plan))
+    for name, file in copies.items():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{str(file)!r}: its name is not UTF-8, so no file can tell of it; rename it"
+            ) from None
+        if not os.access(inside(file.parent, file.name), os.R_OK, effective_ids=_EFFECTIVE):
+            raise CheckpointError(f"{file}: may not be read; change its permissions")
+    return Companions(copies, _documents(plan))
+
+
+def write_companions(found: Companions, plan: MergePlan, output: Output, folder: Path) -> list[str]:
+    """Write what stands beside the weights of one output into ``folder``.
+
+    Returns:
+        The names of the files.
+    """
+    for name, origin in found.copies.items():
+        shutil.copyfile(origin, folder / name)
+    documents = dict(found.documents)
+    if len(output.files) > 1:
+        documents[INDEX] = _index(plan, output)
+    for name, document in documents.items():
+        text = json.dumps(document, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    return sorted({*found.copies, *documents})
+
+
+def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
+    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
+    taken: set[str] = set()
+    found = []
+    for adapter in plan.adapters:
+        name = own = adapter.source.name.lstrip(".")  # hidden files are not pushed
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{own}-{number}"
+        taken.add(name)
+        found.append({f"{name}-{file}": adapter.source.path / file for file in licence_files(adapter.source)})
+    return found
+
+
+def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
+    base, tokenizer = plan.base.source.path, _tokenizer_source(plan)
+    for origin, patterns in ((base, _SETTINGS), (tokenizer, _TOKENIZER)):
+        for file in sorted(origin.iterdir()):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
+                yield file.name, file
+    for name in licence_files(plan.base.source):
+        yield name, base / name
+    for licences in adapter_licences(plan):
+        yield from licences.items()
+
+
+def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
     config = _text_config(plan)
     for adapter in plan.adapters:
         if adapter.tower and not plan.text_only:
@@ -42,54 +122,6 @@ def configuration(plan: MergePlan) -> dict[str, dict[str, Any]]:
                 "config.json": merged_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer),
             }
     return {"config.json": config}
-
-
-def write_companions(plan: MergePlan, output: Output, folder: Path) -> list[str]:
-    """Write what stands beside the weights of one output into ``folder``.
-
-    Returns:
-        The names of the files.
-    """
-    copied = dict(_companions(plan))
-    for name, origin in copied.items():
-        shutil.copyfile(inside(origin.parent, origin.name), folder / name)
-    documents: dict[str, Mapping[str, Any]] = dict(plan.configuration)
-    if len(output.files) > 1:
-        documents[INDEX] = _index(plan, output)
-    for name, document in documents.items():
-        text = json.dumps(document, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    return sorted({*copied, *documents})
-
-
-def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
-    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
-    taken: set[str] = set()
-    found = []
-    for number, adapter in enumerate(plan.adapters, start=1):
-        name = adapter.source.name if adapter.source.name not in taken else f"{adapter.source.name}-{number}"
-        taken.add(name)
-        found.append({f"{name}-{file}": adapter.source.path / file for file in licence_files(adapter.source)})
-    return found
-
-
-def _companions(plan: MergePlan) -> Iterator[tuple[str, Path]]:
-    """(name, where it is) of every file that is copied as it is."""
-    base, tokenizer = plan.base.source.path, _tokenizer_source(plan)
-    for origin in dict.fromkeys((base, tokenizer)):
-        for file in sorted(origin.iterdir()):
-            wanted = _matches(file.name, _COMPANIONS) and not _matches(file.name, _OWN)
-            whose = tokenizer if _matches(file.name, _TOKENIZER) else base
-            if wanted and whose == origin and file.is_file() and not file.name.startswith("."):
-                yield file.name, file
-    for name in licence_files(plan.base.source):
-        yield name, base / name
-    for licences in adapter_licences(plan):
-        yield from licences.items()
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _index(plan: MergePlan, output: Output) -> dict[str, Any]:

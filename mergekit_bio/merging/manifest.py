@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_bio.adapter.delta import StoredTensor
-from mergekit_bio.checkpoint.checkpoint import inside
-from mergekit_bio.errors import VerificationError
+from mergekit_bio.checkpoint.checkpoint import inside, read_json
+from mergekit_bio.errors import CheckpointError, MergekitBioError, OutputError, VerificationError
 
 MANIFEST = "merge.json"
 CARD = "README.md"
-FORMAT = "mergekit-bio/merge@1"
+FORMAT = "mergekit-bio/merge@2"
 
 
 class _Strict(BaseModel):
@@ -151,7 +151,15 @@ def read_manifest(directory: Path) -> Manifest:
         hint = f"; it is a sweep, name one of its checkpoints: {', '.join(several)}" if several else ""
         raise VerificationError(f"{directory}: has no {MANIFEST}, so mergekit-bio did not write it{hint}")
     try:
-        return Manifest.model_validate_json(inside(directory, MANIFEST).read_bytes())
+        document = read_json(inside(directory, MANIFEST))
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+    if document.get("format") != FORMAT:
+        raise VerificationError(
+            f"{directory / MANIFEST}: format {document.get('format')!r} is not {FORMAT!r}, this version's; merge again"
+        )
+    try:
+        return Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the document"
@@ -162,9 +170,12 @@ def stranger(directory: Path) -> str | None:
     """Name something in a merged checkpoint's directory that its merge has not written.
 
     Raises:
-        VerificationError: Its ``merge.json`` is not one of ours.
+        OutputError: Its ``merge.json`` does not tell.
     """
-    manifest = read_manifest(directory)
+    try:
+        manifest = read_manifest(directory)
+    except MergekitBioError as error:
+        raise OutputError(f"{error}; it is not overwritten, remove {directory} by hand") from None
     ours = {MANIFEST, CARD, *manifest.files, *manifest.companions}
     return next((path.name for path in sorted(directory.iterdir()) if path.name not in ours), None)
 

@@ -4,10 +4,9 @@ A plan can be printed, tested and compared before it is carried out.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_bio.adapter.adapter import Adapter, Base
 from mergekit_bio.adapter.delta import Delta, Dense, Dora, StoredTensor
@@ -140,6 +139,7 @@ class MergePlan:
         base: The base.
         adapters: The adapters.
         fixed: For each adapter the strength of its own, or None for the merge's.
+        changed: For each adapter the tensors that it changes.
         outputs: The checkpoints, one for each strength.
         shards: The files.
         folds: The tensors computed anew.
@@ -147,12 +147,12 @@ class MergePlan:
         vocabulary: Rows of the embeddings, where an adapter brings more than the base has.
         dtype: ``"keep"``, or torch's name of the dtype of all weights.
         text_only: Whether an audio tower was left out.
-        configuration: The configuration files of every checkpoint: name -> document.
     """
 
     base: Base
     adapters: tuple[Adapter, ...]
     fixed: tuple[Alpha | None, ...]
+    changed: tuple[tuple[str, ...], ...]
     outputs: tuple[Output, ...]
     shards: tuple[OutputShard, ...]
     folds: tuple[Fold, ...]
@@ -160,7 +160,6 @@ class MergePlan:
     vocabulary: int | None = None
     dtype: str = "keep"
     text_only: bool = False
-    configuration: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def files_of(self, output: Output) -> dict[str, OutputShard]:
         """The shards of one output, by the name they have there."""

@@ -12,7 +12,7 @@ from mergekit_bio.adapter.delta import Delta, Dense, Dora
 from mergekit_bio.audio.names import merged_name
 from mergekit_bio.checkpoint.checkpoint import SINGLE
 from mergekit_bio.checkpoint.header import DTYPES, FLOATS, Shard, TensorInfo, build_header
-from mergekit_bio.errors import AdapterError
+from mergekit_bio.errors import AdapterError, AlphaError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, Output, OutputShard, Target
 from mergekit_bio.merging.tying import resolve_tying
@@ -72,7 +72,11 @@ def build_plan(
             "--text-only"
         )
     changes, untied = resolve_tying(base, adapters)
-    _check_strengths(changes, fixed, alphas)
+    changed = tuple(
+        tuple(name for name, deltas in changes.items() if any(owner == number for owner, _ in deltas))
+        for number in range(len(adapters))
+    )
+    _check_strengths(changed, fixed, alphas)
     wanted = next((key for key, (_, name) in DTYPES.items() if name == dtype), None)
     pieces = _pieces(base, changes, fixed, alphas, wanted, untied)
     tower = [] if text_only else [_carried(info) for adapter in adapters for info in adapter.tower]
@@ -88,22 +92,21 @@ def build_plan(
     folders = [f"alpha-{alpha.label}" if several else "" for alpha in alphas]
     outputs, shards, folds = _place(layout, folders, alphas, base)
     grown = _grown_rows(base, pieces)
-    return MergePlan(base, tuple(adapters), tuple(fixed), outputs, shards, folds, untied, grown, dtype, text_only)
+    return MergePlan(
+        base, tuple(adapters), tuple(fixed), changed, outputs, shards, folds, untied, grown, dtype, text_only
+    )
 
 
-def _check_strengths(
-    changes: Mapping[str, tuple[tuple[int, Delta], ...]], fixed: Sequence[Alpha | None], alphas: Sequence[Alpha]
-) -> None:
+def _check_strengths(changed: Sequence[Sequence[str]], fixed: Sequence[Alpha | None], alphas: Sequence[Alpha]) -> None:
     """Every strength must be about tensors of the adapters that it is for."""
-
-    def changed_by(adapters: set[int]) -> list[str]:
-        return [name for name, deltas in changes.items() if any(adapter in adapters for adapter, _ in deltas)]
-
-    for adapter, own in enumerate(fixed):
+    for names, own in zip(changed, fixed, strict=True):
         if own is not None:
-            own.check_used(changed_by({adapter}))
+            own.check_used(names)
+    shared = [name for names, own in zip(changed, fixed, strict=True) if own is None for name in names]
     for alpha in alphas:
-        alpha.check_used(changed_by({adapter for adapter, own in enumerate(fixed) if own is None}))
+        if alpha.modules and not shared:
+            raise AlphaError(f"--alpha: {alpha.label} is about nothing: every adapter has a strength of its own")
+        alpha.check_used(shared)
 
 
 def _carried(info: TensorInfo) -> _Piece:

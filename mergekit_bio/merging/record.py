@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import TypedDict
 
 import mergekit_bio
-from mergekit_bio.adapter.adapter import LM_HEAD
 from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
 from mergekit_bio.merging.alpha import matches
 from mergekit_bio.merging.directory import adapter_licences
@@ -102,8 +101,8 @@ def describe(
 
 def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
     adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
-    changed = [name for name in adapter.deltas if name != LM_HEAD or plan.untied or not plan.base.tied]
-    modules = {pattern: own for pattern, own in alpha.modules if any(matches(pattern, name) for name in changed)}
+    names = plan.changed[number]
+    modules = {pattern: own for pattern, own in alpha.modules if any(matches(pattern, name) for name in names)}
     return AdapterOrigin(
         **_found(adapter.source),
         fingerprint=fingerprint(adapter.stored),

@@ -101,7 +101,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         document = yaml.load(file.read_text(encoding="utf-8"), PlainLoader)  # a SafeLoader
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise RecipeError(f"{file}: is not a mapping of options, such as 'base: ...'")

@@ -14,7 +14,7 @@ from mergekit_bio.checkpoint.header import TensorInfo
 from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.api import plan_merge
-from mergekit_bio.merging.manifest import FORMAT, MANIFEST, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.merging.manifest import MANIFEST, Manifest, Origin, fingerprint, read_manifest
 from mergekit_bio.merging.plan import Fold, MergePlan
 
 if TYPE_CHECKING:
@@ -74,8 +74,6 @@ def verify(
     if not root.is_dir():
         raise VerificationError(f"{root}: no such directory")
     manifest = read_manifest(root)
-    if manifest.format != FORMAT:
-        raise VerificationError(f"{root / MANIFEST}: format {manifest.format!r} is not {FORMAT!r}; use a newer version")
     try:
         checkpoint = Checkpoint.open(root)
         checkpoint.config  # noqa: B018 - reading it is the check

@@ -118,6 +118,56 @@ def test_an_empty_directory_is_filled_where_it_is(tmp_path, monkeypatch):
     assert names(Path()) == ["mark", "new"] and names(tmp_path) == ["out"]
 
 
+def test_what_appears_meanwhile_in_an_empty_directory_stays_and_nothing_is_added(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match=r"README\.md: appeared"), staged(tmp_path / "out", mark="mark") as folder:
+        (folder / "README.md").write_text("ours")
+        (folder / "mark").touch()
+        (tmp_path / "out" / "README.md").write_text("theirs")
+    assert names(tmp_path / "out") == ["README.md"] and (tmp_path / "out" / "README.md").read_text() == "theirs"
+
+
+def test_a_move_that_fails_is_undone_and_no_more_than_that(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    rename = Path.rename
+
+    def fails_at_b(path, target):
+        if path.name == "b":
+            target.write_text("theirs")
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_at_b)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", mark="mark") as folder:
+        for name in ("a", "b", "mark"):
+            (folder / name).write_text("ours")
+    assert names(tmp_path / "out") == ["b"] and (tmp_path / "out" / "b").read_text() == "theirs"
+
+
+def test_what_is_put_into_our_own_output_meanwhile_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mark").touch()
+
+    def stranger(folder):
+        return next((name for name in names(folder) if name != "mark"), None)
+
+    with (
+        pytest.raises(OutputError, match=r"owls\.gguf: no merge has written it"),
+        staged(tmp_path / "out", mark="mark", stranger=stranger, overwrite=True),
+    ):
+        (tmp_path / "out" / "owls.gguf").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["mark", "owls.gguf"]
+
+
+def test_what_file_systems_and_we_leave_behind_makes_a_directory_no_less_empty(tmp_path):
+    for name in ("lost+found", ".out.partial"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    with staged(tmp_path / "out", mark="mark") as folder:
+        assert names(folder) == []
+        (folder / "mark").touch()
+    assert names(tmp_path / "out") == ["lost+found", "mark"]
+
+
 def test_an_empty_directory_stays_empty_where_the_work_fails(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(RuntimeError), staged(tmp_path / "out", mark="mark") as folder:
@@ -131,14 +181,16 @@ def test_a_mount_point_is_filled(tmp_path):
         "import sys; from pathlib import Path; from mergekit_bio.checkpoint.publish import staged\n"
         "with staged(Path(sys.argv[1]), mark='mark') as folder:\n"
         "    (folder / 'mark').touch()\n"
-        "print(*(path.name for path in Path(sys.argv[1]).iterdir()))"
+        "print(*(path.name for path in Path(sys.argv[1]).iterdir()))\n"
+        "with staged(Path(sys.argv[1]), mark='mark', overwrite=True) as folder:\n"
+        "    raise AssertionError('the block must not run')"
     )
     (tmp_path / "out").mkdir()
     mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$1" && exec "$2" -c "$3" "$1"', "sh"]
     done = subprocess.run([*mount, tmp_path / "out", sys.executable, program], capture_output=True, text=True)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
         pytest.skip("mounting is not allowed here")
-    assert done.stdout == "mark\n", done.stderr
+    assert done.stdout == "mark\n" and "out: is a mount point" in done.stderr, done.stderr
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -35,7 +35,12 @@ RECIPE = {
 REFERENCE = {
     "model": {"llama_path": "a/b", "ckpt": "c/d"},
     "generate": {"max_new_tokens": 9, "num_beams": 2},
-    "extended": {"datasets": ["watkins"], "lora_scales": [0.1, 1.0], "top_k_species": 3, "queries": ["{species_list}"]},
+    "extended": {
+        "datasets": ["watkins"],
+        "lora_scales": [0.1, 1.0],
+        "top_k_species": 3,
+        "queries": ["Pick: {species_list}"],
+    },
 }
 PREDICTIONS = [
     {"prediction": f"p{n}", "label": "l", "id": str(n), "dataset_name": "d", "lora_scale": 0.1, "generated_ids": [1, n]}

@@ -13,7 +13,7 @@ import mergekit_bio
 from mergekit_bio.hub.card import model_card
 
 NATURELM: dict[str, Any] = {
-    "format": "mergekit-bio/merge@1",
+    "format": "mergekit-bio/merge@2",
     "created": "2026-01-02T03:04:05+00:00",
     "version": "0.1.0",
     "command": "mergekit-bio merge --alpha 0.5",

@@ -61,6 +61,20 @@ def test_an_old_lora_comes_with_its_bin_file_and_a_new_one_without(hub: Hub) -> 
     }
 
 
+def test_shards_come_whatever_they_are_called(hub: Hub) -> None:
+    repo = published(hub)
+    names = ("model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors")
+    repo.commit(repo.files() | dict.fromkeys(names, repo.files()["model.safetensors"]))
+
+    assert set(names) <= {path.name for path in resolve(ID).path.iterdir()}
+
+
+def test_a_look_at_the_configuration_fetches_no_weights(hub: Hub) -> None:
+    hub.create(ID).commit({name: File.regular(b"{}") for name in ("adapter_config.json", "adapter_model.bin")})
+
+    assert [path.name for path in resolve(ID, patterns=("*config.json",)).path.iterdir()] == ["adapter_config.json"]
+
+
 def test_the_second_time_nothing_is_downloaded(hub: Hub) -> None:
     published(hub)
     first = resolve(ID)
@@ -197,6 +211,9 @@ def test_neither_a_directory_nor_a_hub_id(hub: Hub, name: str) -> None:
         ("license:\nlanguage: en", None),
         ("license:\n- mit\n- apache-2.0", "mit, apache-2.0"),
         ("license: {", None),
+        ("license: mit\ndate: 2026-02-30", "mit"),
+        ("license: cc-by-nc-sa-4.0\ntitle: Owls: a LoRA", "cc-by-nc-sa-4.0"),
+        ("license:\ntitle: Owls: a LoRA", None),
         ("tags: [x]", None),
     ],
 )

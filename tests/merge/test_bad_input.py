@@ -325,7 +325,7 @@ def test_an_alpha_for_a_module_that_nothing_changes(sources: Path) -> None:
         ("adapter: [{source: ADAPTER, alpha: '0:1:0.5'}]\nalphas: 0.5", "'0:1:0.5' is 3 strengths"),
         ("adapter: [{source: ADAPTER, alpha: true}]\nalphas: 0.5", "alpha"),
         ("adapter: [{source: ADAPTER, alpha: mlp=0.3}, finetune]\nalphas: 0.5", "'mlp' names none"),
-        ("adapter: [{source: ADAPTER, alpha: 0.3}]\nalphas: q_proj=0.5", "'q_proj' names none"),
+        ("adapter: [{source: ADAPTER, alpha: 0.3}]\nalphas: q_proj=0.5", "has a strength of its own"),
     ],
 )
 def test_a_recipe_whose_strengths_are_none(sources: Path, lines: str, named: str) -> None:
@@ -401,8 +401,22 @@ def test_overwrite_replaces_a_merge_and_nothing_that_was_put_beside_or_into_it(s
     assert str(project / "thesis.tex") in refused("merge", *options, "--out", project, watch=sources)
 
 
-def test_a_repository_that_cannot_be(sources: Path) -> None:
-    assert "'owls' is not the name of a repository" in merge(sources, "--push", "owls")
+@pytest.mark.parametrize("repository", ["owls", f"owl/{'x' * 90}"])
+def test_a_repository_that_cannot_be(sources: Path, repository: str) -> None:
+    assert f"'{repository}" in (line := merge(sources, "--push", repository, alpha="0:1:0.5"))
+    assert "is not the name of a repository" in line
+
+
+def test_a_file_that_would_come_along_and_cannot(sources: Path) -> None:
+    (sources / "base" / "tokenizer.json").symlink_to(sources / "adapter" / "adapter_config.json")
+    for options in ((), ("--dry-run",)):
+        assert f"{sources / 'base' / 'tokenizer.json'}: is a link out" in merge(sources, *options)
+
+
+def test_overwriting_a_merge_that_is_damaged_says_what_to_do(sources: Path) -> None:
+    (sources / "merged").mkdir()
+    (sources / "merged" / "merge.json").write_text("{")
+    assert f"remove {sources / 'merged'} by hand" in merge(sources, "--overwrite")
 
 
 @pytest.mark.parametrize("inside", ["base", "base/merged", "base/a/b", "adapter/merged", "."])

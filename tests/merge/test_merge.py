@@ -281,22 +281,23 @@ def test_torch_computes_afterwards_on_as_many_threads_as_before(sources, tmp_pat
 def test_tokenizer_and_processor_files_come_along_whatever_they_are_called(sources, tmp_path):
     base = shutil.copytree(sources[0], tmp_path / "base")
     wanted = ("preprocessor_config.json", "vocab.txt", "spiece.model", "tekken.json", "qwen.tiktoken")
-    for name in (*wanted, "trainer_state.json", "pytorch_model.bin", ".hidden.json"):
+    for name in (*wanted, "adapter_config.json", "trainer_state.json", "token.txt", "pytorch_model.bin", "LICENSE~"):
         (base / name).write_text(name)
     (merged,) = merge((base, sources[1]), tmp_path / "out", 0.5)
     shards = {path.name for path in merged.path.glob("model*")}
     assert {path.name for path in merged.path.iterdir()} == COMPANIONS | shards | set(wanted)
 
 
-def test_two_adapters_of_one_name_keep_both_licences(sources, tmp_path):
-    adapters = [shutil.copytree(sources[1], tmp_path / place / "lora") for place in ("a", "b")]
+def test_adapters_of_one_name_keep_their_licences(sources, tmp_path):
+    adapters = [shutil.copytree(sources[1], tmp_path / place) for place in ("a/lora", "b/lora-2", "c/lora", "d/.lora")]
     for adapter in adapters:
         (adapter / "LICENSE").write_text(str(adapter))
     (merged,) = mergekit_bio.merge(base=sources[0], adapter=adapters, alphas=[0.5], out=tmp_path / "out")
     texts = {path.name: path.read_text() for path in merged.path.glob("*LICENSE")}
-    assert texts == {"lora-LICENSE": str(adapters[0]), "lora-2-LICENSE": str(adapters[1])}
+    names = ["lora-LICENSE", "lora-2-LICENSE", "lora-3-LICENSE", "lora-4-LICENSE"]
+    assert texts == dict(zip(names, map(str, adapters), strict=True))
     manifest = json.loads((merged.path / "merge.json").read_text())
-    assert [adapter["license_files"] for adapter in manifest["adapters"]] == [["lora-LICENSE"], ["lora-2-LICENSE"]]
+    assert [adapter["license_files"] for adapter in manifest["adapters"]] == [[name] for name in names]
 
 
 def test_a_locale_without_utf8_and_names_with_brackets(sources, tmp_path):
