@@ -237,6 +237,13 @@ def test_the_references_own_defaults(tmp_path):
     assert len(recipe.recipe.datasets) == 22
 
 
+@pytest.mark.parametrize("no", ["no", "No", "off", "OFF", "false"])
+def test_no_is_false_as_where_the_references_recipes_are_read(tmp_path, no):
+    text = f"model: {{}}\ngenerate: {{merging_alpha: 0.4, do_sample: {no}, num_beams: 1, temperature: 0.7}}\n"
+    assert load_recipe(write(tmp_path, text)).recipe.generate == Generate(num_beams=1)
+    assert load_recipe(write(tmp_path, SMALL + f"streaming: {no}\n")).recipe.streaming is False
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -1,5 +1,6 @@
 """YAML that remembers the line of every key, so that an error can name it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ class LocatedYaml:
 
 
 class _Loader(PlainLoader):
-    """Safe loading without aliases: a recipe needs none, and they can be made endless."""
+    """Safe loading without aliases, which a recipe needs none of and can be made endless; yes and no are booleans.
+
+    The reference's recipes are written for PyYAML, where ``do_sample: no`` is false.
+    """
 
     depth = 0
 
@@ -51,6 +55,11 @@ class _Loader(PlainLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)\Z"), list("yYnNoO")
+)
 
 
 def read_located_yaml(file: Path) -> LocatedYaml:
