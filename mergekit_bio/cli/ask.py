@@ -72,7 +72,7 @@ def ask(
     if answers or not failed:
         output.result(
             document,
-            lambda console: console.print("\n".join(map(_line, answers)), markup=False, soft_wrap=True),
+            lambda console: console.print("\n".join(map(_line, answers)), soft_wrap=True),
             lines=[answer.text for answer in answers],
         )
     check_any_used(recordings, failed)

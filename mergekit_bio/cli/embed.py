@@ -57,6 +57,6 @@ def embed(
     }
     output.result(
         document,
-        lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", markup=False, soft_wrap=True),
+        lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", soft_wrap=True),
         lines=[str(out)],
     )

@@ -146,7 +146,7 @@ def _show_prompts(recipe: str, data: str | None, number: int, output: Output) ->
 
 def _print_lines(console: "Console", lines: Sequence[str]) -> None:
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _print_plan(plan: "RunPlan", output: Output) -> None:
@@ -169,7 +169,7 @@ def _print_plan(plan: "RunPlan", output: Output) -> None:
             )
         console.print(rows)
         if document["to_merge"]:
-            console.print(f"to merge first: {', '.join(document['to_merge'])}", markup=False)
+            console.print(f"to merge first: {', '.join(document['to_merge'])}")
         lines = [
             f"{plan.rows} answers in {len(plan.cells)} cells by the {plan.engine} engine, to {plan.out}",
             "nothing was merged, loaded or asked (--dry-run)",

@@ -74,9 +74,7 @@ def show_recipe(
         output.note(f"note: {note}")
     resolved = asdict(loaded.recipe)
     text = yaml.safe_dump(_lists(resolved), sort_keys=False, allow_unicode=True, width=110)
-    output.result(
-        {"recipe": resolved}, lambda console: console.print(text, markup=False, soft_wrap=True), text.splitlines()
-    )
+    output.result({"recipe": resolved}, lambda console: console.print(text, soft_wrap=True), text.splitlines())
 
 
 @app.command("copy")
@@ -100,7 +98,7 @@ def copy_recipe(
 
     files = [str(file) for file in copy_shipped(recipe, destination)]
     Output(as_json=as_json, quiet=quiet).result(
-        {"files": files}, lambda console: console.print("\n".join(files), markup=False, soft_wrap=True), files
+        {"files": files}, lambda console: console.print("\n".join(files), soft_wrap=True), files
     )
 
 

@@ -25,6 +25,10 @@ def test_tables_on_the_terminal_and_files_in_the_run(make_run):
     assert str(path / "report" / "report.html") in done.stderr
 
 
+def test_a_name_in_brackets_is_printed_as_it_is(make_run):
+    assert "frogs [x] [bold], frogs, query 0" in run(make_run(name="frogs [x] [bold]"), "--tables-only").stdout
+
+
 def test_json_is_one_document_on_stdout(make_run):
     done = run(make_run(rows=70), "--json", "--tables-only", "--scorer", "beans-zero")
     document = json.loads(done.stdout)

@@ -26,19 +26,19 @@ def print_report(report: Report, console: "Console") -> None:
         for sentence in sentences(sweep):
             console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         console.print()
-    console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)", markup=False)
+    console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)")
     for name in report.scorers:
-        console.print(f"scorer {name}: {SCORERS[name]}", markup=False)
+        console.print(f"scorer {name}: {SCORERS[name]}")
 
 
 def _table(sweep: Sweep) -> "Table":
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     first = sweep.scores[0]
     table = Table(
-        title=f"{escape(sweep.title)} · {size(sweep)} · scorer {first.scorer}",
+        title=Text(f"{sweep.title} · {size(sweep)} · scorer {first.scorer}"),
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -54,7 +54,7 @@ def _table(sweep: Sweep) -> "Table":
     for item in sweep.scores:
         values = [_with_interval(sweep, item, name) for name in figures]
         clips = "" if sweep.same_clips else f" ({len(item.ids)})"
-        table.add_row(escape(model(sweep, item)) + clips, *values, *(f"{item.figures[name]:.3f}" for name in rates))
+        table.add_row(Text(model(sweep, item) + clips), *values, *(f"{item.figures[name]:.3f}" for name in rates))
     baselines = sweep.baselines
     for kind in ("majority", "random") if baselines else ():
         table.add_row(kind, *(f"{baselines[f'{name}_{kind}']:.3f}" for name in figures), style="dim")
