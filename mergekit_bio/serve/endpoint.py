@@ -10,6 +10,7 @@ from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.errors import AudioError, MergekitBioError
 from mergekit_bio.eval.engines.interface import Clip
 from mergekit_bio.eval.engines.tokenization import Tokenization
+from mergekit_bio.merging.manifest import MANIFEST
 from mergekit_bio.serve.async_engine import answer
 from mergekit_bio.serve.guard import MODEL_KEY
 from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
@@ -128,7 +129,7 @@ async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
 
 
 def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
-    manifest = settings.directory(model) / "merge.json"
+    manifest = settings.directory(model) / MANIFEST
     payloads = ["base64_wav"]
     payloads += ["file_path"] if settings.allowed_local_media_path else []
     payloads += ["file_url"] if settings.allowed_media_domains else []

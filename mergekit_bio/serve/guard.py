@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import EngineError, MergekitBioError
-from mergekit_bio.serve.predictions import is_text
+from mergekit_bio.eval.validation import is_text
 from mergekit_bio.serve.settings import ServeSettings
 from mergekit_bio.serve.turnstile import Turnstile
 

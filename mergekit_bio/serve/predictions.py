@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mergekit_bio.errors import PromptError
 from mergekit_bio.eval.engines.interface import Decoding
+from mergekit_bio.eval.validation import is_text
 from mergekit_bio.model.layout import AUDIO_SLOT
 from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
 
@@ -16,15 +17,6 @@ def _check_text(value: str) -> str:
     if not is_text(value):
         raise ValueError("holds half of a surrogate pair, which is no text")
     return value
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be tokenized and sent back: JSON's escapes can write half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
@@ -150,7 +142,7 @@ def read_requests(document: Any, *, max_batch: int) -> list[tuple[str, Item | st
     if len(items) > max_batch:
         raise BadRequest(413, f"{len(items)} requests are more than max_batch_size {max_batch}")
     ids = [item.get("sample_id") if isinstance(item, dict) else None for item in items]
-    if not all(isinstance(sample_id, str) and sample_id and is_text(sample_id) for sample_id in ids):
+    if not all(is_text(sample_id) and sample_id for sample_id in ids):
         raise BadRequest(422, "every request needs a sample_id, a string of text that is not empty")
     if len(set(ids)) < len(ids):
         raise BadRequest(400, "a sample_id is there twice")

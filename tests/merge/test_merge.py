@@ -33,6 +33,13 @@ def merge(sources, out, *alphas, **options):
     return mergekit_bio.merge(base=sources[0], adapter=sources[1], alphas=alphas, out=out, **options)
 
 
+def printed(program: str, *arguments: Path) -> str:
+    """What a program prints that runs to its end, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
 def exact(sources, alpha: float) -> dict[str, torch.Tensor]:
     """Every weight in float64, by the definition."""
     factors = load_file(sources[1] / "adapter_model.safetensors")
@@ -209,8 +216,7 @@ def test_a_plan_reads_no_weight_and_imports_no_torch(sources):
         "plan = plan_merge(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.5])\n"
         "print(len(plan.folds), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *sources], capture_output=True, text=True, check=True)
-    assert done.stdout == "16 False\n"
+    assert printed(program, *sources) == "16 False\n"
 
 
 def test_the_plan_accounts_for_every_byte(sources):
@@ -250,8 +256,7 @@ def test_memory_is_bounded_whatever_the_models_size(tmp_path, gigabytes):
     synthetic.write_llama(tmp_path / "base", shape)
     synthetic.write_adapter(tmp_path / "adapter", shape, base=tmp_path / "base")
     paths = [tmp_path / name for name in ("base", "adapter", "out")]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200e6
+    assert int(printed(MEMORY, *paths)) < 200e6
 
 
 def test_more_strengths_than_files_that_may_be_open(sources, tmp_path):
@@ -261,8 +266,7 @@ def test_more_strengths_than_files_that_may_be_open(sources, tmp_path):
         "sources = dict(base=sys.argv[1], adapter=sys.argv[2])\n"
         "print(len(mergekit_bio.merge(**sources, alphas=['0:0.099:0.001'], out=sys.argv[3], fsync=False)))"
     )
-    done = subprocess.run([sys.executable, "-c", program, *sources, tmp_path / "out"], capture_output=True, text=True)
-    assert done.stdout == "100\n", done.stderr
+    assert printed(program, *sources, tmp_path / "out") == "100\n"
 
 
 def test_torch_computes_afterwards_on_as_many_threads_as_before(sources, tmp_path):
@@ -274,8 +278,7 @@ def test_torch_computes_afterwards_on_as_many_threads_as_before(sources, tmp_pat
         "thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))\n"
         "thread.start(); thread.join(); print(*counts)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *sources, tmp_path / "out"], capture_output=True, text=True)
-    assert done.stdout == "3 3\n", done.stderr
+    assert printed(program, *sources, tmp_path / "out") == "3 3\n"
 
 
 def test_tokenizer_and_processor_files_come_along_whatever_they_are_called(sources, tmp_path):
