@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Len
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
+from mergekit_bio.eval.paper_questions import paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
@@ -90,7 +91,7 @@ class Recipe:
         top_k_species: Ask only about clips of the most frequent species; more than there are means all.
         n_examples: Clips per species for ``{audio_examples}``.
         queries: Each is asked about every clip; none asks the dataset's own instruction.
-        targets: For each query what the right answer is; none means the label.
+        targets: For each query what the right answer is; where there is none, see ``target``.
         label_map: label -> scientific name, for the targets that need it.
         generate: Settings of generation.
         decoding: ``generate`` freely, ``choice`` among the labels, or the labels' ``loglikelihood``.
@@ -117,9 +118,18 @@ class Recipe:
     scorer: Scorer = "paper"
     seed: int = 0
 
-    def target(self, query: int) -> Target:
-        """What the right answer to a query is."""
-        return self.targets[query] if self.targets else "label"
+    def target(self, query: int, dataset: str) -> Target:
+        """What the right answer to a query about a dataset is.
+
+        Where ``targets`` does not say it: for the paper's questions about watkins and cbi what the paper scores them
+        against, else the label.
+        """
+        if self.targets:
+            return self.targets[query]
+        component = any(choice.name == dataset and choice.path is None for choice in self.datasets)
+        if not self.queries or not component:
+            return "label"
+        return paper_target(dataset, query=self.queries[query], number=query) or "label"
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
     content, locate, named = document.data, document.locate, dotted
     notes: tuple[str, ...] = ()
-    if is_reference(content):
+    of_reference = is_reference(content)
+    if of_reference:
         content, notes = translated(document)
 
         def locate(path: KeyPath) -> str:
@@ -165,10 +176,38 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         del content["datasets"]
     recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
     _check(recipe, locate, named)
+    if not recipe.targets:
+        recipe, said = _with_targets(recipe, always_said=of_reference)
+        notes += tuple(f"{file}: {text}" for text in said)
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
     return LoadedRecipe(recipe=recipe, notes=notes)
+
+
+def _with_targets(recipe: Recipe, *, always_said: bool) -> tuple[Recipe, list[str]]:
+    """A recipe that names no target, with those of the paper's questions and their names, and what is to be said of it.
+
+    Args:
+        recipe: As read.
+        always_said: Tell of labels too; otherwise only of what is scored against something else.
+    """
+    names = [choice.name for choice in recipe.datasets]
+    targets = {name: tuple(recipe.target(query, name) for query in range(len(recipe.queries) or 1)) for name in names}
+    named = [name for name in names if set(targets[name]) != {"label"}]
+    said = []
+    for name in named:
+        brought = "the recipe's label_map" if recipe.label_map else f"labels/{paper_names(name).name}"
+        said.append(f"{name}, as in the paper: {targets_in_words(targets[name])} (names: {brought})")
+    if always_said and len(named) < len(names):
+        others = "every query" if not named else f"every query about {', '.join(n for n in names if n not in named)}"
+        said.append(f"{others} is scored against the label")
+    if named and not recipe.label_map:
+        label_map = {label: text for name in named for label, text in read_label_map(paper_names(name)).items()}
+        recipe = replace(recipe, label_map=label_map)
+    if named and len(set(targets.values())) == 1:
+        recipe = replace(recipe, targets=targets[named[0]])
+    return recipe, said
 
 
 def _dataset_mappings(datasets: Any, folder: Path) -> Any:
