@@ -121,6 +121,6 @@ def missing_names(labels: Sequence[str], *, target: Target, names: Mapping[str, 
         return None
     shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
     return (
-        f"no scientific name for {len(missing)} of {len(set(labels))} labels ({shown}): answers about their "
-        f"{len(clips)} clips are always wrong; --label-map FILE gives names"
+        f"no scientific name for {len(missing)} of {len(set(labels))} labels ({shown}): every answer about their clips "
+        f"({len(clips)} of {len(labels)}) counts as wrong; a label map that has them changes that"
     )

@@ -23,10 +23,11 @@ PAPER_QUESTIONS: dict[str, Target] = {
     ),
 }
 
-_WORDS: dict[Target, str] = {
+_WORDS: dict[Target | None, str] = {
     "label": "the label",
     "scientific": "the scientific name",
     "combined": 'both ("scientific : label")',
+    None: "the label (it is none of them)",
 }
 
 
@@ -51,7 +52,10 @@ def paper_names(component: str) -> Path:
     return recipe_folder() / "labels" / f"{component}.csv"
 
 
-def targets_in_words(targets: Sequence[Target]) -> str:
-    """ "query 0 is scored against the label, query 1 against the scientific name" and so on."""
-    parts = [f"query {number} against {_WORDS[target]}" for number, target in enumerate(targets)]
-    return ", ".join(parts).replace(" against", " is scored against", 1)
+def targets_in_words(targets: Sequence[Target | None]) -> str:
+    """Say what queries are scored against: "query 0 against the label, query 1 against the scientific name".
+
+    Args:
+        targets: Of ``paper_target``, one a query.
+    """
+    return ", ".join(f"query {number} against {_WORDS[target]}" for number, target in enumerate(targets))

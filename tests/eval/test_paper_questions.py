@@ -172,8 +172,8 @@ def test_the_references_yaml_is_the_shipped_recipe(tmp_path, component):
         assert getattr(loaded.recipe, key) == getattr(ours, key), key
     assert loaded.recipe.merge.alphas == ours.merge.alphas
     assert loaded.notes[-1].endswith(
-        f"{component}, as in the paper: query 0 is scored against the label, query 1 against the scientific name, "
-        f'query 2 against both ("scientific : label") (names: labels/{component}.csv)'
+        f"{component}, scored as the paper scores its questions: query 0 against the label, query 1 against the "
+        f'scientific name, query 2 against both ("scientific : label"); the names are labels/{component}.csv'
     )
 
 
@@ -186,20 +186,42 @@ def test_of_several_datasets_each_is_scored_as_it_is_in_the_paper(tmp_path):
     )
     loaded = load_recipe(reference_yaml(tmp_path, ["esc50", "watkins"], [SCIENTIFIC]))
     assert [loaded.recipe.target(0, name) for name in ("esc50", "watkins")] == ["label", "scientific"]
+    assert loaded.recipe.label_map == load_recipe(shipped_recipes()["watkins"]).recipe.label_map
     assert loaded.notes[-2].endswith(
-        "watkins, as in the paper: query 0 is scored against the scientific name (names: labels/watkins.csv)"
+        "watkins, scored as the paper scores its questions: query 0 against the scientific name; the names are "
+        "labels/watkins.csv"
     )
-    assert loaded.notes[-1].endswith("every query about esc50 is scored against the label")
+    assert loaded.notes[-1].endswith(": every answer about the other datasets is scored against the label")
 
 
 @pytest.mark.parametrize(
-    ("dataset", "query"),
-    [("watkins", "Which sea mammal is it?"), ("watkins", f"{SCIENTIFIC} Or guess."), ("hiceas", SCIENTIFIC)],
+    ("dataset", "query", "said"),
+    [
+        (
+            "watkins",
+            "Which is it?",
+            "as the paper scores its questions: query 0 against the label (it is none of them)",
+        ),
+        (
+            "cbi",
+            f"{SCIENTIFIC} Or guess.",
+            "as the paper scores its questions: query 0 against the label (it is none of them)",
+        ),
+        ("esc50", SCIENTIFIC, "every answer is scored against the label"),
+    ],
 )
-def test_where_the_paper_does_not_say_the_answer_is_the_label_and_a_note_says_so(tmp_path, dataset, query):
+def test_where_the_paper_does_not_say_it_the_right_answer_is_the_label_and_a_note_says_so(
+    tmp_path, dataset, query, said
+):
     loaded = load_recipe(reference_yaml(tmp_path, [dataset], [query]))
     assert loaded.recipe.target(0, dataset) == "label" and loaded.recipe.label_map == {}
-    assert loaded.notes[-1].endswith("every query is scored against the label")
+    assert loaded.notes[-1].endswith(said)
+
+
+def test_the_references_yaml_without_queries_is_scored_against_the_label(tmp_path):
+    loaded = load_recipe(reference_yaml(tmp_path, ["watkins", "cbi"], []))
+    assert [loaded.recipe.target(0, name) for name in ("watkins", "cbi")] == ["label", "label"]
+    assert loaded.notes[-1].endswith(": every answer is scored against the label")
 
 
 def test_flags_and_the_audio_slot_are_no_part_of_the_question(tmp_path):
@@ -212,7 +234,7 @@ def test_a_recipe_of_ours_without_targets_is_scored_alike_and_one_with_targets_a
     content = {"checkpoints": ["m"], "datasets": ["watkins"], "queries": [COMMON, SCIENTIFIC]}
     file.write_text(yaml.safe_dump(content))
     loaded = load_recipe(file)
-    assert loaded.recipe.targets == ("label", "scientific") and "as in the paper" in loaded.notes[0]
+    assert loaded.recipe.targets == ("label", "scientific") and "query 1 against the scientific name" in loaded.notes[0]
     file.write_text(yaml.safe_dump(content | {"targets": ["label", "label"]}))
     loaded = load_recipe(file)
     assert loaded.recipe.targets == ("label", "label") and loaded.notes == () and loaded.recipe.label_map == {}
@@ -220,7 +242,7 @@ def test_a_recipe_of_ours_without_targets_is_scored_alike_and_one_with_targets_a
     file.write_text(yaml.safe_dump(content | {"label_map": "names.csv"}))
     loaded = load_recipe(file)
     assert loaded.recipe.target(1, "watkins") == "scientific" and loaded.recipe.label_map == {"Walrus": "Odobenus"}
-    assert loaded.notes[0].endswith("(names: the recipe's label_map)")
+    assert loaded.notes[0].endswith("the names are in label_map")
 
 
 def test_a_folder_of_ones_own_is_no_component_whatever_its_name(tmp_path):

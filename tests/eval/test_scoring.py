@@ -348,8 +348,8 @@ def test_a_label_without_a_scientific_name_is_always_wrong_and_said_to_be(scorer
     assert scored.correct == (True, True, False, False, False, False)
     (note,) = scored.notes
     assert note == (
-        "r, frogs, query 0: no scientific name for 1 of 2 labels (dog): answers about their 4 clips are always wrong;"
-        " --label-map FILE gives names"
+        "r, frogs, query 0: no scientific name for 1 of 2 labels (dog): every answer about their clips (4 of 6) counts"
+        " as wrong; a label map that has them changes that"
     )
     # sklearn on the answers as they are, the four clips a class of their own that nobody answers.
     truth = ["cat", "cat", "dog", "dog", "dog", "dog"]

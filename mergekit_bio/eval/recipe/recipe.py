@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Len
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
-from mergekit_bio.eval.paper_questions import paper_names, paper_target, targets_in_words
+from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
@@ -121,15 +121,27 @@ class Recipe:
     def target(self, query: int, dataset: str) -> Target:
         """What the right answer to a query about a dataset is.
 
-        Where ``targets`` does not say it: for the paper's questions about watkins and cbi what the paper scores them
-        against, else the label.
+        Where ``targets`` does not say it: what the paper scores its questions about watkins and cbi against, for every
+        other question the label.
         """
         if self.targets:
             return self.targets[query]
-        component = any(choice.name == dataset and choice.path is None for choice in self.datasets)
-        if not self.queries or not component:
-            return "label"
-        return paper_target(dataset, query=self.queries[query], number=query) or "label"
+        return self.paper_targets.get(dataset, {}).get(query) or "label"
+
+    @property
+    def paper_targets(self) -> dict[str, dict[int, Target | None]]:
+        """Component -> query -> what the paper scores it against, of the components that have scientific names.
+
+        None stands for a query that the paper does not ask. A folder is no component, whatever its name.
+        """
+        return {
+            choice.name: {
+                number: paper_target(choice.name, query=query, number=number)
+                for number, query in enumerate(self.queries)
+            }
+            for choice in self.datasets
+            if choice.path is None and choice.name in NAMED_COMPONENTS and self.queries
+        }
 
 
 @dataclass(frozen=True)
@@ -177,37 +189,41 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
     _check(recipe, locate, named)
     if not recipe.targets:
-        recipe, said = _with_targets(recipe, always_said=of_reference)
-        notes += tuple(f"{file}: {text}" for text in said)
+        recipe, of_targets = _with_targets(recipe, of_reference=of_reference)
+        notes += tuple(f"{file}: {note}" for note in of_targets)
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
     return LoadedRecipe(recipe=recipe, notes=notes)
 
 
-def _with_targets(recipe: Recipe, *, always_said: bool) -> tuple[Recipe, list[str]]:
-    """A recipe that names no target, with those of the paper's questions and their names, and what is to be said of it.
+def _with_targets(recipe: Recipe, *, of_reference: bool) -> tuple[Recipe, list[str]]:
+    """A recipe without targets, with those of the paper's questions and the names they take, and notes about them.
 
     Args:
         recipe: As read.
-        always_said: Tell of labels too; otherwise only of what is scored against something else.
+        of_reference: The file cannot say targets, so that its user is told of every one; in a recipe of ours none means
+            the label, and what is something else is told.
     """
-    names = [choice.name for choice in recipe.datasets]
-    targets = {name: tuple(recipe.target(query, name) for query in range(len(recipe.queries) or 1)) for name in names}
-    named = [name for name in names if set(targets[name]) != {"label"}]
-    said = []
-    for name in named:
-        brought = "the recipe's label_map" if recipe.label_map else f"labels/{paper_names(name).name}"
-        said.append(f"{name}, as in the paper: {targets_in_words(targets[name])} (names: {brought})")
-    if always_said and len(named) < len(names):
-        others = "every query" if not named else f"every query about {', '.join(n for n in names if n not in named)}"
-        said.append(f"{others} is scored against the label")
-    if named and not recipe.label_map:
-        label_map = {label: text for name in named for label, text in read_label_map(paper_names(name)).items()}
+    notes, needed = [], []
+    for component, targets in recipe.paper_targets.items():
+        names = ""
+        if set(targets.values()) & {"scientific", "combined"}:
+            needed.append(component)
+            names = f"; the names are {'in label_map' if recipe.label_map else f'labels/{component}.csv'}"
+        if names or of_reference:
+            scored = targets_in_words([*targets.values()])
+            notes.append(f"{component}, scored as the paper scores its questions: {scored}{names}")
+    if of_reference and len(recipe.paper_targets) < len(recipe.datasets):
+        about = " about the other datasets" if recipe.paper_targets else ""
+        notes.append(f"every answer{about} is scored against the label")
+    if needed and not recipe.label_map:
+        label_map = {label: name for one in needed for label, name in read_label_map(paper_names(one)).items()}
         recipe = replace(recipe, label_map=label_map)
-    if named and len(set(targets.values())) == 1:
-        recipe = replace(recipe, targets=targets[named[0]])
-    return recipe, said
+    if needed and len(needed) == len(recipe.datasets):
+        # All ask the same questions and so have the same targets: the recipe can say them itself.
+        recipe = replace(recipe, targets=tuple(recipe.target(q, needed[0]) for q in range(len(recipe.queries))))
+    return recipe, notes
 
 
 def _dataset_mappings(datasets: Any, folder: Path) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.components import Task, components
@@ -164,49 +165,44 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
         dataset, query, alpha = name["dataset"], int(name["query"]), int(name["hundredths"]) / 100
-        run, rows = file.resolve().parent.name, _by_id(read_predictions(file))
+        rows = _by_id(read_predictions(file))
+        asked = _question(rows)
+        target = paper_target(dataset, query=asked, number=query)
         component = components().get(dataset)
-        target, brought, notes = _asked_for(file.parent, run, dataset, query, rows, names)
-        yield Cell(
-            run=run,
+        cell = Cell(
+            run=file.resolve().parent.name,
             dataset=dataset,
             task=component.task if component else "classification",
             query=query,
             checkpoint=f"alpha {alpha:.2f}",
             alpha=alpha,
-            target=target,
-            names=brought,
+            target=target or "label",
+            names={},
             rows=rows,
             expected_rows=None,
             query_text=None,
             scorer=None,
             file=file,
-            notes=notes,
         )
+        if dataset in NAMED_COMPONENTS and target is None:
+            shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
+            cell = _noted(cell, f"none of the paper's questions ({shown}); scored against the label")
+        yield cell if cell.target == "label" else _with_names(cell, names)
 
 
-def _asked_for(
-    folder: Path, run: str, dataset: str, query: int, rows: tuple[Prediction, ...], names: Mapping[str, str] | None
-) -> tuple[Target, Mapping[str, str], tuple[str, ...]]:
-    """What the query of a published file asks for, the names that takes, and what a reader must be told about both."""
-    if dataset not in NAMED_COMPONENTS:
-        return "label", {}, ()
-    asked = _question(rows)
-    target = paper_target(dataset, query=asked, number=query)
-    where = f"{run}, {dataset}, query {query}"
-    if target is None:
-        which = "the file has no prompts" if asked is None else repr(asked)
-        return "label", {}, (f"{where}: none of the paper's questions ({which}); scored against the label",)
-    if target == "label":
-        return target, {}, ()
-    if names is not None:
-        return target, names, ()
-    brought = _names_beside(folder, dataset)
-    if brought:
-        return target, brought, ()
-    file = paper_names(dataset)
-    note = f"{where}: no list of scientific names beside the files; the paper's is used (labels/{file.name})"
-    return target, read_label_map(file), (note,)
+def _noted(cell: Cell, note: str) -> Cell:
+    """A cell with a note that holds for its whole sweep."""
+    return replace(cell, notes=(*cell.notes, f"{cell.run}, {cell.dataset}, query {cell.query}: {note}"))
+
+
+def _with_names(cell: Cell, names: Mapping[str, str] | None) -> Cell:
+    """A published cell with the given names, else those beside its file, else the paper's."""
+    names = _names_beside(cell.file.parent, cell.dataset) if names is None else names
+    if names:
+        return replace(cell, names=names)
+    file = paper_names(cell.dataset)
+    note = f"no list of scientific names beside the files; the paper's is used (labels/{file.name})"
+    return _noted(replace(cell, names=read_label_map(file)), note)
 
 
 def _question(rows: tuple[Prediction, ...]) -> str | None:
