@@ -16,8 +16,10 @@ from mergekit_bio.eval.recipe.recipe import load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
 from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
+from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
 from mergekit_bio.eval.run.plan import cell_records, plan_run
+from mergekit_bio.eval.run.run import prepare_run
 from mergekit_bio.eval.scoring.score import score
 
 COMMON = "What is the common name for the focal species in the audio?"
@@ -293,3 +295,18 @@ def test_a_question_that_is_not_the_papers_is_named_in_the_report(published, tmp
     done = CliRunner().invoke(app, ["report", str(file), "--tables-only"])
     assert done.exit_code == 0
     assert "none of the paper's questions ('What is its Latin name?'); scored against the label" in done.stderr
+
+
+def test_a_label_that_cannot_be_chosen_is_named_before_anything_is_asked(beans_zero, tmp_path):
+    (tmp_path / "names.csv").write_text("label,scientific\nWalrus,Odobenus rosmarus\n")
+    content = {"checkpoints": ["someone/model"], "datasets": ["watkins"], "queries": [COMMON, SCIENTIFIC]}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(content | {"label_map": "names.csv", "decoding": "choice"}))
+    heard = []
+    listener = Silence()
+    listener.note = heard.append
+    prepare_run(
+        recipe=file, data=beans_zero("parquet"), out=tmp_path, engine="transformers", listener=listener, fetch=False
+    )
+    (note,) = (text for text in heard if "no scientific name" in text)
+    assert note.startswith("note: watkins, query 1: no scientific name for 1 of 2 labels (Fin, Finback Whale): every")
