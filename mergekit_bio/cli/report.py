@@ -29,7 +29,9 @@ def report(
     ] = None,
     label_map: Annotated[
         Path | None,
-        typer.Option(help="CSV file (label,scientific) instead of the run's own; watkins_corrected.csv is at hand."),
+        typer.Option(
+            help="CSV file (label,scientific) instead of the run's; at hand: watkins_corrected.csv, cbi_corrected.csv."
+        ),
     ] = None,
     tables_only: Annotated[bool, typer.Option("--tables-only", help="Print, and write no file.")] = False,
     as_json: JsonOption = False,

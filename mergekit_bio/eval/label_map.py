@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,9 @@ from mergekit_bio.eval.validation import is_text
 
 #: What the right answer is: the label, its scientific name, or "scientific : label".
 Target = Literal["label", "scientific", "combined"]
+
+#: Stands for the right answer where a label has no scientific name: no answer equals it.
+NO_TARGET = "(no scientific name)"
 
 
 def read_label_map(path: Path) -> dict[str, str]:
@@ -62,22 +65,62 @@ def _rows(path: Path) -> Iterator[tuple[int, object, object]]:
         raise RecipeError(f"{path}: damaged ({error})") from None
 
 
-def target_text(label: str, *, target: Target, names: Mapping[str, str], where: str) -> str:
+def target_text(label: str, *, target: Target, names: Mapping[str, str]) -> str:
     """The right answer for a clip: the label, its scientific name, or ``"scientific : label"``.
 
     Args:
         label: The clip's label.
         target: Which of the three.
         names: The label map.
-        where: The cell, for the error.
 
-    Raises:
-        RecipeError: The map has no such label.
+    Returns:
+        The text; ``NO_TARGET`` where the map has no such label.
     """
     if target == "label":
         return label
     if label not in names:
-        raise RecipeError(
-            f"{where}: no scientific name for the label {label!r}; give a map that has it (--label-map FILE)"
-        )
+        return NO_TARGET
     return names[label] if target == "scientific" else f"{names[label]} : {label}"
+
+
+def candidates(labels: Iterable[str], *, target: Target, names: Mapping[str, str], where: str) -> list[str]:
+    """The answers that can be right: the targets of the labels, each once, sorted.
+
+    Args:
+        labels: Of the clips, at least one.
+        target: See ``target_text``.
+        names: The label map.
+        where: The cell, for the error.
+
+    Raises:
+        RecipeError: The map has none of the labels.
+    """
+    labels = set(labels)
+    texts = {target_text(label, target=target, names=names) for label in labels} - {NO_TARGET}
+    if not texts:
+        raise RecipeError(
+            f"{where}: no scientific name for the label {min(labels)!r} or any other; give a map that has them "
+            "(--label-map FILE)"
+        )
+    return sorted(texts)
+
+
+def missing_names(labels: Sequence[str], *, target: Target, names: Mapping[str, str]) -> str | None:
+    """What a user must be told about labels that have no target; None where each has one.
+
+    Args:
+        labels: One for each clip.
+        target: See ``target_text``.
+        names: The label map.
+    """
+    if target == "label":
+        return None
+    clips = [label for label in labels if label not in names]
+    missing = sorted(set(clips))
+    if not missing:
+        return None
+    shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
+    return (
+        f"no scientific name for {len(missing)} of {len(set(labels))} labels ({shown}): every answer about their clips "
+        f"({len(clips)} of {len(labels)}) counts as wrong; a label map that has them changes that"
+    )

@@ -58,7 +58,7 @@ def test_prompts_of_the_published_experiments_are_theirs_up_to_the_shuffled_orde
                 assert split(question.prompt.text) == split(row.prompt)
                 assert question.prompt.clips == (row.id,)
                 compared[cell.run, cell.query] += 1
-    assert len(compared) == 8 and min(compared.values()) >= 20
+    assert len(compared) == 11 and min(compared.values()) >= 20
 
 
 def test_queries_of_every_experiment_are_the_published_ones(published):
@@ -260,6 +260,14 @@ def test_the_options_are_the_targets():
     asked = recipe(queries=("a", "b"), targets=("label", "combined"), label_map=names)
     assert options(asked, data, 0) == ["narwhal", "walrus"]
     assert options(asked, data, 1) == ["Monodon monoceros : narwhal", "Odobenus rosmarus : walrus"]
+
+
+def test_a_label_without_a_scientific_name_is_no_option():
+    data = dataset(["walrus", "narwhal", "walrus"])
+    asked = recipe(queries=("a",), targets=("scientific",), label_map={"walrus": "Odobenus rosmarus"})
+    assert options(asked, data, 0) == ["Odobenus rosmarus"]
+    with pytest.raises(RecipeError, match="no scientific name for the label 'narwhal' or any other"):
+        options(replace(asked, label_map={"wren": "Troglodytes troglodytes"}), data, 0)
 
 
 def test_prompts_are_shown_without_decoding_a_recording(beans_zero):

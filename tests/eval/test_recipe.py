@@ -18,6 +18,7 @@ from mergekit_bio.eval.recipe.recipe import (
     load_recipe,
 )
 from mergekit_bio.eval.recipe.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
+from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 SWEEP = tuple(number / 10 for number in range(11))
@@ -70,22 +71,39 @@ def test_beans_zero_is_all_of_it():
     assert sum(component.rows for component in components().values()) == 91_965
 
 
-@pytest.mark.parametrize("name", ["watkins", "watkins_corrected", "cbi"])
-def test_label_maps_have_every_label(name):
-    names = read_label_map(shipped_recipes()["watkins"].parent / "labels" / f"{name}.csv")
-    assert set(names) == set(components()[name.removesuffix("_corrected")].labels)
-    missing = sum(scientific == "Scientific name not found" for scientific in names.values())
-    assert missing == (5 if name == "watkins" else 0)
-    assert all(re.fullmatch(r"[A-Z][a-z]+ [a-z]+|Scientific name not found", text) for text in names.values())
+LABELS = shipped_recipes()["watkins"].parent / "labels"
+NOT_FOUND = "Scientific name not found"
 
 
-def test_the_corrected_names_differ_where_the_published_ones_are_missing(published):
-    folder = shipped_recipes()["watkins"].parent / "labels"
-    ours, corrected = read_label_map(folder / "watkins.csv"), read_label_map(folder / "watkins_corrected.csv")
-    assert ours == read_label_map(published / "watkins" / "names.jsonl")
-    assert {label for label in ours if ours[label] != corrected[label]} == {
-        label for label, name in ours.items() if name == "Scientific name not found"
-    }
+@pytest.mark.parametrize(
+    ("name", "missing", "not_found"),
+    [
+        ("watkins", set(), 5),
+        ("watkins_corrected", set(), 0),
+        ("cbi", {"Scott's Oriole"}, 1),
+        ("cbi_corrected", set(), 0),
+    ],
+)
+def test_label_maps_have_every_label_that_the_published_ones_have(name, missing, not_found):
+    names = read_label_map(LABELS / f"{name}.csv")
+    assert set(components()[name.removesuffix("_corrected")].labels) - set(names) == missing
+    assert sum(scientific == NOT_FOUND for scientific in names.values()) == not_found
+    assert all(re.fullmatch(rf"[A-Z][a-z]+ [a-z]+|{NOT_FOUND}", text) for text in names.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "list_", "names", "clips"),
+    [("watkins", "watkins/names.jsonl", 5, 52), ("cbi", "cbi_names_published.jsonl", 30, 399)],
+)
+def test_the_map_of_a_recipe_is_the_published_one_and_the_corrected_one_tells_what_is_wrong_with_it(
+    published, name, list_, names, clips
+):
+    ours, corrected = read_label_map(LABELS / f"{name}.csv"), read_label_map(LABELS / f"{name}_corrected.csv")
+    assert ours == load_recipe(shipped_recipes()[name]).recipe.label_map == read_label_map(published / list_)
+    wrong = {label for label in corrected if ours.get(label) != corrected[label]}
+    (cell, *_) = read_runs([published / name / f"beans_zero_eval_{name}_query0_lora100.jsonl.gz"])
+    assert (len(wrong), sum(row.label in wrong for row in cell.rows)) == (names, clips)
+    assert wrong >= {label for label in corrected if ours.get(label, NOT_FOUND) == NOT_FOUND}
 
 
 def test_defaults_and_paths_beside_the_recipe(tmp_path):
@@ -105,7 +123,7 @@ def test_defaults_and_paths_beside_the_recipe(tmp_path):
     assert recipe.data == str(tmp_path / "data")
     assert recipe.datasets[1] == DatasetChoice(name="frogs", path=str(tmp_path / "frogs"))
     assert recipe.label_map == {"Walrus": "Odobenus rosmarus"}
-    assert recipe.target(0) == "scientific"
+    assert recipe.target(0, "watkins") == "scientific"
 
 
 def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Len
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
+from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
@@ -91,7 +92,7 @@ class Recipe:
         top_k_species: Ask only about clips of the most frequent species; more than there are means all.
         n_examples: Clips per species for ``{audio_examples}``.
         queries: Each is asked about every clip; none asks the dataset's own instruction.
-        targets: For each query what the right answer is; none means the label.
+        targets: For each query what the right answer is; where there is none, see ``target``.
         label_map: label -> scientific name, for the targets that need it.
         generate: Settings of generation.
         decoding: ``generate`` freely, ``choice`` among the labels, or the labels' ``loglikelihood``.
@@ -118,9 +119,30 @@ class Recipe:
     scorer: Scorer = "paper"
     seed: int = 0
 
-    def target(self, query: int) -> Target:
-        """What the right answer to a query is."""
-        return self.targets[query] if self.targets else "label"
+    def target(self, query: int, dataset: str) -> Target:
+        """What the right answer to a query about a dataset is.
+
+        Where ``targets`` does not say it: what the paper scores its questions about watkins and cbi against, for every
+        other question the label.
+        """
+        if self.targets:
+            return self.targets[query]
+        return self.paper_targets.get(dataset, {}).get(query) or "label"
+
+    @property
+    def paper_targets(self) -> dict[str, dict[int, Target | None]]:
+        """Component -> query -> what the paper scores it against, of the components that have scientific names.
+
+        None stands for a query that the paper does not ask. A folder is no component, whatever its name.
+        """
+        return {
+            choice.name: {
+                number: paper_target(choice.name, query=query, number=number)
+                for number, query in enumerate(self.queries)
+            }
+            for choice in self.datasets
+            if choice.path is None and choice.name in NAMED_COMPONENTS and self.queries
+        }
 
 
 @dataclass(frozen=True)
@@ -146,7 +168,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
     content, locate, named = document.data, document.locate, dotted
     notes: tuple[str, ...] = ()
-    if is_reference(content):
+    of_reference = is_reference(content)
+    if of_reference:
         content, notes = translated(document)
 
         def locate(path: KeyPath) -> str:
@@ -166,10 +189,42 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         del content["datasets"]
     recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
     _check(recipe, locate, named)
+    if not recipe.targets:
+        recipe, of_targets = _with_targets(recipe, of_reference=of_reference)
+        notes += tuple(f"{file}: {note}" for note in of_targets)
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
     return LoadedRecipe(recipe=recipe, notes=notes)
+
+
+def _with_targets(recipe: Recipe, *, of_reference: bool) -> tuple[Recipe, list[str]]:
+    """A recipe without targets, with those of the paper's questions and the names they take, and notes about them.
+
+    Args:
+        recipe: As read.
+        of_reference: The file cannot say targets, so that its user is told of every one; in a recipe of ours none means
+            the label, and what is something else is told.
+    """
+    notes, needed = [], []
+    for component, targets in recipe.paper_targets.items():
+        names = ""
+        if set(targets.values()) & {"scientific", "combined"}:
+            needed.append(component)
+            names = f"; the names are {'in label_map' if recipe.label_map else f'labels/{component}.csv'}"
+        if names or of_reference:
+            scored = targets_in_words([*targets.values()])
+            notes.append(f"{component}, scored as the paper scores its questions: {scored}{names}")
+    if of_reference and len(recipe.paper_targets) < len(recipe.datasets):
+        about = " about the other datasets" if recipe.paper_targets else ""
+        notes.append(f"every answer{about} is scored against the label")
+    if needed and not recipe.label_map:
+        label_map = {label: name for one in needed for label, name in read_label_map(paper_names(one)).items()}
+        recipe = replace(recipe, label_map=label_map)
+    if needed and len(needed) == len(recipe.datasets):
+        # All ask the same questions and so have the same targets: the recipe can say them itself.
+        recipe = replace(recipe, targets=tuple(recipe.target(q, needed[0]) for q in range(len(recipe.queries))))
+    return recipe, notes
 
 
 def _dataset_mappings(datasets: Any, folder: Path) -> Any:

@@ -5,15 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_bio.errors import OutputError, RecipeError
+from mergekit_bio.eval.package_files import recipe_folder
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.validation import nearest
-
-
-def recipe_folder() -> Path:
-    """Where the recipes that come with the package are: inside it, or beside it in a checkout of the repository."""
-    package = Path(__file__).resolve().parents[2]
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> Mapping[str, Path]:

@@ -6,19 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.label_map import Target, read_label_map
+from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target
+from mergekit_bio.eval.prompt import question
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.records.run_directory import RECORD_NAME, read_record
 
 _PUBLISHED_NAME = re.compile(
     r"beans_zero_eval_(?P<dataset>.+)_query(?P<query>\d{1,4})_lora(?P<hundredths>\d{1,6})\.jsonl(\.gz)?"
 )
-#: The published layout does not say what its queries ask for; in these two, query 1 and 2 ask for more than the label.
-_NAMING_COMPONENTS = ("watkins", "cbi")
-_NAMING_TARGETS: tuple[Target, ...] = ("label", "scientific", "combined")
+#: What the user says in the chat template that the published prompts stand in.
+_USER_TURN = re.compile(r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)<\|eot_id\|>", re.DOTALL)
 _NAME_FILES = ("names.jsonl", "{dataset}_vernacular_scientific_mapping.jsonl")
 
 
@@ -34,6 +36,7 @@ class Cell:
         names: label -> scientific name, where ``target`` needs it.
         scorer: The scorer that the run asks for; None in the published layout.
         file: Where the predictions stand.
+        notes: What a reader of its figures must be told.
     """
 
     run: str
@@ -49,6 +52,7 @@ class Cell:
     query_text: str | None
     scorer: str | None
     file: Path
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.run}, {self.dataset}, query {self.query}, {self.checkpoint}"
@@ -161,24 +165,53 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
         dataset, query, alpha = name["dataset"], int(name["query"]), int(name["hundredths"]) / 100
-        naming = dataset in _NAMING_COMPONENTS and query < len(_NAMING_TARGETS)
-        target: Target = _NAMING_TARGETS[query] if naming else "label"
+        rows = _by_id(read_predictions(file))
+        asked = _question(rows)
+        target = paper_target(dataset, query=asked, number=query)
         component = components().get(dataset)
-        yield Cell(
+        cell = Cell(
             run=file.resolve().parent.name,
             dataset=dataset,
             task=component.task if component else "classification",
             query=query,
             checkpoint=f"alpha {alpha:.2f}",
             alpha=alpha,
-            target=target,
-            names=(_names_beside(file.parent, dataset) if names is None else names) if target != "label" else {},
-            rows=_by_id(read_predictions(file)),
+            target=target or "label",
+            names={},
+            rows=rows,
             expected_rows=None,
             query_text=None,
             scorer=None,
             file=file,
         )
+        if dataset in NAMED_COMPONENTS and target is None:
+            shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
+            cell = _noted(cell, f"none of the paper's questions ({shown}); scored against the label")
+        yield cell if cell.target == "label" else _with_names(cell, names)
+
+
+def _noted(cell: Cell, note: str) -> Cell:
+    """A cell with a note that holds for its whole sweep."""
+    return replace(cell, notes=(*cell.notes, f"{cell.run}, {cell.dataset}, query {cell.query}: {note}"))
+
+
+def _with_names(cell: Cell, names: Mapping[str, str] | None) -> Cell:
+    """A published cell with the given names, else those beside its file, else the paper's."""
+    names = _names_beside(cell.file.parent, cell.dataset) if names is None else names
+    if names:
+        return replace(cell, names=names)
+    file = paper_names(cell.dataset)
+    note = f"no list of scientific names beside the files; the paper's is used (labels/{file.name})"
+    return _noted(replace(cell, names=read_label_map(file)), note)
+
+
+def _question(rows: tuple[Prediction, ...]) -> str | None:
+    """The question that the rows answer, out of the chat template; None where no row has its prompt."""
+    prompt = next((row.prompt for row in rows if row.prompt), None)
+    if prompt is None:
+        return None
+    turn = _USER_TURN.search(prompt)
+    return question(turn[1] if turn else prompt)
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from mergekit_bio.eval.label_map import NO_TARGET
 from mergekit_bio.eval.records.cells import Cell
 from mergekit_bio.eval.report.comparison import (
     MAIN_FIGURES,
@@ -78,7 +79,7 @@ class Sweep:
     @property
     def labels(self) -> frozenset[str]:
         """The right answers: what the cells of a classification choose among."""
-        return frozenset(target for _, target in self.clips)
+        return frozenset(target for _, target in self.clips) - {NO_TARGET}
 
     @property
     def baselines(self) -> dict[str, float]:

@@ -139,7 +139,7 @@ def cell_records(
     records = {}
     for cell in plan.cells:
         query = recipe.queries[cell.query] if recipe.queries else None
-        target = recipe.target(cell.query)
+        target = recipe.target(cell.query, cell.dataset.name)
         identity = {
             "checkpoint": weights[cell.checkpoint],
             "data": data[cell.dataset.name],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
-from mergekit_bio.eval.label_map import target_text
+from mergekit_bio.eval.label_map import candidates
 from mergekit_bio.eval.prompt import Prompt, flags, instruction_prompt, query_prompt
 from mergekit_bio.eval.recipe.recipe import Recipe
 
@@ -88,10 +88,14 @@ def _pool(dataset: Dataset) -> dict[str, list[str]]:
 
 
 def options(recipe: Recipe, dataset: Dataset, query: int) -> list[str]:
-    """The answers that ``choice`` and ``loglikelihood`` decoding choose among: every target of the clips, sorted."""
-    target = recipe.target(query)
-    labels = {clip.label for clip in dataset.clips}
-    return sorted({target_text(label, target=target, names=recipe.label_map, where=recipe.name) for label in labels})
+    """The answers that ``choice`` and ``loglikelihood`` decoding choose among: every target of the clips, sorted.
+
+    Raises:
+        RecipeError: The recipe's label map has none of the clips' labels.
+    """
+    target = recipe.target(query, dataset.name)
+    labels = (clip.label for clip in dataset.clips)
+    return candidates(labels, target=target, names=recipe.label_map, where=f"{recipe.name}, {dataset.name}")
 
 
 def show_prompts(recipe: Recipe, number: int) -> Iterator[tuple[Dataset, int, list[Question]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.eval.label_map import missing_names
 from mergekit_bio.eval.recipe.recipe import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
@@ -17,6 +18,7 @@ from mergekit_bio.eval.run.asking import Listener, Silence, ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
 from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
 from mergekit_bio.eval.run.plan import RunPlan, cell_records, plan_run
+from mergekit_bio.eval.run.questions import query_numbers
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.report.report import Report
@@ -122,6 +124,13 @@ def prepare_run(
     for dataset in plan.datasets:
         for text in dataset.notes:
             listener.note(f"note: {text}")
+    # Generated answers are scored later, and the report tells of missing names; options are chosen among now.
+    for dataset in plan.datasets if resolved.decoding != "generate" else ():
+        for query in query_numbers(resolved):
+            target, labels = resolved.target(query, dataset.name), [clip.label for clip in dataset.clips]
+            missing = missing_names(labels, target=target, names=resolved.label_map)
+            if missing:
+                listener.note(f"note: {dataset.name}, query {query}: {missing}")
     return plan
 
 

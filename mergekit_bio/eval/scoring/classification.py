@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.eval.label_map import NO_TARGET
 from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, NO_MATCH, Match
 
 if TYPE_CHECKING:
@@ -55,22 +56,22 @@ def baselines(targets: Sequence[str]) -> dict[str, float]:
     """What always answering the most frequent label gives, and the expectation of a uniform guess.
 
     The F1 of a guess is taken from its expected counts, as in the paper's scripts. Every figure is given in the
-    average of the curve it is drawn under.
+    average of the curve it is drawn under. Nobody can answer ``NO_TARGET``: as a class it has F1 0.
     """
-    counts = [count for _, count in sorted(Counter(targets).items())]
-    total, classes = sum(counts), len(counts)
-    largest = max(counts)
+    counts = [count for target, count in sorted(Counter(targets).items()) if target != NO_TARGET]
+    total, classes, classes_of_f1 = len(targets), max(len(counts), 1), len(set(targets))
+    largest = max(counts, default=0)
     # The most frequent label answered everywhere: precision largest / total, recall 1; every other class has F1 0.
     majority_f1 = 2 * largest / (total + largest)
     # A guess gets count / classes right of the total / classes times that it names a class.
     guess_f1 = [2 * (count / classes) / (total / classes + count) for count in counts]
     return {
         "accuracy_majority": largest / total,
-        "accuracy_random": 1 / classes,
+        "accuracy_random": sum(counts) / total / classes,
         "f1_weighted_majority": majority_f1 * largest / total,
         "f1_weighted_random": sum(f1 * count for f1, count in zip(guess_f1, counts, strict=True)) / total,
-        "f1_macro_majority": majority_f1 / classes,
-        "f1_macro_random": sum(guess_f1) / classes,
+        "f1_macro_majority": majority_f1 / classes_of_f1,
+        "f1_macro_random": sum(guess_f1) / classes_of_f1,
     }
 
 

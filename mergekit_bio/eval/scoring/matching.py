@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS
+
 END_OF_TEXT = "<|end_of_text|>"
 #: What the published scorers call an answer that matches no label; a label of that name cannot be told from it.
 NO_LABEL = "None"
@@ -58,7 +60,7 @@ def birds_counted(text: str) -> str:
 def clean_as_paper(text: str, dataset: str) -> str:
     """What the paper's scripts cut from an answer before it is matched (nothing is trimmed)."""
     text = text.replace(_COMMON_OPENING, "")
-    if dataset in ("watkins", "cbi"):
+    if dataset in NAMED_COMPONENTS:
         text = text.replace(_SCIENTIFIC_OPENING, "").split(",")[0]
     return text
 

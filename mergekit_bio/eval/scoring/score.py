@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_bio.errors import RunError
-from mergekit_bio.eval.label_map import target_text
+from mergekit_bio.eval.label_map import candidates, missing_names, target_text
 from mergekit_bio.eval.records.cells import Cell
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.scoring import captioning, classification, detection
@@ -32,7 +32,7 @@ class Score:
     Attributes:
         scorer: Its name.
         ids: The clips, in the order of the following three.
-        targets: The right answers.
+        targets: The right answers; ``NO_TARGET`` where a label has no scientific name.
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
             and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
@@ -74,15 +74,15 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
 
     Raises:
         RunError: There is no such scorer, or the cell holds no row or what it cannot score.
-        RecipeError: A scientific name is missing.
+        RecipeError: No label has a scientific name, and the right answers are made of them.
     """
     if scorer not in SCORERS:
         raise RunError(f"unknown scorer '{scorer}'{nearest(scorer, list(SCORERS))}")
     if not cell.rows:
         raise RunError(f"{cell.file}: no prediction in it")
-    notes: tuple[str, ...] = ()
+    notes = cell.notes
     if cell.expected_rows is not None and len(cell.rows) < cell.expected_rows:
-        notes = (f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips",)
+        notes = (*notes, f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips")
     scored = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
     return scored(cell, scorer, labels or [row.label for row in cell.rows], seed, notes)
 
@@ -95,15 +95,16 @@ _AS_NONE = {
 
 
 def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
-    def target(label: str) -> str:
-        return target_text(label, target=cell.target, names=cell.names, where=str(cell.file))
-
-    targets = [target(row.label) for row in cell.rows]
-    labels = sorted({target(label) for label in sweep_labels})
-    if NO_MATCH in targets:
-        raise RunError(f"{cell.file}: the clip {cell.rows[targets.index(NO_MATCH)].id!r} has no label")
+    unlabelled = [row.id for row in cell.rows if not row.label]
+    if unlabelled:
+        raise RunError(f"{cell.file}: the clip {unlabelled[0]!r} has no label")
+    targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.rows]
+    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.file))
+    where = f"{cell.run}, {cell.dataset}, query {cell.query}"
+    missing = missing_names(sweep_labels, target=cell.target, names=cell.names)
+    if missing:
+        notes = (*notes, f"{where}: {missing}")
     if NO_LABEL in labels and scorer in _AS_NONE:
-        where = f"{cell.run}, {cell.dataset}, query {cell.query}"
         does = f"the scorer {scorer} {_AS_NONE[scorer]}"
         notes = (*notes, f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
     texts = [birds_counted(row.prediction) if cell.dataset == "zf-indiv" else row.prediction for row in cell.rows]
