@@ -29,8 +29,8 @@ from tiny_naturelm import make_base, make_naturelm
 import mergekit_bio
 from mergekit_bio.audio import prefix as prefix_module
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.eval.engines.interface import Clip, Decoding, Prompt
-from mergekit_bio.eval.engines.prefix_cache import PrefixCache
+from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.model import processing
 
 HERE = Path(__file__).resolve().parent
@@ -172,7 +172,7 @@ def reference_loop(checkpoint: Path) -> Iterator[Run]:
 @contextmanager
 def transformers_engine(checkpoint: Path) -> Iterator[Run]:
     """Ours: batches of similar length, padded on the left, each clip encoded once."""
-    from mergekit_bio.eval.engines.transformers import TransformersEngine
+    from mergekit_bio.engine.transformers import TransformersEngine
 
     yield TransformersEngine(checkpoint).generate
 
@@ -196,7 +196,7 @@ def vllm_engine_with_cache(checkpoint: Path) -> Iterator[Run]:
 
 def start_vllm(checkpoint: Path) -> Any:
     """vLLM on a checkpoint."""
-    from mergekit_bio.eval.engines.vllm import VllmEngine
+    from mergekit_bio.engine.vllm.offline import VllmEngine
 
     return VllmEngine(checkpoint, max_model_len=4096, enforce_eager=not torch.cuda.is_available())
 
@@ -223,7 +223,7 @@ def measure(name: str, checkpoint: Path, *, count: int, audios: int, decoding: D
     clock = TowerClock()
     with ENGINES[name](checkpoint) as run:
         if name == "vLLM":
-            from mergekit_bio.model import vllm_model
+            from mergekit_bio.engine.vllm import model as vllm_model
 
             clock.also_in(vllm_model)
         run(make_prompts(BATCH, audios, seed=1), decoding)  # warm up

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.report.build import Sweep, build_report
 from mergekit_bio.eval.report.figures import STYLE, draw_against_alpha
-from mergekit_bio.eval.report.report import Sweep, build_report
 
 RUN = "closed_set_classification_all"
 FIGURE = "f1_weighted"

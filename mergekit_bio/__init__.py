@@ -12,18 +12,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mergekit_bio.audio.prefix import AudioPrefix
-    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.checkpoint.directory import Checkpoint
     from mergekit_bio.errors import MergekitBioError
-    from mergekit_bio.eval.run.run import evaluate
-    from mergekit_bio.merging.api import MergedCheckpoint, merge
+    from mergekit_bio.eval.run.evaluate import evaluate
+    from mergekit_bio.merging.merge import MergedCheckpoint, merge
 
 _PUBLIC = {
     "AudioPrefix": "mergekit_bio.audio.prefix",
-    "Checkpoint": "mergekit_bio.checkpoint.checkpoint",
-    "MergedCheckpoint": "mergekit_bio.merging.api",
+    "Checkpoint": "mergekit_bio.checkpoint.directory",
+    "MergedCheckpoint": "mergekit_bio.merging.merge",
     "MergekitBioError": "mergekit_bio.errors",
-    "evaluate": "mergekit_bio.eval.run.run",
-    "merge": "mergekit_bio.merging.api",
+    "evaluate": "mergekit_bio.eval.run.evaluate",
+    "merge": "mergekit_bio.merging.merge",
 }
 
 __all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate", "merge"]

@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Literal
 
 import mergekit_bio
-from mergekit_bio.model.vllm_plugin import SUPPORTED_VLLM
+from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
 
 State = Literal["ok", "warning", "problem"]
 
@@ -249,7 +249,7 @@ def vllm(seconds: float = VLLM_SECONDS) -> Finding:
         fix = "in a clone of mergekit-bio: pip install -e ."
         return Finding("vLLM", "warning", f"{found}, but it does not find the plugin mergekit_bio", fix)
     # vLLM first: our own module would call a broken one missing.
-    program = "import vllm.platforms as it, mergekit_bio.model.vllm_model; print(it.current_platform.device_type)"
+    program = "import vllm.platforms as it, mergekit_bio.engine.vllm.model; print(it.current_platform.device_type)"
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     command = [sys.executable, "-c", program]
     try:
@@ -280,7 +280,7 @@ def _at_hand(repo: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.checkpoint.directory import Checkpoint
     from mergekit_bio.checkpoint.source import PATTERNS
     from mergekit_bio.errors import CheckpointError
 

@@ -6,10 +6,9 @@ reads what is small and returns a function that gives ``d`` for a block of rows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from mergekit_bio.checkpoint.header import FLOATS, TensorInfo
+from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
 from mergekit_bio.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
 #: (first row, row after the last, base rows [n, cols], out [n, cols]) -> None, writing ``d`` of these rows to ``out``.
 #: Base rows and out are of the compute dtype, on the compute device.
 BlockDelta: TypeAlias = "Callable[[int, int, torch.Tensor, torch.Tensor], None]"
-
-
-class StoredTensor(Protocol):
-    """A tensor somewhere on disk: :class:`TensorInfo`, or one out of an old ``.bin`` file."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def file(self) -> Path: ...
-    def read(self, start: int = 0, stop: int | None = None) -> "torch.Tensor": ...
-    def ends(self, count: int = 4096) -> bytes: ...
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Tells the kinds of adapter apart and reads one as deltas."""
 
 from mergekit_bio.adapter import finetune, naturelm, peft
-from mergekit_bio.adapter.adapter import Adapter, Base
+from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.newer import refuse_newer_layout
-from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 

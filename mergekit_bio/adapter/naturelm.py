@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
 from mergekit_bio.adapter.delta import Delta, LowRank, check_float
+from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
-from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.compare import rows_that_differ, same_bytes
+from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.header import FLOATS, TensorInfo
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base, check_all_used, check_fits
-from mergekit_bio.adapter.delta import Delta, Dense, Dora, LowRank, Shift, StoredTensor, check_float
+from mergekit_bio.adapter.delta import Delta, Dense, Dora, LowRank, Shift, check_float
+from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, check_all_used, check_fits
 from mergekit_bio.adapter.targets import pattern_value, targeted
-from mergekit_bio.checkpoint.checkpoint import inside, read_json
-from mergekit_bio.checkpoint.header import DTYPES, Shard
+from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.header import DTYPES, Shard, StoredTensor
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 

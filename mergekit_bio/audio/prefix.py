@@ -12,7 +12,7 @@ from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.audio.qformer import QFormer
 from mergekit_bio.audio.tower import tower_config, tower_tensors
-from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 
 

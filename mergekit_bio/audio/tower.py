@@ -12,7 +12,7 @@ from mergekit_bio.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_bio.checkpoint.checkpoint import Checkpoint
+    from mergekit_bio.checkpoint.directory import Checkpoint
 
 _LLAMA_ROOTS = ("llama_model.", "llama_embed_tokens.")
 PROJECTION = "audio_llama_proj.weight"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_bio.errors import CheckpointError
 
@@ -106,6 +106,21 @@ class TensorInfo:
                 os.pread(stream.fileno(), min(count, self.nbytes - start), self.begin + start)
                 for start in (0, max(0, self.nbytes - count))
             )
+
+
+class StoredTensor(Protocol):
+    """A tensor somewhere on disk: :class:`TensorInfo`, or one out of an old ``.bin`` file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path: ...
+    def read(self, start: int = 0, stop: int | None = None) -> "torch.Tensor": ...
+    def ends(self, count: int = 4096) -> bytes: ...
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, inside
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, inside
 from mergekit_bio.errors import SourceError
 from mergekit_bio.plain_yaml import PlainLoader
 

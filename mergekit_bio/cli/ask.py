@@ -10,7 +10,7 @@ from mergekit_bio.cli.listening import check_any_used, hear_each
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
-    from mergekit_bio.model.ask import Answer
+    from mergekit_bio.listen.ask import Answer
 
 
 def ask(
@@ -37,7 +37,7 @@ def ask(
       mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
     """
     from mergekit_bio.audio.recording import check_windows, find_recordings
-    from mergekit_bio.model.ask import Asker
+    from mergekit_bio.listen.ask import Asker
     from mergekit_bio.model.layout import AUDIO_SLOT
     from mergekit_bio.model.loading import load_model
     from mergekit_bio.model.prompt import check_audio_count, render_prompt

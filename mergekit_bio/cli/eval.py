@@ -69,7 +69,7 @@ def evaluate(
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
     """
-    from mergekit_bio.eval.run.run import carry_out, prepare_run
+    from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
     output = Output(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
@@ -114,7 +114,7 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
-    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import find_recipe
     from mergekit_bio.eval.run.questions import show_prompts
 
@@ -189,8 +189,8 @@ def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
         return
     from mergekit_bio.cli.report import score_and_write
     from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.report.build import to_document as report_document
     from mergekit_bio.eval.report.files import default_folder
-    from mergekit_bio.eval.report.report import to_document as report_document
     from mergekit_bio.eval.report.tables import print_report
 
     result, files = score_and_write(read_runs([plan.out]), output, folder=default_folder([plan.out]))

@@ -15,7 +15,7 @@ from mergekit_bio.cli.options import JsonOption, QuietOption
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergekit_bio.merging.api import MergedCheckpoint
+    from mergekit_bio.merging.merge import MergedCheckpoint
     from mergekit_bio.merging.plan import MergePlan
 
 
@@ -95,8 +95,8 @@ def merge(
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
     from mergekit_bio.errors import AlphaError
-    from mergekit_bio.merging.api import carry_out, plan_merge
     from mergekit_bio.merging.directory import companions
+    from mergekit_bio.merging.merge import carry_out, plan_merge
     from mergekit_bio.merging.request import read_request
 
     output = Output(as_json=as_json, quiet=quiet)

@@ -24,7 +24,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
       mergekit-bio recipes list
       mergekit-bio recipes list --json
     """
-    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import shipped_recipes
 
     recipes = {name: load_recipe(file).recipe for name, file in shipped_recipes().items()}
@@ -65,7 +65,7 @@ def show_recipe(
 
     import yaml
 
-    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import find_recipe
 
     output = Output(as_json=as_json, quiet=quiet)

@@ -11,7 +11,7 @@ from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.records.cells import Cell
-    from mergekit_bio.eval.report.report import Report
+    from mergekit_bio.eval.report.build import Report
 
 
 def report(
@@ -46,8 +46,8 @@ def report(
     """
     from mergekit_bio.eval.recipe.shipped import find_label_map
     from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.report.build import to_document
     from mergekit_bio.eval.report.files import default_folder
-    from mergekit_bio.eval.report.report import to_document
     from mergekit_bio.eval.report.tables import print_report
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -73,8 +73,8 @@ def score_and_write(
     Returns:
         The report and its files, the page first.
     """
+    from mergekit_bio.eval.report.build import build_report
     from mergekit_bio.eval.report.files import write_report
-    from mergekit_bio.eval.report.report import build_report
 
     with output.progress("scoring", len(cells), "cells") as advance:
         scored = build_report(cells, scorer=scorer, progress=advance)

@@ -31,8 +31,8 @@ def verify(
       mergekit-bio verify merged/NatureLM-audio-alpha-0.50
       mergekit-bio verify sweep/alpha-0.30 --against-sources
     """
-    from mergekit_bio.checkpoint.checkpoint import Checkpoint
-    from mergekit_bio.merging.manifest import MANIFEST
+    from mergekit_bio.checkpoint.directory import Checkpoint
+    from mergekit_bio.checkpoint.manifest import MANIFEST
     from mergekit_bio.merging.verify import verify as check
 
     output = Output(as_json=as_json, quiet=quiet)

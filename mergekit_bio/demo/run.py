@@ -13,10 +13,10 @@ from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.errors import OutputError
 from mergekit_bio.eval.run.asking import Listener
 from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
-from mergekit_bio.eval.run.run import carry_out, prepare_run
+from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.report.report import Report
+    from mergekit_bio.eval.report.build import Report
 
 MODEL = Path(__file__).with_name("model")
 #: The recipes asked: the narrow prompt of fine-tuning, then what asks for more.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_bio.errors import RecipeError
-from mergekit_bio.eval.validation import is_text
+from mergekit_bio.validation import is_text
 
 #: What the right answer is: the label, its scientific name, or "scientific : label".
 Target = Literal["label", "scientific", "combined"]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
+from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.errors import HubError
-from mergekit_bio.merging.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile

@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter
-from mergekit_bio.checkpoint.checkpoint import INDEX, inside, read_json
+from mergekit_bio.adapter.interface import LM_HEAD, Adapter
+from mergekit_bio.checkpoint.directory import INDEX, inside, read_json
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output

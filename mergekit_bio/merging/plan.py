@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.adapter import Adapter, Base, Override
-from mergekit_bio.adapter.delta import Delta, Dense, Dora, StoredTensor
-from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.adapter.delta import Delta, Dense, Dora
+from mergekit_bio.adapter.interface import Adapter, Base, Override
+from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 from mergekit_bio.merging.alpha import Alpha
 
 if TYPE_CHECKING:

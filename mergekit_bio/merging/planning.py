@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base
 from mergekit_bio.adapter.delta import Delta, Dense, Dora
+from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import merged_name
 from mergekit_bio.audio.tower import PROJECTION, check_tower
-from mergekit_bio.checkpoint.checkpoint import SINGLE
+from mergekit_bio.checkpoint.directory import SINGLE
 from mergekit_bio.checkpoint.header import DTYPES, FLOATS, Shard, TensorInfo, build_header
 from mergekit_bio.errors import AdapterError, AlphaError
 from mergekit_bio.merging.alpha import Alpha

@@ -7,10 +7,7 @@ from datetime import UTC, datetime
 from typing import TypedDict
 
 import mergekit_bio
-from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
-from mergekit_bio.merging.alpha import matches
-from mergekit_bio.merging.directory import adapter_licences
-from mergekit_bio.merging.manifest import (
+from mergekit_bio.checkpoint.manifest import (
     FORMAT,
     AdapterOrigin,
     BaseOrigin,
@@ -22,6 +19,9 @@ from mergekit_bio.merging.manifest import (
     TensorRecord,
     fingerprint,
 )
+from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
+from mergekit_bio.merging.alpha import matches
+from mergekit_bio.merging.directory import adapter_licences
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.rounding_loss import RoundingLoss
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.merging.alpha import Alpha, parse_alphas
-from mergekit_bio.merging.api import AdapterSource, DType, Rounding
+from mergekit_bio.merging.merge import AdapterSource, DType, Rounding
 from mergekit_bio.plain_yaml import PlainLoader
 
 BASE = "meta-llama/Llama-3.1-8B-Instruct"
@@ -52,7 +52,7 @@ class MergeRequest(BaseModel):
 
     @property
     def adapters(self) -> list[AdapterSource]:
-        """The adapters as :func:`mergekit_bio.merging.api.merge` takes them."""
+        """The adapters as :func:`mergekit_bio.merging.merge.merge` takes them."""
         entries = [self.adapter] if isinstance(self.adapter, str) else self.adapter
         return [_adapter(entry) for entry in entries]
 

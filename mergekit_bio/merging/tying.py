@@ -7,10 +7,10 @@ adapter that changes one side, or both differently, can only be folded exactly b
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base
-from mergekit_bio.adapter.delta import Delta, Dense, LowRank, StoredTensor
+from mergekit_bio.adapter.delta import Delta, Dense, LowRank
+from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
 from mergekit_bio.checkpoint.compare import same_bytes
-from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 
 #: Base tensor -> (number of the adapter, delta) of everything added to it.
 Changes: TypeAlias = Mapping[str, tuple[tuple[int, Delta], ...]]

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.digest import file_sha256
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.checkpoint.manifest import MANIFEST, Manifest, Origin, fingerprint, read_manifest
 from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
-from mergekit_bio.merging.api import plan_merge
-from mergekit_bio.merging.manifest import MANIFEST, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.plan import Fold, MergePlan
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bio.audio.device import pick_device
-from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import CheckpointError, EngineError, MissingPackageError
 from mergekit_bio.model.layout import MODEL_TYPE

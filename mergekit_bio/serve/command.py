@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.checkpoint.checkpoint import inside, read_json
+from mergekit_bio.checkpoint.directory import inside, read_json
 from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.sweep import difference, verify
+from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
-from mergekit_bio.eval.engines.sweep import difference, verify
-from mergekit_bio.eval.engines.tokenization import read_audio_model_config
 from mergekit_bio.serve.chat_template import chat_template
 from mergekit_bio.serve.settings import ServeSettings
 
@@ -64,7 +64,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
-        "--worker-extension-cls": "mergekit_bio.model.vllm_model.WeightReload",
+        "--worker-extension-cls": "mergekit_bio.engine.vllm.model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
     if len(models) > 1:
@@ -94,8 +94,8 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         MergekitBioError: The checkpoints cannot be served, or not with these flags.
         MissingPackageError: vLLM is not installed.
     """
-    from mergekit_bio.model.vllm_plugin import register, require_vllm
-    from mergekit_bio.model.vllm_start import interruptible, objections
+    from mergekit_bio.engine.vllm.plugin import register, require_vllm
+    from mergekit_bio.engine.vllm.start import interruptible, objections
 
     require_vllm()
     register()

@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 from mergekit_bio.audio.waveform import MIN_SECONDS
+from mergekit_bio.checkpoint.manifest import MANIFEST
+from mergekit_bio.engine.interface import Clip
+from mergekit_bio.engine.tokenization import Tokenization
+from mergekit_bio.engine.vllm.online import answer
 from mergekit_bio.errors import AudioError, MergekitBioError
-from mergekit_bio.eval.engines.interface import Clip
-from mergekit_bio.eval.engines.tokenization import Tokenization
-from mergekit_bio.merging.manifest import MANIFEST
-from mergekit_bio.serve.async_engine import answer
 from mergekit_bio.serve.guard import MODEL_KEY
 from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
 from mergekit_bio.serve.predictions import SCHEMA, AudioInput, BadRequest, Item, failure, read_requests, success

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import EngineError, MergekitBioError
-from mergekit_bio.eval.validation import is_text
 from mergekit_bio.serve.settings import ServeSettings
 from mergekit_bio.serve.turnstile import Turnstile
+from mergekit_bio.validation import is_text
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -139,7 +139,7 @@ class Guard:
                 return bytes(body)
 
     async def _switch(self, state: Any, model: str) -> None:
-        from mergekit_bio.eval.engines.sweep import difference
+        from mergekit_bio.engine.sweep import difference
 
         engine, served = state.engine_client, state.openai_serving_models
         target = Path(self._settings.models[model])

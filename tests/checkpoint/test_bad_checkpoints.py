@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from merge.refusal import refused
-from merge.tiny import Case, train, write_base
+from merging.refusal import refused
+from merging.tiny import Case, train, write_base
 
 import mergekit_bio
 

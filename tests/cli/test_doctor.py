@@ -18,7 +18,7 @@ from audio.tiny import write_base, write_naturelm
 from hub.server import Hub, running_hub
 
 from mergekit_bio import diagnosis
-from mergekit_bio.model.vllm_plugin import SUPPORTED_VLLM
+from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 NATURELM = "EarthSpeciesProject/NatureLM-audio"

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 from hub_cache import ADAPTER_REVISION, BASE_REVISION, put_in_cache
-from merge.oracle import neighbours, read_tensors
+from merging.oracle import neighbours, read_tensors
 from safetensors.torch import load_file, save_file
 
 from mergekit_bio.audio.prefix import AudioPrefix

@@ -25,9 +25,9 @@ from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.recipe.shipped import copy_shipped
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.run.asking import Silence
-from mergekit_bio.eval.run.run import Run, evaluate
+from mergekit_bio.eval.run.evaluate import Run, evaluate
 from mergekit_bio.eval.scoring.score import Score
-from mergekit_bio.merging.api import merge
+from mergekit_bio.merging.merge import merge
 
 MIDDLE = 0.6
 ALPHAS = (0.0, MIDDLE, 1.0)

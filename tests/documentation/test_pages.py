@@ -27,7 +27,7 @@ def test_a_python_block_runs_as_it_stands(block: Block, here: Path) -> None:
 
 @pytest.mark.parametrize("block", in_language("yaml"), ids=str)
 def test_a_yaml_block_is_what_the_code_reads(block: Block, here: Path) -> None:
-    from mergekit_bio.eval.recipe.recipe import load_recipe
+    from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.merging.request import read_request
 
     file = here / "block.yaml"
@@ -53,7 +53,7 @@ def test_every_block_says_what_it_is() -> None:
 
 
 def _recipe_keys() -> set[str]:
-    from mergekit_bio.eval.recipe.recipe import Generate, Recipe
+    from mergekit_bio.eval.recipe.schema import Generate, Recipe
 
     return {f"generate.{one.name}" for one in fields(Generate)} | {one.name for one in fields(Recipe)} - {"generate"}
 
@@ -65,13 +65,13 @@ def _merge_keys() -> set[str]:
 
 
 def _manifest_keys() -> set[str]:
-    from mergekit_bio.merging.manifest import Manifest
+    from mergekit_bio.checkpoint.manifest import Manifest
 
     return set(Manifest.model_fields)
 
 
 def _rounding_keys() -> set[str]:
-    from mergekit_bio.merging.manifest import LossRecord
+    from mergekit_bio.checkpoint.manifest import LossRecord
 
     return set(LossRecord.model_fields)
 
@@ -130,8 +130,7 @@ def test_imports_go_the_way_that_the_architecture_page_says(package: str, first:
     level = {name: number for number, layer in enumerate(line.split(" > ")) for name in layer.split(", ")}
 
     def part(module: str) -> str:
-        names = module.removeprefix(f"{package}.").split(".")
-        return ".".join(names[:2]) if names[0] == "hub" else names[0]
+        return module.removeprefix(f"{package}.").split(".")[0]
 
     folder = ROOT / package.replace(".", "/")
     files = [file for file in folder.rglob("*.py") if file != folder / "__init__.py"]

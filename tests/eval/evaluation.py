@@ -13,7 +13,7 @@ import yaml
 from tiny_naturelm import make_base, make_naturelm
 
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.recipe.recipe import load_recipe
+from mergekit_bio.eval.recipe.schema import load_recipe
 
 SPECIES = ("Coruro", "Minke Whale", "Spotted Elachura")
 CLIPS = 9

@@ -10,7 +10,7 @@ from mergekit_bio.eval.components import components
 from mergekit_bio.eval.data.audio_folder import open_audio_folder
 from mergekit_bio.eval.data.beans_zero import open_component
 from mergekit_bio.eval.data.dataset import open_dataset
-from mergekit_bio.eval.recipe.recipe import DatasetChoice, Recipe, Species
+from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe, Species
 
 RATE = 8000
 

@@ -9,7 +9,7 @@ import pytest
 from eval.conftest import beans_zero_rows
 from tiny_naturelm import make_base, make_naturelm
 
-from mergekit_bio.merging.api import merge
+from mergekit_bio.merging.merge import merge
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "paper.py"
 

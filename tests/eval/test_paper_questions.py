@@ -12,14 +12,14 @@ import yaml
 from typer.testing import CliRunner
 
 from mergekit_bio.cli.app import app
-from mergekit_bio.eval.recipe.recipe import load_recipe
+from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
 from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
+from mergekit_bio.eval.run.evaluate import prepare_run
 from mergekit_bio.eval.run.plan import cell_records, plan_run
-from mergekit_bio.eval.run.run import prepare_run
 from mergekit_bio.eval.scoring.score import score
 
 COMMON = "What is the common name for the focal species in the audio?"

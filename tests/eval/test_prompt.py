@@ -13,7 +13,7 @@ from mergekit_bio.errors import DatasetError, PromptError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.data.dataset import Clip, Dataset
 from mergekit_bio.eval.prompt import flags, instruction_prompt, query_prompt, shuffled
-from mergekit_bio.eval.recipe.recipe import DatasetChoice, Recipe, load_recipe
+from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe, load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
 from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.run.questions import options, questions, show_prompts
@@ -178,7 +178,7 @@ SHOW = """
 import sys
 from pathlib import Path
 from mergekit_bio.eval.run.questions import show_prompts
-from mergekit_bio.eval.recipe.recipe import load_recipe
+from mergekit_bio.eval.recipe.schema import load_recipe
 for _, query, asked in show_prompts(load_recipe(Path(sys.argv[1])).recipe, 99):
     print(query, *asked, sep="\\n")
 """

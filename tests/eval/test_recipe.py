@@ -9,7 +9,7 @@ import yaml
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import read_label_map
-from mergekit_bio.eval.recipe.recipe import (
+from mergekit_bio.eval.recipe.schema import (
     DatasetChoice,
     Generate,
     Merge,

@@ -23,9 +23,9 @@ import mergekit_bio.eval.report.page as report_page
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.report import figures
+from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.files import default_folder, write_report
 from mergekit_bio.eval.report.page import render_page
-from mergekit_bio.eval.report.report import Report, build_report, to_document
 from mergekit_bio.eval.report.tables import print_report, sentences
 
 

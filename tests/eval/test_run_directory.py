@@ -7,7 +7,7 @@ from mergekit_bio.errors import RunError
 from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name, read_record
-from mergekit_bio.eval.report.report import build_report
+from mergekit_bio.eval.report.build import build_report
 
 IDENTITY = {"generate": {"num_beams": 2, "stop": ["a", "b"]}, "seed": 0, "checkpoint": "sha256:1"}
 

@@ -26,8 +26,8 @@ from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import read_record
 from mergekit_bio.eval.run.asking import Silence
-from mergekit_bio.eval.run.run import Run, evaluate, prepare_run
-from mergekit_bio.merging.api import merge
+from mergekit_bio.eval.run.evaluate import Run, evaluate, prepare_run
+from mergekit_bio.merging.merge import merge
 
 CPU = {"engine": "transformers", "engine_options": {"device": "cpu"}}
 FILES = [f"beans_zero_eval_recordings_query{query}_lora{alpha}.jsonl" for alpha in ("000", "100") for query in (0, 1)]
@@ -95,7 +95,7 @@ def test_alphas_and_queries_give_different_answers(run):
 
 def test_examples_are_heard_where_the_prompt_says(run, evaluation):
     """The same question through `mergekit-bio ask`'s way, which runs the model's own tower and its own prompt."""
-    from mergekit_bio.model.ask import Asker
+    from mergekit_bio.listen.ask import Asker
     from mergekit_bio.model.layout import LLAMA3_TEMPLATE
     from mergekit_bio.model.loading import load_model
 
@@ -200,11 +200,11 @@ def test_a_project_that_was_moved_goes_on(golden, tmp_path, adapter):
 KILLS, ALPHAS = 20, ["0:1:0.05"]
 #: Imported once, by the process that every run is forked from.
 IMPORTED = [
-    "mergekit_bio.eval.run.run",
+    "mergekit_bio.eval.run.evaluate",
     "transformers",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",
-    "mergekit_bio.merging.api",
+    "mergekit_bio.merging.merge",
     "mergekit_bio.audio.prefix",
 ]
 

@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 from mergekit_bio.errors import RecipeError, RunError
 from mergekit_bio.eval.records.cells import Cell, read_runs
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.report.report import Report, build_report, to_document
+from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.tables import mark, sentences
 from mergekit_bio.eval.scoring.score import score
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub.server import Hub, running_hub
-from merge.tiny import Case, train, write_base
+from merging.tiny import Case, train, write_base
 
 import mergekit_bio
 

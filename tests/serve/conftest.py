@@ -17,7 +17,7 @@ from serve.requests_to_server import KEY, MAX_AUDIOS
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
-from mergekit_bio.eval.engines.transformers import TransformersEngine
+from mergekit_bio.engine.transformers import TransformersEngine
 
 ALPHAS = (0.5, 1.0)
 

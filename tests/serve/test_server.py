@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve.requests_to_server import KEY, MAX_AUDIOS, encoded
 
-from mergekit_bio.eval.engines.interface import Clip, Decoding, Prompt
+from mergekit_bio.engine.interface import Clip, Decoding, Prompt
 
 A, B = "alpha-0.50", "alpha-1.00"
 QUESTION = "What is the common name for the focal species in the audio?"
@@ -373,7 +373,7 @@ def test_a_checkpoint_that_has_changed_on_disk_is_not_served(http, server, sound
 
 
 def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
-    from mergekit_bio.eval.engines.http import HttpEngine
+    from mergekit_bio.engine.http import HttpEngine
 
     client = HttpEngine([server.url], api_key=KEY, model=A)
     labels = ["marsh wren", "tree frog", "gray wolf"]

@@ -14,7 +14,7 @@ from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 from mergekit_bio.eval.scoring.detection import label_set
 from mergekit_bio.eval.scoring.matching import normalised
-from mergekit_bio.eval.validation import is_text
+from mergekit_bio.validation import is_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mergekit_bio.errors import RecipeError
-from mergekit_bio.eval.validation import Path as KeyPath
 from mergekit_bio.plain_yaml import PlainLoader
+from mergekit_bio.validation import Path as KeyPath
 
 #: A recipe is three levels deep.
 DEEPEST = 20

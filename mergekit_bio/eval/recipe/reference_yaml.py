@@ -5,9 +5,9 @@ from typing import Any
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.recipe.located_yaml import LocatedYaml
-from mergekit_bio.eval.validation import Path as KeyPath
-from mergekit_bio.eval.validation import nearest
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
+from mergekit_bio.validation import Path as KeyPath
+from mergekit_bio.validation import nearest
 
 SECTIONS = ("model", "generate", "extended")
 _EXTENDED = ("datasets", "queries", "lora_scales", "species", "top_k_species", "n_examples")

@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.package_files import recipe_folder
 from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
-from mergekit_bio.eval.validation import nearest
+from mergekit_bio.validation import nearest
 
 
 def shipped_recipes() -> Mapping[str, Path]:

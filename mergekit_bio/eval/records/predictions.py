@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.validation import is_text
+from mergekit_bio.validation import is_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.label_map import Target
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
-from mergekit_bio.eval.validation import FORBID_EXTRA, dotted, validated
+from mergekit_bio.validation import FORBID_EXTRA, dotted, validated
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"

@@ -11,9 +11,9 @@ from typing import Any
 from mergekit_bio.errors import OutputError
 from mergekit_bio.eval.records.cells import Cell
 from mergekit_bio.eval.records.run_directory import RECORD_NAME
+from mergekit_bio.eval.report.build import Report, to_document
 from mergekit_bio.eval.report.figures import draw_figures
 from mergekit_bio.eval.report.page import render_page
-from mergekit_bio.eval.report.report import Report, to_document
 
 _HEADERS = {
     "scores.csv": "run dataset query checkpoint alpha scorer clips figure value low high majority random",

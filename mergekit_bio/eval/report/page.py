@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure
-from mergekit_bio.eval.report.report import TITLES, Report, Sweep
 from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences, size
 from mergekit_bio.eval.scoring.matching import SCORERS
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mergekit_bio.eval.report.report import TITLES, Report, Sweep
+from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.scoring.matching import SCORERS
 from mergekit_bio.eval.scoring.score import Score
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.recipe.recipe import Recipe
+from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory
 from mergekit_bio.eval.run.engine_slot import PROMPTS_AT_ONCE, EngineSlot
@@ -20,7 +20,7 @@ from mergekit_bio.eval.run.questions import Question, options, questions
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.engines.interface import Clip, Engine, Generation, Prompt
+    from mergekit_bio.engine.interface import Clip, Engine, Generation, Prompt
 
 #: Audios handed to an engine at once: 1.3 MB of samples each.
 AUDIOS_AT_ONCE = 512
@@ -181,7 +181,7 @@ class _Ears:
             import numpy as np
 
             from mergekit_bio.audio.waveform import MIN_SECONDS
-            from mergekit_bio.eval.engines.interface import Clip
+            from mergekit_bio.engine.interface import Clip
 
             samples, rate = datasets[name].audio(clip_id)
             # The model hears a short clip with silence after it; only prepare() refuses what is below half a second.
@@ -201,7 +201,7 @@ class _Ears:
         """The batches, and their prompts with audio."""
 
         def hear(batch: list[tuple[int, Question]]) -> "list[Prompt]":
-            from mergekit_bio.eval.engines.interface import Prompt
+            from mergekit_bio.engine.interface import Prompt
 
             head, tail = LLAMA3_TEMPLATE.split("{}")
             wanted = dict.fromkeys(clip for _, question in batch for clip in question.prompt.clips)
@@ -239,7 +239,7 @@ def _answers(
     engine: "Engine", recipe: Recipe, prompts: "Sequence[Prompt]", labels: Sequence[str], *, seed: int
 ) -> list[_Answer]:
     """Ask in the way that the recipe says."""
-    from mergekit_bio.eval.engines.interface import Decoding
+    from mergekit_bio.engine.interface import Decoding
 
     if recipe.decoding == "loglikelihood":
         answers = []

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
-from mergekit_bio.checkpoint.checkpoint import Checkpoint
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Manifest, Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
-from mergekit_bio.eval.recipe.recipe import Merge, Recipe
+from mergekit_bio.eval.recipe.schema import Merge, Recipe
 from mergekit_bio.merging.alpha import parse_alphas
-from mergekit_bio.merging.manifest import MANIFEST, AdapterOrigin, Manifest, Origin, fingerprint, read_manifest
 
 FOLDER = "checkpoints"
 
@@ -179,7 +179,7 @@ def merge_missing(
     missing = [checkpoint for checkpoint in checkpoints if checkpoint.missing]
     if not missing:
         return []
-    from mergekit_bio.merging.api import carry_out, plan_merge
+    from mergekit_bio.merging.merge import carry_out, plan_merge
 
     plan = plan_merge(
         base=merge.base,

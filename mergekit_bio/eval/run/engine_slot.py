@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import EngineError, MissingPackageError
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint, family
-from mergekit_bio.eval.validation import nearest
+from mergekit_bio.validation import nearest
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.engines.interface import Clip, Engine
-    from mergekit_bio.eval.engines.prefix_cache import PrefixCache
+    from mergekit_bio.engine.interface import Clip, Engine
+    from mergekit_bio.engine.prefix_cache import PrefixCache
 
 ENGINES = ("vllm", "transformers", "http")
 
@@ -48,7 +48,7 @@ def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str
             )
     if name == "vllm":
         if find_spec("vllm") is None:
-            from mergekit_bio.model.vllm_plugin import missing_vllm
+            from mergekit_bio.engine.vllm.plugin import missing_vllm
 
             raise missing_vllm()
         # Its log goes to stdout by default, where results belong.
@@ -139,14 +139,14 @@ class EngineSlot:
             self._prefixes(clips)
 
     def _start_http(self) -> "Engine":
-        from mergekit_bio.eval.engines.http import HttpEngine
+        from mergekit_bio.engine.http import HttpEngine
 
         return HttpEngine(self._servers, api_key=self._api_key, **self._options)
 
     def _start(self, path: Path) -> "Engine":
         from mergekit_bio.audio.device import pick_device
         from mergekit_bio.audio.prefix import AudioPrefix
-        from mergekit_bio.eval.engines.prefix_cache import PrefixCache
+        from mergekit_bio.engine.prefix_cache import PrefixCache
 
         device = pick_device(self._options.get("device", "auto"))
         # On a CPU one at a time: a batch is no faster there, and a prefix does not depend on what is encoded with it.
@@ -157,11 +157,11 @@ class EngineSlot:
         if self.name == "transformers":
             from transformers.utils import logging
 
-            from mergekit_bio.eval.engines.transformers import TransformersEngine
+            from mergekit_bio.engine.transformers import TransformersEngine
 
             logging.disable_progress_bar()  # it would draw over the run's own
             return TransformersEngine(path, prefixes=self._prefixes, **self._options)
-        from mergekit_bio.eval.engines.vllm import VllmEngine
+        from mergekit_bio.engine.vllm.offline import VllmEngine
 
         options = {"max_audios": self._max_audios, **self._options}
         return VllmEngine(path, prefixes=self._prefixes, **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.data.dataset import Dataset, open_dataset
-from mergekit_bio.eval.recipe.recipe import Recipe
+from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import CellRecord, cell_file_name
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint

@@ -7,7 +7,7 @@ from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
 from mergekit_bio.eval.label_map import candidates
 from mergekit_bio.eval.prompt import Prompt, flags, instruction_prompt, query_prompt
-from mergekit_bio.eval.recipe.recipe import Recipe
+from mergekit_bio.eval.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

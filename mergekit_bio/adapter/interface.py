@@ -1,0 +1,150 @@
+"""An adapter: where it came from and which deltas it holds for a given base."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.adapter.delta import Delta, LowRank
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
+from mergekit_bio.checkpoint.source import Source
+from mergekit_bio.errors import AdapterError
+
+LM_HEAD = "lm_head.weight"
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint deltas are added to, and how its names are to be read.
+
+    Attributes:
+        source: Where it came from.
+        checkpoint: Its headers.
+        overrides: Its tensor name -> what is taken in the place of its own.
+    """
+
+    source: Source
+    checkpoint: Checkpoint
+    overrides: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def input_embedding(self) -> str | None:
+        """Name of the input embedding's weight."""
+        found = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding: then the files hold the matrix once."""
+        return LM_HEAD not in self.checkpoint.tensors and self.input_embedding is not None
+
+    def find(self, name: str) -> TensorInfo | None:
+        """The stored tensor that ``name`` means; for a tied head, the input embedding."""
+        if name == LM_HEAD and self.tied and self.input_embedding:
+            name = self.input_embedding
+        return self.checkpoint.tensors.get(name)
+
+    def origin(self, name: str) -> TensorInfo:
+        """The stored tensor that gives W0: the base's own, or what is taken in its place."""
+        own = self.find(name)
+        if own is None:
+            raise KeyError(name)
+        return self.overrides.get(own.name, own)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A tensor of the base that an adapter repeats with other values.
+
+    Attributes:
+        stored: The adapter's tensor as its file has it.
+        tensor: The same in the base's shape, without added rows.
+        rows: The rows in which it differs from the base.
+    """
+
+    stored: TensorInfo
+    tensor: TensorInfo
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Deltas read off one source.
+
+    Attributes:
+        kind: ``"peft"``, ``"naturelm-audio"`` or ``"finetune"``.
+        source: Where it came from.
+        file: The file or directory its tensors are in, for messages.
+        deltas: Base tensor name -> what is added to it.
+        tower: The tensors of an audio tower, under their original names.
+        config: Its own configuration file.
+        files: The weight files; their content is the adapter's identity.
+        notes: What a user should know, one line each.
+        overrides: Base tensor name -> what the adapter has in its place.
+    """
+
+    kind: str
+    source: Source
+    file: Path
+    deltas: Mapping[str, tuple[Delta, ...]]
+    files: tuple[Path, ...]
+    tower: tuple[TensorInfo, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Everything it holds that is used, by name."""
+        used = (tensor for deltas in self.deltas.values() for delta in deltas for tensor in delta.stored)
+        return {tensor.name: tensor for tensor in (*used, *self.tower)}
+
+    @property
+    def scalings(self) -> dict[str, int]:
+        """How many low-rank deltas there are of each ``scaling x rank``, such as ``{"1 (rank 32)": 128}``."""
+        low_rank = (
+            delta if isinstance(delta, LowRank) else getattr(delta, "low_rank", None)
+            for deltas in self.deltas.values()
+            for delta in deltas
+        )
+        return dict(Counter(f"{delta.scaling:g} (rank {delta.rank})" for delta in low_rank if delta is not None))
+
+
+def check_fits(name: str, delta: Delta, base: Base) -> None:
+    """Make sure that ``delta`` can be added to the base tensor ``name``.
+
+    Raises:
+        AdapterError: There is no such tensor, it is quantized, or the shapes differ.
+    """
+    target = base.find(name)
+    first = delta.stored[0]
+    if target is None:
+        raise AdapterError(
+            f"{first.file}: tensor {first.name}: the base {base.source.given} has no tensor {name}; this adapter was "
+            "made for another model"
+        )
+    if target.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise AdapterError(
+            f"{target.file}: tensor {name}: is {target.dtype}; a quantized base cannot be folded exactly"
+        )
+    grown = delta.shape[1:] == target.shape[1:] and len(target.shape) == 2 and delta.shape[0] > target.shape[0]
+    if delta.shape != target.shape and not (grown and name in (base.input_embedding, LM_HEAD)):
+        raise AdapterError(
+            f"{first.file}: tensor {first.name}: changes {name} of shape {list(delta.shape)}, but the base's is "
+            f"{list(target.shape)}; this adapter was made for another model"
+        )
+
+
+def check_all_used(tensors: Mapping[str, StoredTensor], used: set[str], file: Path) -> None:
+    """Make sure that nothing an adapter holds was passed over.
+
+    Raises:
+        AdapterError: A tensor of ``tensors`` is in no delta.
+    """
+    left = sorted(set(tensors) - used)
+    if left:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise AdapterError(f"{file}: tensor {left[0]}{more}: is nothing this version can fold; nothing was merged")

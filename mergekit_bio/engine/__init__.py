@@ -1,0 +1,1 @@
+"""Who answers: the model in Transformers, in vLLM, or on servers."""

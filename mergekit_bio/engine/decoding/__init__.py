@@ -1,0 +1,1 @@
+"""Beam search and closed lists, by log-probabilities of next tokens."""

@@ -1,0 +1,156 @@
+"""Audio prefixes encoded once, for all alphas, queries and repetitions: in memory and on disk."""
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_bio.checkpoint.digest import tensor_bytes, tensor_sha256
+from mergekit_bio.engine.interface import Clip
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_bio.audio.prefix import AudioPrefix
+
+_KEY = "prefix"
+
+
+class PrefixCache:
+    """Encodes clips with one tower, each at most once.
+
+    A prefix is known by the sha256 of the whole prepared waveform and the content of the tower that made it. Any
+    number of threads and processes may share a folder: files appear whole or not at all, and of two that are made
+    at once, equal up to the rounding of a batch, one stays. A file that cannot be read, or is not what its name
+    says, is made again.
+
+    Args:
+        tower: Encodes what is not known yet.
+        folder: Where prefixes are kept between runs; None keeps them in memory only.
+        memory_bytes: How much is kept in memory; the least recently used go first.
+        batch_size: Clips encoded at once.
+
+    Attributes:
+        tower_digest: sha256 of the tower's configuration and tensors.
+        encoded: Clips that this object has sent through the tower.
+    """
+
+    def __init__(
+        self,
+        tower: "AudioPrefix",
+        *,
+        folder: Path | None = None,
+        memory_bytes: int = 1 << 30,
+        batch_size: int = 16,
+    ) -> None:
+        self.tower_digest = tower_digest(tower)
+        self.encoded = 0
+        self._tower, self._batch_size = tower, batch_size
+        self._folder = folder / self.tower_digest[:16] if folder else None
+        self._memory_bytes, self._held_bytes = memory_bytes, 0
+        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, clips: Sequence[Clip]) -> "list[torch.Tensor]":
+        """Prefixes of clips.
+
+        Returns:
+            float32 ``[n_prefix, hidden]`` on the CPU for each clip; not to be written to.
+        """
+        wanted = {clip.digest: clip for clip in clips}
+        found: dict[str, torch.Tensor] = {}
+        for digest in wanted:
+            if (prefix := self._from_memory(digest)) is None and (prefix := self._from_disk(digest)) is not None:
+                self._remember(digest, prefix)
+            if prefix is not None:
+                found[digest] = prefix
+        missing = [digest for digest in wanted if digest not in found]
+        for start in range(0, len(missing), self._batch_size):
+            batch = missing[start : start + self._batch_size]
+            for digest, prefix in zip(batch, self._encode([wanted[d] for d in batch]), strict=True):
+                found[digest] = prefix
+                self._remember(digest, prefix)
+                self._write(digest, prefix)
+        return [found[clip.digest] for clip in clips]
+
+    def path(self, clip: Clip) -> Path | None:
+        """The file that keeps a clip's prefix, whether it is there yet or not; None without a folder."""
+        return self._path(clip.digest)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the prefixes in memory."""
+        return self._held_bytes
+
+    def _encode(self, clips: "Sequence[Clip]") -> "list[torch.Tensor]":
+        import torch
+
+        device = next(self._tower.parameters()).device
+        with torch.inference_mode():
+            prefixes = self._tower(torch.stack([clip.waveform for clip in clips]).to(device)).float().cpu()
+        self.encoded += len(clips)
+        return [prefix.clone() for prefix in prefixes]
+
+    def _from_memory(self, digest: str) -> "torch.Tensor | None":
+        with self._lock:
+            if digest in self._held:
+                self._held.move_to_end(digest)
+            return self._held.get(digest)
+
+    def _remember(self, digest: str, prefix: "torch.Tensor") -> None:
+        with self._lock:
+            if digest in self._held or prefix.nbytes > self._memory_bytes:
+                return
+            self._held[digest] = prefix
+            self._held_bytes += prefix.nbytes
+            while self._held_bytes > self._memory_bytes:
+                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
+
+    def _path(self, digest: str) -> Path | None:
+        return self._folder / digest[:2] / f"{digest}.safetensors" if self._folder else None
+
+    def _from_disk(self, digest: str) -> "torch.Tensor | None":
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(digest)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                prefix: torch.Tensor = file.get_tensor(_KEY)
+        except (OSError, SafetensorError):
+            return None
+        # safetensors has no checksum of its own, and a flipped bit would poison every answer about this clip.
+        sound = metadata.get("clip") == digest and metadata.get("sha256") == tensor_sha256(prefix)
+        return prefix if sound else None
+
+    def _write(self, digest: str, prefix: "torch.Tensor") -> None:
+        from safetensors.torch import save
+
+        path = self._path(digest)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = save({_KEY: prefix}, metadata={"clip": digest, "sha256": tensor_sha256(prefix)})
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def tower_digest(tower: "AudioPrefix") -> str:
+    """sha256 over a tower's configuration and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(repr(tower.config).encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""What differs between two checkpoints of one sweep, and proof that an engine was given exactly that."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.manifest import read_manifest
+from mergekit_bio.errors import EngineError, VerificationError
+
+# Engines fuse these parameters, and a fused parameter is loaded whole.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MODULE = re.compile(r"\.(\w+_proj)\.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The tensors to replace to get from one checkpoint to another.
+
+    Attributes:
+        target: The directory they come from.
+        names: Their names, layer by layer.
+        digests: sha256 that the target's manifest records, for those that it does.
+        nbytes: Bytes of all of them.
+    """
+
+    target: Path
+    names: tuple[str, ...]
+    digests: Mapping[str, str]
+    nbytes: int
+
+    def check(self, loaded: Mapping[str, str]) -> str:
+        """Compare what a model was given with what it should have been given.
+
+        Args:
+            loaded: sha256 of each tensor handed to the model.
+
+        Returns:
+            The fingerprint of what was loaded.
+
+        Raises:
+            EngineError: A tensor is missing, or its bytes are not the recorded ones.
+        """
+        if missing := sorted(set(self.names) - loaded.keys()):
+            raise EngineError(f"{self.target}: {missing[0]} was not loaded; restart the engine on this checkpoint")
+        for name, digest in self.digests.items():
+            if loaded[name] != digest:
+                raise EngineError(
+                    f"{self.target}: {name} is not what merge.json records; check it with: mergekit-bio verify "
+                    f"{self.target}"
+                )
+        lines = "".join(f"{name} {loaded[name]}\n" for name in sorted(self.names))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def difference(current: Path, target: Path) -> Difference:
+    """Find the tensors in which two checkpoints of one sweep differ, from their manifests.
+
+    Args:
+        current: What an engine runs.
+        target: What it is to run.
+
+    Raises:
+        EngineError: They were not merged from the same base and adapters into the same data type.
+    """
+    try:
+        old, new = read_manifest(current), read_manifest(target)
+    except VerificationError as error:
+        raise EngineError(f"{error}; a running engine moves between merges of one sweep only") from error
+    sources = [
+        (m.base.fingerprint, [a.fingerprint for a in m.adapters], m.dtype, m.audio_prefix, m.untied) for m in (old, new)
+    ]
+    checkpoint = Checkpoint.open(target)
+    shapes = [
+        {name: (info.dtype, info.shape) for name, info in c.tensors.items()}
+        for c in (Checkpoint.open(current), checkpoint)
+    ]
+    if sources[0] != sources[1] or shapes[0] != shapes[1]:
+        raise EngineError(
+            f"{target}: was not merged from the same base, adapters and data type as {current}; start an engine of its "
+            "own"
+        )
+    changed = {
+        name for name in old.tensors.keys() | new.tensors.keys() if old.tensors.get(name) != new.tensors.get(name)
+    }
+    names = sorted(_with_fused(changed) & checkpoint.tensors.keys(), key=_layer_order)
+    return Difference(
+        target=target,
+        names=tuple(names),
+        digests={name: new.tensors[name].sha256 for name in names if name in new.tensors},
+        nbytes=sum(checkpoint.tensors[name].nbytes for name in names),
+    )
+
+
+def _with_fused(names: set[str]) -> set[str]:
+    found = set(names)
+    for name in names:
+        match = _MODULE.search(name)
+        for group in _FUSED:
+            if match and match[1] in group:
+                found |= {name.replace(match[1], other) for other in group}
+    return found
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return (int(match[1]) if match else -1, name)
+
+
+def verify(change: Difference) -> None:
+    """Read the tensors of a difference and compare them with the manifest, before anything is loaded.
+
+    Raises:
+        EngineError: The bytes are not the recorded ones.
+    """
+    from mergekit_bio.checkpoint.digest import tensor_sha256
+
+    checkpoint = Checkpoint.open(change.target)
+    change.check({name: tensor_sha256(checkpoint.read(name)) for name in change.names})

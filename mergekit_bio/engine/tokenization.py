@@ -1,0 +1,100 @@
+"""What every engine reads of a checkpoint directory to talk to its model: tokens, template, end tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.engine.interface import Prompt
+from mergekit_bio.errors import CheckpointError
+from mergekit_bio.model.layout import MODEL_TYPE
+from mergekit_bio.model.prompt import render_prompt
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A checkpoint's way with text.
+
+    Attributes:
+        processor: Its :class:`mergekit_bio.model.processing.NatureLMAudioProcessor`.
+        eos_token_ids: What ends a generation.
+        max_tokens: The longest prompt and answer together that the model was made for.
+    """
+
+    processor: Any
+    eos_token_ids: tuple[int, ...]
+    max_tokens: int
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> "Tokenization":
+        """Read it from a merged directory.
+
+        Raises:
+            CheckpointError: It is no merge with an audio tower.
+        """
+        import mergekit_bio  # noqa: F401 -- registers the processor with Transformers
+
+        config = read_audio_model_config(directory)
+        from transformers import AutoProcessor
+
+        generation = directory / "generation_config.json"
+        eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+        eos = config.get("eos_token_id") if eos is None else eos
+        return cls(
+            processor=AutoProcessor.from_pretrained(directory),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            max_tokens=config["text_config"]["max_position_embeddings"],
+        )
+
+    @property
+    def audio_token_id(self) -> int:
+        """The placeholder, which no answer may hold."""
+        token_id: int = self.processor.tokenize.audio_token_id
+        return token_id
+
+    def prompt_ids(self, prompt: Prompt, *, expanded: bool) -> list[int]:
+        """Token ids of a prompt inside the model's template.
+
+        Args:
+            prompt: The prompt.
+            expanded: One placeholder for every prefix token, instead of one for every audio.
+
+        Raises:
+            PromptError: The prompt is empty or writes the placeholder itself.
+        """
+        text = render_prompt(prompt.text, template=self.processor.prompt_template, num_audios=len(prompt.audios))
+        length = self.processor.prefix_length if expanded else 1
+        ids: list[int] = self.processor.tokenize(text, audio_lengths=[length] * len(prompt.audios))
+        return ids
+
+    def prompt_length(self, prompt: Prompt, ids: Sequence[int]) -> int:
+        """Length of a prompt with its audio, from its unexpanded ids."""
+        return len(ids) + len(prompt.audios) * (self.processor.prefix_length - 1)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text."""
+        ids: list[int] = self.processor.tokenize.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens."""
+        text: str = self.processor.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def read_audio_model_config(directory: Path) -> dict[str, Any]:
+    """A merged directory's ``config.json``.
+
+    Raises:
+        CheckpointError: It is no merge with an audio tower.
+    """
+    config: dict[str, Any] = read_json(inside(directory, "config.json"))
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{directory}: config.json says model_type {config.get('model_type')!r}, which cannot hear; name a "
+            "merge of NatureLM-audio made without --text-only"
+        )
+    return config

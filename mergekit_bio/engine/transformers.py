@@ -1,0 +1,260 @@
+"""The reference engine: Transformers' own generate, in small batches."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.audio.device import pick_device
+from mergekit_bio.checkpoint.digest import tensor_sha256
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
+from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.engine.prefix_cache import PrefixCache
+from mergekit_bio.engine.sweep import difference
+from mergekit_bio.engine.tokenization import Tokenization
+from mergekit_bio.errors import EngineError, PromptError
+
+if TYPE_CHECKING:
+    import torch
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class TransformersEngine:
+    """Runs wherever PyTorch does.
+
+    Prompts of similar length go together. What is shorter is padded on the left and masked, so that a prompt's answer
+    does not depend on its neighbours beyond floating-point noise. Prompts that are sampled go alone: each has a seed.
+
+    Args:
+        checkpoint: A merged directory, or a hub id.
+        dtype: Of Llama; ``"auto"`` takes the checkpoint's.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        batch_size: Prompts that go together at most.
+        prefixes: Where audio prefixes come from; by default the model's own tower, which then encodes a clip once.
+
+    Attributes:
+        prefixes: Where audio prefixes come from.
+
+    Raises:
+        EngineError: There is no such dtype or device.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 8,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self.checkpoint = resolve(checkpoint).path
+        self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
+        from transformers import AutoModelForMultimodalLM
+
+        if dtype not in _DTYPES:
+            raise EngineError(f"dtype={dtype}: no such data type; write {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
+        device = pick_device(device)
+        self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()
+        self._device, self._batch_size = device, batch_size
+        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix, batch_size=1 if device == "cpu" else 16)
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
+        """See :meth:`mergekit_bio.engine.interface.Engine.generate`."""
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda n: len(ids[n]))
+        size = 1 if decoding.temperature > 0 else self._batch_size
+        answers: dict[int, Generation] = {}
+        for start in range(0, len(prompts), size):
+            batch = by_length[start : start + size]
+            generations = self._generate(
+                [prompts[n] for n in batch], [ids[n] for n in batch], decoding, seed=decoding.seed + batch[0]
+            )
+            answers |= zip(batch, generations, strict=True)
+        return [answers[n] for n in range(len(prompts))]
+
+    def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
+        """See :meth:`mergekit_bio.engine.interface.Engine.choose`."""
+        root = build_trie(labels, self.tokenization.encode)
+        generations = []
+        for prompt in prompts:
+            start = time.perf_counter()
+            reader = _Reader(self, [prompt])
+            (choice,) = choose(
+                root, prompts=1, eos_token_ids=self.tokenization.eos_token_ids, next_logprobs=reader.next_logprobs
+            )
+            timings = Timings(total=time.perf_counter() - start)
+            length = len(self.tokenization.prompt_ids(prompt, expanded=True))
+            generations.append(Generation(choice.label, choice.token_ids, choice.logprobs, "stop", length, timings))
+        return generations
+
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+        """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
+        root = build_trie(labels, self.tokenization.encode)
+        reader = _Reader(self, prompts)
+        return score_labels(root, labels, prompts=len(prompts), next_logprobs=reader.next_logprobs)
+
+    def load(self, checkpoint: str | Path) -> Loaded:
+        """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
+        start = time.perf_counter()
+        target = resolve(checkpoint).path
+        change = difference(self.checkpoint, target)
+        try:
+            fingerprint = change.check(self._replace(target, change.names))
+        except EngineError:
+            self._replace(self.checkpoint, change.names)  # back to what was sound
+            raise
+        self.checkpoint = target
+        return Loaded(target, len(change.names), change.nbytes, time.perf_counter() - start, fingerprint)
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model = None
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with a placeholder for every prefix token.
+
+        Raises:
+            PromptError: The prompt is empty or longer than the model takes.
+        """
+        ids = self.tokenization.prompt_ids(prompt, expanded=True)
+        if len(ids) >= self.tokenization.max_tokens:
+            raise PromptError(
+                f"the prompt is {len(ids)} tokens long, but the model takes {self.tokenization.max_tokens}; give "
+                "fewer audios or examples"
+            )
+        return ids
+
+    def _embed(self, ids: Sequence[int], prefixes: "Sequence[torch.Tensor]") -> "torch.Tensor":
+        """A prompt as Llama sees it, its audios' prefixes where the placeholders are: ``[tokens, hidden]``."""
+        import torch
+
+        input_ids = torch.tensor(ids, device=self._device)
+        embeds: torch.Tensor = self._model.model.embed_tokens(input_ids)
+        if not prefixes:
+            return embeds
+        heard = torch.cat(list(prefixes)).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], heard)
+
+    def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
+        source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
+        digests = {}
+        for name in names:
+            tensor = source.read(name)
+            digests[name] = tensor_sha256(tensor)
+            parameters[name].data.copy_(tensor)
+        return digests
+
+    def _generate(
+        self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], decoding: Decoding, *, seed: int
+    ) -> list[Generation]:
+        """Answer one batch."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else self.tokenization.eos_token_ids
+        beams = decoding.num_beams > 1
+        start = time.perf_counter()
+        with torch.no_grad():
+            heard = iter(self.prefixes([clip for prompt in prompts for clip in prompt.audios]))
+            rows = [
+                self._embed(own, [next(heard) for _ in prompt.audios]) for prompt, own in zip(prompts, ids, strict=True)
+            ]
+            # Generation continues a row at its right end, so the padding stands on the left.
+            embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+            mask = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
+            if decoding.temperature > 0:
+                torch.manual_seed(seed)
+            output = self._model.generate(
+                inputs_embeds=embeds,
+                attention_mask=pad_sequence(mask, batch_first=True, padding_side="left"),
+                return_dict_in_generate=True,
+                output_scores=beams,
+                output_logits=not beams,
+                suppress_tokens=[self.tokenization.audio_token_id],
+                **_settings(decoding, eos),
+            )
+            logprobs = (
+                self._model.compute_transition_scores(output.sequences, output.scores, output.beam_indices)
+                if beams
+                else _logprobs(output.logits, output.sequences)
+            )
+        timings = Timings(total=time.perf_counter() - start)
+        scores = output.sequences_scores.tolist() if beams else [None] * len(prompts)
+        generations = []
+        for own, tokens, logs, score in zip(ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True):
+            end = next((n + 1 for n, token in enumerate(tokens) if token in eos), len(tokens))
+            generations.append(
+                Generation(
+                    text=self.tokenization.decode(tokens[:end]),
+                    token_ids=tuple(tokens[:end]),
+                    logprobs=tuple(logs[:end]),
+                    finish_reason="stop" if tokens[end - 1] in eos else "length",
+                    prompt_tokens=len(own),
+                    timings=timings,
+                    score=score,
+                )
+            )
+        return generations
+
+
+def _logprobs(logits: "Sequence[torch.Tensor]", sequences: "torch.Tensor") -> "torch.Tensor":
+    """Of tokens ``[prompts, steps]``, from each step's logits ``[prompts, vocabulary]``."""
+    import torch
+
+    steps = [step.log_softmax(-1).gather(-1, sequences[:, n, None]) for n, step in enumerate(logits)]
+    return torch.cat(steps, dim=1)
+
+
+def _settings(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
+    """Transformers' names, all given so that generation_config.json decides nothing."""
+    sampling = decoding.temperature > 0
+    return {
+        "max_new_tokens": decoding.max_new_tokens,
+        "num_beams": decoding.num_beams,
+        "length_penalty": decoding.length_penalty,
+        "early_stopping": decoding.early_stopping,
+        "do_sample": sampling,
+        "temperature": decoding.temperature if sampling else None,
+        "top_p": decoding.top_p if sampling else None,
+        "top_k": decoding.top_k if sampling else None,
+        "eos_token_id": list(eos) or None,
+        "pad_token_id": eos[0] if eos else 0,
+    }
+
+
+class _Reader:
+    """Log-probabilities of next tokens, with the prompt's keys and values kept."""
+
+    def __init__(self, engine: TransformersEngine, prompts: Sequence[Prompt]) -> None:
+        self._engine, self._prompts = engine, prompts
+        self._kept: tuple[int, Any, torch.Tensor, int] | None = None
+
+    def next_logprobs(self, queries: Sequence[Query]) -> list[list[float]]:
+        """See :data:`mergekit_bio.engine.decoding.labels.NextLogprobs`."""
+        import torch
+
+        answers = []
+        with torch.no_grad():
+            for prompt, tokens, asked in queries:
+                cache, logits, length = self._read(prompt)
+                if tokens:
+                    ids = torch.tensor([tokens], device=logits.device)
+                    logits = self._engine._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                    cache.crop(length - cache.get_seq_length())
+                answers.append(logits.float().log_softmax(-1)[list(asked)].tolist())
+        return answers
+
+    def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":
+        if self._kept is None or self._kept[0] != prompt:
+            ids = self._engine._prompt_ids(self._prompts[prompt])
+            embeds = self._engine._embed(ids, self._engine.prefixes(self._prompts[prompt].audios))[None]
+            output = self._engine._model(inputs_embeds=embeds, use_cache=True)
+            self._kept = (prompt, output.past_key_values, output.logits[0, -1], len(ids))
+        return self._kept[1:]

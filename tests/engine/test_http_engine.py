@@ -1,0 +1,150 @@
+"""The http engine against servers that answer, stumble, refuse and die."""
+
+import http.server
+import json
+import threading
+import time
+
+import pytest
+
+from mergekit_bio.engine.http import HttpEngine, Retries
+from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.errors import EngineError, PromptError
+
+QUICK = Retries(attempts=6, first_wait=0.01, longest_wait=0.05, given_up_after=3)
+
+
+class Echo:
+    """A server that answers a prompt with its own words, after what its script says for each request.
+
+    A script's entries are statuses, or ``"drop"`` to close the connection without an answer.
+    """
+
+    def __init__(self, script=(), *, dies_after=None, models=("m",), delay=0.0):
+        self.answered, self.busiest = [], 0
+        script, echo, lock, state = list(script), self, threading.Lock(), {"now": 0, "seen": 0}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(200, {"data": [{"id": name} for name in models], "model_revision": "r"})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    state["now"] += 1
+                    state["seen"] += 1
+                    echo.busiest = max(echo.busiest, state["now"])
+                    step = script.pop(0) if script else 200
+                    dead = dies_after is not None and state["seen"] > dies_after
+                time.sleep(delay)
+                with lock:
+                    state["now"] -= 1
+                text = body["messages"][0]["content"]
+                if dead or step == "drop":
+                    self.close_connection = True
+                elif step == 200:
+                    echo.answered.append(text)
+                    message = {"message": {"content": text}, "finish_reason": "stop", "token_ids": [1]}
+                    self.reply(200, {"choices": [message], "usage": {"prompt_tokens": 3}})
+                else:
+                    self.reply(step, {"error": {"message": "because"}})
+
+            def reply(self, status, document):
+                data = json.dumps(document).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 64  # every prompt of a test may come at once
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+
+PROMPTS = [Prompt((f"prompt {n}",)) for n in range(40)]
+TEXTS = [prompt.text for prompt in PROMPTS]
+
+
+def texts(generations):
+    return [generation.text for generation in generations]
+
+
+def test_answers_come_in_the_prompts_order_and_the_load_is_shared():
+    servers = [Echo(delay=0.01), Echo(delay=0.01)]
+    engine = HttpEngine([server.url for server in servers], concurrency=3)
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+    assert all(len(server.answered) >= 10 and server.busiest <= 3 for server in servers)
+    assert sorted(servers[0].answered + servers[1].answered) == sorted(TEXTS)
+
+
+def test_stumbling_servers_are_tried_again():
+    server = Echo([503, "drop", 429, 200, 500, "drop", 200, 502])
+    engine = HttpEngine([server.url], retries=Retries(attempts=8, first_wait=0.01, longest_wait=0.02, given_up_after=9))
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+
+
+def test_a_burst_of_failures_is_one():
+    """A server that restarts fails all requests under way at once, and is not given up for that."""
+    server = Echo([503] * len(PROMPTS), delay=0.2)
+    engine = HttpEngine([server.url], concurrency=len(PROMPTS), retries=QUICK)
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+
+
+def test_a_server_that_dies_in_the_middle_loses_nothing():
+    dying, other = Echo(dies_after=7), Echo()
+    engine = HttpEngine([dying.url, other.url], concurrency=4, retries=QUICK)
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+    assert len(dying.answered) == 7 and len(other.answered) == len(PROMPTS) - 7
+
+
+def test_when_all_die_it_says_so():
+    engine = HttpEngine([Echo(dies_after=2).url, Echo(dies_after=2).url], retries=QUICK)
+    with pytest.raises(EngineError, match=r"every server has stopped answering|not answered in 6 tries"):
+        engine.generate(PROMPTS, Decoding())
+
+
+def test_a_refused_prompt_is_not_tried_again():
+    server = Echo([400])
+    with pytest.raises(PromptError, match="because"):
+        HttpEngine([server.url], concurrency=1).generate(PROMPTS[:1], Decoding())
+    assert server.answered == []
+    with pytest.raises(EngineError, match="status 403: because"):
+        HttpEngine([Echo([403]).url]).generate(PROMPTS[:1], Decoding())
+
+
+def test_servers_must_be_there_and_have_the_model():
+    both = Echo(models=("a", "b"))
+    with pytest.raises(EngineError, match="cannot be reached"):
+        HttpEngine(["http://127.0.0.1:9"])
+    with pytest.raises(EngineError, match="no model in common"):
+        HttpEngine([both.url, Echo().url])
+    with pytest.raises(EngineError, match="in common are: a"):
+        HttpEngine([both.url, Echo(models=("a",)).url], model="b")
+    with pytest.raises(EngineError, match="--server"):
+        HttpEngine([])
+    engine = HttpEngine([both.url])
+    assert engine.load("sweep/b").fingerprint == "r"
+    with pytest.raises(EngineError, match="do not offer c"):
+        engine.load("sweep/c")
+
+
+@pytest.mark.parametrize("option", [{"concurrency": "x"}, {"concurrency": 0}, {"timeout": "x"}, {"timeout": -1}])
+def test_an_option_of_another_kind_is_refused(option):
+    with pytest.raises(EngineError, match="write a"):
+        HttpEngine([Echo().url], **option)
+
+
+def test_what_the_api_cannot_do_is_refused():
+    engine = HttpEngine([Echo().url])
+    with pytest.raises(EngineError, match="beams"):
+        engine.generate(PROMPTS, Decoding(num_beams=2))
+    with pytest.raises(EngineError, match="end tokens"):
+        engine.generate(PROMPTS, Decoding(eos_token_ids=(1,)))
+    with pytest.raises(EngineError, match="label scores"):
+        engine.loglikelihood(PROMPTS, ["a"])

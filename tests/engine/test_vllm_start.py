@@ -1,0 +1,80 @@
+"""Somebody changes their mind while vLLM starts, or has given it options that it does not take."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from engine.starting import start_vllm
+from eval.evaluation import write_evaluation
+
+from mergekit_bio.engine.vllm.offline import VllmEngine
+from mergekit_bio.engine.vllm.start import objections
+from mergekit_bio.errors import EngineError
+
+
+def _family(group: int) -> list[str]:
+    """The names of a group's processes that have not ended."""
+    lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
+    rows = [line.split(maxsplit=2) for line in lines]
+    return [args for pgid, state, args in rows if int(pgid) == group and not state.startswith("Z")]
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["Ctrl-C in a terminal", "SIGTERM from a scheduler"])
+def test_an_interruption_ends_the_start_of_vllm_and_all_of_its_processes(everybody, tmp_path, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as outside the tests: vLLM's core is a process of its own
+    evaluation = write_evaluation(tmp_path / "evaluation")
+    program = "from mergekit_bio.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "eval", evaluation.recipe, "--out", tmp_path / "run", "--engine", "vllm"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    try:
+        while not any("EngineCore" in name for name in _family(process.pid)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        if everybody:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        assert process.wait(60) == 130
+        deadline = time.monotonic() + 30
+        while left := _family(process.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
+    finally:
+        if _family(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "interrupted\n" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"tensor_parallel_size": 5}, "heads .* must be divisible by tensor parallel size"),
+        ({"gpu_memory_utilization": 7}, "gpu_memory_utilization: Input should be less than or equal to 1"),
+        ({"max_num_seqs": "many"}, "is every option of the type that it needs"),
+    ],
+)
+def test_an_option_that_vllm_objects_to_is_named_in_one_line(tiny_sweep, option, match):
+    with pytest.raises(EngineError, match=match) as refusal:
+        start_vllm(tiny_sweep[0.5], **option)
+    assert str(refusal.value).startswith(f"{tiny_sweep[0.5]}: vLLM cannot start: ")
+    assert "\n" not in str(refusal.value) and refusal.value.__cause__
+
+
+@pytest.mark.parametrize("option", [{"max_model_len": "long"}, {"max_model_len": -1}, {"max_audios": 0}])
+def test_an_option_of_our_own_is_a_whole_number(tiny_sweep, option):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with pytest.raises(EngineError, match="write a whole number"):
+        VllmEngine(tiny_sweep[0.5], **option)
+
+
+def test_an_engine_that_does_not_come_up_is_an_error_and_a_bug_is_a_traceback(tmp_path):
+    with pytest.raises(EngineError, match="why stands above"), objections(tmp_path):
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    with pytest.raises(RuntimeError, match="a bug"), objections(tmp_path):
+        raise RuntimeError("a bug")
