@@ -53,6 +53,8 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from mergekit_bio.model.vllm_plugin import worker_class
+
     first = next(iter(models.values()))
     longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
     defaults = {
@@ -64,6 +66,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
+        "--worker-cls": worker_class(),
         "--worker-extension-cls": "mergekit_bio.model.vllm_model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
