@@ -14,6 +14,7 @@ import typer
 
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.model.vllm_log import show_errors_only
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +54,8 @@ def demo(
     from mergekit_bio.merging.verify import verify
 
     output = Output(as_json=as_json, quiet=quiet)
+    if quiet:
+        show_errors_only()
     choose_engine(engine)  # one that is not there is said before anything is written
     # Off a terminal, forty-four cells of a second each would be forty-four lines.
     listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
@@ -90,15 +93,16 @@ def demo(
             report = build_report(read_runs(runs))
             page = write_report(report, folder / "report", progress=output.progress)[0]
         points = run.curve(report)
+        output.note("")
         output.result(
             {"curve": [vars(point) for point in points], "report": to_document(report), "page": str(page)},
             lambda console: _print_curve(console, points),
             [f"{point.alpha:g} {point.accuracy[run.CLOSED][0]:.3f}" for point in points],
         )
         if out is not None:
-            output.note(f"\nThe page with every answer: {page}")
+            output.note(f"The page with every answer: {page}")
         else:
-            output.note("\nTo keep the model, the answers and the page: mergekit-bio demo --out demo/")
+            output.note("To keep the model, the answers and the page: mergekit-bio demo --out demo/")
 
 
 _BAR = 8
