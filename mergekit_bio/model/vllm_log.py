@@ -20,6 +20,7 @@ USUAL = {
     ),
     "vllm.engine.arg_utils": ("The global random seed is set to",),
     "vllm.platforms.cpu": ("Triton is not installed", "Reset SSM cache type to float32"),
+    "vllm.renderers.hf": ("You specified `--chat-template-content-format %s` which is different",),
     "vllm.triton_utils.importing": ("Triton is installed, but doesn't include CPU backend",),
 }
 

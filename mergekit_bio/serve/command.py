@@ -65,6 +65,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
+        "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
         "--worker-cls": worker_class(),
         "--worker-extension-cls": "mergekit_bio.model.vllm_model.WeightReload",
@@ -72,8 +73,12 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     }
     if len(models) > 1:
         defaults["--api-server-count"] = "1"  # one process decides whose weights are loaded
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}  # vLLM warns of a flag that comes twice
     ours = [
-        part for flag, value in defaults.items() for part in (flag, *([value] if isinstance(value, str) else value))
+        part
+        for flag, value in defaults.items()
+        if flag not in given
+        for part in (flag, *([value] if isinstance(value, str) else value))
     ]
     parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
     args = parser.parse_args(["--model", str(first), *ours, *flags])
