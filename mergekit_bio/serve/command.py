@@ -125,6 +125,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         "VLLM_MEDIA_CONNECTOR": "mergekit_bio",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     }
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     signal.signal(signal.SIGINT, _interrupt)
