@@ -43,7 +43,8 @@ demo: env
 	.venv/bin/mergekit-bio demo
 
 # vLLM wants a process that nothing else has used: its tests have processes of their own. The others share the cores.
-VLLM_TESTS := tests/engine tests/serve tests/eval/test_run_loop.py tests/documentation/test_long_commands.py
+VLLM_TESTS := tests/demo/test_first_commands.py tests/engine tests/serve tests/eval/test_run_loop.py \
+	tests/documentation/test_long_commands.py
 
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))

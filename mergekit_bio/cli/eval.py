@@ -9,6 +9,7 @@ import typer
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
 from mergekit_bio.cli.run_progress import RunListener
+from mergekit_bio.engine.vllm.log import show_errors_only
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,6 +73,8 @@ def evaluate(
     from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
     output = Output(as_json=as_json, quiet=quiet)
+    if quiet:
+        show_errors_only()
     if show_prompts is not None:
         _show_prompts(recipe, data, show_prompts, output)
         return

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +22,8 @@ MODEL = Path(__file__).with_name("model")
 NAMED, COMBINED, CLOSED, IN_CONTEXT = RECIPES = ("demo_named", "demo_combined", "demo", "demo_in_context")
 EACH_HEARD, EACH_UNHEARD = 6, 30
 _MOST_AUDIOS = 4
-#: One process, a cache (in GB) that leaves a laptop its memory, and a log that leaves the demo its page.
-_VLLM_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore",
-}
+#: One process, and a cache (in GiB) that leaves a laptop its memory.
+_VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def write_sources(folder: Path, listener: Listener) -> None:
@@ -69,11 +63,10 @@ def shared_engine(name: str | None, folder: Path, listener: Listener) -> Iterato
     engine, note = choose_engine(name)
     if note:
         listener.note(f"note: {note}")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     options: dict[str, Any] = {"dtype": "float32"}
     if engine == "vllm":
         # A model this small gains nothing from compiling, and a laptop has little memory for vLLM's cache.
-        options |= {"enforce_eager": True, "max_model_len": 1024, "use_tqdm_on_load": False}
+        options |= {"enforce_eager": True, "max_model_len": 1024}
     with EngineSlot(engine, options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes") as slot:
         yield slot
     shutil.rmtree(folder / "prefixes", ignore_errors=True)

@@ -53,6 +53,8 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from mergekit_bio.engine.vllm.plugin import worker_class
+
     first = next(iter(models.values()))
     longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
     defaults = {
@@ -63,14 +65,20 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
+        "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
+        "--worker-cls": worker_class(),
         "--worker-extension-cls": "mergekit_bio.engine.vllm.model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
     if len(models) > 1:
         defaults["--api-server-count"] = "1"  # one process decides whose weights are loaded
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}  # vLLM warns of a flag that comes twice
     ours = [
-        part for flag, value in defaults.items() for part in (flag, *([value] if isinstance(value, str) else value))
+        part
+        for flag, value in defaults.items()
+        if flag not in given
+        for part in (flag, *([value] if isinstance(value, str) else value))
     ]
     parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
     args = parser.parse_args(["--model", str(first), *ours, *flags])
@@ -117,6 +125,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         "VLLM_MEDIA_CONNECTOR": "mergekit_bio",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     }
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     signal.signal(signal.SIGINT, _interrupt)

@@ -45,6 +45,7 @@ from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.engine.vllm.log import left_out
 from mergekit_bio.errors import AudioError, PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
 from mergekit_bio.model.layout import AUDIO_SLOT
@@ -289,6 +290,13 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
+#: vLLM expects a reload to bring every tensor, and warns of each layer and weight that it did not.
+_PARTIAL_RELOAD = {
+    "vllm.model_executor.model_loader.reload.layerwise": ("%s: Failed to load weights",),
+    "vllm.model_executor.model_loader.reload.inplace": ("Following weights were not loaded from checkpoint",),
+}
+
+
 class WeightReload:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), called through ``collective_rpc``."""
 
@@ -313,5 +321,6 @@ class WeightReload:
                 digests[name] = tensor_sha256(tensor)
                 yield name, tensor
 
-        self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
+        with left_out(_PARTIAL_RELOAD):
+            self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
         return digests

@@ -22,6 +22,9 @@ _NEVER = -100.0
 
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
 
+#: How long vLLM's processes may take to end by themselves; then they are killed.
+_SECONDS_TO_STOP = 60.0
+
 #: The engines of this process that are running.
 _open: set[int] = set()
 
@@ -63,7 +66,7 @@ class VllmEngine:
         prefixes: PrefixCache | None = None,
         **vllm_options: Any,
     ) -> None:
-        from mergekit_bio.engine.vllm.plugin import register, require_vllm
+        from mergekit_bio.engine.vllm.plugin import register, require_vllm, worker_class
         from mergekit_bio.engine.vllm.start import interruptible, objections
 
         require_vllm()
@@ -89,7 +92,7 @@ class VllmEngine:
                 worker_extension_cls=_EXTENSION,
                 disable_log_stats=False,  # with them come the times of first tokens
                 generation_config="vllm",  # every setting comes with the request
-                **vllm_options,
+                **{"worker_cls": worker_class(), "use_tqdm_on_load": False} | vllm_options,
             )
         _open.add(id(self))
 
@@ -159,7 +162,7 @@ class VllmEngine:
         del self._llm
         if not _open:
             for llm in _closed:
-                llm.llm_engine.engine_core.shutdown()
+                llm.llm_engine.engine_core.shutdown(timeout=_SECONDS_TO_STOP)
             del llm
             _closed.clear()
             gc.collect()

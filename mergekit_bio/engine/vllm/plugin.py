@@ -22,6 +22,13 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)
 
 
+def worker_class() -> str:
+    """The name of the worker class that vLLM should run; ``"auto"`` leaves it to vLLM."""
+    from vllm.platforms import current_platform
+
+    return "mergekit_bio.engine.vllm.cpu_worker.QuietCPUWorker" if current_platform.is_cpu() else "auto"
+
+
 def require_vllm() -> None:
     """Raise unless the supported release of vLLM is installed.
 

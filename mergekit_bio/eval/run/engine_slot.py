@@ -20,6 +20,15 @@ ENGINES = ("vllm", "transformers", "http")
 #: Prompts handed to an engine at once. Answers are written when all of them are there.
 PROMPTS_AT_ONCE = {"vllm": 256, "transformers": 8, "http": 64}
 
+#: What vLLM is told where the user does not: it reads these when it is started.
+_VLLM_ENVIRONMENT = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # by default stdout, where results belong
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # On a CPU its cache takes a share of all memory, twice what is left where a model is loaded already. In GiB.
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "50",  # a busy machine needs more than the 5 s after which it would kill
+}
+
 
 def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str, str | None]:
     """The engine to use, once it is found to be installed, and what a user must be told about it.
@@ -51,11 +60,6 @@ def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[str
             from mergekit_bio.engine.vllm.plugin import missing_vllm
 
             raise missing_vllm()
-        # Its log goes to stdout by default, where results belong.
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        # On a CPU vLLM takes a share of all memory for its cache, twice what is left where a model is loaded already.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     elif name == "transformers" and find_spec("transformers") is None:
         raise MissingPackageError("transformers", "eval", "the transformers engine")
     return name, note
@@ -86,6 +90,9 @@ class EngineSlot:
         max_audios: int = 1,
         prefixes: Path | None = None,
     ) -> None:
+        if name == "vllm":
+            for variable, value in _VLLM_ENVIRONMENT.items():
+                os.environ.setdefault(variable, value)
         known = _options(name) if options else set()
         for option in options:
             if option not in known:
