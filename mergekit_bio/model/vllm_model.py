@@ -43,7 +43,6 @@ from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.errors import AudioError, PromptError
@@ -55,18 +54,27 @@ from mergekit_bio.model.prompt import PromptTokenizer, check_audio_count
 TOWER_BATCH = 16
 
 
+class ClipItems(AudioProcessorItems):
+    """The clips of a prompt; None for one that vLLM knows by its id and was not sent again."""
+
+    def get_item_for_hash(self, index: int) -> Any:
+        clip = self.get(index)
+        return None if clip is None else clip.waveform.numpy()
+
+
 class AudioParser(MultiModalDataParser):
     """Takes audios as clips, arrays, ``(array, sampling rate)`` pairs, or precomputed prefixes ``[n_prefix, hidden]``.
 
     A clip is as long as it says. Arrays are made clips of the model's own length, 10 s, as everywhere in this package,
-    resampler included, in float64; vLLM's own preparation would use another filter, in float32.
+    resampler included, in float64; vLLM's own preparation would use another filter, in float32. What is parsed stays
+    clips, for vLLM parses it once more where its cache lacks it.
     """
 
     def __init__(self, *, config: AudioPrefixConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._config = config
 
-    def _parse_audio_data(self, data: Any) -> AudioEmbeddingItems | AudioProcessorItems | None:
+    def _parse_audio_data(self, data: Any) -> AudioEmbeddingItems | ClipItems | None:
         if data is None:
             return None
         if self.is_embeddings(data):
@@ -77,18 +85,19 @@ class AudioParser(MultiModalDataParser):
                 )
             return AudioEmbeddingItems(data, self.expected_hidden_size)
         items = data if isinstance(data, list) and not _is_number(data) else [data]
-        return AudioProcessorItems([None if item is None else self._prepare(item) for item in items])
+        return ClipItems([None if item is None else self._clip(item) for item in items])
 
-    def _prepare(self, audio: Any) -> Any:
+    def _clip(self, audio: Any) -> Clip:
         if isinstance(audio, Clip):
             if not self._config.prefix_length(len(audio.waveform)):
                 raise VLLMValidationError(
                     f"a clip of {audio.seconds:g} s is too short for this model", parameter="audio"
                 )
-            return audio.waveform.numpy()
+            return audio
         samples, rate = audio if isinstance(audio, tuple) else (audio, self._config.sampling_rate)
+        seconds = self._config.clip_samples / self._config.sampling_rate
         try:
-            return prepare(samples, sampling_rate=round(rate), clip_samples=self._config.clip_samples).numpy()
+            return Clip.from_samples(samples, sampling_rate=round(rate), seconds=seconds)
         except AudioError as error:
             raise VLLMValidationError(f"the audio cannot be used: {error}", parameter="audio") from error
 
@@ -172,9 +181,7 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         # Not through vLLM's call of a processor: it would cast the features to Llama's dtype, and the tower is float32.
-        return BatchFeature(
-            {"input_features": [fbank(torch.as_tensor(waveform)[None])[0] for waveform in hf_data["audio"]]}
-        )
+        return BatchFeature({"input_features": [fbank(clip.waveform[None])[0] for clip in hf_data["audio"]]})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -191,10 +198,10 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         placeholder, audio = config.audio_token_id, config.audio_prefix_config
 
         def placeholders(item: int) -> list[int]:
-            audios = mm_items.get_items("audio", (AudioEmbeddingItems, AudioProcessorItems))
+            audios = mm_items.get_items("audio", (AudioEmbeddingItems, ClipItems))
             if isinstance(audios, AudioEmbeddingItems):
                 return [placeholder] * audios.get_feature_size(item)
-            return [placeholder] * audio.prefix_length(audios.get_audio_length(item))
+            return [placeholder] * audio.prefix_length(len(audios.get(item).waveform))
 
         return [PromptReplacement(modality="audio", target=[placeholder], replacement=placeholders)]
 
