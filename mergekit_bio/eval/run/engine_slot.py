@@ -12,7 +12,8 @@ from mergekit_bio.eval.run.checkpoints import RunCheckpoint, family
 from mergekit_bio.eval.validation import nearest
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.engines.interface import Clip, Engine
+    from mergekit_bio.audio.clip import Clip
+    from mergekit_bio.eval.engines.interface import Engine
     from mergekit_bio.eval.engines.prefix_cache import PrefixCache
 
 ENGINES = ("vllm", "transformers", "http")
