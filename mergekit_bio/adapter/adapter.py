@@ -23,10 +23,12 @@ class Base:
     Attributes:
         source: Where it came from.
         checkpoint: Its headers.
+        overrides: Its tensor name -> what is taken in the place of its own.
     """
 
     source: Source
     checkpoint: Checkpoint
+    overrides: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def input_embedding(self) -> str | None:
@@ -45,6 +47,26 @@ class Base:
             name = self.input_embedding
         return self.checkpoint.tensors.get(name)
 
+    def origin(self, name: str) -> TensorInfo:
+        """The stored tensor that gives W0: the base's own, or what is taken in its place."""
+        own = self.find(name)
+        if own is None:
+            raise KeyError(name)
+        return self.overrides.get(own.name, own)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A tensor of the base that an adapter repeats with other values.
+
+    Attributes:
+        tensor: The adapter's, in the base's shape.
+        rows: The rows in which the two differ.
+    """
+
+    tensor: TensorInfo
+    rows: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -57,8 +79,9 @@ class Adapter:
         deltas: Base tensor name -> what is added to it.
         tower: The tensors of an audio tower, under their original names.
         config: Its own configuration file.
-        notes: What a user should know, one line each.
         files: The weight files; their content is the adapter's identity.
+        notes: What a user should know, one line each.
+        overrides: Base tensor name -> what the adapter has in its place.
     """
 
     kind: str
@@ -69,6 +92,7 @@ class Adapter:
     tower: tuple[TensorInfo, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    overrides: Mapping[str, Override] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, StoredTensor]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_bio.adapter import naturelm, peft
-from mergekit_bio.audio.names import MERGED_PREFIX, is_tower_tensor
+from mergekit_bio.audio.names import MERGED_PREFIX
+from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, inside, read_json
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.checkpoint.source import Source, stated_licence
@@ -19,7 +20,7 @@ class Contents:
 
     Attributes:
         source: Where it was found.
-        kind: In words: ``"PEFT LoRA adapter"``, ``"NatureLM-audio checkpoint (full)"``, ...
+        kind: In words: ``"PEFT LoRA adapter"``, ``"NatureLM-audio checkpoint"``, ...
         files: Weight files.
         nbytes: Their bytes.
         tensors: dtype -> (tensors, elements).
@@ -39,8 +40,10 @@ def inspect(source: Source) -> Contents:
 
     Raises:
         SourceError: It holds nothing of use to a merge.
+        AdapterError: It is a NatureLM-audio checkpoint with tensors that belong to none of its parts.
         CheckpointError: Its files are damaged.
     """
+    refuse_newer_layout(source)
     if (source.path / peft.CONFIG).exists():
         return _adapter(source)
     if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
@@ -100,19 +103,17 @@ def _adapter(source: Source) -> Contents:
 
 
 def _naturelm(source: Source, checkpoint: Checkpoint) -> Contents:
-    names = checkpoint.tensors
-    full = any(".base_layer." in name for name in names)
-    modules = sorted({name.split(".lora_A.")[0].split(".")[-1] for name in names if ".lora_A." in name})
+    contents = naturelm.read_contents(checkpoint)
     facts = {
+        "holds": contents.description,
         "made for": checkpoint.config.get("llama_path"),
         "rank": checkpoint.config.get("lora_rank"),
         "lora_alpha": checkpoint.config.get("lora_alpha"),
-        "targets": modules,
-        "low-rank pairs": sum(".lora_A." in name for name in names),
-        "audio tower": _count(info for name, info in names.items() if is_tower_tensor(name)),
+        "targets": sorted({module.rpartition(".")[2] for module in contents.lora}),
+        "low-rank pairs": len(contents.lora),
+        "audio tower": _count((*contents.tower, *contents.aliases)),
     }
-    kind = f"NatureLM-audio checkpoint ({'full' if full else 'trained-only'})"
-    return _contents(source, kind, checkpoint.shards, facts)
+    return _contents(source, "NatureLM-audio checkpoint", checkpoint.shards, facts)
 
 
 def _count(tensors: Iterable[TensorInfo]) -> str | None:

@@ -3,6 +3,7 @@
 from mergekit_bio.adapter import finetune, naturelm, peft
 from mergekit_bio.adapter.adapter import Adapter, Base
 from mergekit_bio.audio.names import MERGED_PREFIX
+from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
@@ -11,7 +12,7 @@ from mergekit_bio.errors import AdapterError
 def load_adapter(source: Source, base: Base) -> Adapter:
     """Read ``source`` as deltas for ``base``: a PEFT directory, a NatureLM-audio checkpoint, or a full fine-tune.
 
-    Only headers and configuration are read, and for a NatureLM-audio checkpoint with a base of its own that base.
+    Only headers and configuration are read, and what a NatureLM-audio checkpoint repeats of the base.
 
     Raises:
         AdapterError: It is none of these, is damaged, or does not fit the base.
@@ -23,6 +24,7 @@ def load_adapter(source: Source, base: Base) -> Adapter:
             "give the full-precision model"
         )
     _refuse_ears(base.source, base.checkpoint)
+    refuse_newer_layout(source)
     if (source.path / peft.CONFIG).exists():
         return peft.load(source, base)
     if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():

@@ -1,26 +1,58 @@
-"""NatureLM-audio checkpoints: LoRA on Llama, and an audio tower, in one file (earthspecies/NatureLM-audio).
+"""NatureLM-audio checkpoints: LoRA on Llama and an audio tower in one file (earthspecies/NatureLM-audio).
 
-A *full* one carries its own copy of the base, a *trained-only* one does not. Llama's names are PEFT's, behind
-``llama_model.base_model.model.``; everything else is the tower's.
+The published file also repeats Llama's input embedding, with a [PAD] row more; a file that the reference class saves
+whole repeats all of Llama. Llama's names are PEFT's, behind ``llama_model.base_model.model.``; the embedding has a
+second name, ``llama_embed_tokens.weight``; everything else is the tower's.
 """
 
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base, check_all_used, check_fits
+from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
 from mergekit_bio.adapter.delta import Delta, LowRank, check_float
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
-from mergekit_bio.checkpoint.compare import same_bytes
-from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.checkpoint.compare import rows_that_differ, same_bytes
+from mergekit_bio.checkpoint.header import FLOATS, TensorInfo
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 
 _PREFIX = "llama_model.base_model.model."
 _EMBEDDING_ALIAS = "llama_embed_tokens.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.default\.weight")
+_LORA_WITHOUT_DEFAULT = re.compile(r".+\.lora_[AB]\.weight")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a NatureLM-audio checkpoint, by what they are.
+
+    Attributes:
+        lora: Base module -> ``"A"`` and ``"B"`` -> tensor.
+        repeated: Base tensor -> its copies; the embedding may be there under two names.
+        tower: The audio tower's tensors.
+        aliases: Second names of the tower's tensors, where a copy is stored under them.
+    """
+
+    lora: Mapping[str, Mapping[str, TensorInfo]]
+    repeated: Mapping[str, tuple[TensorInfo, ...]]
+    tower: tuple[TensorInfo, ...]
+    aliases: tuple[TensorInfo, ...]
+
+    @property
+    def description(self) -> str:
+        """Such as ``"LoRA, audio tower, a copy of the input embedding"``."""
+        parts = ["LoRA"] if self.lora else []
+        parts += ["audio tower"] if self.tower else []
+        if self.repeated.keys() == {_EMBEDDING}:
+            parts.append("a copy of the input embedding")
+        elif self.repeated:
+            parts.append(f"a copy of {len(self.repeated)} tensors of the base")
+        return ", ".join(parts)
 
 
 def recognise(checkpoint: Checkpoint) -> bool:
@@ -28,48 +60,75 @@ def recognise(checkpoint: Checkpoint) -> bool:
     return any(name.startswith(_PREFIX) for name in checkpoint.tensors)
 
 
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Tell the tensors of a NatureLM-audio checkpoint apart by their names.
+
+    Raises:
+        AdapterError: A tensor belongs to none of its parts.
+    """
+    lora: dict[str, dict[str, TensorInfo]] = {}
+    repeated: dict[str, tuple[TensorInfo, ...]] = {}
+    tower: list[TensorInfo] = []
+    aliases: list[TensorInfo] = []
+    known: set[str] = set()
+    for name, info in checkpoint.tensors.items():
+        inner = name.removeprefix(_PREFIX)
+        if is_tower_tensor(name):
+            (tower if alias_of(name) is None else aliases).append(info)
+        elif name == _EMBEDDING_ALIAS:
+            repeated[_EMBEDDING] = (*repeated.get(_EMBEDDING, ()), info)
+        elif inner == name:
+            continue
+        elif match := _LORA.fullmatch(inner):
+            lora.setdefault(match["module"], {})[match["half"]] = info
+        elif _LORA_WITHOUT_DEFAULT.fullmatch(inner):
+            raise AdapterError(
+                f"{info.file}: tensor {name}: its LoRA names lack '.default.'; NatureLM-audio's end in "
+                "lora_A.default.weight: rename them, or give the adapter as a PEFT directory"
+            )
+        else:
+            base_name = inner.replace(".base_layer.", ".")
+            repeated[base_name] = (*repeated.get(base_name, ()), info)
+        known.add(name)
+    check_all_used(checkpoint.tensors, known | {info.name for info in (*tower, *aliases)}, checkpoint.root)
+    return Contents(lora, repeated, tuple(tower), tuple(aliases))
+
+
 def load(source: Source, base: Base) -> Adapter:
     """Read the NatureLM-audio checkpoint ``source`` as deltas for ``base``, and find its audio tower.
+
+    What it repeats of the base is compared with the base: all of it, a part, or nothing may be there. Where it
+    differs, the adapter says so in ``overrides``, and the merge decides.
 
     Raises:
         AdapterError: It is incomplete, holds what is neither LoRA, base nor tower, or was made from another base.
     """
     checkpoint = Checkpoint.open(source.path)
-    where = checkpoint.root / "config.json"
-    rank, scaling = _strength(checkpoint.config, str(where))
-    halves: dict[str, dict[str, TensorInfo]] = {}
-    carried: dict[str, TensorInfo] = {}
-    tower: list[TensorInfo] = []
-    for name, info in checkpoint.tensors.items():
-        match = _LORA.fullmatch(name.removeprefix(_PREFIX))
-        if is_tower_tensor(name):
-            if alias_of(name) is None:
-                tower.append(info)
-        elif name == _EMBEDDING_ALIAS:
-            carried["model.embed_tokens.weight"] = info
-        elif name.startswith(_PREFIX) and match:
-            halves.setdefault(match["module"], {})[match["half"]] = info
-        elif name.startswith(_PREFIX):
-            carried[name.removeprefix(_PREFIX).replace(".base_layer.", ".")] = info
+    where = str(checkpoint.root / "config.json")
+    rank, scaling = _strength(checkpoint.config, where)
+    contents = read_contents(checkpoint)
+    # 1. Every pair of LoRA halves is a delta of one base tensor.
     deltas: dict[str, tuple[Delta, ...]] = {}
-    for module, pair in halves.items():
-        if len(pair) < 2:
-            raise AdapterError(f"{checkpoint.root}: {module}: one half of its LoRA is missing; fetch the file again")
-        for half, side in (("A", 0), ("B", 1)):
-            check_float(pair[half])
-            if len(pair[half].shape) != 2 or pair[half].shape[side] != rank:
-                raise AdapterError(
-                    f"{pair[half].file}: tensor {pair[half].name}: has shape {list(pair[half].shape)}, which is not "
-                    f"of the rank {rank} that {where} gives"
-                )
+    for module, pair in contents.lora.items():
+        _check_pair(module, pair, rank, checkpoint, where)
         delta = LowRank(pair["A"], pair["B"], scaling)
         check_fits(f"{module}.weight", delta, base)
         deltas[f"{module}.weight"] = (delta,)
-    used = {info.name for pair in halves.values() for info in pair.values()} | {info.name for info in carried.values()}
-    check_all_used(checkpoint.tensors, used | set(filter(is_tower_tensor, checkpoint.tensors)), checkpoint.root)
-    notes = _compare_bases(carried, base) if carried else ()
+    # 2. All BEATs layers share one position bias: a stored copy of it must be one.
+    for info in contents.aliases:
+        original = checkpoint.tensors.get(str(alias_of(info.name)))
+        if original is None or (info.dtype, info.shape) != (original.dtype, original.shape):
+            raise AdapterError(
+                f"{info.file}: tensor {info.name}: is a second name of {alias_of(info.name)}, but differs"
+            )
+        if not same_bytes(info, original):
+            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {original.name}, which it must share")
+    # 3. What it repeats of the base is a copy of it, or overrides it.
+    overrides, notes = _compare_with_base(contents.repeated, base)
     files = tuple(shard.file for shard in checkpoint.shards)
-    return Adapter("naturelm-audio", source, checkpoint.root, deltas, files, tuple(tower), checkpoint.config, notes)
+    return Adapter(
+        "naturelm-audio", source, checkpoint.root, deltas, files, contents.tower, checkpoint.config, notes, overrides
+    )
 
 
 def _strength(config: Mapping[str, Any], where: str) -> tuple[int, float]:
@@ -79,40 +138,64 @@ def _strength(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     return rank, alpha / rank
 
 
-def _compare_bases(carried: dict[str, TensorInfo], base: Base) -> tuple[str, ...]:
-    """A full checkpoint brings a copy of its base: it must be the base given, the added [PAD] row aside."""
-    for name in base.checkpoint.tensors:
-        if name not in carried:
+def _check_pair(module: str, pair: Mapping[str, TensorInfo], rank: int, checkpoint: Checkpoint, where: str) -> None:
+    if len(pair) < 2:
+        raise AdapterError(f"{checkpoint.root}: {module}: one half of its LoRA is missing; fetch the file again")
+    for half, side in (("A", 0), ("B", 1)):
+        check_float(pair[half])
+        if len(pair[half].shape) != 2 or pair[half].shape[side] != rank:
             raise AdapterError(
-                f"{next(iter(carried.values())).file}: carries a base without {name}; it was not made "
-                f"from {base.source.given}"
+                f"{pair[half].file}: tensor {pair[half].name}: has shape {list(pair[half].shape)}, which is not "
+                f"of the rank {rank} that {where} gives"
             )
-    padded = []
-    pairs = []
-    for name, info in carried.items():
-        target = base.find(name)
-        if target is None:
-            raise AdapterError(f"{info.file}: tensor {info.name}: the base {base.source.given} has no {name}")
-        extra = info.shape[0] - target.shape[0] if len(info.shape) == 2 == len(target.shape) else 0
-        grown = extra == 1 and info.shape[1:] == target.shape[1:] and name in (base.input_embedding, LM_HEAD)
-        if info.dtype != target.dtype or (info.shape != target.shape and not grown):
-            raise AdapterError(
-                f"{info.file}: tensor {info.name}: is {info.dtype} {list(info.shape)}, but {name} of the base "
-                f"{base.source.given} is {target.dtype} {list(target.shape)}; it was made from another base"
-            )
-        if grown:
-            padded.append(name)
-        pairs.append((name, info, target))
+
+
+def _compare_with_base(
+    repeated: Mapping[str, tuple[TensorInfo, ...]], base: Base
+) -> tuple[dict[str, Override], tuple[str, ...]]:
+    """Compare what a checkpoint repeats of its base with the base given, the added [PAD] row aside.
+
+    Returns:
+        The tensors in which it differs, by the base's name, and notes for the user.
+    """
+    pairs = [(info, *_fit(name, info, base)) for name, copies in repeated.items() for info in copies]
     with ThreadPoolExecutor() as pool:
-        for (name, info, _), same in zip(
-            pairs, pool.map(lambda pair: same_bytes(pair[1], pair[2]), pairs), strict=True
-        ):
-            if not same:
-                raise AdapterError(
-                    f"{info.file}: tensor {info.name}: differs from {name} of the base {base.source.given}; this "
-                    "checkpoint was made from another base"
-                )
-    notes = [f"its own copy of the base ({len(pairs)} tensors) equals {base.source.given}"]
-    if padded:
+        differences = list(pool.map(lambda pair: rows_that_differ(pair[1], pair[2]), pairs))
+    overrides: dict[str, Override] = {}
+    for (info, trimmed, target), rows in zip(pairs, differences, strict=True):
+        other = overrides.get(target.name)
+        if other is not None and rows_that_differ(trimmed, other.tensor):
+            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {other.tensor.name}, its second name")
+        if rows:
+            overrides[target.name] = Override(trimmed, rows)
+    notes = []
+    if equal := len({target.name for _, _, target in pairs}) - len(overrides):
+        what = "input embedding" if repeated.keys() == {_EMBEDDING} else f"{equal} tensors"
+        notes.append(f"its copy of the base's {what} equals {base.source.given}")
+    if padded := sorted({target.name for info, trimmed, target in pairs if trimmed != info}):
         notes.append(f"its added [PAD] row is left out of {' and '.join(padded)}: nothing reads it")
-    return tuple(notes)
+    return overrides, tuple(notes)
+
+
+def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInfo]:
+    """A repeated tensor without its [PAD] row, and the base's tensor that it repeats.
+
+    Raises:
+        AdapterError: The base has no such tensor, or one of another shape or of whole numbers.
+    """
+    target = base.find(name)
+    if target is None:
+        raise AdapterError(f"{info.file}: tensor {info.name}: the base {base.source.given} has no {name}")
+    grown = (
+        name in (base.input_embedding, LM_HEAD)
+        and len(info.shape) == 2
+        and info.shape == (target.shape[0] + 1, *target.shape[1:])
+    )
+    # The [PAD] row is the last one, so that what is before it is the tensor that begins at the same byte.
+    trimmed = replace(info, shape=target.shape) if grown else info
+    if trimmed.shape != target.shape or info.dtype not in FLOATS or target.dtype not in FLOATS:
+        raise AdapterError(
+            f"{info.file}: tensor {info.name}: is {info.dtype} {list(info.shape)}, but {name} of the base "
+            f"{base.source.given} is {target.dtype} {list(target.shape)}; it was made from another base"
+        )
+    return trimmed, target

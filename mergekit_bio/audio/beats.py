@@ -10,7 +10,10 @@ from mergekit_bio.audio.config import BeatsConfig
 
 
 class Beats(nn.Module):
-    """Patches of the filter bank through a post-norm transformer; parameters carry the checkpoint's names."""
+    """Patches of the filter bank through a post-norm transformer; parameters carry the checkpoint's names.
+
+    A checkpoint may carry the classifier of the fine-tuned BEATs too, which nothing uses.
+    """
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
@@ -19,9 +22,6 @@ class Beats(nn.Module):
         self.layer_norm = nn.LayerNorm(config.patch_dim, eps=config.layer_norm_eps)
         self.post_extract_proj = nn.Linear(config.patch_dim, config.hidden_size)
         self.encoder = Encoder(config)
-        if config.num_labels:
-            # The fine-tuned BEATs' classifier: carried along, never called.
-            self.predictor = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, fbank: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
         """Encode filter banks.

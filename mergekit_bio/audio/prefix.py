@@ -9,6 +9,7 @@ from torch import nn
 from mergekit_bio.audio.beats import Beats
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.audio.qformer import QFormer
 from mergekit_bio.audio.tower import tower_config, tower_tensors
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ class AudioPrefix(nn.Module):
 
         Args:
             source: A directory or hub id (``@revision`` allowed): a merged directory, or an original NatureLM-audio
-                checkpoint, full or trained-only.
+                checkpoint.
 
         Returns:
             The tower in eval mode, in float32, whatever the file holds.
@@ -45,13 +46,14 @@ class AudioPrefix(nn.Module):
             MergekitBioError: The checkpoint is not there, has no tower, or its tensors are not exactly those that its
                 configuration asks for.
         """
-        checkpoint = Checkpoint.open(resolve(source).path)
+        found = resolve(source)
+        refuse_newer_layout(found)
+        checkpoint = Checkpoint.open(found.path)
+        config = tower_config(checkpoint)
         with torch.device("meta"):
-            prefix = cls(tower_config(checkpoint))
-        expected = prefix.state_dict()
-        tensors = tower_tensors(checkpoint, {name: tensor.shape for name, tensor in expected.items()})
-        floats = {name: t.float() if expected[name].is_floating_point() else t for name, t in tensors.items()}
-        prefix.load_state_dict(floats, assign=True)
+            prefix = cls(config)
+        tensors = tower_tensors(checkpoint, config)
+        prefix.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return prefix.eval()
 
     def forward(self, waveform: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:

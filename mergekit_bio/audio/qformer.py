@@ -38,11 +38,10 @@ class Bert(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The queries' layer norm, and positions that the checkpoint carries and nothing uses."""
+    """The queries' layer norm. A checkpoint may carry positions here too, which nothing uses."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.register_buffer("position_ids", torch.arange(config.num_positions)[None])
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,12 @@
-"""Reading the audio tower out of a checkpoint, strictly."""
+"""Which tensors the audio tower has, and reading them out of a checkpoint, strictly."""
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import MERGED_PREFIX, alias_of, is_tower_tensor
+from mergekit_bio.checkpoint.header import FLOATS, TensorInfo
 from mergekit_bio.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -12,7 +15,108 @@ if TYPE_CHECKING:
     from mergekit_bio.checkpoint.checkpoint import Checkpoint
 
 _LLAMA_ROOTS = ("llama_model.", "llama_embed_tokens.")
-_PROJECTION = "audio_llama_proj.weight"
+PROJECTION = "audio_llama_proj.weight"
+#: What a checkpoint may hold and nothing reads: BEATs' own classifier and a buffer of BERT's.
+PREDICTOR = "beats.predictor"
+POSITION_IDS = "audio_Qformer.bert.embeddings.position_ids"
+
+
+def needed_shapes(config: AudioPrefixConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the tower computes with, under the original checkpoint's names.
+
+    Kept without torch, so that a merge can be planned before torch is imported.
+    """
+    return dict(_shapes(config))
+
+
+def unused_shapes(config: AudioPrefixConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what a checkpoint may hold besides, and the tower does not read."""
+    beats = config.beats
+    shapes: dict[str, tuple[int, ...]] = {POSITION_IDS: (1, config.qformer.num_positions)}
+    if beats.num_labels:
+        shapes |= {
+            f"{PREDICTOR}.weight": (beats.num_labels, beats.hidden_size),
+            f"{PREDICTOR}.bias": (beats.num_labels,),
+        }
+    return shapes
+
+
+def _shapes(config: AudioPrefixConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    beats, qformer = config.beats, config.qformer
+    wide, heads = beats.hidden_size, beats.num_attention_heads
+    # BEATs: patches, the convolutional position embedding, the layers.
+    yield "beats.patch_embedding.weight", (beats.patch_dim, 1, beats.patch_size, beats.patch_size)
+    yield from _norm("beats.layer_norm", beats.patch_dim)
+    yield from _linear("beats.post_extract_proj", wide, beats.patch_dim)
+    yield "beats.encoder.pos_conv.0.bias", (wide,)
+    yield "beats.encoder.pos_conv.0.weight_g", (1, 1, beats.conv_kernel)
+    yield "beats.encoder.pos_conv.0.weight_v", (wide, wide // beats.conv_groups, beats.conv_kernel)
+    yield from _norm("beats.encoder.layer_norm", wide)
+    for number in range(beats.num_hidden_layers):
+        layer = f"beats.encoder.layers.{number}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{layer}.self_attn.{projection}", wide, wide)
+        yield from _linear(f"{layer}.self_attn.grep_linear", 8, wide // heads)
+        yield f"{layer}.self_attn.grep_a", (1, heads, 1, 1)
+        if number == 0:  # all layers share it
+            yield f"{layer}.self_attn.relative_attention_bias.weight", (beats.num_buckets, heads)
+        yield from _norm(f"{layer}.self_attn_layer_norm", wide)
+        yield from _linear(f"{layer}.fc1", beats.intermediate_size, wide)
+        yield from _linear(f"{layer}.fc2", wide, beats.intermediate_size)
+        yield from _norm(f"{layer}.final_layer_norm", wide)
+    yield from _norm("ln_audio", wide)
+    # The Q-Former: queries that attend to themselves and to a window of BEATs' tokens.
+    width = qformer.hidden_size
+    yield "audio_query_tokens", (1, qformer.num_queries, width)
+    yield from _norm("audio_Qformer.bert.embeddings.LayerNorm", width)
+    for number in range(qformer.num_hidden_layers):
+        layer = f"audio_Qformer.bert.encoder.layer.{number}"
+        for attention, context in (("attention", width), ("crossattention", wide)):
+            yield from _linear(f"{layer}.{attention}.self.query", width, width)
+            yield from _linear(f"{layer}.{attention}.self.key", width, context)
+            yield from _linear(f"{layer}.{attention}.self.value", width, context)
+            yield from _linear(f"{layer}.{attention}.output.dense", width, width)
+            yield from _norm(f"{layer}.{attention}.output.LayerNorm", width)
+        yield from _linear(f"{layer}.intermediate_query.dense", qformer.intermediate_size, width)
+        yield from _linear(f"{layer}.output_query.dense", width, qformer.intermediate_size)
+        yield from _norm(f"{layer}.output_query.LayerNorm", width)
+    yield from _linear("audio_llama_proj", config.hidden_size, width)
+
+
+def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, columns)
+    yield f"{name}.bias", (rows,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, where: Path) -> None:
+    """Make sure, from headers alone, that a tower is whole.
+
+    Args:
+        tensors: What is there, by its original name; second names of shared tensors left out.
+        config: What it must fit.
+        where: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, of another shape or of whole numbers.
+    """
+    needed, unused = needed_shapes(config), unused_shapes(config)
+    if missing := sorted(needed.keys() - tensors.keys()):
+        raise CheckpointError(f"{where}: lacks {_several(missing)} of the audio tower; fetch it again")
+    if unknown := sorted(tensors.keys() - needed.keys() - unused.keys()):
+        raise CheckpointError(f"{where}: holds {_several(unknown)}, unknown to the audio tower of this version")
+    for name, shape in (needed | unused).items():
+        found = tensors.get(name)
+        if found is not None and found.shape != shape:
+            raise CheckpointError(f"{where}: {name} has the shape {found.shape}, but config.json asks for {shape}")
+        if found is not None and name in needed and found.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{where}: {name} is {found.dtype}; the audio tower computes with {', '.join(FLOATS)}"
+            )
 
 
 def tower_config(checkpoint: "Checkpoint") -> AudioPrefixConfig:
@@ -24,54 +128,46 @@ def tower_config(checkpoint: "Checkpoint") -> AudioPrefixConfig:
     config = checkpoint.config
     if "audio_config" in config:
         return AudioPrefixConfig.from_dict(config["audio_config"], where=f"{checkpoint.root}/config.json: audio_config")
-    projection = checkpoint.tensors.get(_PROJECTION)
+    projection = checkpoint.tensors.get(PROJECTION)
     if "beats_cfg" not in config and projection is None:
         raise CheckpointError(
             f"{checkpoint.root}: has no audio tower; give a merge of NatureLM-audio made without --text-only, or "
             "NatureLM-audio itself"
         )
     if projection is None:
-        raise CheckpointError(f"{checkpoint.root}: lacks the tensor {_PROJECTION}")
+        raise CheckpointError(f"{checkpoint.root}: lacks the tensor {PROJECTION}")
     try:
         return AudioPrefixConfig.from_naturelm(config, hidden_size=projection.shape[0])
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.root}/{error}") from error
 
 
-def tower_tensors(checkpoint: "Checkpoint", shapes: "dict[str, torch.Size]") -> "dict[str, torch.Tensor]":
-    """Read the tower's tensors by their original names.
+def tower_tensors(checkpoint: "Checkpoint", config: AudioPrefixConfig) -> "dict[str, torch.Tensor]":
+    """Read what the tower computes with, by its original names.
 
     Args:
         checkpoint: A merged directory or an original NatureLM-audio checkpoint.
-        shapes: What the configuration asks for.
+        config: What it must fit.
 
     Raises:
         CheckpointError: A tensor is unknown, missing or of another shape, or a second name of a shared tensor
             holds other values.
     """
     merged = "audio_config" in checkpoint.config
-    held = {}
-    for name in checkpoint.tensors:
+    held: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
         if merged and name.startswith(MERGED_PREFIX):
-            held[name.removeprefix(MERGED_PREFIX)] = name
+            held[name.removeprefix(MERGED_PREFIX)] = info
         elif not merged and is_tower_tensor(name):
-            held[name] = name
+            held[name] = info
         elif not merged and not name.startswith(_LLAMA_ROOTS):
             raise CheckpointError(f"{checkpoint.root}: the tensor {name} belongs neither to the tower nor to Llama")
     aliases = {name: original for name in held if (original := alias_of(name))}
-    if missing := sorted(shapes.keys() - held.keys()):
-        raise CheckpointError(f"{checkpoint.root}: lacks {_several(missing)} of the audio tower")
-    if unknown := sorted(held.keys() - shapes.keys() - aliases.keys()):
-        raise CheckpointError(f"{checkpoint.root}: holds {_several(unknown)}, unknown to the audio tower")
-    for name, shape in shapes.items():
-        if (found := tuple(checkpoint.tensors[held[name]].shape)) != tuple(shape):
-            raise CheckpointError(
-                f"{checkpoint.root}: {name} has the shape {found}, but config.json asks for {tuple(shape)}"
-            )
+    check_tower({name: info for name, info in held.items() if name not in aliases}, config, checkpoint.root)
     for name, original in aliases.items():
-        if not checkpoint.read(held[name]).equal(checkpoint.read(held[original])):
+        if not held[name].read().equal(held[original].read()):
             raise CheckpointError(f"{checkpoint.root}: {name} differs from {original}, which it must share")
-    return {name: checkpoint.read(held[name]) for name in shapes}
+    return {name: held[name].read() for name in needed_shapes(config)}
 
 
 def _several(names: list[str]) -> str:

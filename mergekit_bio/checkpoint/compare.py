@@ -1,4 +1,4 @@
-"""Whether two stored tensors are the same bytes, without holding either in memory."""
+"""Compares two stored tensors without holding either in memory."""
 
 import mmap
 
@@ -21,3 +21,28 @@ def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
                 if left[x : x + size] != right[y : y + size]:
                     return False
     return True
+
+
+def rows_that_differ(copy: TensorInfo, original: TensorInfo) -> tuple[int, ...]:
+    """The rows in which ``copy`` is no copy of ``original``.
+
+    The two may be of different floating point types: a value counts as copied if either type holds what the other's
+    value rounds to.
+
+    Args:
+        copy: A tensor of floats.
+        original: Another of the same shape.
+
+    Returns:
+        Their numbers; ``(0,)`` for vectors and scalars that differ, which are one row.
+    """
+    if copy.dtype == original.dtype and same_bytes(copy, original):
+        return ()
+    found: list[int] = []
+    step = max(1, _STEP // max(original.elements // max(original.rows, 1), 1))
+    for start in range(0, original.rows, step):
+        stop = min(start + step, original.rows)
+        ours, theirs = (tensor.read(start, stop).reshape(stop - start, -1) for tensor in (copy, original))
+        same = (ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours) | (ours.isnan() & theirs.isnan())
+        found.extend(start + int(row) for row in (~same.all(dim=1)).nonzero())
+    return tuple(found)

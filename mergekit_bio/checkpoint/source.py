@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from mergekit_bio.checkpoint.checkpoint import inside
+from mergekit_bio.checkpoint.checkpoint import INDEX, SINGLE, inside
 from mergekit_bio.errors import SourceError
 from mergekit_bio.plain_yaml import PlainLoader
 
@@ -15,6 +15,8 @@ _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", *_LICENCES)
 _IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.[!s]*.safetensors")
+#: Meta renamed the repositories of Llama 3.1; many machines hold them under their first names.
+_RENAMED = re.compile(r"meta-llama/(?P<first>Meta-)?Llama-3\.1-(?P<rest>.+)")
 #: A LoRA of before safetensors; read as tensors alone, never unpickled.
 _OLD_LORA = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -65,7 +67,7 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     repo, _, revision = given.partition("@")
     if repo.count("/") != 1 or not _is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")
-    return _from_hub(given, repo, revision or None, patterns or PATTERNS)
+    return _from_hub(given, _name_in_cache(repo, revision or None), revision or None, patterns or PATTERNS)
 
 
 def _from_directory(given: str, path: Path) -> Source:
@@ -75,6 +77,21 @@ def _from_directory(given: str, path: Path) -> Source:
     if home.parent.name == "snapshots" and cache.startswith("models--"):
         return Source(given, path, cache.removeprefix("models--").replace("--", "/", 1), home.name)
     return Source(given, path)
+
+
+def _name_in_cache(repo: str, revision: str | None) -> str:
+    """The name under which a renamed repository is in the local cache; ``repo`` itself where it is not a matter."""
+    from huggingface_hub import try_to_load_from_cache
+
+    renamed = _RENAMED.fullmatch(repo)
+    if renamed is None:
+        return repo
+    other = f"meta-llama/{'' if renamed['first'] else 'Meta-'}Llama-3.1-{renamed['rest']}"
+
+    def cached(name: str) -> bool:
+        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in (SINGLE, INDEX))
+
+    return other if not cached(repo) and cached(other) else repo
 
 
 def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[str]) -> Source:

@@ -61,6 +61,14 @@ def merge(
     text_only: Annotated[
         bool | None, typer.Option("--text-only", help="Leave an audio tower out: the result is a plain Llama.")
     ] = None,
+    base_from_adapter: Annotated[
+        bool | None,
+        typer.Option(
+            "--base-from-adapter",
+            help="Where the adapter repeats weights of the base with other values, take the adapter's at every alpha, "
+            "as NatureLM-audio's own code does; otherwise that is an error.",
+        ),
+    ] = None,
     share: Annotated[
         bool | None,
         typer.Option("--share/--no-share", help="Store what a sweep has in common once, hard-linked. [default: share]"),
@@ -96,8 +104,8 @@ def merge(
         recipe,
         {
             "base": base, "adapter": adapter, "alphas": alpha, "out": out, "dtype": dtype, "rounding": rounding,
-            "seed": seed, "device": device, "text_only": text_only, "share": share, "fsync": fsync,
-            "overwrite": overwrite,
+            "seed": seed, "device": device, "text_only": text_only, "base_from_adapter": base_from_adapter,
+            "share": share, "fsync": fsync, "overwrite": overwrite,
         },
     )  # fmt: skip
     if request.alphas == []:
@@ -109,11 +117,15 @@ def merge(
         alphas=request.strengths,
         dtype=request.dtype,
         text_only=request.text_only,
+        base_from_adapter=request.base_from_adapter,
         share=request.share,
     )
     for adapter_notes in plan.adapters:
         for note in adapter_notes.notes:
             output.note(f"{adapter_notes.source.name}: {note}")
+        for name, override in plan.overrides_of(adapter_notes).items():
+            rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
+            output.note(f"{adapter_notes.source.name}: its own {name} is taken at every alpha; it differs{rows}")
     for strength in (value for one in plan.outputs for value in one.alpha.values if not 0 <= value <= 1):
         output.note(f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)")
     repositories = _repositories(push, plan) if push else []

@@ -172,6 +172,10 @@ def _provenance(manifest: Mapping[str, Any]) -> str:
             ("Deltas", f"{adapter['deltas']} tensors ({kind}{f', scaling {scaling}' if scaling else ''})"),
             ("α", ", ".join(strengths)),
         ]
+        if adapter.get("base_weights"):
+            names = ", ".join(f"`{_plain(name)}`" for name in adapter["base_weights"][:3])
+            more = f" and {len(adapter['base_weights']) - 3} more" if len(adapter["base_weights"]) > 3 else ""
+            rows.append(("Not the base's own", f"{names}{more}: the adapter's, at every α (--base-from-adapter)"))
     if manifest["untied"]:
         rows.append(("Embeddings", "untied from the output layer, as the deltas of the two differ"))
     rows += [

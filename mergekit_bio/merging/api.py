@@ -55,6 +55,7 @@ def plan_merge(
     alphas: Sequence[float | str | Alpha],
     dtype: DType = "keep",
     text_only: bool = False,
+    base_from_adapter: bool = False,
     share: bool = True,
 ) -> MergePlan:
     """Find the sources, read their headers and decide what to do; see :func:`merge` for the arguments.
@@ -75,7 +76,14 @@ def plan_merge(
         adapters.append(load_adapter(resolve(name), model))
         fixed.append(None if own is None else one_alpha(own))
     return build_plan(
-        base=model, adapters=adapters, fixed=fixed, alphas=strengths, dtype=dtype, text_only=text_only, share=share
+        base=model,
+        adapters=adapters,
+        fixed=fixed,
+        alphas=strengths,
+        dtype=dtype,
+        text_only=text_only,
+        base_from_adapter=base_from_adapter,
+        share=share,
     )
 
 
@@ -90,6 +98,7 @@ def merge(
     seed: int = 0,
     device: str = "auto",
     text_only: bool = False,
+    base_from_adapter: bool = False,
     share: bool = True,
     fsync: bool = True,
     overwrite: bool = False,
@@ -106,6 +115,8 @@ def merge(
         seed: Of the stochastic rounding.
         device: ``"auto"`` (GPUs if there are any), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         text_only: Leave an adapter's audio tower out.
+        base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's at every
+            strength, 0 included, as NatureLM-audio's original code does; otherwise that is an error.
         share: Store what several strengths have in common once, hard-linked and read-only.
         fsync: Have everything on the disk before the directory appears.
         overwrite: Replace a directory that a merge has written before.
@@ -116,7 +127,15 @@ def merge(
     Raises:
         MergekitBioError: With one line that says what is wrong, where, and what to do. Nothing is left behind.
     """
-    plan = plan_merge(base=base, adapter=adapter, alphas=alphas, dtype=dtype, text_only=text_only, share=share)
+    plan = plan_merge(
+        base=base,
+        adapter=adapter,
+        alphas=alphas,
+        dtype=dtype,
+        text_only=text_only,
+        base_from_adapter=base_from_adapter,
+        share=share,
+    )
     return carry_out(plan, out=out, rounding=rounding, seed=seed, device=device, fsync=fsync, overwrite=overwrite)
 
 
@@ -196,7 +215,9 @@ def _finish(
             (folder / name).chmod(0o444)
     # Last, because it is what makes a directory a checkpoint that verify accepts.
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return MergedCheckpoint(target / output.folder, output.alpha, losses, unchanged=not hashes)
+    return MergedCheckpoint(
+        target / output.folder, output.alpha, losses, unchanged=not hashes and not plan.base.overrides
+    )
 
 
 def _import_recorders() -> None:

@@ -57,13 +57,17 @@ class Strength(_Strict):
 
 
 class AdapterOrigin(Origin):
-    """An adapter, with what was made of it."""
+    """An adapter, with what was made of it.
+
+    ``base_weights`` are the tensors of the base in whose place the adapter's own were taken, at every strength.
+    """
 
     kind: str
     peft_type: str | None
     alpha: Strength
     scaling: dict[str, int]
     deltas: int
+    base_weights: list[str] = []
 
 
 class SharedFiles(_Strict):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.adapter import Adapter, Base
+from mergekit_bio.adapter.adapter import Adapter, Base, Override
 from mergekit_bio.adapter.delta import Delta, Dense, Dora, StoredTensor
 from mergekit_bio.checkpoint.header import TensorInfo
 from mergekit_bio.merging.alpha import Alpha
@@ -174,6 +174,14 @@ class MergePlan:
     def tower(self) -> tuple[TensorInfo, ...]:
         """The audio tower that goes along."""
         return () if self.text_only else tuple(info for adapter in self.adapters for info in adapter.tower)
+
+    def overrides_of(self, adapter: Adapter) -> dict[str, Override]:
+        """The tensors of the base in whose place this adapter's own are taken, at every strength."""
+        return dict(adapter.overrides) if self.base.overrides else {}
+
+    def stored_of(self, adapter: Adapter) -> dict[str, StoredTensor]:
+        """Everything of an adapter that goes into the result, by name."""
+        return adapter.stored | {one.tensor.name: one.tensor for one in self.overrides_of(adapter).values()}
 
     @property
     def bytes_on_disk(self) -> int:

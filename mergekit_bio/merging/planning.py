@@ -4,12 +4,14 @@ Nothing here reads a weight or writes a file.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_bio.adapter.adapter import LM_HEAD, Adapter, Base
 from mergekit_bio.adapter.delta import Delta, Dense, Dora
+from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import merged_name
+from mergekit_bio.audio.tower import PROJECTION, check_tower
 from mergekit_bio.checkpoint.checkpoint import SINGLE
 from mergekit_bio.checkpoint.header import DTYPES, FLOATS, Shard, TensorInfo, build_header
 from mergekit_bio.errors import AdapterError, AlphaError
@@ -48,6 +50,7 @@ def build_plan(
     alphas: Sequence[Alpha],
     dtype: str = "keep",
     text_only: bool = False,
+    base_from_adapter: bool = False,
     share: bool = True,
 ) -> MergePlan:
     """Decide what to do with every tensor.
@@ -59,10 +62,12 @@ def build_plan(
         alphas: The strengths, one output each.
         dtype: ``"keep"``, or torch's name of a dtype for all weights.
         text_only: Leave an audio tower out.
+        base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's.
         share: Store what several outputs have in common once, under several names.
 
     Raises:
-        AdapterError: The adapters do not fit together.
+        AdapterError: The adapters do not fit together, an audio tower is not what its configuration asks for, or an
+            adapter was made from another base.
         AlphaError: A strength names modules that no adapter changes.
     """
     towers = [adapter for adapter in adapters if adapter.tower]
@@ -71,6 +76,10 @@ def build_plan(
             f"{towers[1].source.given}: brings an audio tower, and {towers[0].source.given} has one already; use "
             "--text-only"
         )
+    if not text_only:
+        for adapter in towers:
+            _check_tower(adapter)
+    base = _with_overrides(base, adapters, base_from_adapter)
     changes, untied = resolve_tying(base, adapters)
     changed = tuple(
         tuple(name for name, deltas in changes.items() if any(owner == number for owner, _ in deltas))
@@ -95,6 +104,38 @@ def build_plan(
     return MergePlan(
         base, tuple(adapters), tuple(fixed), changed, outputs, shards, folds, untied, grown, dtype, text_only
     )
+
+
+def _check_tower(adapter: Adapter) -> None:
+    """An audio tower must hold every tensor that its configuration asks for, and no other."""
+    hidden_size = next((info.shape[0] for info in adapter.tower if info.name == PROJECTION and info.shape), None)
+    if hidden_size is None:
+        raise AdapterError(f"{adapter.file}: lacks the tensor {PROJECTION} of the audio tower; fetch it again")
+    config = AudioPrefixConfig.from_naturelm(dict(adapter.config), hidden_size=hidden_size)
+    check_tower({info.name: info for info in adapter.tower}, config, adapter.file)
+
+
+def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: bool) -> Base:
+    """The base, with the tensors in its place that adapters repeat with other values, if that is wanted."""
+    overrides: dict[str, TensorInfo] = {}
+    for adapter in adapters:
+        for name, override in adapter.overrides.items():
+            tensor, rows = override.tensor, override.rows
+            where = f"{tensor.file}: tensor {tensor.name}"
+            if not base_from_adapter:
+                more = f" (and {len(adapter.overrides) - 1} more tensors do)" if len(adapter.overrides) > 1 else ""
+                in_rows = (
+                    f" in {len(rows)} of {tensor.rows} rows, the first is row {rows[0]}" if tensor.rows > 1 else ""
+                )
+                raise AdapterError(
+                    f"{where}: differs from {name} of the base {base.source.given}{in_rows}{more}; this checkpoint was "
+                    "made from another base: give that, or take the adapter's own weights at every alpha with "
+                    "--base-from-adapter, as its original code does"
+                )
+            if name in overrides:
+                raise AdapterError(f"{where}: another adapter brings its own {name} too; merge them in turn")
+            overrides[name] = tensor
+    return replace(base, overrides=overrides)
 
 
 def _check_strengths(changed: Sequence[Sequence[str]], fixed: Sequence[Alpha | None], alphas: Sequence[Alpha]) -> None:
@@ -124,9 +165,9 @@ def _pieces(
     names = list(base.checkpoint.tensors) + ([LM_HEAD] if untied else [])
     pieces = {}
     for name in names:
-        source = base.find(name)
-        assert source is not None
-        dtype = wanted if wanted and source.dtype in FLOATS else source.dtype
+        source, own = base.origin(name), base.find(name)
+        assert own is not None
+        dtype = wanted if wanted and own.dtype in FLOATS else own.dtype
         deltas = changes.get(name, ())
         piece = _Piece(name, source, dtype, _shape(name, source, deltas), deltas=deltas)
         for number, alpha in enumerate(alphas):
@@ -258,7 +299,7 @@ def _shard(
         size=offset,
         tensors=tuple(piece.name for piece in group),
         copies=tuple(_joined(copies)),
-        mirrors=original.file if original else None,
+        mirrors=original.file if original and all(piece.source.file == original.file for piece in group) else None,
         links=tuple(paths[1:]),
     )
 

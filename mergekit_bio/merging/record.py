@@ -105,13 +105,14 @@ def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
     modules = {pattern: own for pattern, own in alpha.modules if any(matches(pattern, name) for name in names)}
     return AdapterOrigin(
         **_found(adapter.source),
-        fingerprint=fingerprint(adapter.stored),
+        fingerprint=fingerprint(plan.stored_of(adapter)),
         license_files=list(adapter_licences(plan)[number]),
         kind=adapter.kind,
         peft_type=adapter.config.get("peft_type"),
         alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
+        base_weights=sorted(plan.overrides_of(adapter)),
     )
 
 

@@ -45,6 +45,7 @@ class MergeRequest(BaseModel):
     seed: int = 0
     device: str = "auto"
     text_only: bool = False
+    base_from_adapter: bool = False
     share: bool = True
     fsync: bool = True
     overwrite: bool = False

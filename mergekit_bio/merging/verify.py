@@ -154,8 +154,7 @@ def _against_sources(
             if distance >= worst:
                 worst, where = distance, name
         else:
-            source = towers.get(name) or plan.base.find(name)
-            assert source is not None
+            source = towers.get(name) or plan.base.origin(name)
             if source.nbytes != info.nbytes or not same_bytes(source, info):
                 raise VerificationError(f"{info.file}: tensor {name}: is not what {source.file} holds")
             copied += 1
@@ -178,6 +177,7 @@ def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None
         alphas=[1.0],  # of no adapter: each has its own
         dtype=manifest.dtype,  # type: ignore[arg-type]
         text_only=manifest.text_only,
+        base_from_adapter=any(origin.base_weights for origin in manifest.adapters),
     )
 
 
@@ -186,7 +186,7 @@ def _check_fingerprints(plan: MergePlan, manifest: Manifest) -> None:
         (plan.base.source.given, fingerprint(plan.base.checkpoint.tensors), manifest.base)
     ]
     for adapter, merged in zip(plan.adapters, manifest.adapters, strict=True):
-        found.append((adapter.source.given, fingerprint(adapter.stored), merged))
+        found.append((adapter.source.given, fingerprint(plan.stored_of(adapter)), merged))
     for given, value, origin in found:
         if value != origin.fingerprint:
             raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")

@@ -7,7 +7,9 @@ from torch import nn
 from transformers import GenerationMixin, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
 from mergekit_bio.model.registration import register
@@ -24,6 +26,11 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
     input_modalities = ("audio", "text")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    # A checkpoint may carry both, and nothing reads them.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        rf"^{MERGED_PREFIX}{PREDICTOR}\.",
+        rf"^{MERGED_PREFIX}{POSITION_IDS}$",
+    ]
     _no_split_modules = ["LlamaDecoderLayer", "AudioPrefix"]  # noqa: RUF012
 
     def __init__(self, config: NatureLMAudioConfig) -> None:
@@ -31,7 +38,6 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         text_config = config.get_text_config()
         self.model = LlamaModel(text_config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        # Not by _keep_in_fp32_modules_strict, which would cast the tower's integer buffer too.
         self.audio_prefix = AudioPrefix(config.audio_prefix_config).float()
         self.post_init()
 

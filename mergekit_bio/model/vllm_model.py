@@ -41,6 +41,7 @@ from vllm.sequence import IntermediateTensors
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.checkpoint.checkpoint import Checkpoint
 from mergekit_bio.checkpoint.digest import tensor_sha256
@@ -279,7 +280,8 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors under their names on disk, all or some of them."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        unused = [f"{MERGED_PREFIX}{name}" for name in (PREDICTOR, POSITION_IDS)]
+        return AutoWeightsLoader(self, skip_prefixes=unused).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
 class WeightReload:

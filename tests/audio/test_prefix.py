@@ -19,6 +19,7 @@ from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.names import is_tower_tensor
 from mergekit_bio.audio.prefix import AudioPrefix, token_padding
+from mergekit_bio.audio.tower import needed_shapes, unused_shapes
 
 
 @pytest.fixture(scope="module")
@@ -171,16 +172,20 @@ def test_real_buckets_for_every_offset(golden: Path) -> None:
 def test_the_real_checkpoints_tensors_are_the_full_size_models(golden: Path) -> None:
     manifest = json.loads((golden / "manifest" / "naturelm_audio_keys.json").read_text())["keys"]
     real = json.loads((golden / "manifest" / "config_json_example.json").read_text())
+    config = AudioPrefixConfig.from_naturelm(real, hidden_size=4096)
     with torch.device("meta"):
-        model = AudioPrefix(AudioPrefixConfig.from_naturelm(real, hidden_size=4096))
+        model = AudioPrefix(config)
 
-    expected = {
+    published = {
         name: (entry["shape"], entry["dtype"])
         for name, entry in manifest.items()
         if entry["in_file"] and is_tower_tensor(name)
     }
-    types = {torch.float32: "F32", torch.int64: "I64"}
-    assert {name: (list(t.shape), types[t.dtype]) for name, t in model.state_dict().items()} == expected
+    unused = {name: (list(shape), published[name][1]) for name, shape in unused_shapes(config).items()}
+    assert {name: (list(t.shape), "F32") for name, t in model.state_dict().items()} | unused == published
+    assert {name: list(shape) for name, shape in needed_shapes(config).items()} == {
+        name: list(t.shape) for name, t in model.state_dict().items()
+    }
     rest = {name for name, entry in manifest.items() if not is_tower_tensor(name)}
     assert all(name.startswith(("llama_model.", "llama_embed_tokens.")) for name in rest)
 
@@ -249,7 +254,7 @@ def test_with_gradients_the_numbers_are_the_same_and_every_used_parameter_gets_o
 
     assert (embedded - expected).abs().max() < 1e-6
     # One query attends only to itself, so its query and key projections cannot matter.
-    unused = ("predictor", ".attention.self.query", ".attention.self.key")
+    unused = (".attention.self.query", ".attention.self.key")
     for name, parameter in prefix.named_parameters():
         assert (parameter.grad is not None and parameter.grad.any()) or any(part in name for part in unused), name
 
