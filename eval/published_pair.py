@@ -15,6 +15,9 @@ from typing import Any
 from synthetic import RANK, SHAPES, attention, llama_tensors
 from tensor_file import Tensor, write_tensors
 
+from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.tower import needed_shapes, unused_shapes
+
 #: A new shard begins where the next tensor would make the shard larger: Transformers' default at the time.
 _SHARD_BYTES = 5_000_000_000
 _LAYERS = SHAPES["8b"].layers
@@ -244,21 +247,15 @@ def _lora_tensors(layers: int) -> Iterator[Tensor]:
 
 
 def _tower_tensors() -> Iterator[Tensor]:
-    """Our own tower's, which has the published names. A merge refuses any other."""
-    import torch
-
-    from mergekit_bio.audio.config import AudioPrefixConfig
-    from mergekit_bio.audio.prefix import AudioPrefix
-
-    with torch.device("meta"):
-        tower = AudioPrefix(AudioPrefixConfig.from_naturelm(_NATURELM_CONFIG, hidden_size=SHAPES["8b"].hidden))
-    for name, tensor in tower.state_dict().items():
-        dtype = "F32" if tensor.is_floating_point() else "I64"
+    """What our own tower asks for, and what it passes over: BEATs' classifier, and BERT's positions."""
+    config = AudioPrefixConfig.from_naturelm(_NATURELM_CONFIG, hidden_size=SHAPES["8b"].hidden)
+    for name, shape in (needed_shapes(config) | unused_shapes(config)).items():
+        dtype = "I64" if name.endswith("position_ids") else "F32"
         scale = ("norm" in name.lower() or "ln_audio" in name) and name.endswith("weight")
         if scale or name.endswith("weight_g"):  # ones, so that activations stay sane
-            yield Tensor(name, tuple(tensor.shape), dtype, mean=1.0, std=0.0)
+            yield Tensor(name, shape, dtype, mean=1.0, std=0.0)
         else:
-            yield Tensor(name, tuple(tensor.shape), dtype)
+            yield Tensor(name, shape, dtype)
 
 
 def _shards(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

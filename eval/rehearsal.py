@@ -36,10 +36,10 @@ SWEEP = ("0.4", "0.6")
 _PAGE = """\
 # The first commands, at full size
 
-{pair} Offline, from a Hugging Face cache,
-each command in a process of its own and with its defaults; in this order, the page cache as the command before left
-it. The weights are random, so the answers mean nothing; the files, the work and the memory are those of the real
-models. Made by `make rehearsal` (`eval/rehearsal.py`).
+{pair}
+Offline, from a Hugging Face cache, each command in a process of its own and with its defaults; in this order, the page
+cache as the command before left it. The weights are random, so the answers mean nothing; the files, the work and the
+memory are those of the real models. Made by `make rehearsal` (`eval/rehearsal.py`).
 
 Machine: {machine}. {versions}.
 

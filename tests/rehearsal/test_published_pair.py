@@ -7,6 +7,7 @@ EarthSpeciesProject/NatureLM-audio.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,10 +182,13 @@ def test_fewer_layers_make_a_smaller_pair_of_the_same_layout(llama: Path, nature
     assert json.loads((small_llama / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def offline(home: Path) -> dict[str, str]:
+    return os.environ | {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
 def command_line(home: Path, *words: str) -> dict[str, Any]:
     """What the real program prints, offline, with this cache."""
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([PROGRAM, *words, "--json"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([PROGRAM, *words, "--json"], env=offline(home), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -200,3 +204,65 @@ def test_inspect_finds_the_default_sources_in_the_cache(home: Path, source: str,
     found = command_line(home, "inspect", source)
     assert sum(each["count"] for each in found["tensors"].values()) == tensors
     assert found["bytes"] == nbytes
+
+
+def test_a_merge_of_the_defaults_is_planned_offline(home: Path) -> None:
+    plan = command_line(home, "merge", "--alpha", "0.5", "--dry-run")
+    modules = {each.pop("modules"): each for each in plan["modules"]}
+    assert {name: each for name, each in modules.items() if "folded" in each} == {
+        f"self_attn.{projection}_proj": {"folded": 32} for projection in "kqvo"
+    }
+    assert modules["audio tower"] == {"copied": 301}
+    assert sum(each.get("copied", 0) for each in modules.values()) == 291 - 128 + 301
+    naturelm = tensors(published_pair.ADAPTER.snapshot(home / "hub"))
+    tower = sum(math.prod(shape) for name, (_, shape) in naturelm.items() if not name.startswith("llama_"))
+    weights = 2 * 8_030_261_248 + 4 * tower + 4 * 512  # bfloat16 and float32, but for 512 int64 positions
+    assert 0 < plan["bytes"]["written"] - weights < 1e6  # headers
+
+
+PEAK = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+"""
+
+
+def test_comparing_the_embeddings_takes_no_memory_to_speak_of(home: Path) -> None:
+    """By the kernel's own count: 1.05 GB on either side are looked at, and not held, nor mapped."""
+    command = [sys.executable, "-c", PEAK, PROGRAM, "merge", "--alpha", "0.5", "--dry-run", "--quiet"]
+    done = subprocess.run(command, env=offline(home), capture_output=True, text=True, check=True)
+    code, peak = map(int, done.stdout.split())
+    assert code == 0
+    assert peak < 300e6
+
+
+def test_a_tower_tensor_of_another_size_is_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    naturelm = published_pair.ADAPTER.snapshot(home / "hub")
+    (tmp_path / "config.json").write_text((naturelm / "config.json").read_text())
+    changed = [
+        tensor_file.Tensor("audio_query_tokens", (1, 2, 768), "F32") if tensor.name == "audio_query_tokens" else tensor
+        for tensor in published_pair.adapter_tensors()
+    ]
+    tensor_file.write_tensors(tmp_path / "model.safetensors", changed, {}, sparse=True)
+    options = ["--alpha", "0.5", "--adapter", tmp_path, "--out", tmp_path / "merged"]
+    done = subprocess.run([PROGRAM, "merge", *options], env=offline(home), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "audio_query_tokens" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "merged").exists()
+
+
+def test_transformers_has_nothing_to_say_about_a_merges_tokenizer(home: Path, tmp_path: Path) -> None:
+    """With a vocabulary as large as Llama's it looks closer than with those of tiny models."""
+    from mergekit_bio.model.layout import merged_config
+
+    llama, naturelm = published_pair.BASE.snapshot(home / "hub"), published_pair.ADAPTER.snapshot(home / "hub")
+    for file in llama.glob("*token*.json"):
+        shutil.copy(file, tmp_path)
+    sources = [json.loads((tmp_path / "tokenizer.json").read_text())]
+    sources += [json.loads((folder / "config.json").read_text()) for folder in (llama, naturelm)]
+    config = merged_config(tokenizer=sources[0], text_config=sources[1], naturelm_config=sources[2])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = "import sys, mergekit_bio, transformers; transformers.AutoTokenizer.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=offline(home), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
