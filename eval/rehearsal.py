@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import sys
+import time
 import wave
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class Rehearsal:
         self.recording = scratch / "recording.wav"
         self.rows: list[tuple[str, Cost]] = []
         self.notes: list[str] = []
+        self.disk = 0
         self._environment = {
             "HF_HOME": str(self.hub.parent),
             "HF_HUB_CACHE": str(self.hub),
@@ -123,11 +125,14 @@ class Rehearsal:
         except RuntimeError as error:
             raise RehearsalError(f"{step.shown}: {error}") from error
         self.rows.append((step.shown, cost))
+        files = {stat.st_ino: stat.st_blocks * 512 for stat in (file.lstat() for file in self.scratch.rglob("*"))}
+        self.disk = max(self.disk, sum(files.values()))
         memory = f"{cost.anonymous / 1e9:.2f} GB anonymous, {cost.resident / 1e9:.2f} GB resident"
         print(f"  {cost.wall:.1f} s, {memory}", flush=True)
 
     def rehearse(self) -> None:
         """All of it."""
+        start = time.perf_counter()
         # 1. The files, in a process of their own: this one stays small, or its children's figures would carry it.
         writer = [sys.executable, HERE / "published_pair.py", self.hub, "--layers", str(self.layers)]
         self.run(Step("writing the pair", writer))
@@ -168,6 +173,10 @@ class Rehearsal:
             self.ask_vllm("one question through vLLM at both", sorted(path for path in sweep.glob("alpha-*")))
         else:
             self.note("No GPU: the sweep of two alphas was left out.")
+        minutes = (time.perf_counter() - start) / 60
+        self.note(
+            f"All of it, the writing of the pair included: {minutes:.1f} minutes, {self.disk / 1e9:.1f} GB of disk."
+        )
 
     def ask_vllm(self, shown: str, checkpoints: Sequence[Path]) -> None:
         """One question through vLLM, in a process of its own."""
@@ -266,8 +275,6 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def answer(checkpoints: Sequence[Path], recording: Path, result: Path) -> None:
     """Ask every checkpoint through vLLM, greedily and with two beams, and write what it took."""
-    import time
-
     start = time.perf_counter()
     import torch
 

@@ -281,7 +281,9 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors under their names on disk, all or some of them."""
         unused = [f"{MERGED_PREFIX}{name}" for name in (PREDICTOR, POSITION_IDS)]
-        return AutoWeightsLoader(self, skip_prefixes=unused).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return AutoWeightsLoader(self, ignore_unexpected_prefixes=unused).load_weights(
+            weights, mapper=self.hf_to_vllm_mapper
+        )
 
 
 class WeightReload:
