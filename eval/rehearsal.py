@@ -39,8 +39,9 @@ _PAGE = """\
 
 {pair}
 Offline, from a Hugging Face cache, each command in a process of its own and with its defaults; in this order, the page
-cache as the command before left it. The weights are random, so the answers mean nothing; the files, the work and the
-memory are those of the real models. Made by `make rehearsal` (`eval/rehearsal.py`).
+cache as the command before left it. One run: times vary with what else the machine and its disk do. The weights are
+random, so the answers mean nothing; the files, the work and the memory are those of the real models. Made by
+`make rehearsal` (`eval/rehearsal.py`).
 
 Machine: {machine}. {versions}.
 
