@@ -28,8 +28,9 @@ from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
 from mergekit_bio.audio import prefix as prefix_module
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.model import processing
 

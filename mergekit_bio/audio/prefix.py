@@ -1,5 +1,6 @@
 """The audio prefix: from a waveform to the embeddings that stand for it in Llama's prompt."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -73,6 +74,22 @@ class AudioPrefix(nn.Module):
         """
         return self.project(self.encode(self.features(waveform), padding))
 
+    def embed(self, features: Sequence[torch.Tensor], *, at_most: int | None = None) -> list[torch.Tensor]:
+        """Embed clips of any lengths; those of one length go through the tower together.
+
+        Args:
+            features: The filter bank ``[frames, 128]`` of each clip.
+            at_most: Clips that go together, which bounds the memory; by default all of one length.
+
+        Returns:
+            ``[n_prefix, hidden]`` for each clip, in their order.
+        """
+        prefixes: dict[int, torch.Tensor] = {}
+        for together in equally_long(features, at_most=at_most or len(features)):
+            encoded = self.encode(torch.stack([features[n] for n in together]))
+            prefixes |= zip(together, self.project(encoded).unbind(), strict=True)
+        return [prefixes[n] for n in range(len(features))]
+
     @staticmethod
     def features(waveform: torch.Tensor) -> torch.Tensor:
         """Filter banks float32 ``[batch, frames, 128]`` of ``[batch, samples]``, on the waveform's device."""
@@ -105,6 +122,23 @@ class AudioPrefix(nn.Module):
         windows = self.ln_audio(encoded).unfold(1, window, stride).transpose(2, 3)
         queries = self.audio_Qformer(self.audio_query_tokens, windows.flatten(0, 1))
         return self.audio_llama_proj(queries.unflatten(0, windows.shape[:2]).flatten(1, 2))
+
+
+def equally_long(tensors: Sequence[torch.Tensor], *, at_most: int) -> Iterator[list[int]]:
+    """Indices of tensors in batches of one length, so that each batch can be stacked.
+
+    A clip is never padded to the length of its neighbours: the tower would hear the padding as silence.
+
+    Args:
+        tensors: Any, equal in all but their first axis.
+        at_most: Tensors a batch.
+    """
+    by_length: dict[int, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        by_length.setdefault(len(tensor), []).append(n)
+    for same in by_length.values():
+        for start in range(0, len(same), at_most):
+            yield same[start : start + at_most]
 
 
 def token_padding(padding: torch.Tensor, *, frames: int, tokens: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.audio.waveform import MIN_SECONDS, check_channels, check_duration, check_rate, fit, resample_blocks
 from mergekit_bio.errors import AudioError, MissingPackageError
@@ -13,8 +14,6 @@ from mergekit_bio.errors import AudioError, MissingPackageError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-CLIP_SECONDS = 10.0
 
 _SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
 

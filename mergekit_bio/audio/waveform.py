@@ -1,4 +1,4 @@
-"""From an array of samples at any rate to the clip the tower hears: mono, 16 kHz, 10 s, within [-1, 1]."""
+"""From an array of samples at any rate to what the tower hears: mono, 16 kHz, of a clip's length, within [-1, 1]."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

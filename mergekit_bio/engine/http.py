@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mergekit_bio.engine.interface import Clip, Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 #: Answers that another try, or another server, may better.
@@ -145,9 +146,7 @@ class HttpEngine:
         raise EngineError(f"the http engine has no {what}; take --engine vllm or --engine transformers")
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
-        audios = [
-            {"type": "input_audio", "input_audio": {"data": _wav(clip), "format": "wav"}} for clip in prompt.audios
-        ]
+        audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
         text = prompt.text.strip()
         content = [{"type": "text", "text": text}, *audios] if audios else text
         return {
@@ -302,12 +301,17 @@ def _generation(document: dict[str, Any], seconds: float) -> Generation:
         raise ValueError("the answer is no completion") from error
 
 
-def _wav(clip: Clip) -> str:
-    """A prepared clip as a file that loses nothing: 64-bit floats."""
+def _url(clip: Clip) -> str:
+    """A prepared clip as a ``data:`` URL of a file that loses nothing (64-bit floats).
+
+    A server of ours would take it for the beginning of 10 s; the parameter says how long the clip is. Another server
+    passes over the parameter and hears the clip as it is here: cut and padded.
+    """
     import soundfile
 
     from mergekit_bio.audio.config import SAMPLING_RATE
 
     file = io.BytesIO()
     soundfile.write(file, clip.waveform.numpy(), SAMPLING_RATE, format="WAV", subtype="DOUBLE")
-    return base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:audio/wav;seconds={clip.seconds};base64,{data}"

@@ -2,57 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.errors import EngineError, PromptError
 from mergekit_bio.model.layout import AUDIO_SLOT
 
-if TYPE_CHECKING:
-    import torch
-
 EarlyStopping = bool | Literal["never"]
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """One audio, prepared: what the tower hears.
-
-    Attributes:
-        waveform: float64 ``[clip_samples]`` at 16 kHz, of :func:`mergekit_bio.audio.waveform.prepare`.
-    """
-
-    waveform: "torch.Tensor"
-
-    @classmethod
-    def from_samples(cls, samples: Any, *, sampling_rate: int) -> "Clip":
-        """Prepare an array of samples.
-
-        Raises:
-            AudioError: The samples are no use.
-        """
-        from mergekit_bio.audio.waveform import prepare
-
-        return cls(prepare(samples, sampling_rate=sampling_rate))
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Clip":
-        """Read the beginning of a recording.
-
-        Raises:
-            AudioError: The file is no use.
-        """
-        from mergekit_bio.audio.recording import read_clip
-
-        return cls(read_clip(path).waveform)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of every sample."""
-        from mergekit_bio.checkpoint.digest import tensor_sha256
-
-        return tensor_sha256(self.waveform.double())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.checkpoint.digest import tensor_bytes, tensor_sha256
-from mergekit_bio.engine.interface import Clip
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ _KEY = "prefix"
 class PrefixCache:
     """Encodes clips with one tower, each at most once.
 
-    A prefix is known by the sha256 of the whole prepared waveform and the content of the tower that made it. Any
+    A prefix is known by its clip's digest (length and every sample) and the content of the tower that made it. Any
     number of threads and processes may share a folder: files appear whole or not at all, and of two that are made
     at once, equal up to the rounding of a batch, one stays. A file that cannot be read, or is not what its name
     says, is made again.
@@ -69,9 +69,13 @@ class PrefixCache:
             if prefix is not None:
                 found[digest] = prefix
         missing = [digest for digest in wanted if digest not in found]
-        for start in range(0, len(missing), self._batch_size):
-            batch = missing[start : start + self._batch_size]
-            for digest, prefix in zip(batch, self._encode([wanted[d] for d in batch]), strict=True):
+        if not missing:
+            return [found[clip.digest] for clip in clips]
+        from mergekit_bio.audio.prefix import equally_long
+
+        for batch in equally_long([wanted[digest].waveform for digest in missing], at_most=self._batch_size):
+            digests = [missing[n] for n in batch]
+            for digest, prefix in zip(digests, self._encode([wanted[d] for d in digests]), strict=True):
                 found[digest] = prefix
                 self._remember(digest, prefix)
                 self._write(digest, prefix)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.checkpoint.directory import inside, read_json
 from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.errors import CheckpointError
@@ -64,13 +65,13 @@ class Tokenization:
             PromptError: The prompt is empty or writes the placeholder itself.
         """
         text = render_prompt(prompt.text, template=self.processor.prompt_template, num_audios=len(prompt.audios))
-        length = self.processor.prefix_length if expanded else 1
-        ids: list[int] = self.processor.tokenize(text, audio_lengths=[length] * len(prompt.audios))
+        lengths = [self.processor.num_placeholders(clip) if expanded else 1 for clip in prompt.audios]
+        ids: list[int] = self.processor.tokenize(text, audio_lengths=lengths)
         return ids
 
-    def prompt_length(self, prompt: Prompt, ids: Sequence[int]) -> int:
-        """Length of a prompt with its audio, from its unexpanded ids."""
-        return len(ids) + len(prompt.audios) * (self.processor.prefix_length - 1)
+    def prompt_length(self, ids: Sequence[int], clips: Sequence[Clip]) -> int:
+        """Length of a prompt with its clips, from its unexpanded ids."""
+        return len(ids) + sum(self.processor.num_placeholders(clip) - 1 for clip in clips)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text."""

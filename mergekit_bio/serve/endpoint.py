@@ -6,9 +6,9 @@ import json
 import math
 from typing import Any
 
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.checkpoint.manifest import MANIFEST
-from mergekit_bio.engine.interface import Clip
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.online import answer
 from mergekit_bio.errors import AudioError, MergekitBioError
@@ -77,6 +77,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
     from vllm.exceptions import VLLMClientError
 
     settings: ServeSettings = state.mergekit_bio_settings
+    seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
     try:
         prompt = item.prompt()
         if len(item.audio_inputs) > _max_audios(state):
@@ -85,7 +86,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
             state.engine_client,
             state.mergekit_bio_tokenization,
             prompt=prompt,
-            clips=[await _clip(audio, settings) for audio in item.audio_inputs],
+            clips=[await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs],
             decoding=item.generation_config.decoding(default_tokens=settings.max_new_tokens),
         )
     except (MergekitBioError, VLLMClientError) as error:
@@ -105,7 +106,7 @@ def _max_audios(state: Any) -> int:
     return limit
 
 
-async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
+async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:
     def prepare(data: bytes) -> Clip:
         import numpy as np
 
@@ -115,7 +116,7 @@ async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
         missing = math.ceil(MIN_SECONDS * rate) - len(samples)
         if len(samples) and missing > 0:
             samples = np.pad(samples, ((0, missing), (0, 0)))
-        return Clip.from_samples(samples, sampling_rate=rate)
+        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
 
     if audio.payload_type == "base64_wav":
         data = decode_base64(audio.data)

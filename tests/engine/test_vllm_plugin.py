@@ -65,7 +65,7 @@ def test_audio_at_another_rate_is_resampled_as_everywhere_else(vllm_engine, clip
         ([torch.zeros(16000).numpy()] * 2, "3 audio slots"),
         ([torch.zeros(100).numpy()], "too short"),
         ([torch.full((16000,), float("nan")).numpy()], "NaN"),
-        ([torch.zeros(5, 64)] * 3, "has 5 tokens"),
+        ([torch.zeros(30, 64)] * 3, "has 30 tokens"),
     ],
     ids=["number", "short", "NaN", "prefix"],
 )

@@ -190,7 +190,7 @@ class VllmEngine:
                 "raise max_audios"
             )
         ids = self.tokenization.prompt_ids(prompt, expanded=False)
-        length = self.tokenization.prompt_length(prompt, ids)
+        length = self.tokenization.prompt_length(ids, prompt.audios)
         if length + room > self._max_len:
             raise PromptError(
                 f"the prompt is {length} tokens long and {room} are to follow, but the engine was started for "
@@ -198,16 +198,14 @@ class VllmEngine:
             )
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if prompt.audios:
-            audio = (
-                self.prefixes(prompt.audios) if self.prefixes is not None else [clip.waveform for clip in prompt.audios]
-            )
+            audio = list(prompt.audios) if self.prefixes is None else self.prefixes(prompt.audios)
             request["multi_modal_data"] = {"audio": audio}
             # Known by content already: vLLM need not hash it again at every step.
             request["multi_modal_uuids"] = {"audio": [clip.digest for clip in prompt.audios]}
         return request
 
     def _length(self, prompt: Prompt, request: dict[str, Any]) -> int:
-        return self.tokenization.prompt_length(prompt, request["prompt_token_ids"])
+        return self.tokenization.prompt_length(request["prompt_token_ids"], prompt.audios)
 
     def _generation(self, output: Any, eos: Sequence[int], seconds: float) -> Generation:
         (completion,) = output.outputs

@@ -4,8 +4,9 @@ import asyncio
 import uuid
 from typing import Any
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.decoding.beams import BeamSearch, candidates
-from mergekit_bio.engine.interface import Clip, Decoding, Generation, Timings
+from mergekit_bio.engine.interface import Decoding, Generation, Timings
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.offline import MAX_LOGPROBS, likeliest, sampling_params
 from mergekit_bio.errors import EngineError, PromptError
@@ -30,7 +31,7 @@ async def answer(
     loop = asyncio.get_running_loop()
     start = loop.time()
     ids = tokenization.processor.tokenize(prompt)
-    length = len(ids) + len(clips) * (tokenization.processor.prefix_length - 1)
+    length = tokenization.prompt_length(ids, clips)
     limit = engine.model_config.max_model_len
     if length + decoding.max_new_tokens > limit:
         raise PromptError(
@@ -39,7 +40,7 @@ async def answer(
         )
     request: dict[str, Any] = {"prompt_token_ids": ids}
     if clips:
-        request["multi_modal_data"] = {"audio": [clip.waveform for clip in clips]}
+        request["multi_modal_data"] = {"audio": list(clips)}
         request["multi_modal_uuids"] = {"audio": [clip.digest for clip in clips]}
     eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else tokenization.eos_token_ids
     placeholder = tokenization.audio_token_id

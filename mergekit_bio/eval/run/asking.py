@@ -20,7 +20,8 @@ from mergekit_bio.eval.run.questions import Question, options, questions
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 if TYPE_CHECKING:
-    from mergekit_bio.engine.interface import Clip, Engine, Generation, Prompt
+    from mergekit_bio.audio.clip import Clip
+    from mergekit_bio.engine.interface import Engine, Generation, Prompt
 
 #: Audios handed to an engine at once: 1.3 MB of samples each.
 AUDIOS_AT_ONCE = 512
@@ -180,16 +181,17 @@ class _Ears:
         def clip(name: str, clip_id: str) -> "Clip":
             import numpy as np
 
+            from mergekit_bio.audio.clip import Clip
             from mergekit_bio.audio.waveform import MIN_SECONDS
-            from mergekit_bio.engine.interface import Clip
 
-            samples, rate = datasets[name].audio(clip_id)
+            dataset = datasets[name]
+            samples, rate = dataset.audio(clip_id)
             # The model hears a short clip with silence after it; only prepare() refuses what is below half a second.
             lacking = math.ceil(MIN_SECONDS * rate) - len(samples)
             if lacking > 0:
                 samples = np.pad(samples, [(0, lacking)] + [(0, 0)] * (samples.ndim - 1))
             try:
-                return Clip.from_samples(samples, sampling_rate=rate)
+                return Clip.from_samples(samples, sampling_rate=rate, seconds=dataset.seconds)
             except AudioError as error:
                 raise DatasetError(f"{name}: clip {clip_id}: {error}") from None
 

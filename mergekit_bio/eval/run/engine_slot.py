@@ -12,7 +12,8 @@ from mergekit_bio.eval.run.checkpoints import RunCheckpoint, family
 from mergekit_bio.validation import nearest
 
 if TYPE_CHECKING:
-    from mergekit_bio.engine.interface import Clip, Engine
+    from mergekit_bio.audio.clip import Clip
+    from mergekit_bio.engine.interface import Engine
     from mergekit_bio.engine.prefix_cache import PrefixCache
 
 ENGINES = ("vllm", "transformers", "http")

@@ -143,6 +143,7 @@ def cell_records(
         identity = {
             "checkpoint": weights[cell.checkpoint],
             "data": data[cell.dataset.name],
+            "clip_seconds": cell.dataset.seconds,
             "query": query,
             "species": [[one.name, one.description] for one in recipe.species],
             "top_k_species": recipe.top_k_species,
