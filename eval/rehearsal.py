@@ -279,14 +279,14 @@ def answer(checkpoints: Sequence[Path], recording: Path, result: Path) -> None:
     start = time.perf_counter()
     import torch
 
-    from mergekit_bio.audio.clip import Clip
+    from mergekit_bio.audio.recording import read_clip
     from mergekit_bio.engine.interface import Decoding, Prompt
     from mergekit_bio.engine.vllm.offline import VllmEngine
 
     options = {"max_model_len": 1024, "max_audios": 1, "enforce_eager": not torch.cuda.is_available()}
     engine = VllmEngine(checkpoints[0], **options)
     started = time.perf_counter() - start
-    prompt = Prompt(QUESTION, [Clip.from_file(recording)])
+    prompt = Prompt(QUESTION, [read_clip(recording)])
     seconds = {}
     for checkpoint in checkpoints:
         where = f" at {checkpoint.name}" if len(checkpoints) > 1 else ""

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.config import SAMPLING_RATE
@@ -28,10 +27,14 @@ class Clip:
     Attributes:
         waveform: float64 ``[seconds * 16000]`` at 16 kHz, of :func:`mergekit_bio.audio.waveform.prepare`.
         seconds: Its length, 0.5 to 10.
+        start: Where it begins in its recording, in seconds.
+        end: Where it ends there: before ``start + seconds`` where the recording ends first.
     """
 
     waveform: "torch.Tensor"
     seconds: float = CLIP_SECONDS
+    start: float = 0.0
+    end: float = CLIP_SECONDS
 
     def __post_init__(self) -> None:
         if self.waveform.shape != (samples_of(self.seconds),):
@@ -51,18 +54,8 @@ class Clip:
         """
         from mergekit_bio.audio.waveform import prepare
 
-        return cls(prepare(samples, sampling_rate=sampling_rate, clip_samples=samples_of(seconds)), seconds)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Clip":
-        """Read the first 10 s of a recording.
-
-        Raises:
-            AudioError: The file is no use.
-        """
-        from mergekit_bio.audio.recording import read_clip
-
-        return cls(read_clip(path).waveform)
+        waveform = prepare(samples, sampling_rate=sampling_rate, clip_samples=samples_of(seconds))
+        return cls(waveform, seconds, end=seconds)
 
     @cached_property
     def digest(self) -> str:

@@ -18,10 +18,8 @@ from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    LabelScore,
     Loaded,
     Prompt,
-    Timings,
     check_options,
 )
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
@@ -128,7 +126,12 @@ class HttpEngine:
         return render_prompt(prompt.text, template=self._template, num_audios=len(prompt.audios))
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
-        """See :meth:`mergekit_bio.engine.interface.Engine.generate`; no beams, which the API does not have."""
+        """Answer prompts, over all servers at once.
+
+        Raises:
+            EngineError: Beams or end tokens are asked for, which the API does not have, or no server answers any more.
+            PromptError: A server refuses a prompt.
+        """
         if decoding.num_beams > 1:
             raise EngineError("servers do not search with beams over OpenAI's API; take num_beams 1, or --engine vllm")
         if decoding.eos_token_ids is not None:
@@ -144,10 +147,10 @@ class HttpEngine:
             }
             for n, prompt in enumerate(prompts)
         ]
-        return asyncio.run(self._all(bodies))
+        return asyncio.run(self._answer_all(bodies))
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
-        """See :meth:`mergekit_bio.engine.interface.Engine.choose`; the server constrains the answer.
+        """Answer each prompt with one of the labels; the server constrains the answer.
 
         It lets through any tokens that spell a label, where the other engines take the label's own, so between close
         labels another one may win. Its log-probabilities are those of the tokens among the whole vocabulary.
@@ -158,11 +161,11 @@ class HttpEngine:
             | {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
             for prompt in prompts
         ]
-        return asyncio.run(self._all(bodies))
+        return asyncio.run(self._answer_all(bodies))
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """OpenAI's chat API does not score given answers: raises EngineError."""
-        self._refuse("label scores")
+        raise EngineError("the http engine has no label scores; take --engine vllm or --engine transformers")
 
     def load(self, checkpoint: str | Path) -> Loaded:
         """Ask the servers for another of the models they offer, by its directory's name.
@@ -185,9 +188,6 @@ class HttpEngine:
     def close(self) -> None:
         """Nothing to free: the servers stay."""
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise EngineError(f"the http engine has no {what}; take --engine vllm or --engine transformers")
-
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
         text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
@@ -199,13 +199,13 @@ class HttpEngine:
             "return_token_ids": True,
         }
 
-    async def _all(self, bodies: list[dict[str, Any]]) -> list[Generation]:
+    async def _answer_all(self, bodies: list[dict[str, Any]]) -> list[Generation]:
         import httpx
 
         pool = _Pool(self._servers, concurrency=self._concurrency, given_up_after=self._retries.given_up_after)
         limits = httpx.Limits(max_connections=self._concurrency * len(self._servers))
         async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
-            tasks = [asyncio.create_task(self._one(client, pool, body)) for body in bodies]
+            tasks = [asyncio.create_task(self._answer(client, pool, body)) for body in bodies]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
@@ -213,7 +213,7 @@ class HttpEngine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, client: Any, pool: "_Pool", body: dict[str, Any]) -> Generation:
+    async def _answer(self, client: Any, pool: "_Pool", body: dict[str, Any]) -> Generation:
         import httpx
 
         reason = ""
@@ -221,7 +221,7 @@ class HttpEngine:
             if attempt:
                 longest = min(self._retries.longest_wait, self._retries.first_wait * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(0, longest))
-            server, strikes = await pool.acquire()
+            server, failures_before = await pool.acquire()
             failed = True
             try:
                 start = time.perf_counter()
@@ -238,7 +238,7 @@ class HttpEngine:
             except (httpx.TransportError, httpx.DecodingError, ValueError) as error:
                 reason = f"{server} failed: {type(error).__name__} {error}".rstrip()
             finally:
-                pool.release(server, strikes, failed=failed)
+                pool.release(server, failures_before, failed=failed)
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
 
     async def _models(self, server: str) -> list[str]:
@@ -292,11 +292,11 @@ class _Pool:
                     return best, self._failures[best]
                 await self._changed.wait()
 
-    def release(self, server: str, strikes: int, *, failed: bool) -> None:
+    def release(self, server: str, failures_before: int, *, failed: bool) -> None:
         """Give room back."""
         self._room[server] += 1
         # What was under way together and failed together failed once.
-        self._failures[server] = max(self._failures[server], strikes + 1) if failed else 0
+        self._failures[server] = max(self._failures[server], failures_before + 1) if failed else 0
         task = asyncio.get_running_loop().create_task(self._notify())
         self._notifying.add(task)  # or it might be collected before it ran
         task.add_done_callback(self._notifying.discard)
@@ -334,7 +334,7 @@ def _generation(document: dict[str, Any], seconds: float) -> Generation:
             logprobs=logprobs or (math.nan,) * len(ids),
             finish_reason="length" if choice["finish_reason"] == "length" else "stop",
             prompt_tokens=document["usage"]["prompt_tokens"],
-            timings=Timings(total=seconds),
+            seconds=seconds,
         )
     except (KeyError, TypeError) as error:
         raise ValueError("the answer is no completion") from error

@@ -70,19 +70,6 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Seconds.
-
-    Attributes:
-        total: From handing the prompt to the engine to its last token. Prompts of one call wait for each other.
-        first_token: To the first token, where the engine tells.
-    """
-
-    total: float
-    first_token: float | None = None
-
-
-@dataclass(frozen=True)
 class Generation:
     """What came out for one prompt.
 
@@ -92,7 +79,7 @@ class Generation:
         logprobs: Natural log-probability of each token; for a choice, among the tokens that the list allows.
         finish_reason: ``"stop"`` (an end token, or a whole choice) or ``"length"``.
         prompt_tokens: Length of the prompt, audio included.
-        timings: How long it took.
+        seconds: From handing over the prompts to the answer; those of one call wait for each other.
         score: The beam's score (beam search only).
     """
 
@@ -101,28 +88,8 @@ class Generation:
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
-    timings: Timings
+    seconds: float
     score: float | None = None
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """How likely a label is as the answer.
-
-    Attributes:
-        label: The label.
-        logprob: Sum of the natural log-probabilities of its tokens (no end token).
-        tokens: How many they are.
-    """
-
-    label: str
-    logprob: float
-    tokens: int
-
-    @property
-    def normalized(self) -> float:
-        """Log-probability a token."""
-        return self.logprob / self.tokens
 
 
 @dataclass(frozen=True)
@@ -249,8 +216,11 @@ class Engine(Protocol):
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """Answer each prompt with one of the labels: the likeliest allowed token at every step."""
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
-        """Score every label as the answer to each prompt, in the labels' order."""
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
+        """For each prompt label -> how likely it is as the answer: the sum of its tokens' natural log-probabilities.
+
+        The end token does not count.
+        """
 
     def load(self, checkpoint: str | Path) -> Loaded:
         """Move to another checkpoint of the same sweep by replacing the tensors in which the two differ.

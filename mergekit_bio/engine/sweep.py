@@ -103,13 +103,13 @@ def difference(current: Path, target: Path) -> Difference:
 
 
 def _with_fused(names: set[str]) -> set[str]:
-    found = set(names)
+    whole = set(names)
     for name in names:
         match = _MODULE.search(name)
         for group in _FUSED:
             if match and match[1] in group:
-                found |= {name.replace(match[1], other) for other in group}
-    return found
+                whole |= {name.replace(match[1], other) for other in group}
+    return whole
 
 
 def _layer_order(name: str) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.layout import MODEL_TYPE
 from mergekit_bio.audio.prompt import render_prompt
 from mergekit_bio.checkpoint.directory import inside, read_json
-from mergekit_bio.engine.interface import Prompt
+from mergekit_bio.engine.interface import Decoding, Generation, Prompt
 from mergekit_bio.errors import CheckpointError
 
 
@@ -77,6 +77,31 @@ class Tokenization:
     def prompt_length(self, ids: Sequence[int], clips: Sequence[Clip]) -> int:
         """Length of a prompt with its clips, from its unexpanded ids."""
         return len(ids) + sum(self.processor.num_placeholders(clip) - 1 for clip in clips)
+
+    def end_tokens(self, decoding: Decoding) -> tuple[int, ...]:
+        """What ends a generation: the user's tokens, else the checkpoint's own."""
+        return self.eos_token_ids if decoding.eos_token_ids is None else decoding.eos_token_ids
+
+    def generation(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        decoding: Decoding,
+        *,
+        prompt_tokens: int,
+        seconds: float,
+        score: float | None = None,
+    ) -> Generation:
+        """Generated tokens as an answer."""
+        return Generation(
+            text=self.decode(token_ids),
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            finish_reason="stop" if token_ids[-1] in self.end_tokens(decoding) else "length",
+            prompt_tokens=prompt_tokens,
+            seconds=seconds,
+            score=score,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text."""

@@ -10,15 +10,13 @@ from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
+from mergekit_bio.engine.decoding.labels import Query, build_trie, choice_generation, choose, score_labels
 from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    LabelScore,
     Loaded,
     Prompt,
-    Timings,
     check_options,
 )
 from mergekit_bio.engine.prefix_cache import PrefixCache
@@ -132,19 +130,19 @@ class TransformersEngine:
         generations = []
         for prompt in prompts:
             start = time.perf_counter()
-            reader = _Reader(self, [prompt])
+            reader = _NextTokens(self, [prompt])
             (choice,) = choose(
                 root, prompts=1, eos_token_ids=self.tokenization.eos_token_ids, next_logprobs=reader.next_logprobs
             )
-            timings = Timings(total=time.perf_counter() - start)
+            seconds = time.perf_counter() - start
             length = len(self.tokenization.prompt_ids(prompt, expanded=True))
-            generations.append(Generation(choice.label, choice.token_ids, choice.logprobs, "stop", length, timings))
+            generations.append(choice_generation(choice, prompt_tokens=length, seconds=seconds))
         return generations
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
-        reader = _Reader(self, prompts)
+        reader = _NextTokens(self, prompts)
         return score_labels(root, labels, prompts=len(prompts), next_logprobs=reader.next_logprobs)
 
     def load(self, checkpoint: str | Path) -> Loaded:
@@ -205,13 +203,14 @@ class TransformersEngine:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else self.tokenization.eos_token_ids
+        eos = self.tokenization.end_tokens(decoding)
         beams = decoding.num_beams > 1
         start = time.perf_counter()
         with torch.no_grad():
             heard = iter(self.prefixes([clip for prompt in prompts for clip in prompt.audios]))
             rows = [
-                self._embed(own, [next(heard) for _ in prompt.audios]) for prompt, own in zip(prompts, ids, strict=True)
+                self._embed(prompt_ids, [next(heard) for _ in prompt.audios])
+                for prompt, prompt_ids in zip(prompts, ids, strict=True)
             ]
             # Generation continues a row at its right end, so the padding stands on the left.
             embeds = pad_sequence(rows, batch_first=True, padding_side="left")
@@ -232,20 +231,17 @@ class TransformersEngine:
                 if beams
                 else _logprobs(output.logits, output.sequences)
             )
-        timings = Timings(total=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         scores = output.sequences_scores.tolist() if beams else [None] * len(prompts)
         generations = []
-        for own, tokens, logs, score in zip(ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True):
+        for prompt_ids, tokens, logs, score in zip(
+            ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True
+        ):
+            # A row goes on with padding after its first end token.
             end = next((n + 1 for n, token in enumerate(tokens) if token in eos), len(tokens))
             generations.append(
-                Generation(
-                    text=self.tokenization.decode(tokens[:end]),
-                    token_ids=tuple(tokens[:end]),
-                    logprobs=tuple(logs[:end]),
-                    finish_reason="stop" if tokens[end - 1] in eos else "length",
-                    prompt_tokens=len(own),
-                    timings=timings,
-                    score=score,
+                self.tokenization.generation(
+                    tokens[:end], logs[:end], decoding, prompt_tokens=len(prompt_ids), seconds=seconds, score=score
                 )
             )
         return generations
@@ -276,7 +272,7 @@ def _settings(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
     }
 
 
-class _Reader:
+class _NextTokens:
     """Log-probabilities of next tokens, with the prompt's keys and values kept."""
 
     def __init__(self, engine: TransformersEngine, prompts: Sequence[Prompt]) -> None:
@@ -284,18 +280,18 @@ class _Reader:
         self._kept: tuple[int, Any, torch.Tensor, int] | None = None
 
     def next_logprobs(self, queries: Sequence[Query]) -> list[list[float]]:
-        """See :data:`mergekit_bio.engine.decoding.labels.NextLogprobs`."""
+        """Answer each query with the log-probabilities of its candidates."""
         import torch
 
         answers = []
         with torch.no_grad():
-            for prompt, tokens, asked in queries:
-                cache, logits, length = self._read(prompt)
-                if tokens:
-                    ids = torch.tensor([tokens], device=logits.device)
+            for query in queries:
+                cache, logits, length = self._read(query.prompt)
+                if query.tokens:
+                    ids = torch.tensor([query.tokens], device=logits.device)
                     logits = self._engine._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
                     cache.crop(length - cache.get_seq_length())
-                answers.append(logits.float().log_softmax(-1)[list(asked)].tolist())
+                answers.append(logits.float().log_softmax(-1)[list(query.candidates)].tolist())
         return answers
 
     def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":

@@ -79,20 +79,20 @@ class EmbeddingWriter:
 
         config = prefix.config
         device = prefix.audio_query_tokens.device
-        windows = read_windows(recording, window=window, hop=hop, clip_samples=config.clip_samples)
-        while some := list(islice(windows, _BATCH)):
+        windows = read_windows(recording, window=window, hop=hop)
+        while clips := list(islice(windows, _BATCH)):
             if self.recordings[-1:] != [str(recording)]:
                 self.recordings.append(str(recording))
             with torch.inference_mode():
-                encoded = prefix.encode(prefix.features(torch.stack([part.waveform for part in some]).to(device)))
+                encoded = prefix.encode(prefix.features(torch.stack([clip.waveform for clip in clips]).to(device)))
                 embedded = prefix.project(encoded)
-            lengths = [config.beats.num_tokens(round((part.end - part.start) * config.sampling_rate)) for part in some]
+            lengths = [config.beats.num_tokens(round((clip.end - clip.start) * config.sampling_rate)) for clip in clips]
             pooled = torch.stack([row[:length].mean(0) for row, length in zip(encoded, lengths, strict=True)])
             self._append("prefix", embedded.float().cpu().numpy())
             self._append("encoder", pooled.float().cpu().numpy())
-            self._append("recording", torch.full((len(some),), len(self.recordings) - 1).numpy())
-            self._append("start", torch.tensor([part.start for part in some], dtype=torch.float64).numpy())
-            self._append("end", torch.tensor([part.end for part in some], dtype=torch.float64).numpy())
+            self._append("recording", torch.full((len(clips),), len(self.recordings) - 1).numpy())
+            self._append("start", torch.tensor([clip.start for clip in clips], dtype=torch.float64).numpy())
+            self._append("end", torch.tensor([clip.end for clip in clips], dtype=torch.float64).numpy())
 
     def _append(self, name: str, rows: "np.ndarray") -> None:
         if name not in self._columns:

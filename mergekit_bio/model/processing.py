@@ -7,23 +7,13 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
+from mergekit_bio.audio.chat_template import processor_chat_template
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.config import SAMPLING_RATE, AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.layout import AUDIO_SLOT
-from mergekit_bio.audio.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
+from mergekit_bio.audio.prompt import PromptTokenizer, check_audio_count, render_prompt
 from mergekit_bio.errors import AudioError, PromptError
-
-# Llama 3's headers around every message; an audio part of a message becomes a slot, set as NatureLM-audio sets it.
-_CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] | trim }}{%- else %}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'audio' %}{{- '" + AUDIO_LEAD + "' }}{%- else %}{{- part['text'] }}{%- endif %}"
-    "{%- endfor %}{%- endif %}{{- '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
 
 
 class NatureLMAudioProcessor(ProcessorMixin):
@@ -108,7 +98,11 @@ class NatureLMAudioProcessor(ProcessorMixin):
         return length
 
     def render(self, instruction: str, *, num_audios: int = 1) -> str:
-        """The complete prompt for one instruction; see :func:`mergekit_bio.audio.prompt.render_prompt`."""
+        """The complete prompt for one instruction, which gets a slot in front where it has none for one audio.
+
+        Raises:
+            PromptError: The instruction is empty, or its slots are not as many as the audios.
+        """
         return render_prompt(instruction, template=self.prompt_template, num_audios=num_audios)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
@@ -116,7 +110,7 @@ class NatureLMAudioProcessor(ProcessorMixin):
 
         It is not ``self.chat_template``, which would be saved over the tokenizer's.
         """
-        return super().apply_chat_template(conversation, chat_template or _CHAT_TEMPLATE, **kwargs)
+        return super().apply_chat_template(conversation, chat_template or processor_chat_template(), **kwargs)
 
     def __call__(
         self,
@@ -153,14 +147,18 @@ class NatureLMAudioProcessor(ProcessorMixin):
         if unknown := kwargs.keys() - {"add_special_tokens", "padding", "padding_side", "images", "videos"}:
             raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
         prompts = [text] if isinstance(text, str) else list(text)
-        audios = _distribute(audio, prompts)
-        clips = [[self._clip(audio, sampling_rate) for audio in own] for own in audios]
+        # 1. Every prompt's audios, as clips.
+        clips = [
+            [self._clip(audio, sampling_rate) for audio in of_prompt] for of_prompt in _audios_by_prompt(audio, prompts)
+        ]
+        # 2. Token ids, with as many placeholders for a clip as its prefix has tokens.
         ids = [
-            self.tokenize(prompt, audio_lengths=[self.num_placeholders(clip) for clip in own])
-            for prompt, own in zip(prompts, clips, strict=True)
+            self.tokenize(prompt, audio_lengths=[self.num_placeholders(clip) for clip in of_prompt])
+            for prompt, of_prompt in zip(prompts, clips, strict=True)
         ]
         inputs: dict[str, Any] = dict(zip(("input_ids", "attention_mask"), self._pad_left(ids), strict=True))
-        features = [fbank(clip.waveform[None])[0] for own in clips for clip in own]
+        # 3. What the tower reads. Clips of several lengths cannot be stacked, and are never padded to one another's.
+        features = [fbank(clip.waveform[None])[0] for of_prompt in clips for clip in of_prompt]
         if features:
             same = len({len(bank) for bank in features}) == 1
             inputs["input_features"] = torch.stack(features) if same else features
@@ -181,19 +179,23 @@ class NatureLMAudioProcessor(ProcessorMixin):
         return ids, mask
 
 
-def _distribute(audio: Any, prompts: list[str]) -> list[list[Any]]:
-    """Give every prompt its audios."""
+def _audios_by_prompt(audio: Any, prompts: list[str]) -> list[list[Any]]:
+    """Every prompt's audios, of one audio, a list for all prompts in order, or a list of lists.
+
+    Raises:
+        PromptError: They are not as many as the slots.
+    """
     slots = [prompt.count(AUDIO_SLOT) for prompt in prompts]
     if audio is None:
         audio = []
     elif not isinstance(audio, list | tuple):
         audio = [audio]
-    if audio and all(isinstance(own, list | tuple) for own in audio):
+    if audio and all(isinstance(of_prompt, list | tuple) for of_prompt in audio):
         if len(audio) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts came with {len(audio)} lists of audios")
-        for count, own in zip(slots, audio, strict=True):
-            check_audio_count(slots=count, audios=len(own))
-        return [list(own) for own in audio]
+        for count, of_prompt in zip(slots, audio, strict=True):
+            check_audio_count(slots=count, audios=len(of_prompt))
+        return [list(of_prompt) for of_prompt in audio]
     check_audio_count(slots=sum(slots), audios=len(audio))
     rest = iter(audio)
     return [[next(rest) for _ in range(count)] for count in slots]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mergekit_bio.audio.chat_template import server_chat_template
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside, read_json
@@ -14,7 +15,6 @@ from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
-from mergekit_bio.serve.chat_template import chat_template
 from mergekit_bio.serve.settings import ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -141,7 +141,7 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _chat_template(checkpoint: Path) -> str:
-    return chat_template(read_json(inside(checkpoint, "processor_config.json"))["audio_token"])
+    return server_chat_template(read_json(inside(checkpoint, "processor_config.json"))["audio_token"])
 
 
 def _clip_seconds(checkpoint: Path) -> float:

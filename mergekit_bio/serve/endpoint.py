@@ -96,7 +96,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
         finish_reason=generation.finish_reason,
         prompt_tokens=generation.prompt_tokens,
         tokens=len(generation.token_ids),
-        seconds=generation.timings.total,
+        seconds=generation.seconds,
     )
 
 

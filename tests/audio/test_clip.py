@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.recording import read_clip
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.errors import AudioError
 
@@ -52,7 +53,7 @@ def test_a_clip_is_ten_seconds_long_unless_its_caller_says_otherwise(tmp_path: P
     import soundfile
 
     soundfile.write(tmp_path / "short.wav", recording(3), 16_000, subtype="DOUBLE")
-    for clip in (Clip.from_samples(recording(3), sampling_rate=16_000), Clip.from_file(tmp_path / "short.wav")):
+    for clip in (Clip.from_samples(recording(3), sampling_rate=16_000), read_clip(tmp_path / "short.wav")):
         assert clip.seconds == 10
         assert np.array_equal(clip.waveform.numpy(), padded(recording(3), 10))
 

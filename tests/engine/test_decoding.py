@@ -78,11 +78,10 @@ def test_label_scores_are_the_sums_of_their_tokens(seed):
         return [[language(tokens)[token] for token in options] for _, tokens, options in queries]
 
     root = build_trie(LABELS, encode)
-    ((*scores,),) = score_labels(root, LABELS, prompts=1, next_logprobs=next_logprobs)
-    assert [score.label for score in scores] == LABELS
-    for score in scores:
-        assert score.logprob == pytest.approx(language.logprob(encode(score.label)))
-        assert score.normalized == pytest.approx(score.logprob / len(score.label))
+    (scores,) = score_labels(root, LABELS, prompts=1, next_logprobs=next_logprobs)
+    assert list(scores) == LABELS
+    for label, logprob in scores.items():
+        assert logprob == pytest.approx(language.logprob(encode(label)))
     assert len(asked) == len(set(asked))  # what labels share is asked once
 
 
@@ -108,7 +107,7 @@ def test_a_choice_takes_the_likeliest_allowed_step(seed):
         sofar += best
         if not any(label.startswith(sofar) and label != sofar for label in LABELS):
             break
-    assert choice.label == sofar and list(choice.token_ids) == encode(sofar)
+    assert choice.label == sofar and list(choice.node.tokens) == encode(sofar)
     assert sum(choice.logprobs) == pytest.approx(logprob)
 
 

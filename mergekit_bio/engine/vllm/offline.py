@@ -2,22 +2,20 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
+from mergekit_bio.engine.decoding.labels import NextLogprobs, Query, build_trie, choice_generation, choose, score_labels
 from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    LabelScore,
     Loaded,
     Prompt,
-    Timings,
 )
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference
@@ -149,7 +147,6 @@ class VllmEngine:
                 enable_mm_embeds=True,
                 max_logprobs=MAX_LOGPROBS,
                 worker_extension_cls=_EXTENSION,
-                disable_log_stats=False,  # with them come the times of first tokens
                 generation_config="vllm",  # every setting comes with the request
                 **{"worker_cls": worker_class(), "use_tqdm_on_load": False} | vllm_options,
             )
@@ -171,9 +168,7 @@ class VllmEngine:
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         return [
-            generation(
-                output, decoding, self.tokenization, prompt_tokens=length, timings=_timings(output.metrics, seconds)
-            )
+            generation(output, decoding, self.tokenization, prompt_tokens=length, seconds=seconds)
             for output, length in zip(outputs, lengths, strict=True)
         ]
 
@@ -188,13 +183,14 @@ class VllmEngine:
             eos_token_ids=self.tokenization.eos_token_ids,
             next_logprobs=self._next_logprobs(requests),
         )
-        timings = Timings(total=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        lengths = [self._length(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
         return [
-            Generation(choice.label, choice.token_ids, choice.logprobs, "stop", self._length(prompt, request), timings)
-            for choice, prompt, request in zip(choices, prompts, requests, strict=True)
+            choice_generation(choice, prompt_tokens=length, seconds=seconds)
+            for choice, length in zip(choices, lengths, strict=True)
         ]
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
         requests = [self._request(prompt, room=1) for prompt in prompts]
@@ -292,36 +288,33 @@ class VllmEngine:
                     searches[n].advance([next(outputs) for _ in asked])
                     seconds[n] = time.perf_counter() - start
             generations += [
-                search.generation(prompt_tokens=lengths[n], timings=Timings(total=taken))
+                search.generation(prompt_tokens=lengths[n], seconds=taken)
                 for n, search, taken in zip(group, searches, seconds, strict=True)
             ]
         return generations
 
-    def _next_logprobs(self, requests: list[dict[str, Any]]) -> Callable[[Sequence[Query]], list[list[float]]]:
-        """What walks a trie of labels: each query is a one-token request that names the tokens it asks about."""
+    def _next_logprobs(self, requests: list[dict[str, Any]]) -> NextLogprobs:
+        """What walks a trie of labels: each query is a one-token request that names its candidates."""
 
         def ask(queries: Sequence[Query]) -> list[list[float]]:
             from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS as LIMIT
 
+            # A request may name so many tokens only: a query with more of them becomes several.
             parts = [
-                (n, tokens, asked[start : start + LIMIT])
-                for n, tokens, asked in queries
-                for start in range(0, len(asked), LIMIT)
+                query._replace(candidates=query.candidates[start : start + LIMIT])
+                for query in queries
+                for start in range(0, len(query.candidates), LIMIT)
             ]
-            outputs = iter(
-                self._step(
-                    [continued(requests[n], tokens) for n, tokens, _ in parts],
-                    [one_token(logprob_token_ids=list(asked)) for _, _, asked in parts],
-                )
+            outputs = self._step(
+                [continued(requests[part.prompt], part.tokens) for part in parts],
+                [one_token(logprob_token_ids=list(part.candidates)) for part in parts],
             )
-            answers: list[list[float]] = []
-            for _, _, asked in queries:
-                answer: list[float] = []
-                for start in range(0, len(asked), LIMIT):
-                    (found,) = next(outputs).outputs[0].logprobs
-                    answer += [found[token].logprob for token in asked[start : start + LIMIT]]
-                answers.append(answer)
-            return answers
+            logprobs = iter(
+                output.outputs[0].logprobs[0][token].logprob
+                for part, output in zip(parts, outputs, strict=True)
+                for token in part.candidates
+            )
+            return [[next(logprobs) for _ in query.candidates] for query in queries]
 
         return ask
 
@@ -347,10 +340,3 @@ class VllmEngine:
             used += needed
         if group:
             yield group
-
-
-def _timings(metrics: Any, seconds: float) -> Timings:
-    """Of a request, where vLLM tells; else of the whole call."""
-    if not metrics:
-        return Timings(total=seconds)
-    return Timings(total=metrics.last_token_ts - metrics.queued_ts, first_token=metrics.first_token_latency)

@@ -5,7 +5,7 @@ import uuid
 from typing import Any
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.engine.interface import Decoding, Generation, Timings
+from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.requests import PromptBeams, generation, sampling_params
 from mergekit_bio.errors import EngineError, PromptError
@@ -45,10 +45,9 @@ async def answer(
         beams = PromptBeams(request, decoding, tokenization)
         while not beams.done:
             beams.advance(await asyncio.gather(*(_run(engine, step, beams.params) for step in beams.requests())))
-        return beams.generation(prompt_tokens=length, timings=Timings(total=loop.time() - start))
+        return beams.generation(prompt_tokens=length, seconds=loop.time() - start)
     output = await _run(engine, request, sampling_params(decoding, tokenization, seed=decoding.seed))
-    timings = Timings(total=loop.time() - start)
-    return generation(output, decoding, tokenization, prompt_tokens=length, timings=timings)
+    return generation(output, decoding, tokenization, prompt_tokens=length, seconds=loop.time() - start)
 
 
 async def _run(engine: Any, request: dict[str, Any], params: Any) -> Any:

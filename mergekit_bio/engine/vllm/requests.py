@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergekit_bio.engine.decoding.beams import BeamSearch, candidates
-from mergekit_bio.engine.interface import Decoding, Generation, Timings
+from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.errors import EngineError
 
@@ -20,11 +20,6 @@ def continued(request: dict[str, Any], token_ids: Sequence[int]) -> dict[str, An
     return request | {"prompt_token_ids": [*request["prompt_token_ids"], *token_ids]}
 
 
-def end_tokens(decoding: Decoding, tokenization: Tokenization) -> tuple[int, ...]:
-    """What ends a generation: the user's tokens, else the checkpoint's own."""
-    return tokenization.eos_token_ids if decoding.eos_token_ids is None else decoding.eos_token_ids
-
-
 def sampling_params(decoding: Decoding, tokenization: Tokenization, *, seed: int) -> Any:
     """Greedy or sampled generation as vLLM's ``SamplingParams``."""
     from vllm import SamplingParams
@@ -36,7 +31,7 @@ def sampling_params(decoding: Decoding, tokenization: Tokenization, *, seed: int
         top_k=decoding.top_k,
         seed=seed if decoding.temperature > 0 else None,
         ignore_eos=True,
-        stop_token_ids=list(end_tokens(decoding, tokenization)),
+        stop_token_ids=list(tokenization.end_tokens(decoding)),
         logit_bias={tokenization.audio_token_id: _NEVER},
         logprobs=0,
         detokenize=False,
@@ -51,19 +46,13 @@ def one_token(**wanted: Any) -> Any:
 
 
 def generation(
-    output: Any, decoding: Decoding, tokenization: Tokenization, *, prompt_tokens: int, timings: Timings
+    output: Any, decoding: Decoding, tokenization: Tokenization, *, prompt_tokens: int, seconds: float
 ) -> Generation:
     """A finished request's answer."""
     (completion,) = output.outputs
     token_ids = tuple(completion.token_ids)
-    return Generation(
-        text=tokenization.decode(token_ids),
-        token_ids=token_ids,
-        logprobs=tuple(step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)),
-        finish_reason="stop" if token_ids[-1] in end_tokens(decoding, tokenization) else "length",
-        prompt_tokens=prompt_tokens,
-        timings=timings,
-    )
+    logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
+    return tokenization.generation(token_ids, logprobs, decoding, prompt_tokens=prompt_tokens, seconds=seconds)
 
 
 class PromptBeams:
@@ -82,18 +71,18 @@ class PromptBeams:
     """
 
     def __init__(self, request: dict[str, Any], decoding: Decoding, tokenization: Tokenization) -> None:
-        self._eos = end_tokens(decoding, tokenization)
-        self._width = candidates(num_beams=decoding.num_beams, eos=len(self._eos))
+        eos = tokenization.end_tokens(decoding)
+        self._width = candidates(num_beams=decoding.num_beams, eos=len(eos))
         if self._width >= MAX_LOGPROBS:
             raise EngineError(
-                f"{decoding.num_beams} beams with {len(self._eos)} end tokens need {self._width + 1} log-probabilities "
+                f"{decoding.num_beams} beams with {len(eos)} end tokens need {self._width + 1} log-probabilities "
                 f"a step; the engine gives {MAX_LOGPROBS}: take fewer beams"
             )
-        self._request, self._tokenization = request, tokenization
+        self._request, self._decoding, self._tokenization = request, decoding, tokenization
         self._search = BeamSearch(
             num_beams=decoding.num_beams,
             max_new_tokens=decoding.max_new_tokens,
-            eos_token_ids=self._eos,
+            eos_token_ids=eos,
             length_penalty=decoding.length_penalty,
             early_stopping=decoding.early_stopping,
         )
@@ -113,16 +102,15 @@ class PromptBeams:
         """Make a step with vLLM's outputs for :meth:`requests`, in their order."""
         self._search.advance([self._likeliest(output) for output in outputs])
 
-    def generation(self, *, prompt_tokens: int, timings: Timings) -> Generation:
+    def generation(self, *, prompt_tokens: int, seconds: float) -> Generation:
         """The best hypothesis, once it is found."""
         best = self._search.finished[0]
-        return Generation(
-            text=self._tokenization.decode(best.token_ids),
-            token_ids=best.token_ids,
-            logprobs=best.logprobs,
-            finish_reason="stop" if best.token_ids[-1] in self._eos else "length",
+        return self._tokenization.generation(
+            best.token_ids,
+            best.logprobs,
+            self._decoding,
             prompt_tokens=prompt_tokens,
-            timings=timings,
+            seconds=seconds,
             score=best.score,
         )
 

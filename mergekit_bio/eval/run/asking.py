@@ -148,7 +148,7 @@ def _answers(
 ) -> list[Answer]:
     """Ask in the way that the recipe says."""
     if recipe.decoding == "loglikelihood":
-        scored = [{score.label: score.logprob for score in scores} for scores in engine.loglikelihood(prompts, labels)]
+        scored = engine.loglikelihood(prompts, labels)
         return [(max(logprobs, key=logprobs.__getitem__), None, logprobs) for logprobs in scored]
     if recipe.decoding == "choice":
         generations = engine.choose(prompts, labels)

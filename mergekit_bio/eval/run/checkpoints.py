@@ -142,8 +142,10 @@ def _sweep(source: str) -> list[str]:
     root = Path(source)
     if not root.is_dir() or (root / MANIFEST).is_file():
         return [source]
-    found = [(_alpha(path.parent), str(path.parent)) for path in sorted(root.glob(f"*/{MANIFEST}"))]
-    return [path for _, path in sorted(found, key=lambda item: (item[0] is None, item[0] or 0.0))] or [source]
+    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))]
+    alphas = {checkpoint: _alpha(checkpoint) for checkpoint in checkpoints}
+    checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
+    return [str(checkpoint) for checkpoint in checkpoints] or [source]
 
 
 def _alpha(directory: Path) -> float | None:

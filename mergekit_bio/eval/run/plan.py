@@ -145,7 +145,7 @@ def cell_records(
             "data": data[cell.dataset.name],
             "clip_seconds": cell.dataset.seconds,
             "query": query,
-            "species": [[one.name, one.description] for one in recipe.species],
+            "species": [[species.name, species.description] for species in recipe.species],
             "top_k_species": recipe.top_k_species,
             "n_examples": recipe.n_examples,
             "seed": recipe.seed,
