@@ -164,9 +164,9 @@ class GatedAttention(nn.Module):
         rows = 1 if hidden.device.type == "cpu" else len(hidden)
         attended = []
         for n in range(0, len(hidden), rows):
-            some = slice(n, n + rows)
-            mask = torch.mul(gate[some], bias, out=scratch)
-            out = F.scaled_dot_product_attention(query[some], key[some], value[some], attn_mask=mask)
+            clips = slice(n, n + rows)
+            mask = torch.mul(gate[clips], bias, out=scratch)
+            out = F.scaled_dot_product_attention(query[clips], key[clips], value[clips], attn_mask=mask)
             attended.append(out.transpose(1, 2).flatten(2))
         return self.out_proj(torch.cat(attended))
 

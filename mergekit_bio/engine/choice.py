@@ -48,8 +48,7 @@ def choose_engine(name: str | None, *, servers: Sequence[str] = ()) -> tuple[typ
         engine = engine_class(name)
     else:
         candidates = [engine for engine in map(engine_class, ENGINES) if engine.remote == bool(servers)]
-        installed = [engine for engine in candidates if engine.missing() is None]
-        engine = (installed or candidates)[0]
+        engine = next((engine for engine in candidates if engine.missing() is None), candidates[-1])
         if engine is not candidates[0]:
             note = candidates[0].advice
     if engine.remote != bool(servers):

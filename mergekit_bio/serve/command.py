@@ -115,7 +115,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     settings = replace(
         settings,
         models={name: str(path) for name, path in models.items()},
-        prompt_template=LLAMA3_TEMPLATE if args.chat_template == _chat_template(Path(args.model)) else None,
+        prompt_template=prompt_template(args),
         clip_seconds=_clip_seconds(next(iter(models.values()))),
         allowed_local_media_path=args.allowed_local_media_path or None,
         allowed_media_domains=tuple(args.allowed_media_domains or ()),
@@ -138,6 +138,11 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     """What Python does on Ctrl-C; but asyncio puts its own, which waits for vLLM, in the place of Python's only."""
     raise KeyboardInterrupt
+
+
+def prompt_template(args: Any) -> str | None:
+    """What the chat template makes of one user's turn, with ``{}`` for it; None for a template that a flag gives."""
+    return LLAMA3_TEMPLATE if args.chat_template == _chat_template(Path(args.model)) else None
 
 
 def _chat_template(checkpoint: Path) -> str:

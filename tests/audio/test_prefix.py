@@ -262,7 +262,7 @@ def test_attention_is_the_gated_softmax_written_out() -> None:
                 expected[clip, position, part] = torch.softmax(logits, 0) @ value
     expected = expected @ attention.out_proj.weight.T + attention.out_proj.bias
 
-    assert (attention(hidden, bias, None, None) - expected).abs().max() < 1e-12
+    assert (attention(hidden, bias, None) - expected).abs().max() < 1e-12
 
 
 COMPILED = """

@@ -382,6 +382,7 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
     prompts = [Prompt(text, [clip(sounds[n]), clip(sounds[n + 1])]) for n in range(4)] + [Prompt("Hello?")]
     for model in (B, A):
         client.load(server.sweep[model])
+        assert [*map(client.render, prompts)] == [*map(engines[model].render, prompts)]
         ours, wanted = client.generate(prompts, GREEDY), engines[model].generate(prompts, GREEDY)
         for one, other in zip(ours, wanted, strict=True):
             assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
@@ -389,6 +390,15 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
             assert (one.text, one.prompt_tokens) == (other.text.rstrip("\ufffd"), other.prompt_tokens)
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert {answer.text for answer in client.choose(prompts, labels)} <= set(labels)
+
+
+def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
+    def tokens(**body) -> list[int]:
+        return http.post("/tokenize", json=body).raise_for_status().json()["tokens"]
+
+    rendered = http.get("/info").json()["prompt_template"].replace("{}", "Who calls?")
+    bos, *asked = tokens(messages=[{"role": "user", "content": "Who calls?"}])
+    assert asked == tokens(prompt=rendered, add_special_tokens=False)
 
 
 def test_info_and_health_are_what_the_contract_asks_for(http):

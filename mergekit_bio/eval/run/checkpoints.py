@@ -29,7 +29,7 @@ class RunCheckpoint:
 
     Attributes:
         name: What tables call it, different for each checkpoint of the run.
-        source: Its directory, its hub id, or for the http engine the name that the servers know it by.
+        source: Its directory, its hub id, or the name that servers know it by.
         alpha: The merge strength; None for a checkpoint not merged with one number.
         to_merge: Whether the recipe asks for it to be merged, if it is not there.
     """
