@@ -14,7 +14,6 @@ import typer
 
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
-from mergekit_bio.engine.vllm.log import show_errors_only
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +53,6 @@ def demo(
     from mergekit_bio.merging.verify import verify
 
     output = Output(as_json=as_json, quiet=quiet)
-    if quiet:
-        show_errors_only()
     choose_engine(engine)  # one that is not there is said before anything is written
     # Off a terminal, forty-four cells of a second each would be forty-four lines.
     listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
@@ -79,7 +76,7 @@ def demo(
         ):
             for checkpoint in sorted((folder / "sweep").iterdir()):
                 verify(checkpoint, against_sources=True)
-        with run.shared_engine(engine, folder, listener) as slot, listener.shown():
+        with run.shared_engine(engine, folder, listener, quiet=quiet) as slot, listener.shown():
             for recipe in run.RECIPES:
                 title, real = _ASKED[recipe]
                 with stage(f"{title} ({slot.name})", ["mergekit-bio eval", f"{typed}/{recipe}.yaml"], real):

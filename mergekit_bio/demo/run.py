@@ -58,7 +58,9 @@ def write_sources(folder: Path, listener: ProgressListener) -> None:
 
 
 @contextmanager
-def shared_engine(name: str | None, folder: Path, listener: ProgressListener) -> Iterator[EngineSlot]:
+def shared_engine(
+    name: str | None, folder: Path, listener: ProgressListener, *, quiet: bool = False
+) -> Iterator[EngineSlot]:
     """One engine for all recipes, started on the first checkpoint that is asked."""
     for variable, value in _VLLM_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -69,7 +71,7 @@ def shared_engine(name: str | None, folder: Path, listener: ProgressListener) ->
     if engine.name == "vllm":
         # A model this small gains nothing from compiling, and a laptop has little memory for vLLM's cache.
         options |= {"enforce_eager": True, "max_model_len": 1024}
-    settings = EngineSettings(options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes")
+    settings = EngineSettings(options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes", quiet=quiet)
     with EngineSlot(engine, settings) as slot:
         yield slot
     shutil.rmtree(folder / "prefixes", ignore_errors=True)

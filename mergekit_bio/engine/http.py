@@ -18,7 +18,6 @@ from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    Loaded,
     Prompt,
     check_options,
 )
@@ -167,12 +166,11 @@ class HttpEngine:
         """OpenAI's chat API does not score given answers: raises EngineError."""
         raise EngineError("the http engine has no label scores; take --engine vllm or --engine transformers")
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """Ask the servers for another of the models they offer, by its directory's name.
 
-        The servers check what they load; the fingerprint is their ``model_revision`` and not a hash of weights.
+        The servers check what they load; what is returned is their ``model_revision`` and not a hash of weights.
         """
-        start = time.perf_counter()
         name = Path(checkpoint).name
         if name not in self._offered:
             raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
@@ -183,7 +181,7 @@ class HttpEngine:
         templates = {str(info.get("prompt_template")) for info in told}
         template = templates.pop() if len(templates) == 1 else ""
         self._model, self._template = name, template if template.count("{}") == 1 else "{}"
-        return Loaded(Path(checkpoint), 0, 0, time.perf_counter() - start, revisions.pop())
+        return revisions.pop()
 
     def close(self) -> None:
         """Nothing to free: the servers stay."""

@@ -92,26 +92,6 @@ class Generation:
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Proof of what an engine now runs.
-
-    Attributes:
-        checkpoint: The directory.
-        tensors: Tensors that were replaced.
-        nbytes: Their bytes.
-        seconds: How long it took.
-        fingerprint: sha256 over the names and sha256 digests of the tensors, as they were handed to the model, all
-            equal to what merge.json records.
-    """
-
-    checkpoint: Path
-    tensors: int
-    nbytes: int
-    seconds: float
-    fingerprint: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What a user says about an engine, and what a run needs of it.
@@ -222,8 +202,12 @@ class Engine(Protocol):
         The end token does not count.
         """
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """Move to another checkpoint of the same sweep by replacing the tensors in which the two differ.
+
+        Returns:
+            A fingerprint of what was loaded: sha256 over the names and sha256 digests of the tensors, as they were
+            handed to the model, all equal to what merge.json records. Of servers, what they call their revision.
 
         Raises:
             EngineError: The checkpoint is not of the same sweep, or its tensors are not what its manifest says.

@@ -73,7 +73,7 @@ class EngineSlot:
 
     def revision(self, checkpoint: str) -> str:
         """What tells the weights of a checkpoint from others, as servers say it."""
-        return self.at(checkpoint).load(checkpoint).fingerprint
+        return self.at(checkpoint).load(checkpoint)
 
     def encode(self, clips: "Sequence[Clip]") -> None:
         """Have the prefixes of clips at hand, made in batches rather than one by one."""

@@ -23,13 +23,11 @@ class Difference:
         target: The directory they come from.
         names: Their names, layer by layer.
         digests: sha256 that the target's manifest records, for those that it does.
-        nbytes: Bytes of all of them.
     """
 
     target: Path
     names: tuple[str, ...]
     digests: Mapping[str, str]
-    nbytes: int
 
     def check(self, loaded: Mapping[str, str]) -> str:
         """Compare what a model was given with what it should have been given.
@@ -98,7 +96,6 @@ def difference(current: Path, target: Path) -> Difference:
         target=target,
         names=tuple(names),
         digests={name: new.tensors[name].sha256 for name in names if name in new.tensors},
-        nbytes=sum(checkpoint.tensors[name].nbytes for name in names),
     )
 
 

@@ -15,7 +15,6 @@ from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    Loaded,
     Prompt,
     check_options,
 )
@@ -145,9 +144,8 @@ class TransformersEngine:
         reader = _NextTokens(self, prompts)
         return score_labels(root, labels, prompts=len(prompts), next_logprobs=reader.next_logprobs)
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
-        start = time.perf_counter()
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
         try:
@@ -156,7 +154,7 @@ class TransformersEngine:
             self._replace(self.checkpoint, change.names)  # back to what was sound
             raise
         self.checkpoint = target
-        return Loaded(target, len(change.names), change.nbytes, time.perf_counter() - start, fingerprint)
+        return fingerprint
 
     def close(self) -> None:
         """Free the model's memory."""

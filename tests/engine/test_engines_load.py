@@ -1,5 +1,6 @@
 """A running engine moves between the alphas of a sweep and is then what a fresh one would be."""
 
+import hashlib
 import json
 import shutil
 
@@ -52,12 +53,13 @@ def test_load_replaces_the_folded_tensors_only_and_says_so(tiny_sweep, vllm_engi
     back = [engine.load(tiny_sweep[0.5]) for engine in (vllm_engine, transformers_engine)]
     names = difference(tiny_sweep[0.5], tiny_sweep[1.0]).names
     assert sorted({name.split("self_attn.")[1] for name in names}) == [f"{kind}_proj.weight" for kind in "koqv"]
-    assert {entry.tensors for entry in loaded + back} == {len(names)} == {8}
-    assert loaded[0].fingerprint == loaded[1].fingerprint != back[0].fingerprint == back[1].fingerprint
+    assert len(names) == 8
+    assert loaded[0] == loaded[1] != back[0] == back[1]
 
 
 def test_staying_is_loading_nothing(tiny_sweep, vllm_engine):
-    assert vllm_engine.load(tiny_sweep[0.5]).tensors == 0
+    assert difference(tiny_sweep[0.5], tiny_sweep[0.5]).names == ()
+    assert vllm_engine.load(tiny_sweep[0.5]) == hashlib.sha256().hexdigest()
 
 
 @pytest.mark.parametrize("which", ["vllm_engine", "transformers_engine"])

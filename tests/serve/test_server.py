@@ -397,7 +397,7 @@ def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
         return http.post("/tokenize", json=body).raise_for_status().json()["tokens"]
 
     rendered = http.get("/info").json()["prompt_template"].replace("{}", "Who calls?")
-    bos, *asked = tokens(messages=[{"role": "user", "content": "Who calls?"}])
+    _bos, *asked = tokens(messages=[{"role": "user", "content": "Who calls?"}])
     assert asked == tokens(prompt=rendered, add_special_tokens=False)
 
 

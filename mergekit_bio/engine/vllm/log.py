@@ -45,11 +45,6 @@ def leave_out_the_usual() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
 
 
-def show_errors_only() -> None:
-    """Have vLLM, once it is started, log errors only, unless the user has set its level."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
 @contextmanager
 def left_out(messages: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
     """Leave some messages out of the log while the block runs.

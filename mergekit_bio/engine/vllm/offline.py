@@ -14,7 +14,6 @@ from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
     Generation,
-    Loaded,
     Prompt,
 )
 from mergekit_bio.engine.prefix_cache import PrefixCache
@@ -196,9 +195,8 @@ class VllmEngine:
         requests = [self._request(prompt, room=1) for prompt in prompts]
         return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(requests))
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
-        start = time.perf_counter()
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
         try:
@@ -209,7 +207,7 @@ class VllmEngine:
         finally:
             self._reset_caches()
         self.checkpoint = target
-        return Loaded(target, len(change.names), change.nbytes, time.perf_counter() - start, fingerprints.pop())
+        return fingerprints.pop()
 
     def close(self) -> None:
         """Stop vLLM and free its memory.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_bio.engine.decoding.beams import BeamSearch, candidates
+from mergekit_bio.engine.decoding.beams import BeamSearch
 from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.errors import EngineError
@@ -72,13 +72,6 @@ class PromptBeams:
 
     def __init__(self, request: dict[str, Any], decoding: Decoding, tokenization: Tokenization) -> None:
         eos = tokenization.end_tokens(decoding)
-        self._width = candidates(num_beams=decoding.num_beams, eos=len(eos))
-        if self._width >= MAX_LOGPROBS:
-            raise EngineError(
-                f"{decoding.num_beams} beams with {len(eos)} end tokens need {self._width + 1} log-probabilities "
-                f"a step; the engine gives {MAX_LOGPROBS}: take fewer beams"
-            )
-        self._request, self._decoding, self._tokenization = request, decoding, tokenization
         self._search = BeamSearch(
             num_beams=decoding.num_beams,
             max_new_tokens=decoding.max_new_tokens,
@@ -86,8 +79,15 @@ class PromptBeams:
             length_penalty=decoding.length_penalty,
             early_stopping=decoding.early_stopping,
         )
+        width = self._search.width
+        if width >= MAX_LOGPROBS:
+            raise EngineError(
+                f"{decoding.num_beams} beams with {len(eos)} end tokens need {width + 1} log-probabilities a step; the "
+                f"engine gives {MAX_LOGPROBS}: take fewer beams"
+            )
+        self._request, self._decoding, self._tokenization = request, decoding, tokenization
         # One more than the search looks at, for the placeholder, which is left out.
-        self.params = one_token(logprobs=self._width + 1)
+        self.params = one_token(logprobs=width + 1)
 
     @property
     def done(self) -> bool:
@@ -119,4 +119,4 @@ class PromptBeams:
         entries = output.outputs[0].logprobs[0].items()
         placeholder = self._tokenization.audio_token_id
         extensions = [(token, entry.logprob) for token, entry in entries if token != placeholder]
-        return sorted(extensions, key=lambda extension: extension[1], reverse=True)[: self._width]
+        return sorted(extensions, key=lambda extension: extension[1], reverse=True)[: self._search.width]
