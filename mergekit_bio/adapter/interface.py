@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.adapter.delta import Delta, LowRank
+from mergekit_bio.adapter.delta import Delta
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
+from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 
@@ -104,13 +104,9 @@ class Adapter:
 
     @property
     def scalings(self) -> dict[str, int]:
-        """How many low-rank deltas there are of each ``scaling x rank``, such as ``{"1 (rank 32)": 128}``."""
-        low_rank = (
-            delta if isinstance(delta, LowRank) else getattr(delta, "low_rank", None)
-            for deltas in self.deltas.values()
-            for delta in deltas
-        )
-        return dict(Counter(f"{delta.scaling:g} (rank {delta.rank})" for delta in low_rank if delta is not None))
+        """How many deltas are scaled in which way, such as ``{"1 (rank 32)": 128}``."""
+        summaries = (delta.summary for deltas in self.deltas.values() for delta in deltas)
+        return dict(Counter(summary for summary in summaries if summary is not None))
 
 
 def check_fits(name: str, delta: Delta, base: Base) -> None:
@@ -126,7 +122,7 @@ def check_fits(name: str, delta: Delta, base: Base) -> None:
             f"{first.file}: tensor {first.name}: the base {base.source.given} has no tensor {name}; this adapter was "
             "made for another model"
         )
-    if target.dtype not in ("F64", "F32", "F16", "BF16"):
+    if target.dtype not in FLOATS:
         raise AdapterError(
             f"{target.file}: tensor {name}: is {target.dtype}; a quantized base cannot be folded exactly"
         )

@@ -5,6 +5,7 @@ from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 
@@ -42,5 +43,5 @@ def _refuse_ears(source: Source, checkpoint: Checkpoint) -> None:
     if any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors):
         raise AdapterError(
             f"{source.given}: is a merge with an audio tower; give the base and the adapters it was made from (its "
-            "merge.json names them), all at once: one merge rounds once"
+            f"{MANIFEST} names them), all at once: one merge rounds once"
         )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mergekit_bio.audio.recording import read_windows
+from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.errors import OutputError
 
 if TYPE_CHECKING:
@@ -112,22 +112,11 @@ class EmbeddingWriter:
             column.rows.close()
 
     def _write_safetensors(self, file: Path) -> None:
-        # The library wants every array in memory; the format is a length, a JSON header and the bytes.
+        # The library wants every array in memory; here the columns follow the header one by one.
         types = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
-        header: dict[str, object] = {"__metadata__": {"recordings": json.dumps(self.recordings)}}
-        offset = 0
-        for name, column in self._columns.items():
-            size = column.rows.tell()
-            header[name] = {
-                "dtype": types[column.dtype],
-                "shape": column.shape,
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        tensors = [(name, types[column.dtype], column.shape) for name, column in self._columns.items()]
         with file.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(build_header(tensors, {"recordings": json.dumps(self.recordings)}))
             for column in self._columns.values():
                 column.copy_to(out)
 

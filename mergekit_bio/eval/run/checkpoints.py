@@ -16,6 +16,7 @@ from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.schema import Merge, Recipe
 from mergekit_bio.merging.alpha import parse_alphas
+from mergekit_bio.merging.request import MergeRequest
 
 FOLDER = "checkpoints"
 
@@ -181,20 +182,23 @@ def merge_missing(
         return []
     from mergekit_bio.merging.merge import carry_out, plan_merge
 
-    plan = plan_merge(
+    # Beside its place, because later strengths join those that are there.
+    fresh = out / f"{FOLDER}.new"
+    request = MergeRequest(
         base=merge.base,
         adapter=merge.adapter,
         alphas=[checkpoint.alpha or 0.0 for checkpoint in missing],
+        out=fresh,
         base_from_adapter=merge.base_from_adapter,
+        overwrite=True,
     )
+    plan = plan_merge(request)
     if not plan.tower:
         raise RecipeError(
             f"merge.adapter: {merge.adapter} brings no audio tower, so its merges could not hear the clips"
         )
-    # Beside its place, because later strengths join those that are there.
-    fresh = out / f"{FOLDER}.new"
     with progress("merging", plan.bytes_on_disk, "bytes") as advance:
-        merged = carry_out(plan, out=fresh, overwrite=True, command="mergekit_bio.evaluate(...)", progress=advance)
+        merged = carry_out(plan, command="mergekit_bio.evaluate(...)", progress=advance)
     (out / FOLDER).mkdir(exist_ok=True)
     for checkpoint, made in zip(missing, merged, strict=True):
         made.path.rename(checkpoint.source)
