@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.adapter.delta import Delta, Dense, Dora, LowRank, Shift, check_float
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, check_all_used, check_fits
 from mergekit_bio.adapter.targets import pattern_value, targeted
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.header import DTYPES, Shard, StoredTensor
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
+from mergekit_bio.outside_data import read_json
 
 if TYPE_CHECKING:
     import torch

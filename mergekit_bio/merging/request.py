@@ -1,17 +1,15 @@
 """What a user asks a merge for, from the command line or a YAML file; the edge where free text becomes typed."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.merging.alpha import Alpha, parse_alphas
 from mergekit_bio.merging.merge import AdapterSource, DType, Rounding
-from mergekit_bio.plain_yaml import PlainLoader
+from mergekit_bio.outside_data import Document, KeyPath, checked, read_yaml
 
 BASE = "meta-llama/Llama-3.1-8B-Instruct"
 ADAPTER = "EarthSpeciesProject/NatureLM-audio"
@@ -82,31 +80,16 @@ def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeReques
     Raises:
         RecipeError: The file cannot be read, or a key or value is wrong.
     """
-    stated = _read_yaml(recipe) if recipe is not None else {}
-    stated |= {key: value for key, value in options.items() if value not in (None, [])}
-    try:
-        return MergeRequest.model_validate(stated)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "the file"
-        where = f"{recipe}: {key}" if recipe is not None and options.get(key) is None else f"--{key.replace('_', '-')}"
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, MergeRequest.model_fields, n=1)
-            known = f"did you mean {near[0]}?" if near else f"known are {', '.join(MergeRequest.model_fields)}"
-            raise RecipeError(f"{where}: no such key; {known}") from error
-        raise RecipeError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}") from error
+    document = Document("", {}, RecipeError) if recipe is None else read_yaml(recipe, error=RecipeError)
+    if not isinstance(document.data, dict):
+        raise document.problem((), "is not a mapping of options, such as 'base: ...'")
+    given = {key: value for key, value in options.items() if value not in (None, [])}
 
+    def where(path: KeyPath) -> str:
+        option = next((str(key) for key in path[:1] if key in given), None)
+        return document.where(path) if option is None else f"--{option.replace('_', '-')}"
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(file.read_text(encoding="utf-8"), PlainLoader)  # a SafeLoader
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise RecipeError(f"{file}: is not a mapping of options, such as 'base: ...'")
-    return document
+    return checked(MergeRequest, document.data | given, error=RecipeError, where=where)
 
 
 def _adapter(entry: str | AdapterEntry) -> AdapterSource:
