@@ -9,11 +9,12 @@ from mergekit_bio.adapter import naturelm, peft
 from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.newer import refuse_newer_layout
-from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside, read_json
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source, stated_licence
 from mergekit_bio.errors import SourceError
+from mergekit_bio.outside_data import read_json
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from mergekit_bio.adapter.dora import Dora
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, check_all_used, check_fits
 from mergekit_bio.adapter.lora import BiasVector, LowRank
 from mergekit_bio.adapter.targets import pattern_value, targeted
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.header import DTYPES, Shard, StoredTensor
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
+from mergekit_bio.outside_data import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,5 @@
 """A checkpoint directory: config, index and shards, as Transformers lays them out."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.errors import CheckpointError
+from mergekit_bio.outside_data import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -108,23 +108,6 @@ def inside(root: Path, name: str) -> Path:
     if not file.resolve().is_relative_to(home):
         raise CheckpointError(f"{file}: is a link out of its directory; it is not followed, copy the file there")
     return file
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file cannot be read or holds something else.
-    """
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: is not a JSON object")
-    return document
 
 
 def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], root: Path) -> None:

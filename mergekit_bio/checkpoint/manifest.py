@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.errors import CheckpointError, MergekitBioError, OutputError, VerificationError
+from mergekit_bio.outside_data import Document, read_json
 
 MANIFEST = "merge.json"
 CARD = "README.md"
@@ -156,19 +157,15 @@ def read_manifest(directory: Path) -> Manifest:
         hint = f"; it is a sweep, name one of its checkpoints: {', '.join(several)}" if several else ""
         raise VerificationError(f"{directory}: has no {MANIFEST}, so mergekit-bio did not write it{hint}")
     try:
-        document = read_json(inside(directory, MANIFEST))
+        file = inside(directory, MANIFEST)
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
+    document = read_json(file, error=VerificationError)
     if document.get("format") != FORMAT:
         raise VerificationError(
             f"{directory / MANIFEST}: format {document.get('format')!r} is not {FORMAT!r}, this version's; merge again"
         )
-    try:
-        return Manifest.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the document"
-        raise VerificationError(f"{directory / MANIFEST}: {key}: {first['msg']}; the file is damaged") from error
+    return Document(directory / MANIFEST, document, VerificationError).checked(Manifest)
 
 
 def stranger(directory: Path) -> str | None:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, inside
 from mergekit_bio.errors import SourceError
-from mergekit_bio.plain_yaml import PlainLoader
+from mergekit_bio.outside_data import parse_yaml
 
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
@@ -157,8 +155,8 @@ def stated_licence(source: Source) -> str | None:
     if not front:
         return None
     try:
-        metadata = yaml.load(front[1], PlainLoader)
-    except (yaml.YAMLError, ValueError):  # a title with a colon is enough; the licence still has to be seen
+        metadata = parse_yaml(front[1], source=card, error=SourceError).data
+    except SourceError:  # a title with a colon is enough; the licence still has to be seen
         line = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front[1], re.MULTILINE)
         return line[1] if line else None
     stated = metadata.get("license") if isinstance(metadata, dict) else None

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.model.layout import MODEL_TYPE
 from mergekit_bio.model.prompt import render_prompt
+from mergekit_bio.outside_data import read_json
 
 
 @dataclass(frozen=True)

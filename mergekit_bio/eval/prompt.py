@@ -10,7 +10,7 @@ from mergekit_bio.errors import DatasetError, RecipeError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.model.layout import AUDIO_SLOT, LLAMA3_TEMPLATE
 from mergekit_bio.model.prompt import AUDIO_LEAD, render_prompt
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 T = TypeVar("T")
 

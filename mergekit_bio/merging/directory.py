@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter
-from mergekit_bio.checkpoint.directory import INDEX, inside, read_json
+from mergekit_bio.checkpoint.directory import INDEX, inside
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.model.layout import merged_config, processor_config
+from mergekit_bio.outside_data import read_json
 
 #: Taken together from whoever brought the vocabulary.
 _TOKENIZER = (

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
-from mergekit_bio.validation import FORBID_EXTRA, validated
+from mergekit_bio.outside_data import FORBID_EXTRA, read_yaml
 
 DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
 DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
@@ -130,24 +130,11 @@ def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeReques
     """
     request = MergeRequest()
     if recipe is not None:
-        request = validated(MergeRequest, _read_yaml(recipe), error=RecipeError, locate=lambda _: str(recipe))
+        document = read_yaml(recipe, error=RecipeError)
+        if not isinstance(document.data, dict):
+            raise document.problem((), "is not a mapping of options, such as 'base: ...'")
+        request = document.checked(MergeRequest)
     return replace(request, **{key: value for key, value in options.items() if value not in (None, [])})
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    from mergekit_bio.plain_yaml import PlainLoader
-
-    try:
-        document = yaml.load(file.read_text(encoding="utf-8"), PlainLoader)  # a SafeLoader
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise RecipeError(f"{file}: is not a mapping of options, such as 'base: ...'")
-    return document
 
 
 def _entry(adapter: str | Path | AdapterEntry) -> AdapterEntry:

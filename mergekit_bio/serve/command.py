@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
+from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.chat_template import chat_template
 from mergekit_bio.serve.settings import ServeSettings
 

@@ -8,7 +8,7 @@ from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.layout import AUDIO_SLOT
 from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
-from mergekit_bio.validation import is_text
+from mergekit_bio.outside_data import is_text
 
 SCHEMA = "predictions_v1"
 

@@ -121,7 +121,7 @@ def rewrite(folder: Path) -> None:
         (lambda folder: (folder / "merge.json").unlink(), "has no merge.json"),
         (lambda folder: (folder / "merge.json").write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / "merge.json").write_text("{}"), "format None is not"),
-        (lambda folder: (folder / "merge.json").write_text('{"format": "mergekit-bio/merge@2"}'), "Field required"),
+        (lambda folder: (folder / "merge.json").write_text('{"format": "mergekit-bio/merge@2"}'), ": is missing"),
         (lambda folder: save_file({"x": torch.ones(1)}, folder / "extra.safetensors"), "not part of the merge"),
         (lambda folder: shutil.copy(next(folder.glob("*1-of*")), folder / "model.safetensors"), "is in merge.json"),
     ],

@@ -12,10 +12,8 @@ from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
-from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
-from mergekit_bio.validation import FORBID_EXTRA, dotted, nearest, validated
-from mergekit_bio.validation import Path as KeyPath
+from mergekit_bio.outside_data import FORBID_EXTRA, KeyPath, checked, dotted, nearest, read_yaml
 
 Text = Annotated[str, Len(1)]
 Decoding = Literal["generate", "choice", "loglikelihood"]
@@ -163,32 +161,39 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     Raises:
         RecipeError: One line with the file, the line, the key and, for an unknown key, the nearest one.
     """
-    document = read_located_yaml(file)
+    # 1. Read the file; the reference's format becomes ours, and errors still name the keys that are in the file.
+    document = read_yaml(file, error=RecipeError)
     if not isinstance(document.data, dict):
-        raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
-    content, locate, named = document.data, document.locate, dotted
+        raise document.problem((), "a recipe is a mapping of keys to values")
+    content = document.data
     notes: tuple[str, ...] = ()
     of_reference = is_reference(content)
     if of_reference:
         content, notes = translated(document)
 
-        def locate(path: KeyPath) -> str:
-            return document.locate(reference_path(path, document.data))
+    def in_file(path: KeyPath) -> KeyPath:
+        return reference_path(path, document.data) if of_reference else path
 
-        def named(path: KeyPath) -> str:
-            return dotted(reference_path(path, document.data))
+    def where(path: KeyPath, key: KeyPath | None = None) -> str:
+        """The line of a value, and its key; ``key`` where only a part of the path is to be shown."""
+        shown = dotted(in_file(path if key is None else key))
+        return f"{document.line(in_file(path))}: {shown}" if path else document.line()
 
+    # 2. Fill in what the file's name and neighbours say: the run's name, folders of recordings, the label map.
     content = {"name": file.stem, **content}
-    content["datasets"] = _dataset_mappings(content.get("datasets"), file.parent)
+    if content.get("datasets") is not None:
+        content["datasets"] = _dataset_mappings(content["datasets"], file.parent)
     label_map = content.get("label_map")
     if label_map is not None:
         if not isinstance(label_map, str):
-            raise RecipeError(f"{locate(('label_map',))}: label_map: input should be the path of a CSV file")
+            raise RecipeError(f"{where(('label_map',))}: input should be the path of a CSV file")
         content["label_map"] = read_label_map(_beside(label_map, file.parent))
-    if content["datasets"] is None:
-        del content["datasets"]
-    recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
-    _check(recipe, locate, named)
+
+    # 3. Check every key by itself, then what ties keys together.
+    recipe = checked(Recipe, content, error=RecipeError, where=where)
+    _check(recipe, where)
+
+    # 4. Say what the right answers are, and make paths absolute.
     if not recipe.targets:
         recipe, of_targets = _with_targets(recipe, of_reference=of_reference)
         notes += tuple(f"{file}: {note}" for note in of_targets)
@@ -261,11 +266,11 @@ def _found(source: str, folder: Path) -> str:
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
-def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[KeyPath], str]) -> None:
+def _check(recipe: Recipe, where: Callable[..., str]) -> None:
     """What ties keys together."""
 
     def refuse(path: KeyPath, message: str) -> None:
-        raise RecipeError(f"{locate(path)}: {named(path[:1])}: {message}")
+        raise RecipeError(f"{where(path, key=path[:1])}: {message}")
 
     if (recipe.merge is None) == (not recipe.checkpoints):
         refuse(("merge",), "give either merge or checkpoints")
@@ -297,7 +302,7 @@ def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[Ke
         refuse(("seed",), f"sampling needs a seed of 0 to {HIGHEST_SEED}")
     chosen = bool(recipe.species) or recipe.top_k_species is not None
     for index, query in enumerate(recipe.queries):
-        used = flags(query, f"{locate(('queries', index))}: {named(('queries', index))}")
+        used = flags(query, where(("queries", index)))
         if used & {"species_list", "examples", "audio_examples"} and not chosen:
             refuse(("queries", index), "the flags for species need species or top_k_species")
         if "examples" in used and not (recipe.species and all(one.description for one in recipe.species)):

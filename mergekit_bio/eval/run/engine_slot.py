@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import EngineError, MissingPackageError
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint, family
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 if TYPE_CHECKING:
     from mergekit_bio.engine.interface import Clip, Engine
