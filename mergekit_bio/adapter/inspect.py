@@ -57,8 +57,8 @@ def inspect(source: Source) -> Contents:
     if naturelm.recognise(checkpoint):
         return _naturelm(source, checkpoint)
     config = checkpoint.config
-    ears = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
-    kind = "merged audio model" if ears else "checkpoint"
+    has_tower = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
+    kind = "merged audio model" if has_tower else "checkpoint"
     text = _mapping(config.get("text_config")) or config
     facts = {
         "model type": config.get("model_type"),

@@ -33,8 +33,8 @@ class Base:
     @property
     def input_embedding(self) -> str | None:
         """Name of the input embedding's weight."""
-        found = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
-        return found[0] if len(found) == 1 else None
+        names = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
+        return names[0] if len(names) == 1 else None
 
     @property
     def tied(self) -> bool:
@@ -49,10 +49,10 @@ class Base:
 
     def origin(self, name: str) -> TensorInfo:
         """The stored tensor that gives W0: the base's own, or what is taken in its place."""
-        own = self.find(name)
-        if own is None:
+        tensor = self.find(name)
+        if tensor is None:
             raise KeyError(name)
-        return self.overrides.get(own.name, own)
+        return self.overrides.get(tensor.name, tensor)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def check_all_used(tensors: Mapping[str, StoredTensor], used: set[str], file: Pa
     Raises:
         AdapterError: A tensor of ``tensors`` is in no delta.
     """
-    left = sorted(set(tensors) - used)
-    if left:
-        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise AdapterError(f"{file}: tensor {left[0]}{more}: is nothing this version can fold; nothing was merged")
+    unused = sorted(set(tensors) - used)
+    if unused:
+        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+        raise AdapterError(f"{file}: tensor {unused[0]}{more}: is nothing this version can fold; nothing was merged")

@@ -216,10 +216,10 @@ def build_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Ma
 
 def _parse(text: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        table = dict(pairs)
+        if len(table) != len(pairs):
             raise ValueError("a key stands twice")
-        return found
+        return table
 
     try:
         table = json.loads(text, object_pairs_hook=unique)

@@ -175,7 +175,7 @@ def read_manifest(directory: Path) -> Manifest:
     return Document(directory / MANIFEST, document, VerificationError).checked(Manifest)
 
 
-def stranger(directory: Path) -> str | None:
+def foreign_file(directory: Path) -> str | None:
     """Name something in a merged checkpoint's directory that its merge has not written.
 
     Raises:

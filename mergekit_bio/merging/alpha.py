@@ -150,7 +150,7 @@ def _sweep(text: str) -> list[float]:
     if max(abs(start), stop) > _MAX_STRENGTH or stop - start >= step * _MAX_SWEEP:
         raise AlphaError(f"--alpha: {text!r} is more than {_MAX_SWEEP} strengths, or one above {_MAX_STRENGTH:,}")
     count = int((stop - start) / step) + 1
-    return [float(start + number * step) for number in range(count)]
+    return [float(start + index * step) for index in range(count)]
 
 
 def _exceptions(text: str) -> Alpha:

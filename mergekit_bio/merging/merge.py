@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, stranger
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, foreign_file
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
@@ -86,7 +86,7 @@ def merge(
     adapters = [adapter] if isinstance(adapter, str | Path | tuple | AdapterEntry) else adapter
     request = MergeRequest(
         base=base,
-        adapter=[AdapterEntry(*each) if isinstance(each, tuple) else each for each in adapters],
+        adapter=[AdapterEntry(*source) if isinstance(source, tuple) else source for source in adapters],
         alphas=alphas,
         out=out,
         dtype=dtype,
@@ -147,7 +147,9 @@ def carry_out(
     _check_place(out, plan)
     beside = companions(plan)
     # 2. Work in a scratch directory that becomes the output only if all goes well.
-    with staged(out, mark=MANIFEST, stranger=stranger, overwrite=request.overwrite, fsync=request.fsync) as scratch:
+    with staged(
+        out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
+    ) as scratch:
         _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
         # 3. Write the shards: copy what is copied, fold what is folded.
         folded = execute(plan, scratch, meanwhile=_import_recorders, progress=progress)
