@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from mergekit_bio.errors import MergekitBioError
     from mergekit_bio.eval.run.evaluate import evaluate
     from mergekit_bio.merging.merge import MergedCheckpoint, merge
+    from mergekit_bio.merging.request import MergeRequest
 
 _PUBLIC = {
     "AudioPrefix": "mergekit_bio.audio.prefix",
     "Checkpoint": "mergekit_bio.checkpoint.directory",
+    "MergeRequest": "mergekit_bio.merging.request",
     "MergedCheckpoint": "mergekit_bio.merging.merge",
     "MergekitBioError": "mergekit_bio.errors",
     "evaluate": "mergekit_bio.eval.run.evaluate",
     "merge": "mergekit_bio.merging.merge",
 }
 
-__all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate", "merge"]
+__all__ = [
+    "AudioPrefix", "Checkpoint", "MergeRequest", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate",
+    "merge",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -34,11 +34,11 @@ def rows_that_differ(copy: TensorInfo, original: TensorInfo) -> tuple[int, ...]:
     """
     if copy.dtype == original.dtype and same_bytes(copy, original):
         return ()
-    found: list[int] = []
+    rows: list[int] = []
     step = max(1, _STEP // max(original.elements // max(original.rows, 1), 1))
     for start in range(0, original.rows, step):
         stop = min(start + step, original.rows)
         ours, theirs = (tensor.read(start, stop).reshape(stop - start, -1) for tensor in (copy, original))
         same = (ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours) | (ours.isnan() & theirs.isnan())
-        found.extend(start + int(row) for row in (~same.all(dim=1)).nonzero())
-    return tuple(found)
+        rows.extend(start + int(row) for row in (~same.all(dim=1)).nonzero())
+    return tuple(rows)

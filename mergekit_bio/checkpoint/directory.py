@@ -1,6 +1,5 @@
 """A checkpoint directory: config, index and shards, as Transformers lays them out."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.errors import CheckpointError
+from mergekit_bio.outside_data import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -110,32 +110,15 @@ def inside(root: Path, name: str) -> Path:
     return file
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file cannot be read or holds something else.
-    """
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: is not a JSON object")
-    return document
-
-
 def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], root: Path) -> None:
-    held: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for shard in shards:
         for info in shard.tensors:
-            if info.name in held:
-                raise CheckpointError(f"{shard.file}: tensor {info.name} is also in {held[info.name]}")
-            held[info.name] = shard.file.name
+            if info.name in file_of:
+                raise CheckpointError(f"{shard.file}: tensor {info.name} is also in {file_of[info.name]}")
+            file_of[info.name] = shard.file.name
             if weight_map.get(info.name) != shard.file.name:
                 raise CheckpointError(f"{shard.file}: tensor {info.name} is not listed there by {root / INDEX}")
     for name, file in weight_map.items():
-        if name not in held:
+        if name not in file_of:
             raise CheckpointError(f"{root / INDEX}: lists tensor {name}, which {file} does not hold")

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, inside
 from mergekit_bio.errors import SourceError
-from mergekit_bio.plain_yaml import PlainLoader
+from mergekit_bio.outside_data import parse_yaml
 
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
@@ -143,8 +141,8 @@ def _is_hub_id(repo: str) -> bool:
 
 def licence_files(source: Source) -> list[str]:
     """Names of the licence files of a source."""
-    found = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
-    return sorted(name for name in found if not name.endswith("~"))
+    names = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
+    return sorted(name for name in names if not name.endswith("~"))
 
 
 def stated_licence(source: Source) -> str | None:
@@ -157,10 +155,10 @@ def stated_licence(source: Source) -> str | None:
     if not front:
         return None
     try:
-        metadata = yaml.load(front[1], PlainLoader)
-    except (yaml.YAMLError, ValueError):  # a title with a colon is enough; the licence still has to be seen
+        metadata = parse_yaml(front[1], source=card, error=SourceError).data
+    except SourceError:  # a title with a colon is enough; the licence still has to be seen
         line = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front[1], re.MULTILINE)
         return line[1] if line else None
     stated = metadata.get("license") if isinstance(metadata, dict) else None
-    licences = [one for one in (stated if isinstance(stated, list) else [stated]) if isinstance(one, str) and one]
-    return ", ".join(licences) or None
+    licences = stated if isinstance(stated, list) else [stated]
+    return ", ".join(licence for licence in licences if isinstance(licence, str) and licence) or None

@@ -104,17 +104,15 @@ def evaluate(
 
 def _key_value(text: str) -> tuple[str, Any]:
     """``"enforce_eager=true"`` -> ``("enforce_eager", True)``: values are YAML's."""
-    import yaml
-
     from mergekit_bio.errors import EngineError
-    from mergekit_bio.plain_yaml import PlainLoader
+    from mergekit_bio.outside_data import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise EngineError(f"--engine-option {text}: write KEY=VALUE, such as dtype=float32")
     try:
-        return key, yaml.load(value, PlainLoader)  # a SafeLoader
-    except yaml.YAMLError:
+        return key, parse_yaml(value, source=f"--engine-option {key}", error=EngineError).data
+    except EngineError:
         return key, value
 
 

@@ -37,7 +37,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
         for name, recipe in recipes.items():
             datasets = [choice.name for choice in recipe.datasets]
             shown = datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets"
-            checkpoints = len(recipe.merge.alphas) if recipe.merge else len(recipe.checkpoints)
+            checkpoints = len(recipe.merge.strengths) if recipe.merge else len(recipe.checkpoints)
             rows.add_row(name, shown, str(len(recipe.queries) or "own"), str(checkpoints))
         console.print(rows)
 
@@ -63,17 +63,16 @@ def show_recipe(
     """
     from dataclasses import asdict
 
-    import yaml
-
     from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import find_recipe
+    from mergekit_bio.outside_data import to_yaml
 
     output = Output(as_json=as_json, quiet=quiet)
     loaded = load_recipe(find_recipe(recipe))
     for note in loaded.notes:
         output.note(f"note: {note}")
     resolved = asdict(loaded.recipe)
-    text = yaml.safe_dump(_lists(resolved), sort_keys=False, allow_unicode=True, width=110)
+    text = to_yaml(resolved)
     output.result({"recipe": resolved}, lambda console: console.print(text, soft_wrap=True), text.splitlines())
 
 
@@ -100,10 +99,3 @@ def copy_recipe(
     Output(as_json=as_json, quiet=quiet).result(
         {"files": files}, lambda console: console.print("\n".join(files), soft_wrap=True), files
     )
-
-
-def _lists(value: object) -> object:
-    """Tuples as lists: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {key: _lists(part) for key, part in value.items()}
-    return [_lists(part) for part in value] if isinstance(value, tuple) else value

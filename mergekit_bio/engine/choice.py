@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from mergekit_bio.engine.interface import Engine
 from mergekit_bio.errors import EngineError
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 #: Name -> where its class is, imported when it is asked for. Where nobody names one, the first that is installed and
 #: runs checkpoints itself answers; with servers given, the first that asks servers.

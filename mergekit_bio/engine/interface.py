@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.errors import EngineError, MissingPackageError
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 if TYPE_CHECKING:
     from mergekit_bio.engine.prefix_cache import PrefixCache

@@ -8,9 +8,10 @@ from typing import Any
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.layout import MODEL_TYPE
 from mergekit_bio.audio.prompt import render_prompt
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.engine.interface import Decoding, Generation, Prompt
 from mergekit_bio.errors import CheckpointError
+from mergekit_bio.outside_data import read_json
 
 
 @dataclass(frozen=True)

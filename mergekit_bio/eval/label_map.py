@@ -1,14 +1,11 @@
 """Label maps: which scientific name belongs to a label."""
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from mergekit_bio.errors import RecipeError
-from mergekit_bio.validation import is_text
+from mergekit_bio.outside_data import is_text, read_rows
 
 #: What the right answer is: the label, its scientific name, or "scientific : label".
 Target = Literal["label", "scientific", "combined"]
@@ -28,41 +25,22 @@ def read_label_map(path: Path) -> dict[str, str]:
         RecipeError: The file cannot be read, a line lacks a value, or a label stands in it twice.
     """
     names: dict[str, str] = {}
-    for number, label, scientific in _rows(path):
+    scientific_column = "scientific_name" if path.suffix == ".jsonl" else "scientific"
+    for row in read_rows(path, error=RecipeError):
+        for column in ("label", scientific_column):
+            if column not in row.data and path.suffix != ".jsonl":
+                raise RecipeError(f"{path}:1: the column '{column}' is missing; it needs label,scientific")
+        label, scientific = row.data.get("label"), row.data.get(scientific_column)
         if not (isinstance(label, str) and isinstance(scientific, str) and label and scientific):
-            raise RecipeError(f"{path}:{number}: a line needs a label and a scientific name")
+            raise row.problem((), "a line needs a label and a scientific name")
         if not (is_text(label) and is_text(scientific)):
-            raise RecipeError(f"{path}:{number}: the names must be texts without a lone surrogate")
+            raise row.problem((), "the names must be texts without a lone surrogate")
         if label in names:
-            raise RecipeError(f"{path}:{number}: the label {label!r} stands in the file twice")
+            raise row.problem((), f"the label {label!r} stands in the file twice")
         names[label] = scientific
     if not names:
         raise RecipeError(f"{path}: no label in it; it needs the columns label,scientific")
     return names
-
-
-def _rows(path: Path) -> Iterator[tuple[int, object, object]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the label map cannot be read ({error})") from None
-    try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(text.splitlines(), start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise RecipeError(f"{path}:{number}: a line is a JSON object")
-                    yield number, row.get("label"), row.get("scientific_name")
-        else:
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            missing = {"label", "scientific"} - set(reader.fieldnames or ())
-            if missing:
-                raise RecipeError(f"{path}:1: the column '{min(missing)}' is missing; it needs label,scientific")
-            for row in reader:
-                yield reader.line_num, row["label"], row["scientific"]
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise RecipeError(f"{path}: damaged ({error})") from None
 
 
 def target_text(label: str, *, target: Target, names: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.errors import DatasetError, RecipeError
 from mergekit_bio.eval.components import Task
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 T = TypeVar("T")
 

@@ -114,7 +114,7 @@ class EmbeddingWriter:
             column.rows.close()
 
     def _write_safetensors(self, file: Path) -> None:
-        # The library wants every array in memory; the format is a header and the bytes.
+        # The library wants every array in memory; here the columns follow the header one by one.
         tensors = [(name, _SAFETENSORS_DTYPES[column.dtype], column.shape) for name, column in self._columns.items()]
         with file.open("wb") as out:
             out.write(build_header(tensors, {"recordings": json.dumps(self.recordings)}))

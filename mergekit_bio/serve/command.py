@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 from mergekit_bio.audio.chat_template import server_chat_template
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
-from mergekit_bio.checkpoint.directory import inside, read_json
+from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
+from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.settings import ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.

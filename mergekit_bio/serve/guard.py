@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import EngineError, MergekitBioError
+from mergekit_bio.outside_data import is_text
 from mergekit_bio.serve.settings import ServeSettings
 from mergekit_bio.serve.turnstile import Turnstile
-from mergekit_bio.validation import is_text
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

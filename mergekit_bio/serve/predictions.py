@@ -10,7 +10,7 @@ from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.errors import PromptError
-from mergekit_bio.validation import is_text
+from mergekit_bio.outside_data import is_text
 
 SCHEMA = "predictions_v1"
 

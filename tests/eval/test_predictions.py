@@ -58,12 +58,12 @@ def test_unknown_keys_and_blank_lines_are_ignored_and_number_ids_are_texts(tmp_p
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"nonsense\n", "p.jsonl:2: not a JSON object: 'nonsense'"),
-        (b"[1]\n", "p.jsonl:2: a prediction is a JSON object"),
-        (b'{"prediction": "a", "id": "1", "dataset_name": "c"}\n', "p.jsonl:2: the key 'label' is missing"),
-        (row(1).to_line().replace(b'"a"', b"3"), "p.jsonl:2: 'label' must be a text, not '3'"),
-        (row(1).to_line().replace(b'"lora_scale": null', b'"lora_scale": NaN'), "'lora_scale' must be a finite number"),
-        (row(1).to_line().replace(b'"a"', b'"\\ud800"'), "'label' must be a text"),
+        (b"nonsense\n", "p.jsonl:2: is not valid JSON (Expecting value: line 1 column 1 (char 0)): 'nonsense'"),
+        (b"[1]\n", "p.jsonl:2: is not a JSON object: '[1]'"),
+        (b'{"prediction": "a", "id": "1", "dataset_name": "c"}\n', "p.jsonl:2: label: is missing"),
+        (row(1).to_line().replace(b'"a"', b"3"), "p.jsonl:2: label: input should be a valid string, not 3"),
+        (row(1).to_line().replace(b'"lora_scale": null', b'"lora_scale": NaN'), "lora_scale: input should be a finite"),
+        (row(1).to_line().replace(b'"a"', b'"\\ud800"'), "p.jsonl:2: label: holds half of a surrogate pair"),
         (row(0).to_line(), "p.jsonl:2: the id 'clip-0000' stands in line 1 already"),
     ],
 )

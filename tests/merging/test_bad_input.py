@@ -321,7 +321,7 @@ def test_an_alpha_for_a_module_that_nothing_changes(sources: Path) -> None:
     ("lines", "named"),
     [
         ("alphas: true", "alphas"),
-        ("alphas: [0.5, yes]", "'yes' is not a number"),
+        ("alphas: [0.5, yes]", "merge.yaml:1: alphas[1]: input should be a valid number, not true"),
         ("adapter: [{source: ADAPTER, alpha: '0:1:0.5'}]\nalphas: 0.5", "'0:1:0.5' is 3 strengths"),
         ("adapter: [{source: ADAPTER, alpha: true}]\nalphas: 0.5", "alpha"),
         ("adapter: [{source: ADAPTER, alpha: mlp=0.3}, finetune]\nalphas: 0.5", "'mlp' names none"),

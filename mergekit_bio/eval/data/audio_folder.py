@@ -1,8 +1,5 @@
 """A folder of one's own recordings with metadata.csv or metadata.jsonl (the Hub's AudioFolder convention)."""
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
 from mergekit_bio.eval.scoring.detection import label_set
 from mergekit_bio.eval.scoring.matching import normalised
-from mergekit_bio.validation import is_text
+from mergekit_bio.outside_data import is_text, read_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,53 +100,19 @@ def _distinct_labels(labels: Sequence[str], *, several: bool, file: Path) -> Non
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Where each row stands, and its texts, without white space around them."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: cannot be read ({error})") from None
-    rows = _json_rows(file, text) if file.suffix == ".jsonl" else _csv_rows(file, text)
-    for number, texts in rows:
-        row = {_stripped(column): _stripped(value) for column, value in texts.items()}
+    for document in read_rows(file, error=DatasetError):
+        row = {_stripped(column): _stripped(value) for column, value in document.data.items()}
         for column in REQUIRED:
             if column not in row:
-                raise DatasetError(
-                    f"{file}:{number}: no column '{column}'; it has {', '.join(map(str, row)) or 'none'}"
-                )
+                raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, row)) or 'none'}")
         for column in (*REQUIRED, "split"):
             if row.get(column) is not None and not is_text(row[column]):
-                raise DatasetError(f"{file}:{number}: '{column}' must be a text without a lone surrogate")
-        yield f"{file}:{number}", row
+                raise document.problem((), f"'{column}' must be a text without a lone surrogate")
+        yield document.line(), row
 
 
 def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DatasetError(
-                    f"{file}:{reader.line_num}: {'more' if None in row else 'fewer'} values than columns"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DatasetError(f"{file}:{reader.line_num}: damaged ({error})") from None
-
-
-def _json_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines: a JSON text may hold other line separators than the newline.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DatasetError(f"{file}:{number}: not a JSON object") from None
-        if not isinstance(row, dict):
-            raise DatasetError(f"{file}:{number}: not a JSON object")
-        yield number, row
 
 
 def _recording(paths: dict[str, Path], clip_id: str) -> "tuple[np.ndarray, int]":

@@ -1,6 +1,5 @@
 """BEANS-Zero through the ``datasets`` library: one component at a time, never the whole benchmark."""
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.errors import DatasetError, MissingPackageError
 from mergekit_bio.eval.components import Component
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.outside_data import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,10 +87,7 @@ def _recording(rows: "_Table | _Stream", source: str, clip_id: str) -> "tuple[np
     where = f"{source}: row '{clip_id}'"
     with _one_line_errors(source):
         row = rows.audio(clip_id)
-    try:
-        rate = json.loads(row["metadata"])["sample_rate"]
-    except (TypeError, ValueError, KeyError):
-        rate = None
+    rate = parse_json(row["metadata"] or "{}", source=f"{where}: metadata", error=DatasetError).get("sample_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
         raise DatasetError(f"{where}: the metadata states no sample_rate")
     return checked_samples(row["audio"], where), int(rate)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 if TYPE_CHECKING:
     import numpy as np

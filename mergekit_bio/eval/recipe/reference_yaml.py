@@ -3,11 +3,8 @@
 from typing import Any
 
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
-from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.recipe.located_yaml import LocatedYaml
-from mergekit_bio.validation import Path as KeyPath
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import Document, KeyPath, nearest
 
 SECTIONS = ("model", "generate", "extended")
 _EXTENDED = ("datasets", "queries", "lora_scales", "species", "top_k_species", "n_examples")
@@ -36,7 +33,7 @@ def is_reference(data: dict[str, Any]) -> bool:
     return "extended" in data or "model" in data
 
 
-def translated(document: LocatedYaml) -> tuple[dict[str, Any], tuple[str, ...]]:
+def translated(document: Document) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Translate.
 
     Args:
@@ -52,14 +49,15 @@ def translated(document: LocatedYaml) -> tuple[dict[str, Any], tuple[str, ...]]:
     sections = {name: _section(document, name) for name in SECTIONS}
     for key in data:
         if key not in SECTIONS:
-            raise RecipeError(f"{document.locate((key,))}: {key}: unknown section{nearest(key, SECTIONS)}")
+            raise document.problem((key,), f"unknown section{nearest(key, SECTIONS)}")
     model, generate, extended = (sections[name] for name in SECTIONS)
     _known(document, "generate", _GENERATE)
     _known(document, "extended", _EXTENDED)
     template = model.get("prompt_template")
     if template is not None and template != LLAMA3_TEMPLATE:
-        where = document.locate(("model", "prompt_template"))
-        raise RecipeError(f"{where}: model.prompt_template: only NatureLM-audio's own chat template can be asked with")
+        raise document.problem(
+            ("model", "prompt_template"), "only NatureLM-audio's own chat template can be asked with"
+        )
     datasets = extended.get("datasets", [_ALL])
     recipe = {
         "merge": {
@@ -71,9 +69,9 @@ def translated(document: LocatedYaml) -> tuple[dict[str, Any], tuple[str, ...]]:
         **{key: value for key, value in extended.items() if key not in ("datasets", "lora_scales")},
     }
     ignored = sorted(set(model) - {"llama_path", "ckpt", "prompt_template"})
-    notes = [f"{document.file}: the reference's format, translated (`mergekit-bio recipes show` prints it)"]
+    notes = [f"{document.source}: the reference's format, translated (`mergekit-bio recipes show` prints it)"]
     if ignored:
-        notes.append(f"{document.file}: not needed, as the checkpoint says it: model.{', model.'.join(ignored)}")
+        notes.append(f"{document.source}: not needed, as the checkpoint says it: model.{', model.'.join(ignored)}")
     return recipe, tuple(notes)
 
 
@@ -87,18 +85,17 @@ def reference_path(path: KeyPath, data: dict[str, Any]) -> KeyPath:
     return path if path[:1] == ("generate",) else ("extended", *path)
 
 
-def _section(document: LocatedYaml, name: str) -> dict[str, Any]:
+def _section(document: Document, name: str) -> dict[str, Any]:
     section = document.data.get(name) or {}
     if not isinstance(section, dict):
-        raise RecipeError(f"{document.locate((name,))}: {name}: a section is a mapping of keys to values")
+        raise document.problem((name,), "a section is a mapping of keys to values")
     return section
 
 
-def _known(document: LocatedYaml, section: str, keys: tuple[str, ...]) -> None:
+def _known(document: Document, section: str, keys: tuple[str, ...]) -> None:
     for key in document.data.get(section) or {}:
         if key not in keys:
-            where = document.locate((section, key))
-            raise RecipeError(f"{where}: {section}.{key}: unknown key{nearest(key, keys)}")
+            raise document.problem((section, key), f"unknown key{nearest(key, keys)}")
 
 
 def _renamed(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """The recipe: what an evaluation run is made of, read from YAML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Len
 
-from mergekit_bio.errors import RecipeError
+from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
-from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
-from mergekit_bio.validation import FORBID_EXTRA, dotted, nearest, validated
-from mergekit_bio.validation import Path as KeyPath
+from mergekit_bio.merging.alpha import parse_alphas
+from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.outside_data import FORBID_EXTRA, KeyPath, checked, dotted, nearest, read_yaml
 
 Text = Annotated[str, Len(1)]
 Decoding = Literal["generate", "choice", "loglikelihood"]
@@ -26,21 +26,7 @@ LOWEST_TEMPERATURE = 0.01
 #: With the number of a clip added it is one that torch and vLLM take.
 HIGHEST_SEED = 2**62
 
-DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
-DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
 DEFAULT_DATA = "EarthSpeciesProject/BEANS-Zero"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Which checkpoints to make: one for each alpha."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    alphas: Annotated[tuple[float, ...], Len(1)]
-    base: Text = DEFAULT_BASE
-    adapter: Text = DEFAULT_ADAPTER
-    base_from_adapter: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +70,7 @@ class Recipe:
     Attributes:
         name: The run's name; the file's name without suffix.
         datasets: What is asked about.
-        merge: Checkpoints to make, xor ``checkpoints``.
+        merge: Checkpoints to make, xor ``checkpoints``. Its strengths are numbers, and the run decides where they go.
         checkpoints: Merged directories or hub ids.
         data: Where BEANS-Zero is: a hub id, a ``save_to_disk`` folder, or parquet or arrow files.
         streaming: Read ``data`` front to back without keeping it on the disk.
@@ -104,7 +90,7 @@ class Recipe:
 
     name: Text
     datasets: Annotated[tuple[DatasetChoice, ...], Len(1)]
-    merge: Merge | None = None
+    merge: MergeRequest | None = None
     checkpoints: tuple[Text, ...] = ()
     data: Text = DEFAULT_DATA
     streaming: bool = False
@@ -163,35 +149,44 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     Raises:
         RecipeError: One line with the file, the line, the key and, for an unknown key, the nearest one.
     """
-    document = read_located_yaml(file)
+    # 1. Read the file; the reference's format becomes ours, and errors still name the keys that are in the file.
+    document = read_yaml(file, error=RecipeError)
     if not isinstance(document.data, dict):
-        raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
-    content, locate, named = document.data, document.locate, dotted
+        raise document.problem((), "a recipe is a mapping of keys to values")
+    content = document.data
     notes: tuple[str, ...] = ()
     of_reference = is_reference(content)
     if of_reference:
         content, notes = translated(document)
 
-        def locate(path: KeyPath) -> str:
-            return document.locate(reference_path(path, document.data))
+    def in_file(path: KeyPath) -> KeyPath:
+        return reference_path(path, document.data) if of_reference else path
 
-        def named(path: KeyPath) -> str:
-            return dotted(reference_path(path, document.data))
+    def where(path: KeyPath, key: KeyPath | None = None) -> str:
+        """The line of a value, and its key; ``key`` where only a part of the path is to be shown."""
+        shown = dotted(in_file(path if key is None else key))
+        return f"{document.line(in_file(path))}: {shown}" if path else document.line()
 
+    # 2. Fill in what the file's name and neighbours say: the run's name, folders of recordings, the label map.
     content = {"name": file.stem, **content}
-    content["datasets"] = _dataset_mappings(content.get("datasets"), file.parent)
+    if content.get("datasets") is not None:
+        content["datasets"] = _dataset_mappings(content["datasets"], file.parent)
     label_map = content.get("label_map")
     if label_map is not None:
         if not isinstance(label_map, str):
-            raise RecipeError(f"{locate(('label_map',))}: label_map: input should be the path of a CSV file")
+            raise RecipeError(f"{where(('label_map',))}: input should be the path of a CSV file")
         content["label_map"] = read_label_map(_beside(label_map, file.parent))
-    if content["datasets"] is None:
-        del content["datasets"]
-    recipe = validated(Recipe, content, error=RecipeError, locate=locate, named=named)
-    _check(recipe, locate, named)
+
+    # 3. Check every key by itself, then what ties keys together.
+    recipe = checked(Recipe, content, error=RecipeError, where=where)
+    _check(recipe, where)
+
+    # 4. Say what the right answers are, and make paths absolute.
     if not recipe.targets:
         recipe, of_targets = _with_targets(recipe, of_reference=of_reference)
         notes += tuple(f"{file}: {note}" for note in of_targets)
+    if recipe.merge is not None:
+        recipe = replace(recipe, merge=_merge_of_a_run(recipe.merge, file.parent, where))
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_found(str(data), Path()))
@@ -247,12 +242,45 @@ def _beside(path: str, folder: Path) -> Path:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """With the paths of sources, checkpoints and data absolute."""
-    merge = recipe.merge
-    if merge is not None:
-        merge = replace(merge, base=_found(merge.base, folder), adapter=_found(merge.adapter, folder))
+    """With the paths of checkpoints and data absolute."""
     checkpoints = tuple(_found(source, folder) for source in recipe.checkpoints)
-    return replace(recipe, merge=merge, checkpoints=checkpoints, data=_found(recipe.data, folder))
+    return replace(recipe, checkpoints=checkpoints, data=_found(recipe.data, folder))
+
+
+def _merge_of_a_run(merge: MergeRequest, folder: Path, where: Callable[..., str]) -> MergeRequest:
+    """A recipe's merge with its strengths as numbers and the paths of its sources absolute.
+
+    Raises:
+        RecipeError: A strength cannot be read or differs between modules, or a key is the run's own to decide.
+    """
+    for key in ("out", "overwrite", "text_only"):
+        if getattr(merge, key) != getattr(MergeRequest, key):
+            raise RecipeError(f"{where(('merge', key))}: the run decides this; leave it out")
+    path: KeyPath = ("merge", "alphas")
+    try:
+        if isinstance(merge.alphas, Sequence) and not isinstance(merge.alphas, str):
+            for index, alpha in enumerate(merge.alphas):  # by itself, so that the error tells which
+                path = ("merge", "alphas", index)
+                parse_alphas([alpha])
+        path = ("merge", "alphas")
+        strengths = merge.strengths
+        path = ("merge", "adapter")
+        adapters = merge.adapters
+    except MergekitBioError as error:
+        raise RecipeError(f"{where(path)}: {str(error).removeprefix('--alpha: ')}") from error
+    if any(strength.modules for strength in strengths):
+        raise RecipeError(
+            f"{where(('merge', 'alphas'))}: a recipe's strengths are numbers; merge by module first, and list what it "
+            "makes in checkpoints"
+        )
+    sources = [replace(entry, source=_found(str(entry.source), folder)) for entry in adapters]
+    plain = [entry.source if entry.alpha is None else entry for entry in sources]
+    return replace(
+        merge,
+        alphas=tuple(strength.default for strength in strengths),
+        base=_found(str(merge.base), folder),
+        adapter=plain[0] if len(plain) == 1 else tuple(plain),
+    )
 
 
 def _found(source: str, folder: Path) -> str:
@@ -261,11 +289,11 @@ def _found(source: str, folder: Path) -> str:
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
-def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[KeyPath], str]) -> None:
+def _check(recipe: Recipe, where: Callable[..., str]) -> None:
     """What ties keys together."""
 
     def refuse(path: KeyPath, message: str) -> None:
-        raise RecipeError(f"{locate(path)}: {named(path[:1])}: {message}")
+        raise RecipeError(f"{where(path, key=path[:1])}: {message}")
 
     if (recipe.merge is None) == (not recipe.checkpoints):
         refuse(("merge",), "give either merge or checkpoints")
@@ -297,7 +325,7 @@ def _check(recipe: Recipe, locate: Callable[[KeyPath], str], named: Callable[[Ke
         refuse(("seed",), f"sampling needs a seed of 0 to {HIGHEST_SEED}")
     chosen = bool(recipe.species) or recipe.top_k_species is not None
     for index, query in enumerate(recipe.queries):
-        used = flags(query, f"{locate(('queries', index))}: {named(('queries', index))}")
+        used = flags(query, where(("queries", index)))
         if used & {"species_list", "examples", "audio_examples"} and not chosen:
             refuse(("queries", index), "the flags for species need species or top_k_species")
         if "examples" in used and not (recipe.species and all(one.description for one in recipe.species)):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.package_files import recipe_folder
-from mergekit_bio.eval.recipe.located_yaml import read_located_yaml
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest, read_yaml
 
 
 def shipped_recipes() -> Mapping[str, Path]:
@@ -59,7 +58,7 @@ def copy_shipped(name: str, destination: str | Path) -> list[Path]:
     into_folder = str(destination).endswith("/") or Path(destination).is_dir()
     target = Path(destination, source.name) if into_folder else Path(destination)
     copies = {target: source}
-    label_map = read_located_yaml(source).data.get("label_map")
+    label_map = read_yaml(source, error=RecipeError).data.get("label_map")
     if label_map is not None:
         copies[target.parent / label_map] = source.parent / label_map
     for new, old in copies.items():

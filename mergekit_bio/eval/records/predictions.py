@@ -6,16 +6,17 @@ library read the file as it is. Files may be gzipped.
 
 import gzip
 import json
-import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, ClassVar
+
+from annotated_types import Ge
 
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.validation import is_text
+from mergekit_bio.outside_data import Document, parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +38,17 @@ class Prediction:
         audio: The recording's file, for local data.
     """
 
+    # Predictions of other programs may say more.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore", "allow_inf_nan": False}
+
     prediction: str
     label: str
     id: str
     dataset_name: str
     prompt: str | None = None
     lora_scale: float | None = None
-    prompt_tokens: int | None = None
-    generated_ids: tuple[int, ...] | None = None
+    prompt_tokens: Annotated[int, Ge(0)] | None = None
+    generated_ids: tuple[Annotated[int, Ge(0)], ...] | None = None
     logprob: float | None = None
     example_ids: tuple[str, ...] | None = None
     choice_logprobs: dict[str, float] | None = None
@@ -59,7 +63,6 @@ class Prediction:
 
 _KEYS = tuple(field.name for field in fields(Prediction))
 _REFERENCE_KEYS = _KEYS[:6]
-_REQUIRED_KEYS = _KEYS[:4]
 
 
 def parse_line(line: bytes, where: str) -> Prediction:
@@ -72,63 +75,10 @@ def parse_line(line: bytes, where: str) -> Prediction:
     Raises:
         RunError: The line is not JSON, lacks a required key, or a value has the wrong type.
     """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise RunError(f"{where}: not a JSON object: {_shown(line)}") from None
-    if not isinstance(row, dict):
-        raise RunError(f"{where}: a prediction is a JSON object, this is {_shown(line)}")
-    missing = [key for key in _REQUIRED_KEYS if key not in row]
-    if missing:
-        raise RunError(f"{where}: the key '{missing[0]}' is missing; every row needs {', '.join(_REQUIRED_KEYS)}")
-    if isinstance(row["id"], int) and not isinstance(row["id"], bool):
+    row = parse_json(line, source=where, error=RunError)
+    if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
         row["id"] = str(row["id"])
-    values: dict[str, Any] = {}
-    for key, (expected, fits) in _TYPES.items():
-        value = row.get(key)
-        if value is None and key not in _REQUIRED_KEYS:
-            continue
-        if not fits(value):
-            raise RunError(f"{where}: '{key}' must be {expected}, not {_shown(json.dumps(value))}")
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return Prediction(**values)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-def _is_logprobs(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_text(key) and _is_number(number) for key, number in value.items())
-
-
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prediction": ("a text", is_text),
-    "label": ("a text", is_text),
-    "id": ("a text", is_text),
-    "dataset_name": ("a text", is_text),
-    "prompt": ("a text", is_text),
-    "lora_scale": ("a finite number", _is_number),
-    "prompt_tokens": ("a count", _is_count),
-    "generated_ids": ("a list of token ids", _list_of(_is_count)),
-    "logprob": ("a finite number", _is_number),
-    "example_ids": ("a list of texts", _list_of(is_text)),
-    "choice_logprobs": ("an object of finite numbers", _is_logprobs),
-    "audio": ("a text", is_text),
-}
-
-
-def _shown(value: bytes | str) -> str:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return repr(text[:60].strip() + ("..." if len(text) > 60 else ""))
+    return Document(where, row, RunError).checked(Prediction)
 
 
 def read_predictions(path: Path) -> tuple[Prediction, ...]:

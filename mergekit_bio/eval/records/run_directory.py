@@ -22,7 +22,7 @@ from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.label_map import Target
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
-from mergekit_bio.validation import FORBID_EXTRA, dotted, validated
+from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
@@ -105,13 +105,7 @@ def read_record(directory: Path) -> RunRecord:
         RunError: It is missing, damaged or of another version.
     """
     path = directory / RECORD_NAME
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not JSON ({error}); the run must be started anew") from None
-    record = validated(RunRecord, data, error=RunError, locate=lambda _: str(path))
+    record = Document(path, read_json(path, error=RunError), RunError).checked(RunRecord)
     for cell in record.cells:
         if Path(cell.file).name != cell.file:
             raise RunError(f"{path}: the file {cell.file!r} is not in the run directory")

@@ -22,7 +22,7 @@ from mergekit_bio.eval.scoring.matching import (
     nearest_labels,
 )
 from mergekit_bio.eval.scoring.statistics import Statistic, bootstrap, percentile_interval
-from mergekit_bio.validation import nearest
+from mergekit_bio.outside_data import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
