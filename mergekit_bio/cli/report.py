@@ -21,7 +21,7 @@ def report(
     ],
     scorer: Annotated[
         str | None,
-        typer.Option(help="paper, beans-zero, exact or choice; the default is what the run asks for, else paper."),
+        typer.Option(help="How answers become labels: paper, exact, ... [default: what the run asks for, else paper]"),
     ] = None,
     out: Annotated[
         Path | None,

@@ -76,7 +76,7 @@ def _key(cell: Cell) -> list[Any]:
 def _score_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.scores:
-            for name, value in item.figures.items():
+            for name, value in item.metrics.items():
                 cell = item.cell
                 baselines = [item.baselines.get(f"{name}_{kind}") for kind in ("majority", "random")]
                 yield [
@@ -89,7 +89,7 @@ def _comparison_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.comparisons:
             for row in item.against:
-                yield [*_key(sweep.cell), item.figure, item.test, item.clips, item.best, *asdict(row).values()]
+                yield [*_key(sweep.cell), item.metric, item.test, item.clips, item.best, *asdict(row).values()]
 
 
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
