@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mergekit_bio.errors import MergekitBioError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import Sweep, build_report
 from mergekit_bio.eval.report.figures import STYLE, draw_against_alpha
 

@@ -17,7 +17,7 @@ from mergekit_bio import merge
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.recipe.schema import DEFAULT_ADAPTER, DEFAULT_BASE, load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import TITLES, Sweep, build_report
 from mergekit_bio.eval.run.asking import Silence, Standing
 from mergekit_bio.eval.run.evaluate import evaluate

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("pandas", reason="the eval extra is not installed")
 
 from eval import beans_zero_tool
-from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.records.predictions import Prediction, PredictionWriter
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.scoring.score import score
 
 #: Labels of which no answer below is equally near to two.

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from mergekit_bio.cli.app import app
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
-from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint

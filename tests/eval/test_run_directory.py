@@ -4,15 +4,16 @@ from dataclasses import replace
 import pytest
 
 from mergekit_bio.errors import RunError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name, read_record
+from mergekit_bio.eval.records.read import read_runs
+from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord, cell_file_name, read_record
 from mergekit_bio.eval.report.build import build_report
 
 IDENTITY = {"generate": {"num_beams": 2, "stop": ["a", "b"]}, "seed": 0, "checkpoint": "sha256:1"}
 
 
-def cell(alpha: float, **changes) -> CellRecord:
+def cell(alpha: float, **changes) -> Cell:
     values = {
         "file": cell_file_name(dataset="watkins", query=0, checkpoint=f"alpha {alpha}", alpha=alpha),
         "dataset": "watkins",
@@ -23,10 +24,10 @@ def cell(alpha: float, **changes) -> CellRecord:
         "rows": 2,
         "identity": IDENTITY,
     }
-    return CellRecord(**(values | changes))
+    return Cell(**(values | changes))
 
 
-def record(*cells: CellRecord, **changes) -> RunRecord:
+def record(*cells: Cell, **changes) -> RunRecord:
     return RunRecord(**({"name": "watkins", "recipe": {"seed": 0}, "scorer": "exact", "cells": cells} | changes))
 
 
@@ -67,9 +68,9 @@ def test_a_written_run_is_read_back(tmp_path):
     assert read.cells == (wanted.cells[0], replace(wanted.cells[1], seconds=1.5))
     assert read.environment == {"versions": {"torch": "2"}, "engine": "vllm"}
     waiting, found = read_runs([tmp_path / "run"])
-    assert (waiting.alpha, waiting.rows) == (0.0, ())
-    assert (found.run, found.alpha, found.scorer, found.expected_rows) == ("watkins", 0.4, "exact", 2)
-    assert [row.id for row in found.rows] == ["1", "2"]
+    assert (waiting.alpha, waiting.predictions) == (0.0, ())
+    assert (found.run, found.alpha, found.scorer, found.rows) == ("watkins", 0.4, "exact", 2)
+    assert [row.id for row in found.predictions] == ["1", "2"]
 
 
 def test_a_run_goes_on_under_the_same_configuration_and_may_grow(tmp_path):
@@ -81,7 +82,7 @@ def test_a_run_goes_on_under_the_same_configuration_and_may_grow(tmp_path):
         assert writer.done == {"1"}
 
 
-def named(query: int, **changes) -> CellRecord:
+def named(query: int, **changes) -> Cell:
     file = cell_file_name(dataset="watkins", query=query, checkpoint="alpha 0.5", alpha=0.5)
     return cell(0.5, file=file, query=query, **changes)
 

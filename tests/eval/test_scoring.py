@@ -13,8 +13,9 @@ from rapidfuzz.process import cdist
 from sklearn.metrics import f1_score
 
 from mergekit_bio.errors import RecipeError, RunError
-from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.tables import mark, sentences
 from mergekit_bio.eval.scoring.score import score
@@ -48,7 +49,9 @@ def same(ours: float | None, theirs: float | None) -> bool:
 def whatever_the_ties(cell: Cell, targets: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     """Of the error breakdown of a cbi cell the lowest and highest rates that any way to break ties gives."""
     labels = [*set(targets), "None"]
-    texts = [row.prediction.replace("The common name for the focal species in the audio is", "") for row in cell.rows]
+    texts = [
+        row.prediction.replace("The common name for the focal species in the audio is", "") for row in cell.predictions
+    ]
     texts = [text.split(",")[0].strip() for text in texts]
     distances = cdist(texts, labels, scorer=Levenshtein.distance)
     can_be = {"out_of_set": [], "in_set_wrong": []}
@@ -197,7 +200,7 @@ def cell(*pairs: tuple[str, str], **changes) -> Cell:
     )
     values = {
         "run": "r", "dataset": "frogs", "task": "classification", "query": 0, "checkpoint": "c", "alpha": None,
-        "target": "label", "names": {}, "rows": rows, "expected_rows": None, "query_text": None, "scorer": None,
+        "target": "label", "rows": None, "predictions": rows,
         "file": "f.jsonl",
     }  # fmt: skip
     return Cell(**(values | changes))
@@ -234,7 +237,7 @@ def test_a_gain_is_over_the_shared_clips_and_said_so():
 
 def test_cells_with_no_clip_in_common_are_not_compared():
     first, second = strengths(a000=[("a", "a")], a100=[("b", "a")])
-    second = replace(second, rows=tuple(replace(row, id="other") for row in second.rows))
+    second = replace(second, predictions=tuple(replace(row, id="other") for row in second.predictions))
     report = build_report([first, second], scorer="exact")
     (sweep,) = report.sweeps
     assert sweep.comparisons == () and sweep.best("accuracy") is None and sweep.improvement("accuracy") is None
@@ -323,7 +326,10 @@ def test_choice_takes_the_option_with_the_highest_probability_and_the_first_of_e
     rows = cell(("", "a"), ("", "b"), ("b", "b"))
     logprobs = ({"b": -2.0, "a": -1.0}, {"b": -1.0, "a": -1.0}, None)
     rows = replace(
-        rows, rows=tuple(replace(row, choice_logprobs=values) for row, values in zip(rows.rows, logprobs, strict=True))
+        rows,
+        predictions=tuple(
+            replace(row, choice_logprobs=values) for row, values in zip(rows.predictions, logprobs, strict=True)
+        ),
     )
     assert score(rows, scorer="choice").answers == ("a", "a", "b")
 
@@ -368,7 +374,7 @@ def test_a_label_without_a_scientific_name_is_always_wrong_and_said_to_be(scorer
 
 def test_a_cell_whose_clips_all_lack_a_name_is_wrong_throughout():
     first, second = strengths(a000=[("Felis catus", "dog")], a100=[("Felis catus", "cat")])
-    second = replace(second, rows=tuple(replace(row, id="other") for row in second.rows))
+    second = replace(second, predictions=tuple(replace(row, id="other") for row in second.predictions))
     cells = [replace(one, target="scientific", names={"cat": "Felis catus"}) for one in (first, second)]
     (sweep,) = build_report(cells, scorer="exact").sweeps
     assert [item.metrics["accuracy"] for item in sweep.scores] == [0.0, 1.0]
@@ -392,7 +398,7 @@ def test_captions_have_cider_and_a_plain_word_about_the_rest():
 
 
 def test_an_unfinished_cell_is_called_so():
-    assert "incomplete, 1 of 3 clips" in score(cell(("a", "a"), expected_rows=3), scorer="exact").notes[0]
+    assert "incomplete, 1 of 3 clips" in score(cell(("a", "a"), rows=3), scorer="exact").notes[0]
 
 
 def test_an_unknown_scorer_is_answered_with_the_nearest():

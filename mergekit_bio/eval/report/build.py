@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from mergekit_bio.eval.label_map import NO_TARGET
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.report.comparison import (
     MAIN_METRICS,
     Comparison,
@@ -180,15 +180,15 @@ def build_report(
         progress: Called with 1 after each cell.
     """
     sweeps = []
-    for _, group in groupby((cell for cell in cells if cell.rows), key=lambda cell: cell.sweep):
+    for _, group in groupby((cell for cell in cells if cell.predictions), key=lambda cell: cell.sweep):
         members = list(group)
-        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.rows})]
+        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.predictions})]
         scores = []
         for cell in members:
             scores.append(score(cell, scorer=scorer or cell.scorer or "paper", labels=labels, seed=seed))
             progress(1)
         sweeps.append(Sweep(scores=tuple(scores), comparisons=tuple(compare(scores, seed))))
-    return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.rows))
+    return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.predictions))
 
 
 def to_document(report: Report) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.label_map import Target
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.tables import model
 from mergekit_bio.eval.scoring.classification import confusion

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import OutputError
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.run_directory import RECORD_NAME
 from mergekit_bio.eval.report.build import Report, to_document
 from mergekit_bio.eval.report.figures import draw_figures
@@ -96,7 +96,7 @@ def _prediction_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.scores:
             for row, answer, target, correct in zip(
-                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+                item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 cell = item.cell
                 yield [*_key(cell), cell.checkpoint, cell.alpha, row.id, row.prediction, answer, target, int(correct)]

@@ -81,7 +81,7 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
         "title": sweep.title,
         "about": f"{size(sweep)}, scorer {first.scorer}",
         "query": sweep.cell.query_text,
-        "prompt": first.cell.rows[0].prompt,
+        "prompt": first.cell.predictions[0].prompt,
         "header": [model_header(sweep), *header, *(TITLES[name] for name in rates), *clips],
         "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
         "baselines": [
@@ -107,7 +107,7 @@ def _predictions(report: Report, folder: Path) -> str:
         for item in sweep.scores:
             caption = item.cell.task == "captioning"
             for row, answer, target, correct in zip(
-                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+                item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 # 0 right, 1 a wrong label, 2 no label, 3 a caption
                 outcome = 3 if caption else 0 if correct else 1 if answer in labels else 2

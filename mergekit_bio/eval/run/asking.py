@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.recipe.schema import Recipe
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory
+from mergekit_bio.eval.records.run_directory import RunDirectory
 from mergekit_bio.eval.run.engine_slot import PROMPTS_AT_ONCE, EngineSlot
-from mergekit_bio.eval.run.plan import PlannedCell, RunPlan
+from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.questions import Question, options, questions
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
@@ -97,17 +98,17 @@ class _Clock:
         """The engine is up: time counts from the first such moment on."""
         self._start = self._start or time.perf_counter()
 
-    def tell(self, cell: PlannedCell, number: int, done: int, new: int = 0) -> None:
+    def tell(self, cell: Cell, number: int, done: int, new: int = 0) -> None:
         self._answers += new
         self._run_done += new
         rate = self._answers / (time.perf_counter() - self._start) if self._answers else None
         self._listener.standing(
             Standing(
-                cell=str(cell),
+                cell=f"{cell.checkpoint}, {cell.dataset}, query {cell.query}",
                 number=number,
                 cells=len(self._plan.cells),
                 done=done,
-                rows=cell.rows,
+                rows=cell.rows or 0,
                 run_done=self._run_done,
                 run_rows=self._plan.rows,
                 rate=rate,
@@ -115,30 +116,28 @@ class _Clock:
         )
 
 
-def ask_all(
-    plan: RunPlan, run: RunDirectory, records: Mapping[str, CellRecord], slot: EngineSlot, listener: Listener
-) -> None:
+def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: Listener) -> None:
     """Every cell, checkpoint by checkpoint; a checkpoint that has answered everything is not loaded."""
     clock = _Clock(plan, listener, sum(plan.answered(cell) for cell in plan.cells))
     ears = _Ears(plan)
     numbers = {cell.file: number for number, cell in enumerate(plan.cells, start=1)}
-    for checkpoint, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
+    for _, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
         engine: Engine | None = None
         for cell in cells:
-            record = records[cell.file]
-            with run.writer(record) as writer:
+            dataset = plan.dataset(cell)
+            with run.writer(cell) as writer:
                 todo = [
                     (index, question)
-                    for index, question in enumerate(questions(plan.recipe, cell.dataset, cell.query, plan.limit))
+                    for index, question in enumerate(questions(plan.recipe, dataset, cell.query, plan.limit))
                     if question.clip.id not in writer.done
                 ]
-                done = cell.rows - len(todo)
+                done = (cell.rows or 0) - len(todo)
                 if not todo:
                     continue
                 clock.tell(cell, numbers[cell.file], done)
-                engine = engine or slot.at(checkpoint)
+                engine = engine or slot.at(plan.checkpoint(cell))
                 clock.begin()
-                labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, cell.dataset, cell.query)
+                labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, cell.query)
                 started = time.perf_counter()
                 try:
                     for batch, prompts in ears.heard(cell, _batches(todo, PROMPTS_AT_ONCE[plan.engine])):
@@ -149,10 +148,10 @@ def ask_all(
                         done += len(batch)
                         clock.tell(cell, numbers[cell.file], done, new=len(batch))
                         if (now := time.perf_counter()) - started > SAVE_TIME_EVERY:
-                            run.add_seconds(record, now - started)
+                            run.add_seconds(cell, now - started)
                             started = now
                 finally:
-                    run.add_seconds(record, time.perf_counter() - started)
+                    run.add_seconds(cell, time.perf_counter() - started)
 
 
 def _batches(todo: Sequence[tuple[int, Question]], size: int) -> Iterator[list[tuple[int, Question]]]:
@@ -196,7 +195,7 @@ class _Ears:
         self._clip = clip
 
     def heard(
-        self, cell: PlannedCell, batches: Iterator[list[tuple[int, Question]]]
+        self, cell: Cell, batches: Iterator[list[tuple[int, Question]]]
     ) -> "Iterator[tuple[list[tuple[int, Question]], list[Prompt]]]":
         """The batches, and their prompts with audio."""
 
@@ -205,7 +204,7 @@ class _Ears:
 
             head, tail = LLAMA3_TEMPLATE.split("{}")
             wanted = dict.fromkeys(clip for _, question in batch for clip in question.prompt.clips)
-            clips = {clip: self._clip(cell.dataset.name, clip) for clip in wanted}
+            clips = {clip: self._clip(cell.dataset, clip) for clip in wanted}
             return [
                 Prompt.from_text(
                     question.prompt.text.removeprefix(head).removesuffix(tail),
@@ -260,16 +259,16 @@ def _answers(
     return [_Answer(generation.text, generation) for generation in engine.generate(prompts, decoding)]
 
 
-def _prediction(cell: PlannedCell, question: Question, answer: _Answer) -> Prediction:
+def _prediction(cell: Cell, question: Question, answer: _Answer) -> Prediction:
     clip, generation = question.clip, answer.generation
     logprob = sum(generation.logprobs) if generation else math.nan
     return Prediction(
         prediction=answer.text,
         label=clip.label,
         id=clip.id,
-        dataset_name=cell.dataset.name,
+        dataset_name=cell.dataset,
         prompt=question.prompt.text,
-        lora_scale=cell.checkpoint.alpha,
+        lora_scale=cell.alpha,
         prompt_tokens=generation.prompt_tokens if generation else None,
         generated_ids=generation.token_ids if generation else None,
         logprob=logprob if math.isfinite(logprob) else None,

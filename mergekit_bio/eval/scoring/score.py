@@ -6,7 +6,7 @@ from typing import Any
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.label_map import candidates, missing_names, target_text
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.scoring import captioning, classification, detection
 from mergekit_bio.eval.scoring.matching import NO_LABEL, label_set
 from mergekit_bio.eval.scoring.scorers import SCORERS
@@ -68,15 +68,15 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
     # 1. Refuse what cannot be scored, and note what is not there yet.
     if scorer not in SCORERS:
         raise RunError(f"unknown scorer '{scorer}'{nearest(scorer, list(SCORERS))}")
-    if not cell.rows:
-        raise RunError(f"{cell.file}: no prediction in it")
+    if not cell.predictions:
+        raise RunError(f"{cell.path}: no prediction in it")
     notes = cell.notes
-    if cell.expected_rows is not None and len(cell.rows) < cell.expected_rows:
-        notes = (*notes, f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips")
+    if cell.rows is not None and len(cell.predictions) < cell.rows:
+        notes = (*notes, f"{cell}: incomplete, {len(cell.predictions)} of {cell.rows} clips")
 
     # 2. Match the answers and compute the metrics, each task in its own way.
     of_task = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
-    scored = of_task(cell, scorer, labels or [row.label for row in cell.rows])
+    scored = of_task(cell, scorer, labels or [row.label for row in cell.predictions])
 
     # 3. Resample the clips: how sure the metrics are.
     samples = bootstrap(indicators=scored.indicators, statistic=scored.statistic, seed=seed)
@@ -87,15 +87,15 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
 def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     """One label a clip; see ``score`` for the arguments."""
     # 1. What is right, and what an answer may be: the labels, or the scientific names that stand for them.
-    unlabelled = [row.id for row in cell.rows if not row.label]
+    unlabelled = [row.id for row in cell.predictions if not row.label]
     if unlabelled:
-        raise RunError(f"{cell.file}: the clip {unlabelled[0]!r} has no label")
-    targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.rows]
-    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.file))
+        raise RunError(f"{cell.path}: the clip {unlabelled[0]!r} has no label")
+    targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.predictions]
+    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.path))
 
     # 2. From text to label, by the scorer's rules.
     rules = SCORERS[scorer]
-    matched = rules.match([rules.clean(row, cell.dataset) for row in cell.rows], labels)
+    matched = rules.match([rules.clean(row, cell.dataset) for row in cell.predictions], labels)
     answers = matched.answers
 
     # 3. Two error breakdowns: the paper's, which reads an answer as a list of labels, and that of the matched labels.
@@ -119,7 +119,7 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Sco
     return Score(
         cell=cell,
         scorer=scorer,
-        ids=tuple(row.id for row in cell.rows),
+        ids=tuple(row.id for row in cell.predictions),
         targets=tuple(targets),
         answers=tuple(answers),
         correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
@@ -134,16 +134,16 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Sco
 
 def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     """Any number of labels a clip; see ``score`` for the arguments."""
-    targets = [label_set(row.label) for row in cell.rows]
+    targets = [label_set(row.label) for row in cell.predictions]
     if not any(targets):
-        raise RunError(f"{cell.file}: no clip has a label other than None; detection needs one")
+        raise RunError(f"{cell.path}: no clip has a label other than None; detection needs one")
     # The published scorers match with the label texts as they stand, lists of several labels included.
-    texts = SCORERS[scorer].match_lists([row.prediction for row in cell.rows], sweep_labels)
+    texts = SCORERS[scorer].match_lists([row.prediction for row in cell.predictions], sweep_labels)
     answers = [label_set(text) for text in texts]
     return Score(
         cell=cell,
         scorer=scorer,
-        ids=tuple(row.id for row in cell.rows),
+        ids=tuple(row.id for row in cell.predictions),
         targets=tuple(", ".join(sorted(labels)) for labels in targets),
         answers=tuple(", ".join(sorted(labels)) for labels in answers),
         correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
@@ -159,7 +159,7 @@ def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     from scipy.sparse import csr_matrix
 
     # 1. A value for every clip and metric; SPICE only where its program is.
-    references, captions = [row.label for row in cell.rows], [row.prediction for row in cell.rows]
+    references, captions = [row.label for row in cell.predictions], [row.prediction for row in cell.predictions]
     words = SCORERS[scorer].caption_words
     columns = {
         "cider": captioning.cider(
@@ -181,7 +181,7 @@ def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     return Score(
         cell=cell,
         scorer=scorer,
-        ids=tuple(row.id for row in cell.rows),
+        ids=tuple(row.id for row in cell.predictions),
         targets=tuple(references),
         answers=tuple(captions),
         correct=(False,) * len(captions),
