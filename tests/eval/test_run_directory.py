@@ -1,5 +1,7 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -175,3 +177,31 @@ def test_a_record_cannot_point_outside_its_directory(tmp_path):
     path.write_text(path.read_text().replace("x.jsonl", "../x.jsonl"))
     with pytest.raises(RunError, match="not in the run directory"):
         read_record(tmp_path)
+
+
+@pytest.fixture
+def run_of_before(tmp_path):
+    """What the program left of a small run at the commit 8f37070: two of its four cells, answered."""
+    return Path(shutil.copytree(Path(__file__).with_name("runs_of_before") / "tones", tmp_path / "tones"))
+
+
+def test_a_run_of_before_is_read_and_goes_on_with_every_answer_it_has(run_of_before):
+    kept = json.loads((run_of_before / "run.json").read_text())
+    cells = read_runs([run_of_before])
+    assert [(cell.alpha, cell.query, len(cell.predictions)) for cell in cells] == [
+        (0.0, 0, 4), (1.0, 0, 4), (0.0, 1, 0), (1.0, 1, 0),
+    ]  # fmt: skip
+    assert [item.metrics["accuracy"] for item in build_report(cells).sweeps[0].scores] == [0.0, 0.0]
+    wanted = read_record(run_of_before)
+    with RunDirectory(run_of_before, wanted) as run:
+        for known in run.record.cells:
+            with run.writer(known) as writer:
+                assert len(writer.done) == (4 if known.query == 0 else 0)
+    assert json.loads((run_of_before / "run.json").read_text()) == kept
+
+
+def test_a_run_of_before_under_another_configuration_says_which_key_changed(run_of_before):
+    wanted = read_record(run_of_before)
+    changed = [replace(known, identity=known.identity | {"dtype": "float32"}) for known in wanted.cells]
+    with pytest.raises(RunError, match='dtype was null and is now "float32"'):
+        RunDirectory(run_of_before, replace(wanted, cells=tuple(changed)))
