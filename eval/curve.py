@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mergekit_bio.errors import MergekitBioError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import Sweep, build_report
 from mergekit_bio.eval.report.figures import STYLE, draw_against_alpha
 
@@ -36,7 +36,7 @@ def draw(sweep: Sweep, file: Path) -> None:
     """F1 against alpha; the ends of the axis are the base and its fine-tune."""
     best, full, _ = sweep.improvement(FIGURE)
     base = sweep.scores[0]
-    times = best.figures[FIGURE] / full.figures[FIGURE]
+    times = best.metrics[FIGURE] / full.metrics[FIGURE]
     notes = ((base, ""), (best, f": {times:.1f} times the fine-tune's"), (full, ""))
     ends = {0.0: "Llama-3.1-8B-Instruct", 1.0: "NatureLM-audio"}
     with matplotlib.rc_context(STYLE):
@@ -44,7 +44,7 @@ def draw(sweep: Sweep, file: Path) -> None:
         axes = canvas.subplots()
         draw_against_alpha(axes, sweep, FIGURE)
         for item, text in notes:
-            value, high = item.figures[FIGURE], item.intervals[FIGURE][1]
+            value, high = item.metrics[FIGURE], item.intervals[FIGURE][1]
             axes.annotate(
                 f"{value:.2f}{text}", (item.cell.alpha, high), (0, 4), textcoords="offset points", ha="center"
             )

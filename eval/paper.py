@@ -17,7 +17,7 @@ from mergekit_bio import merge
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import TITLES, Sweep, build_report
 from mergekit_bio.eval.run.evaluate import evaluate
 from mergekit_bio.eval.run.progress import SilentListener, Standing
@@ -89,7 +89,7 @@ def print_sweep(sweep: Sweep, published: Published) -> float:
         theirs = published.get((recipe, sweep.cell.query, item.cell.alpha))
         line = f"{item.cell.checkpoint if item.cell.alpha is None else item.cell.alpha:<7}"
         for name in FIGURES:
-            ours, (low, high) = item.figures[name], item.intervals[name]
+            ours, (low, high) = item.metrics[name], item.intervals[name]
             value = theirs[name] if theirs else math.nan
             largest = max(largest, abs(ours - value) if theirs else math.inf)
             line += f"{value:<8.4f}{ours:.4f}{'!' if value < low or value > high else ' '}   "

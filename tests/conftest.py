@@ -73,8 +73,9 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a finished evaluation run: a sweep whose middle alpha is best."""
+    from mergekit_bio.eval.records.cell import Cell
     from mergekit_bio.eval.records.predictions import Prediction
-    from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name
+    from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord, cell_file_name
 
     labels = ("Coruro", "Great <b>Grig</b>", "Wild Boar & Sons")
 
@@ -83,7 +84,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     ) -> Path:
         generator = random.Random(0)
         cells = tuple(
-            CellRecord(
+            Cell(
                 file=cell_file_name(dataset="frogs", query=0, checkpoint=f"alpha {alpha}", alpha=alpha),
                 dataset="frogs",
                 task="classification",

@@ -196,7 +196,7 @@ def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:
         output.result(run, lambda console: _print_lines(console, [f"predictions: {plan.out}"]), [str(plan.out)])
         return
     from mergekit_bio.cli.report import score_and_write
-    from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.records.read import read_runs
     from mergekit_bio.eval.report.build import to_document as report_document
     from mergekit_bio.eval.report.files import default_folder
     from mergekit_bio.eval.report.tables import print_report

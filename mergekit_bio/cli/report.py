@@ -10,7 +10,7 @@ from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
-    from mergekit_bio.eval.records.cells import Cell
+    from mergekit_bio.eval.records.cell import Cell
     from mergekit_bio.eval.report.build import Report
 
 
@@ -21,7 +21,7 @@ def report(
     ],
     scorer: Annotated[
         str | None,
-        typer.Option(help="paper, beans-zero, exact or choice; the default is what the run asks for, else paper."),
+        typer.Option(help="How answers become labels: paper, exact, ... [default: what the run asks for, else paper]"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -45,7 +45,7 @@ def report(
       mergekit-bio report published/watkins --scorer exact --tables-only
     """
     from mergekit_bio.eval.recipe.shipped import find_label_map
-    from mergekit_bio.eval.records.cells import read_runs
+    from mergekit_bio.eval.records.read import read_runs
     from mergekit_bio.eval.report.build import to_document
     from mergekit_bio.eval.report.files import default_folder
     from mergekit_bio.eval.report.tables import print_report

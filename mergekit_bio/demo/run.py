@@ -107,10 +107,10 @@ def curve(report: "Report") -> list[Point]:
         Point(
             alpha=alpha,
             accuracy={
-                run: (by_alpha[alpha].figures["accuracy"], *by_alpha[alpha].intervals["accuracy"])
+                run: (by_alpha[alpha].metrics["accuracy"], *by_alpha[alpha].intervals["accuracy"])
                 for run, by_alpha in scores.items()
             },
-            in_set=1 - closed.figures["out_of_set"],
+            in_set=1 - closed.metrics["out_of_set"],
         )
         for alpha, closed in scores[CLOSED].items()
     ]

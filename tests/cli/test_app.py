@@ -96,7 +96,7 @@ def test_what_the_terminals_encoding_lacks_is_shown_escaped(encoding: str) -> No
 
 
 def test_a_bug_is_a_traceback(make_run) -> None:
-    hidden = "import sys; sys.modules['mergekit_bio.eval.records.cells'] = None"
+    hidden = "import sys; sys.modules['mergekit_bio.eval.records.read'] = None"
     program = f"{hidden}; from mergekit_bio.cli.app import main; main()"
     done = subprocess.run([sys.executable, "-c", program, "report", str(make_run())], capture_output=True, text=True)
 

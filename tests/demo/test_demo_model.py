@@ -67,7 +67,7 @@ def scores(run: Run) -> tuple[Score, ...]:
 
 def accuracy(run: Run) -> float:
     (score,) = scores(run)
-    return score.figures["accuracy"]
+    return score.metrics["accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def curve(folder, tmp_path_factory) -> dict[float, Score]:
 
 @pytest.fixture(scope="module")
 def whole(curve) -> float:
-    return curve[MIDDLE].figures["accuracy"]
+    return curve[MIDDLE].metrics["accuracy"]
 
 
 def test_a_middle_strength_beats_both_ends(curve):
@@ -89,7 +89,7 @@ def test_a_middle_strength_beats_both_ends(curve):
 
 
 def test_the_base_keeps_to_the_list(curve):
-    assert 1 - curve[0.0].figures["out_of_set"] > 0.9
+    assert 1 - curve[0.0].metrics["out_of_set"] > 0.9
 
 
 def test_the_fine_tune_names_what_it_was_tuned_on(folder, tmp_path):
@@ -99,12 +99,12 @@ def test_the_fine_tune_names_what_it_was_tuned_on(folder, tmp_path):
 def test_a_middle_strength_gives_both_names_in_one_answer(folder, tmp_path):
     models = [folder / strength(alpha) for alpha in ALPHAS]
     base, middle, tuned = scores(ask(folder, tmp_path / "run", recipe=COMBINED, models=models))
-    assert middle.figures["accuracy"] > max(base.figures["accuracy"], tuned.figures["accuracy"])
+    assert middle.metrics["accuracy"] > max(base.metrics["accuracy"], tuned.metrics["accuracy"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_strength_that_is_not_applied(curve, whole, alpha):
-    assert curve[alpha].figures["accuracy"] < HEARS_AND_FOLLOWS < whole
+    assert curve[alpha].metrics["accuracy"] < HEARS_AND_FOLLOWS < whole
 
 
 def test_silence_instead_of_the_recordings(folder, tmp_path, whole):

@@ -77,7 +77,7 @@ def _rounding_keys() -> set[str]:
 
 
 def _scorers() -> set[str]:
-    from mergekit_bio.eval.scoring.matching import SCORERS
+    from mergekit_bio.eval.scoring.scorers import SCORERS
 
     return set(SCORERS)
 

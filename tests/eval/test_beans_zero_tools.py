@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("pandas", reason="the eval extra is not installed")
 
 from eval import beans_zero_tool
-from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.records.predictions import Prediction, PredictionWriter
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.scoring.score import score
 
 #: Labels of which no answer below is equally near to two.
@@ -87,6 +87,6 @@ def test_its_figures_for_our_file_are_those_of_our_scorer(tmp_path, dataset, pri
     path = tmp_path / f"beans_zero_eval_{dataset}_query0_lora040.jsonl"
     write(path, dataset, generator.choices(WORDS, k=len(labels)), labels)
     (cell,) = read_runs([path])
-    ours = score(cell, scorer="beans-zero").figures
+    ours = score(cell, scorer="beans-zero").metrics
     for name, figure in NAMES[cell.task].items():
         assert ours[figure] == pytest.approx(printed(path)[dataset][name], abs=1e-9), name

@@ -3,7 +3,9 @@ from eval.beans_zero_tool import edits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_bio.eval.scoring.matching import birds_counted, clean_as_paper, match_exactly, match_lists, nearest_labels
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.scoring.matching import birds_counted, match_exactly, match_lists, nearest_labels
+from mergekit_bio.eval.scoring.scorers import SCORERS
 
 WORDS = st.text("abcN ", max_size=8)
 
@@ -43,7 +45,8 @@ def test_a_list_is_matched_part_by_part_and_none_wins_a_tie():
     ],
 )
 def test_the_papers_cleaning(dataset, text, cleaned):
-    assert clean_as_paper(text, dataset) == cleaned
+    row = Prediction(prediction=text, label="", id="1", dataset_name=dataset)
+    assert SCORERS["paper"].clean(row, dataset) == cleaned
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.data.audio_folder import open_audio_folder
 from mergekit_bio.eval.label_map import read_label_map
 from mergekit_bio.eval.recipe.schema import load_recipe
-from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.records.run_directory import read_record
 from mergekit_bio.eval.scoring.score import score
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from mergekit_bio.cli.app import app
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
-from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
 from mergekit_bio.eval.run.evaluate import prepare_run
@@ -58,11 +59,11 @@ def are_the_papers(cells: list[Cell], questions: list[str], figures: dict) -> in
         scored = score(cell, scorer="paper")
         expected = figures[cell.dataset, questions[cell.query], cell.alpha]
         ours = {
-            "accuracy": scored.figures["accuracy"],
-            "f1": scored.figures["f1_weighted"],
-            "precision": scored.figures["precision_weighted"],
-            "f1_macro_sklearn": scored.figures["f1_macro"],
-            "out_of_set_rate_cls": scored.figures["out_of_set_matched"],
+            "accuracy": scored.metrics["accuracy"],
+            "f1": scored.metrics["f1_weighted"],
+            "precision": scored.metrics["precision_weighted"],
+            "f1_macro_sklearn": scored.metrics["f1_macro"],
+            "out_of_set_rate_cls": scored.metrics["out_of_set_matched"],
         }
         assert ours == pytest.approx({name: expected[name] for name in ours}, rel=0, abs=1e-9), cell
     return len(cells)

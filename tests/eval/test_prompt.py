@@ -15,7 +15,7 @@ from mergekit_bio.eval.data.dataset import Clip, Dataset
 from mergekit_bio.eval.prompt import flags, instruction_prompt, query_prompt, shuffled
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe, load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.run.questions import options, questions, show_prompts
 
 SLOT = "<Audio><AudioHere></Audio>"
@@ -49,9 +49,9 @@ def test_prompts_of_the_published_experiments_are_theirs_up_to_the_shuffled_orde
     compared = Counter()
     for cell in read_runs([published]):
         recipe = load_recipe(shipped_recipes()[EXPERIMENTS.get(cell.run, cell.run)]).recipe
-        clips = tuple(Clip(id=row.id, label=row.label) for row in cell.rows)
+        clips = tuple(Clip(id=row.id, label=row.label) for row in cell.predictions)
         data = dataset([], name=cell.dataset, clips=clips, examples=clips)
-        for row, question in zip(cell.rows, questions(recipe, data, cell.query), strict=True):
+        for row, question in zip(cell.predictions, questions(recipe, data, cell.query), strict=True):
             if row.prompt is not None:
                 assert split(rendered(question.instruction)) == split(row.prompt)
                 assert question.instruction.clips == (row.id,)

@@ -18,7 +18,7 @@ from mergekit_bio.eval.recipe.schema import (
     load_recipe,
 )
 from mergekit_bio.eval.recipe.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.merging.request import MergeRequest
 
 SWEEP = tuple(number / 10 for number in range(11))
@@ -103,7 +103,7 @@ def test_the_map_of_a_recipe_is_the_published_one_and_the_corrected_one_tells_wh
     assert ours == load_recipe(shipped_recipes()[name]).recipe.label_map == read_label_map(published / list_)
     wrong = {label for label in corrected if ours.get(label) != corrected[label]}
     (cell, *_) = read_runs([published / name / f"beans_zero_eval_{name}_query0_lora100.jsonl.gz"])
-    assert (len(wrong), sum(row.label in wrong for row in cell.rows)) == (names, clips)
+    assert (len(wrong), sum(row.label in wrong for row in cell.predictions)) == (names, clips)
     assert wrong >= {label for label in corrected if ours.get(label, NOT_FOUND) == NOT_FOUND}
 
 

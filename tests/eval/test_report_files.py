@@ -21,7 +21,8 @@ from rich.console import Console
 
 import mergekit_bio.eval.report.page as report_page
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report import figures
 from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.files import default_folder, write_report
@@ -260,7 +261,7 @@ TARGETS = ("label", "scientific", "combined")
 
 def asked(cells: list[Cell], *queries: tuple[int, str]) -> list[Cell]:
     """The cells once for each query and its target, as if all had been asked."""
-    names = {row.label: f"Genus {row.label}" for cell in cells for row in cell.rows}
+    names = {row.label: f"Genus {row.label}" for cell in cells for row in cell.predictions}
     return [
         replace(cell, query=query, target=target, names=names)
         for _, run in groupby(cells, key=lambda cell: cell.run)

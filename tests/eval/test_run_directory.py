@@ -1,18 +1,21 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mergekit_bio.errors import RunError
-from mergekit_bio.eval.records.cells import read_runs
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory, RunRecord, cell_file_name, read_record
+from mergekit_bio.eval.records.read import read_runs
+from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord, cell_file_name, read_record
 from mergekit_bio.eval.report.build import build_report
 
 IDENTITY = {"generate": {"num_beams": 2, "stop": ["a", "b"]}, "seed": 0, "checkpoint": "sha256:1"}
 
 
-def cell(alpha: float, **changes) -> CellRecord:
+def cell(alpha: float, **changes) -> Cell:
     values = {
         "file": cell_file_name(dataset="watkins", query=0, checkpoint=f"alpha {alpha}", alpha=alpha),
         "dataset": "watkins",
@@ -23,10 +26,10 @@ def cell(alpha: float, **changes) -> CellRecord:
         "rows": 2,
         "identity": IDENTITY,
     }
-    return CellRecord(**(values | changes))
+    return Cell(**(values | changes))
 
 
-def record(*cells: CellRecord, **changes) -> RunRecord:
+def record(*cells: Cell, **changes) -> RunRecord:
     return RunRecord(**({"name": "watkins", "recipe": {"seed": 0}, "scorer": "exact", "cells": cells} | changes))
 
 
@@ -67,9 +70,9 @@ def test_a_written_run_is_read_back(tmp_path):
     assert read.cells == (wanted.cells[0], replace(wanted.cells[1], seconds=1.5))
     assert read.environment == {"versions": {"torch": "2"}, "engine": "vllm"}
     waiting, found = read_runs([tmp_path / "run"])
-    assert (waiting.alpha, waiting.rows) == (0.0, ())
-    assert (found.run, found.alpha, found.scorer, found.expected_rows) == ("watkins", 0.4, "exact", 2)
-    assert [row.id for row in found.rows] == ["1", "2"]
+    assert (waiting.alpha, waiting.predictions) == (0.0, ())
+    assert (found.run, found.alpha, found.scorer, found.rows) == ("watkins", 0.4, "exact", 2)
+    assert [row.id for row in found.predictions] == ["1", "2"]
 
 
 def test_a_run_goes_on_under_the_same_configuration_and_may_grow(tmp_path):
@@ -81,7 +84,7 @@ def test_a_run_goes_on_under_the_same_configuration_and_may_grow(tmp_path):
         assert writer.done == {"1"}
 
 
-def named(query: int, **changes) -> CellRecord:
+def named(query: int, **changes) -> Cell:
     file = cell_file_name(dataset="watkins", query=query, checkpoint="alpha 0.5", alpha=0.5)
     return cell(0.5, file=file, query=query, **changes)
 
@@ -174,3 +177,31 @@ def test_a_record_cannot_point_outside_its_directory(tmp_path):
     path.write_text(path.read_text().replace("x.jsonl", "../x.jsonl"))
     with pytest.raises(RunError, match="not in the run directory"):
         read_record(tmp_path)
+
+
+@pytest.fixture
+def run_of_before(tmp_path):
+    """What the program left of a small run at the commit 8f37070: two of its four cells, answered."""
+    return Path(shutil.copytree(Path(__file__).with_name("runs_of_before") / "tones", tmp_path / "tones"))
+
+
+def test_a_run_of_before_is_read_and_goes_on_with_every_answer_it_has(run_of_before):
+    kept = json.loads((run_of_before / "run.json").read_text())
+    cells = read_runs([run_of_before])
+    assert [(cell.alpha, cell.query, len(cell.predictions)) for cell in cells] == [
+        (0.0, 0, 4), (1.0, 0, 4), (0.0, 1, 0), (1.0, 1, 0),
+    ]  # fmt: skip
+    assert [item.metrics["accuracy"] for item in build_report(cells).sweeps[0].scores] == [0.0, 0.0]
+    wanted = read_record(run_of_before)
+    with RunDirectory(run_of_before, wanted) as run:
+        for known in run.record.cells:
+            with run.writer(known) as writer:
+                assert len(writer.done) == (4 if known.query == 0 else 0)
+    assert json.loads((run_of_before / "run.json").read_text()) == kept
+
+
+def test_a_run_of_before_under_another_configuration_says_which_key_changed(run_of_before):
+    wanted = read_record(run_of_before)
+    changed = [replace(known, identity=known.identity | {"dtype": "float32"}) for known in wanted.cells]
+    with pytest.raises(RunError, match='dtype was null and is now "float32"'):
+        RunDirectory(run_of_before, replace(wanted, cells=tuple(changed)))

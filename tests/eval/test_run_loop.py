@@ -271,7 +271,7 @@ def test_checkpoints_of_one_alpha_do_not_share_a_file(run, evaluation, tmp_path)
     shutil.copytree(run.path / "checkpoints/alpha-1.00", tmp_path / "other")
     models = [run.path / "checkpoints/alpha-1.00", tmp_path / "other"]
     plan = prepare_run(recipe=evaluation.recipe, out=tmp_path / "run", models=models, engine="transformers")
-    assert [cell.checkpoint.alpha for cell in plan.cells] == [1.0] * 4
+    assert [cell.alpha for cell in plan.cells] == [1.0] * 4
     assert len({cell.file for cell in plan.cells}) == 4
 
 

@@ -13,8 +13,9 @@ from rapidfuzz.process import cdist
 from sklearn.metrics import f1_score
 
 from mergekit_bio.errors import RecipeError, RunError
-from mergekit_bio.eval.records.cells import Cell, read_runs
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.tables import mark, sentences
 from mergekit_bio.eval.scoring.score import score
@@ -48,7 +49,9 @@ def same(ours: float | None, theirs: float | None) -> bool:
 def whatever_the_ties(cell: Cell, targets: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     """Of the error breakdown of a cbi cell the lowest and highest rates that any way to break ties gives."""
     labels = [*set(targets), "None"]
-    texts = [row.prediction.replace("The common name for the focal species in the audio is", "") for row in cell.rows]
+    texts = [
+        row.prediction.replace("The common name for the focal species in the audio is", "") for row in cell.predictions
+    ]
     texts = [text.split(",")[0].strip() for text in texts]
     distances = cdist(texts, labels, scorer=Levenshtein.distance)
     can_be = {"out_of_set": [], "in_set_wrong": []}
@@ -82,7 +85,7 @@ def test_the_papers_scorer_gives_every_published_figure(published_cells, metrics
             "out_of_set_matched": expected["out_of_set_rate_cls"],
         }
         for name, value in pairs.items():
-            assert same(scored.figures[name], value), (experiment, key, name)
+            assert same(scored.metrics[name], value), (experiment, key, name)
         for name, theirs in {
             "out_of_set": "out_of_set_rate",
             "in_set_wrong": "in_set_wrong_rate",
@@ -90,12 +93,12 @@ def test_the_papers_scorer_gives_every_published_figure(published_cells, metrics
         }.items():
             # What is printed depends on the hash seed in the cells that state a range.
             low, high = as_printed["seed_range_0_4"].get(theirs, [as_printed[theirs]] * 2)
-            if cell.run == "cbi" and not low - 1e-9 <= scored.figures[name] <= high + 1e-9:
+            if cell.run == "cbi" and not low - 1e-9 <= scored.metrics[name] <= high + 1e-9:
                 # Five seeds do not see all that ties can do to so many clips and labels.
                 lowest, highest = whatever_the_ties(cell, scored.targets)[name]
                 assert lowest <= low <= high <= highest, (experiment, key, name)
                 low, high, outside = lowest, highest, outside + 1
-            assert low - 1e-9 <= scored.figures[name] <= high + 1e-9, (experiment, key, name)
+            assert low - 1e-9 <= scored.metrics[name] <= high + 1e-9, (experiment, key, name)
         for name, theirs in {
             "exact": "n_exact",
             "near": "n_near_1to5",
@@ -128,7 +131,7 @@ def test_the_librarys_scorer_gives_the_unpatched_figures_where_there_is_no_tie(p
         printed = metrics["metrics"][experiment][key]
         if printed["ties_unpatched"]:
             continue
-        figures = score(cell, scorer="beans-zero").figures
+        figures = score(cell, scorer="beans-zero").metrics
         compared += 1
         for name, theirs in {"accuracy": "accuracy", "f1_weighted": "f1", "f1_macro": "f1_macro"}.items():
             assert same(figures[name], printed["unpatched"][theirs]), (experiment, key, name)
@@ -139,14 +142,14 @@ def test_the_headline(published, metrics):
     (sweep,) = build_report(read_runs([published / "closed_set_classification_all"])).sweeps
     best, full, gain = sweep.improvement("f1_weighted")
     expected = metrics["headline_closed_set_all"]["f1 weighted (as plotted)"]
-    assert (best.cell.alpha, round(best.figures["f1_weighted"], 3), round(full.figures["f1_weighted"], 3)) == (
+    assert (best.cell.alpha, round(best.metrics["f1_weighted"], 3), round(full.metrics["f1_weighted"], 3)) == (
         0.4,
         0.281,
         0.092,
     )
     assert same(gain, expected["relative_improvement"]) and 2.05 < gain < 2.06
     assert same(
-        best.figures["f1_macro"],
+        best.metrics["f1_macro"],
         metrics["headline_closed_set_all"]["f1 macro (sklearn, incl. None class)"]["alpha_0.4"],
     )
 
@@ -166,7 +169,7 @@ def test_rows_in_another_order_and_zipped_files_make_no_difference(published, tm
         (tmp_path / file.name.removesuffix(".gz")).write_bytes(b"".join(lines))
     first, second = (build_report(read_runs([folder])) for folder in (source, tmp_path))
     for ours, theirs in zip(first.sweeps[0].scores, second.sweeps[0].scores, strict=True):
-        assert ours.figures == theirs.figures and ours.intervals == theirs.intervals
+        assert ours.metrics == theirs.metrics and ours.intervals == theirs.intervals
 
 
 def test_the_hash_seed_makes_no_difference():
@@ -197,7 +200,7 @@ def cell(*pairs: tuple[str, str], **changes) -> Cell:
     )
     values = {
         "run": "r", "dataset": "frogs", "task": "classification", "query": 0, "checkpoint": "c", "alpha": None,
-        "target": "label", "names": {}, "rows": rows, "expected_rows": None, "query_text": None, "scorer": None,
+        "target": "label", "rows": None, "predictions": rows,
         "file": "f.jsonl",
     }  # fmt: skip
     return Cell(**(values | changes))
@@ -213,7 +216,7 @@ def test_the_best_its_star_its_gain_and_its_sentence_are_one_decision_over_the_s
     half = [("a", "a")] * 6 + [("b", "a")] * 2
     full = [("a", "a")] * 8 + [("a", "b")] * 8
     (sweep,) = build_report(strengths(a050=half, a100=full), scorer="exact").sweeps
-    assert [item.figures["accuracy"] for item in sweep.scores] == [0.75, 0.5]
+    assert [item.metrics["accuracy"] for item in sweep.scores] == [0.75, 0.5]
     assert sweep.comparison("accuracy").values == {"alpha 0.50": 0.75, "alpha 1.00": 1.0}
     assert sweep.best("accuracy").cell.alpha == 1.0 and sweep.improvement("accuracy") is None
     assert [mark(sweep, item, "accuracy") for item in sweep.scores] == ["=", "*"]
@@ -234,7 +237,7 @@ def test_a_gain_is_over_the_shared_clips_and_said_so():
 
 def test_cells_with_no_clip_in_common_are_not_compared():
     first, second = strengths(a000=[("a", "a")], a100=[("b", "a")])
-    second = replace(second, rows=tuple(replace(row, id="other") for row in second.rows))
+    second = replace(second, predictions=tuple(replace(row, id="other") for row in second.predictions))
     report = build_report([first, second], scorer="exact")
     (sweep,) = report.sweeps
     assert sweep.comparisons == () and sweep.best("accuracy") is None and sweep.improvement("accuracy") is None
@@ -247,7 +250,7 @@ def test_a_cell_with_few_clips_chooses_among_the_labels_of_all(scorer, answer):
     (sweep,) = build_report(strengths(a000=few, a100=many), scorer=scorer).sweeps
     first = sweep.scores[0]
     assert first.answers == (answer,)
-    assert (first.figures["out_of_set"], first.figures["in_set_wrong"], len(sweep.labels)) == (0.0, 1.0, 2)
+    assert (first.metrics["out_of_set"], first.metrics["in_set_wrong"], len(sweep.labels)) == (0.0, 1.0, 2)
 
 
 def test_a_caption_weighs_its_words_as_all_captions_of_the_sweep_use_them():
@@ -255,7 +258,7 @@ def test_a_caption_weighs_its_words_as_all_captions_of_the_sweep_use_them():
     (sweep,) = build_report(
         [replace(one, task="captioning") for one in strengths(a000=few, a100=many)], scorer="exact"
     ).sweeps
-    assert sweep.scores[0].figures["cider"] == pytest.approx(7.5) and sweep.comparison("cider").clips == 1
+    assert sweep.scores[0].metrics["cider"] == pytest.approx(7.5) and sweep.comparison("cider").clips == 1
 
 
 def test_cells_with_different_clips_are_told_with_their_numbers(published, tmp_path):
@@ -323,7 +326,10 @@ def test_choice_takes_the_option_with_the_highest_probability_and_the_first_of_e
     rows = cell(("", "a"), ("", "b"), ("b", "b"))
     logprobs = ({"b": -2.0, "a": -1.0}, {"b": -1.0, "a": -1.0}, None)
     rows = replace(
-        rows, rows=tuple(replace(row, choice_logprobs=values) for row, values in zip(rows.rows, logprobs, strict=True))
+        rows,
+        predictions=tuple(
+            replace(row, choice_logprobs=values) for row, values in zip(rows.predictions, logprobs, strict=True)
+        ),
     )
     assert score(rows, scorer="choice").answers == ("a", "a", "b")
 
@@ -354,8 +360,8 @@ def test_a_label_without_a_scientific_name_is_always_wrong_and_said_to_be(scorer
     # sklearn on the answers as they are, the four clips a class of their own that nobody answers.
     truth = ["cat", "cat", "dog", "dog", "dog", "dog"]
     said = ["cat" if answer == right else answer or "nothing" for answer in scored.answers]
-    assert scored.figures["accuracy"] == pytest.approx(2 / 6)
-    assert scored.figures["f1_weighted"] == pytest.approx(f1_score(truth, said, average="weighted", zero_division=0))
+    assert scored.metrics["accuracy"] == pytest.approx(2 / 6)
+    assert scored.metrics["f1_weighted"] == pytest.approx(f1_score(truth, said, average="weighted", zero_division=0))
     # Answering the one name there is, always, is the best that a guess can do.
     always = ["cat"] * 6
     assert scored.baselines["accuracy_random"] == scored.baselines["accuracy_majority"] == pytest.approx(2 / 6)
@@ -368,10 +374,10 @@ def test_a_label_without_a_scientific_name_is_always_wrong_and_said_to_be(scorer
 
 def test_a_cell_whose_clips_all_lack_a_name_is_wrong_throughout():
     first, second = strengths(a000=[("Felis catus", "dog")], a100=[("Felis catus", "cat")])
-    second = replace(second, rows=tuple(replace(row, id="other") for row in second.rows))
+    second = replace(second, predictions=tuple(replace(row, id="other") for row in second.predictions))
     cells = [replace(one, target="scientific", names={"cat": "Felis catus"}) for one in (first, second)]
     (sweep,) = build_report(cells, scorer="exact").sweeps
-    assert [item.figures["accuracy"] for item in sweep.scores] == [0.0, 1.0]
+    assert [item.metrics["accuracy"] for item in sweep.scores] == [0.0, 1.0]
     assert set(sweep.scores[0].baselines.values()) == {0.0}
 
 
@@ -380,19 +386,19 @@ def test_detection_reads_lists_and_empty_answers():
     scored = score(rows, scorer="exact")
     assert scored.answers == ("a, b", "", "a", "")
     assert scored.correct == (True, True, False, False)
-    assert scored.figures["f1_macro"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert scored.metrics["f1_macro"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert {"map", "f1_macro"} <= set(scored.intervals)
 
 
 def test_captions_have_cider_and_a_plain_word_about_the_rest():
     scored = score(cell(("a low call", "a low call"), ("x", "a bird sings"), task="captioning"), scorer="exact")
     # "a" is in both references and weighs nothing; a three-word caption has no four-grams.
-    assert scored.figures["cider"] == pytest.approx((7.5 + 0) / 2)
-    assert "spice" in scored.figures or any("SPICE" in note for note in scored.notes)
+    assert scored.metrics["cider"] == pytest.approx((7.5 + 0) / 2)
+    assert "spice" in scored.metrics or any("SPICE" in note for note in scored.notes)
 
 
 def test_an_unfinished_cell_is_called_so():
-    assert "incomplete, 1 of 3 clips" in score(cell(("a", "a"), expected_rows=3), scorer="exact").notes[0]
+    assert "incomplete, 1 of 3 clips" in score(cell(("a", "a"), rows=3), scorer="exact").notes[0]
 
 
 def test_an_unknown_scorer_is_answered_with_the_nearest():

@@ -27,7 +27,7 @@ def test_figures_of_a_resample_are_scikit_learns_of_the_resampled_clips(clips, r
     drawn = [random.randrange(len(clips)) for _ in clips]
     weights = np.bincount(drawn, minlength=len(clips)).astype(float)[None]
     matrix = classification.indicators(targets=targets, answers=answers, listed=answers, labels=targets)
-    ours = classification.resampled_figures(weights @ matrix)
+    ours = classification.resampled_metrics(weights @ matrix)
     true, answered = [targets[i] for i in drawn], [answers[i] for i in drawn]
     options = {"zero_division": 0}
     assert ours["accuracy"][0] == pytest.approx(accuracy_score(true, answered))
@@ -48,7 +48,7 @@ def test_detection_figures_are_scikit_learns_label_by_label(rows):
     labels = sorted(frozenset().union(*targets))
     true = np.array([[label in row for label in labels] for row in targets])
     answered = np.array([[label in row for label in labels] for row in answers])
-    ours = detection.figures(targets=targets, answers=answers)
+    ours = detection.metrics(targets=targets, answers=answers)
     assert ours["map"] == pytest.approx(average_precision_score(true, answered.astype(float), average="macro"))
     by_label = [f1_score(true[:, k], answered[:, k], zero_division=0) for k in range(len(labels))]
     assert ours["f1_macro"] == pytest.approx(np.mean(by_label))

@@ -10,8 +10,7 @@ from mergekit_bio.audio.recording import read_beginning
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
-from mergekit_bio.eval.scoring.detection import label_set
-from mergekit_bio.eval.scoring.matching import normalised
+from mergekit_bio.eval.scoring.matching import label_set, normalised
 from mergekit_bio.outside_data import is_text, read_rows
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
+from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.merging.alpha import parse_alphas
 from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.outside_data import FORBID_EXTRA, KeyPath, checked, dotted, nearest, read_yaml
 
 Text = Annotated[str, Len(1)]
 Decoding = Literal["generate", "choice", "loglikelihood"]
-Scorer = Literal["paper", "beans-zero", "exact", "choice"]
+ScorerName: Any = Literal[tuple(SCORERS)]
 
 #: What divides logits without overflow; vLLM takes it where less is asked for.
 LOWEST_TEMPERATURE = 0.01
@@ -102,7 +103,7 @@ class Recipe:
     label_map: dict[str, str] = field(default_factory=dict)
     generate: Generate = field(default_factory=Generate)
     decoding: Decoding = "generate"
-    scorer: Scorer = "paper"
+    scorer: ScorerName = "paper"
     seed: int = 0
 
     def target(self, query: int, dataset: str) -> Target:

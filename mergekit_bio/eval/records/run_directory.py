@@ -19,8 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import OutputError, RunError
-from mergekit_bio.eval.components import Task
-from mergekit_bio.eval.label_map import Target
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
 from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
 
@@ -29,33 +28,6 @@ LOCK_NAME = ".run.lock"
 
 #: What decided predictions before an identity said so: every clip was 10 s long, whatever its component.
 _UNSAID = {"clip_seconds": CLIP_SECONDS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellRecord:
-    """One cell of a run: a checkpoint, a dataset and a query.
-
-    Attributes:
-        file: Its predictions file, in the run directory.
-        rows: The number of clips that the complete cell has.
-        alpha: The merge strength; None for a checkpoint not merged with one number.
-        identity: All that decides the predictions, nested by key. A file is only continued under an equal one.
-        seconds: Time spent on the cell so far.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    file: str
-    dataset: str
-    task: Task
-    query: int
-    checkpoint: str
-    rows: int
-    identity: dict[str, Any]
-    alpha: float | None = None
-    target: Target = "label"
-    query_text: str | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +48,7 @@ class RunRecord:
     name: str
     recipe: dict[str, Any]
     scorer: str
-    cells: tuple[CellRecord, ...]
+    cells: tuple[Cell, ...]
     label_map: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     format: Literal[1] = 1
@@ -153,11 +125,11 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def writer(self, cell: CellRecord) -> PredictionWriter:
+    def writer(self, cell: Cell) -> PredictionWriter:
         """Open a cell's predictions file; ``done`` of the writer are the ids to leave out."""
         return PredictionWriter(self.path / cell.file)
 
-    def add_seconds(self, cell: CellRecord, seconds: float) -> None:
+    def add_seconds(self, cell: Cell, seconds: float) -> None:
         """Add to the time spent on a cell."""
         self.record = replace(
             self.record,
@@ -175,10 +147,11 @@ class RunDirectory:
 
     def _write(self) -> None:
         """Replace run.json whole or not at all."""
+        document = asdict(replace(self.record, cells=())) | {"cells": [cell.recorded() for cell in self.record.cells]}
         new = self.path / (RECORD_NAME + ".partial")
         try:
             with new.open("w", encoding="utf-8") as file:
-                json.dump(asdict(self.record), file, indent=1, ensure_ascii=False)
+                json.dump(document, file, indent=1, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self.path / RECORD_NAME)

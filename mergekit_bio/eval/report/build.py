@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import Any
 
 from mergekit_bio.eval.label_map import NO_TARGET
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.report.comparison import (
-    MAIN_FIGURES,
+    MAIN_METRICS,
     Comparison,
     clips_of,
     compare,
@@ -16,11 +16,11 @@ from mergekit_bio.eval.report.comparison import (
     shared_clips,
 )
 from mergekit_bio.eval.scoring import classification
-from mergekit_bio.eval.scoring.matching import SCORERS
 from mergekit_bio.eval.scoring.score import Score, score
+from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.eval.scoring.statistics import LEVEL, RESAMPLES
 
-#: What every table and figure calls a figure; no average goes unnamed.
+#: What every table and figure calls a metric; no average goes unnamed.
 TITLES = {
     "accuracy": "Accuracy",
     "f1_weighted": "F1 weighted",
@@ -67,9 +67,9 @@ class Sweep:
         return distinct_alphas(self.scores)
 
     @property
-    def main_figures(self) -> list[str]:
-        """The figures of ``MAIN_FIGURES`` that could be computed."""
-        return [name for name in MAIN_FIGURES[self.cell.task] if name in self.scores[0].figures]
+    def main_metrics(self) -> list[str]:
+        """The metrics of ``MAIN_METRICS`` that could be computed."""
+        return [name for name in MAIN_METRICS[self.cell.task] if name in self.scores[0].metrics]
 
     @property
     def clips(self) -> frozenset[tuple[str, str]]:
@@ -92,32 +92,32 @@ class Sweep:
         """Whether all cells have the same clips."""
         return len({clips_of(item) for item in self.scores}) == 1
 
-    def comparison(self, figure: str) -> Comparison | None:
-        """The comparison of a figure; None where the sweep has one cell."""
-        return next((item for item in self.comparisons if item.figure == figure), None)
+    def comparison(self, metric: str) -> Comparison | None:
+        """The comparison of a metric; None where the sweep has one cell."""
+        return next((item for item in self.comparisons if item.metric == metric), None)
 
-    def compared(self, figure: str, item: Score) -> float:
-        """A cell's figure over the clips that all cells have, which there are."""
-        comparison = self.comparison(figure)
-        return item.figures[figure] if comparison is None else comparison.values[item.cell.checkpoint]
+    def compared(self, metric: str, item: Score) -> float:
+        """A cell's metric over the clips that all cells have, which there are."""
+        comparison = self.comparison(metric)
+        return item.metrics[metric] if comparison is None else comparison.values[item.cell.checkpoint]
 
-    def best(self, figure: str) -> Score | None:
+    def best(self, metric: str) -> Score | None:
         """The best cell of the comparison, or the only one; None where no clip is shared to compare the cells over."""
-        comparison = self.comparison(figure)
+        comparison = self.comparison(metric)
         if comparison is None:
             return self.scores[0] if len(self.scores) == 1 else None
         return next(item for item in self.scores if item.cell.checkpoint == comparison.best)
 
-    def improvement(self, figure: str) -> tuple[Score, Score, float] | None:
+    def improvement(self, metric: str) -> tuple[Score, Score, float] | None:
         """The best cell, the one at alpha 1.0 and the relative gain between them over the clips that all cells have.
 
         None where there is none to state.
         """
-        best = self.best(figure)
+        best = self.best(metric)
         full = next((item for item in self.scores if item.cell.alpha == 1.0), None)
-        if best is None or full is None or full is best or not self.by_alpha or not self.compared(figure, full):
+        if best is None or full is None or full is best or not self.by_alpha or not self.compared(metric, full):
             return None
-        return best, full, self.compared(figure, best) / self.compared(figure, full) - 1
+        return best, full, self.compared(metric, best) / self.compared(metric, full) - 1
 
     @property
     def clips_note(self) -> str | None:
@@ -180,21 +180,21 @@ def build_report(
         progress: Called with 1 after each cell.
     """
     sweeps = []
-    for _, group in groupby((cell for cell in cells if cell.rows), key=lambda cell: cell.sweep):
+    for _, group in groupby((cell for cell in cells if cell.predictions), key=lambda cell: cell.sweep):
         members = list(group)
-        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.rows})]
+        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.predictions})]
         scores = []
         for cell in members:
             scores.append(score(cell, scorer=scorer or cell.scorer or "paper", labels=labels, seed=seed))
             progress(1)
         sweeps.append(Sweep(scores=tuple(scores), comparisons=tuple(compare(scores, seed))))
-    return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.rows))
+    return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.predictions))
 
 
 def to_document(report: Report) -> dict[str, Any]:
     """The report as JSON-serialisable values."""
     return {
-        "scorers": {name: SCORERS[name] for name in report.scorers},
+        "scorers": {name: SCORERS[name].description for name in report.scorers},
         "intervals": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
         "comparisons": "against the best, paired by clip; p-values Holm-adjusted",
         "notes": report.notes,
@@ -204,7 +204,7 @@ def to_document(report: Report) -> dict[str, Any]:
 
 def _sweep_document(sweep: Sweep) -> dict[str, Any]:
     cell, first = sweep.cell, sweep.scores[0]
-    gains = {name: gain for name in sweep.main_figures if (gain := sweep.improvement(name))}
+    gains = {name: gain for name in sweep.main_metrics if (gain := sweep.improvement(name))}
     return {
         "run": cell.run,
         "dataset": cell.dataset,
@@ -222,13 +222,13 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
                 "checkpoint": item.cell.checkpoint,
                 "alpha": item.cell.alpha,
                 "clips": len(item.ids),
-                "figures": item.figures,
+                "figures": item.metrics,
                 "intervals": item.intervals,
                 "matching": item.matching,
             }
             for item in sweep.scores
         ],
-        "comparisons": [asdict(comparison) for comparison in sweep.comparisons],
+        "comparisons": [_comparison_document(comparison) for comparison in sweep.comparisons],
         "best_over_full_strength": {
             name: {
                 "best_alpha": best.cell.alpha,
@@ -239,3 +239,9 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
             for name, (best, full, gain) in gains.items()
         },
     }
+
+
+def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+    values = asdict(comparison)
+    # The files have always called a metric a figure, and programs read them.
+    return {"figure": values.pop("metric"), **values}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.statistics import bootstrap, holm, mcnemar_exact, paired_bootstrap, plateau
 
-#: The figures that a task is judged by, the first one first.
-MAIN_FIGURES = {
+#: The metrics that a task is judged by, the first one first.
+MAIN_METRICS = {
     "classification": ("accuracy", "f1_weighted", "f1_macro"),
     "detection": ("f1_macro", "map"),
     "captioning": ("cider", "spice", "spider"),
@@ -21,7 +21,7 @@ class Against:
     Attributes:
         checkpoint: The cell's.
         alpha: Its merge strength, if it has one.
-        difference: Its figure minus the best one's, with the 95% interval of the paired bootstrap.
+        difference: Its metric minus the best one's, with the 95% interval of the paired bootstrap.
         p: Two-sided.
         p_adjusted: Holm-adjusted for the number of cells compared.
     """
@@ -40,17 +40,17 @@ class Comparison:
     """A sweep against its best cell, paired clip by clip.
 
     Attributes:
-        figure: What is compared.
+        metric: What is compared.
         test: "McNemar exact" or "paired bootstrap".
         clips: The number of clips that all cells of the sweep have.
-        best: The checkpoint with the highest figure (the first such).
-        values: Checkpoint -> its figure over these clips, for all cells.
+        best: The checkpoint with the highest metric (the first such).
+        values: Checkpoint -> its metric over these clips, for all cells.
         against: The other cells.
         plateau: The first and last alpha of the stretch around the best that cannot be told from it; None where the
             cells are not told apart by alpha.
     """
 
-    figure: str
+    metric: str
     test: str
     clips: int
     best: str
@@ -76,7 +76,7 @@ def distinct_alphas(scores: Sequence[Score]) -> bool:
 
 
 def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
-    """Every main figure, over the clips that all cells have; nothing where there is no such clip, or one cell.
+    """Every main metric, over the clips that all cells have; nothing where there is no such clip, or one cell.
 
     Args:
         scores: The cells of a sweep, in the order of alpha.
@@ -88,7 +88,7 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
     rows = [[index for index, key in enumerate(item.ids) if key in shared] for item in scores]
     parts = [item.indicators[kept] for item, kept in zip(scores, rows, strict=True)]
     samples = [item.samples for item in scores]
-    values = [item.figures for item in scores]
+    values = [item.metrics for item in scores]
     if any(len(item.ids) > len(shared) for item in scores):
         samples = [
             bootstrap(indicators=part, statistic=item.statistic, seed=seed)
@@ -97,22 +97,22 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         sums = [item.statistic(part.sum(axis=0).A) for item, part in zip(scores, parts, strict=True)]
         values = [{name: float(value[0]) for name, value in one.items()} for one in sums]
     alphas = [item.cell.alpha or 0.0 for item in scores]
-    for figure in MAIN_FIGURES[scores[0].cell.task]:
-        if figure not in samples[0]:
+    for metric in MAIN_METRICS[scores[0].cell.task]:
+        if metric not in samples[0]:
             continue
-        points = [value[figure] for value in values]
+        points = [value[metric] for value in values]
         best = max(range(len(points)), key=points.__getitem__)
         others = [index for index in range(len(points)) if index != best]
-        paired = {index: paired_bootstrap(samples[best][figure], samples[index][figure]) for index in others}
+        paired = {index: paired_bootstrap(samples[best][metric], samples[index][metric]) for index in others}
         p_values = {index: paired[index][2] for index in others}
-        if figure == "accuracy":
+        if metric == "accuracy":
             right = [[item.correct[index] for index in kept] for item, kept in zip(scores, rows, strict=True)]
             p_values = {index: _mcnemar(right[best], right[index]) for index in others}
         adjusted = dict(zip(others, holm([p_values[index] for index in others]), strict=True))
         first, last = plateau(points, [adjusted.get(index, 1.0) for index in range(len(points))])
         yield Comparison(
-            figure=figure,
-            test="McNemar exact" if figure == "accuracy" else "paired bootstrap",
+            metric=metric,
+            test="McNemar exact" if metric == "accuracy" else "paired bootstrap",
             clips=len(shared),
             best=scores[best].cell.checkpoint,
             values={item.cell.checkpoint: point for item, point in zip(scores, points, strict=True)},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.label_map import Target
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.tables import model
 from mergekit_bio.eval.scoring.classification import confusion
@@ -186,7 +186,7 @@ def _plans(report: Report) -> Iterator[_Plan]:
         if sweep.cell.task == "classification":
             if len(sweep.scores) > 1:
                 yield _Plan(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
-            best = sweep.best(sweep.main_figures[0])
+            best = sweep.best(sweep.main_metrics[0])
             if best is not None:
                 title = f"{sweep.title}, {best.cell.checkpoint}"
                 yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
@@ -245,14 +245,14 @@ def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], 
     return canvas, canvas.subplots(rows, columns, squeeze=squeeze)
 
 
-def _curve(axes: "Axes", scores: Sequence[Score], figure: str, label: str, order: int = 0) -> None:
+def _curve(axes: "Axes", scores: Sequence[Score], metric: str, label: str, order: int = 0) -> None:
     colour = COLOURS[order % len(COLOURS)]
     alphas = [item.cell.alpha or 0.0 for item in scores]
-    low, high = zip(*(item.intervals[figure] for item in scores), strict=True)
+    low, high = zip(*(item.intervals[metric] for item in scores), strict=True)
     axes.fill_between(alphas, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.plot(
         alphas,
-        [item.figures[figure] for item in scores],
+        [item.metrics[metric] for item in scores],
         color=colour,
         marker=MARKERS[order % len(MARKERS)],
         markerfacecolor="white",
@@ -267,25 +267,25 @@ def _alpha_axis(axes: "Axes", title: str) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _baselines(axes: "Axes", sweep: Sweep, figure: str) -> None:
+def _baselines(axes: "Axes", sweep: Sweep, metric: str) -> None:
     baselines = sweep.baselines
     for kind, dashes in (("majority", (5, 2)), ("random", (1, 1.5))):
-        if f"{figure}_{kind}" in baselines:
-            axes.axhline(baselines[f"{figure}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
+        if f"{metric}_{kind}" in baselines:
+            axes.axhline(baselines[f"{metric}_{kind}"], color=GREY, linewidth=1.1, dashes=dashes, label=kind)
 
 
-def draw_against_alpha(axes: "Axes", sweep: Sweep, figure: str) -> None:
-    """A figure against alpha: its curve and intervals, the plateau around the best, the baselines."""
-    comparison = sweep.comparison(figure)
+def draw_against_alpha(axes: "Axes", sweep: Sweep, metric: str) -> None:
+    """A metric against alpha: its curve and intervals, the plateau around the best, the baselines."""
+    comparison = sweep.comparison(metric)
     if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
         axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
-    _curve(axes, sweep.scores, figure, "value, 95% interval")
-    _baselines(axes, sweep, figure)
-    _alpha_axis(axes, TITLES[figure])
+    _curve(axes, sweep.scores, metric, "value, 95% interval")
+    _baselines(axes, sweep, metric)
+    _alpha_axis(axes, TITLES[metric])
 
 
 def _draw_sweep(sweep: Sweep) -> "Canvas":
-    names = sweep.main_figures
+    names = sweep.main_metrics
     canvas, grid = _subplots(1, len(names), figsize=(2.5 * len(names), 2.3), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         draw_against_alpha(axes, sweep, name)
@@ -297,8 +297,8 @@ def _draw_sweep(sweep: Sweep) -> "Canvas":
 
 
 def _draw_errors(sweep: Sweep) -> "Canvas":
-    out = [item.figures["out_of_set"] for item in sweep.scores]
-    wrong = [item.figures["in_set_wrong"] for item in sweep.scores]
+    out = [item.metrics["out_of_set"] for item in sweep.scores]
+    wrong = [item.metrics["in_set_wrong"] for item in sweep.scores]
     canvas, axes = _subplots(figsize=(4.2, 2.4))
     places = range(len(out))
     axes.bar(places, out, color=ORANGE, label="out of set", width=0.75)
@@ -324,7 +324,7 @@ def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
     _alpha_axis(left, "Accuracy")
     left.legend(loc="upper left")
     values = [
-        {item.cell.alpha: item.figures["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
+        {item.cell.alpha: item.metrics["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
         for target in NAMES
     ]
     alphas = sorted(set.intersection(*(set(part) for part in values)))
@@ -345,7 +345,7 @@ def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
 def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     scores = [sweep.scores[0] for sweep in sweeps]
     canvas, axes = _subplots(figsize=(1.2 + 1.3 * len(scores), 2.6))
-    values = [item.figures["accuracy"] for item in scores]
+    values = [item.metrics["accuracy"] for item in scores]
     low, high = zip(*(item.intervals["accuracy"] for item in scores), strict=True)
     errors = [
         [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)],
@@ -369,7 +369,7 @@ def _wording(cell: Cell) -> str:
 
 
 def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
-    names = sweeps[0].main_figures[:2]
+    names = sweeps[0].main_metrics[:2]
     canvas, grid = _subplots(1, len(names), figsize=(3.2 * len(names), 2.4), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for order, sweep in enumerate(sweeps):

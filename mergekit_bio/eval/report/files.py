@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import OutputError
-from mergekit_bio.eval.records.cells import Cell
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.run_directory import RECORD_NAME
 from mergekit_bio.eval.report.build import Report, to_document
 from mergekit_bio.eval.report.figures import draw_figures
@@ -76,7 +76,7 @@ def _key(cell: Cell) -> list[Any]:
 def _score_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.scores:
-            for name, value in item.figures.items():
+            for name, value in item.metrics.items():
                 cell = item.cell
                 baselines = [item.baselines.get(f"{name}_{kind}") for kind in ("majority", "random")]
                 yield [
@@ -89,14 +89,14 @@ def _comparison_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.comparisons:
             for row in item.against:
-                yield [*_key(sweep.cell), item.figure, item.test, item.clips, item.best, *asdict(row).values()]
+                yield [*_key(sweep.cell), item.metric, item.test, item.clips, item.best, *asdict(row).values()]
 
 
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
     for sweep in report.sweeps:
         for item in sweep.scores:
             for row, answer, target, correct in zip(
-                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+                item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 cell = item.cell
                 yield [*_key(cell), cell.checkpoint, cell.alpha, row.id, row.prediction, answer, target, int(correct)]

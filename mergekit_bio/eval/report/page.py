@@ -14,7 +14,7 @@ from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure
 from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences, size
-from mergekit_bio.eval.scoring.matching import SCORERS
+from mergekit_bio.eval.scoring.scorers import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
 AUDIO_BUDGET = 16_000_000
@@ -44,7 +44,7 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
     pictures = [(figure.sweep, figure.caption, base64.b64encode(figure.png).decode()) for figure in figures]
     return template.render(
         title=", ".join(runs),
-        scorers={name: SCORERS[name] for name in report.scorers},
+        scorers={name: SCORERS[name].description for name in report.scorers},
         notes=report.notes,
         sweeps=[_sweep(sweep, [rest for owner, *rest in pictures if owner is sweep]) for sweep in report.sweeps],
         figures=[rest for owner, *rest in pictures if owner is None],
@@ -54,40 +54,40 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
 
 def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What the page shows about a sweep, as texts; ``pictures`` are its captions and PNGs in base64."""
-    figures = sweep.main_figures
-    rates = [name for name in RATES if name in sweep.scores[0].figures]
+    metrics = sweep.main_metrics
+    rates = [name for name in RATES if name in sweep.scores[0].metrics]
     first = sweep.scores[0]
     clips = [] if sweep.same_clips else ["Clips"]
     baselines = sweep.baselines
     adjusted = {
         name: {row.checkpoint: row.p_adjusted for row in comparison.against}
-        for name in figures
+        for name in metrics
         if (comparison := sweep.comparison(name))
     }
 
     def cells(item: Any) -> list[str]:
         texts = []
-        for name in figures:
+        for name in metrics:
             low, high = item.intervals[name]
-            texts.append(f"{item.figures[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
+            texts.append(f"{item.metrics[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
             if name in adjusted:
                 p = adjusted[name].get(item.cell.checkpoint)
                 texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
-        return texts + [f"{item.figures[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
+        return texts + [f"{item.metrics[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
 
-    header = [text for name in figures for text in (TITLES[name], *(["p"] if name in adjusted else []))]
+    header = [text for name in metrics for text in (TITLES[name], *(["p"] if name in adjusted else []))]
     blank = [""] * (len(rates) + len(clips))
     return {
         "title": sweep.title,
         "about": f"{size(sweep)}, scorer {first.scorer}",
         "query": sweep.cell.query_text,
-        "prompt": first.cell.rows[0].prompt,
+        "prompt": first.cell.predictions[0].prompt,
         "header": [model_header(sweep), *header, *(TITLES[name] for name in rates), *clips],
         "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
         "baselines": [
             (
                 kind,
-                [t for n in figures for t in (f"{baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))] + blank,
+                [t for n in metrics for t in (f"{baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))] + blank,
             )
             for kind in ("majority", "random")
             if baselines
@@ -107,7 +107,7 @@ def _predictions(report: Report, folder: Path) -> str:
         for item in sweep.scores:
             caption = item.cell.task == "captioning"
             for row, answer, target, correct in zip(
-                item.cell.rows, item.answers, item.targets, item.correct, strict=True
+                item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 # 0 right, 1 a wrong label, 2 no label, 3 a caption
                 outcome = 3 if caption else 0 if correct else 1 if answer in labels else 2

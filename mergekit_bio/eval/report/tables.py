@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
-from mergekit_bio.eval.scoring.matching import SCORERS
 from mergekit_bio.eval.scoring.score import Score
+from mergekit_bio.eval.scoring.scorers import SCORERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def print_report(report: Report, console: "Console") -> None:
         console.print()
     console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)")
     for name in report.scorers:
-        console.print(f"scorer {name}: {SCORERS[name]}")
+        console.print(f"scorer {name}: {SCORERS[name].description}")
 
 
 def _table(sweep: Sweep) -> "Table":
@@ -49,19 +49,19 @@ def _table(sweep: Sweep) -> "Table":
     table.add_column(
         model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"), overflow="fold", vertical="bottom"
     )
-    figures = sweep.main_figures
-    for name in figures:
+    metrics = sweep.main_metrics
+    for name in metrics:
         table.add_column(TITLES[name], no_wrap=True, vertical="bottom", min_width=len("0.000 [.000, .000]="))
-    rates = [name for name in RATES if name in first.figures]
+    rates = [name for name in RATES if name in first.metrics]
     for name in rates:
         table.add_column(RATES[name], justify="right", no_wrap=True)
     for item in sweep.scores:
-        values = [_with_interval(sweep, item, name) for name in figures]
+        values = [_with_interval(sweep, item, name) for name in metrics]
         clips = "" if sweep.same_clips else f" ({len(item.ids)})"
-        table.add_row(Text(model(sweep, item) + clips), *values, *(f"{item.figures[name]:.3f}" for name in rates))
+        table.add_row(Text(model(sweep, item) + clips), *values, *(f"{item.metrics[name]:.3f}" for name in rates))
     baselines = sweep.baselines
     for kind in ("majority", "random") if baselines else ():
-        table.add_row(kind, *(f"{baselines[f'{name}_{kind}']:.3f}" for name in figures), style="dim")
+        table.add_row(kind, *(f"{baselines[f'{name}_{kind}']:.3f}" for name in metrics), style="dim")
     return table
 
 
@@ -81,14 +81,14 @@ def model(sweep: Sweep, item: Score) -> str:
     return f"{item.cell.alpha:g}" if sweep.by_alpha else item.cell.checkpoint
 
 
-def _with_interval(sweep: Sweep, item: Score, figure: str) -> str:
-    low, high = (f"{bound:.3f}".removeprefix("0") for bound in item.intervals[figure])
-    return f"{item.figures[figure]:.3f} [{low}, {high}]{mark(sweep, item, figure)}"
+def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
+    low, high = (f"{bound:.3f}".removeprefix("0") for bound in item.intervals[metric])
+    return f"{item.metrics[metric]:.3f} [{low}, {high}]{mark(sweep, item, metric)}"
 
 
-def mark(sweep: Sweep, item: Score, figure: str) -> str:
+def mark(sweep: Sweep, item: Score, metric: str) -> str:
     """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise."""
-    comparison = sweep.comparison(figure)
+    comparison = sweep.comparison(metric)
     if comparison is None:
         return " "
     if item.cell.checkpoint == comparison.best:
@@ -98,9 +98,9 @@ def mark(sweep: Sweep, item: Score, figure: str) -> str:
 
 
 def sentences(sweep: Sweep) -> list[str]:
-    """What the comparisons of a sweep come to, figure by figure."""
+    """What the comparisons of a sweep come to, metric by metric."""
     found = []
-    for name in sweep.main_figures:
+    for name in sweep.main_metrics:
         comparison = sweep.comparison(name)
         best = sweep.best(name)
         if comparison is None or best is None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
@@ -14,9 +14,10 @@ from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.data.dataset import Dataset
 from mergekit_bio.eval.recipe.schema import Recipe
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.records.run_directory import CellRecord, RunDirectory
-from mergekit_bio.eval.run.plan import PlannedCell, RunPlan
+from mergekit_bio.eval.records.run_directory import RunDirectory
+from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.progress import AnswerCounter, ProgressListener
 from mergekit_bio.eval.run.questions import Question, options, questions
 
@@ -31,31 +32,29 @@ SAVE_TIME_EVERY = 30.0
 Placed = tuple[int, Question]
 
 
-def ask_all(
-    plan: RunPlan, run: RunDirectory, records: Mapping[str, CellRecord], slot: EngineSlot, listener: ProgressListener
-) -> None:
+def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: ProgressListener) -> None:
     """Ask every cell, checkpoint by checkpoint; a checkpoint that has answered everything is not loaded."""
     counter = AnswerCounter(plan, listener)
     reader = AudioReader(plan.datasets)
-    for checkpoint, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
+    for _, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
         engine: Engine | None = None
         for cell in cells:
-            record = records[cell.file]
-            with run.writer(record) as writer:
+            dataset = plan.dataset(cell)
+            with run.writer(cell) as writer:
                 # 1. What an earlier start has not answered.
                 todo = [
                     (place, question)
-                    for place, question in enumerate(questions(plan.recipe, cell.dataset, cell.query, plan.limit))
+                    for place, question in enumerate(questions(plan.recipe, dataset, cell.query, plan.limit))
                     if question.clip.id not in writer.done
                 ]
-                done = cell.rows - len(todo)
+                done = (cell.rows or 0) - len(todo)
                 if not todo:
                     continue
                 counter.tell(cell, done)
                 # 2. The engine, moved to the checkpoint for its first open cell.
-                engine = engine or slot.at(checkpoint.source)
+                engine = engine or slot.at(plan.checkpoint(cell).source)
                 counter.engine_is_up()
-                labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, cell.dataset, cell.query)
+                labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, cell.query)
                 since = time.perf_counter()
                 try:
                     # 3. Ask batch by batch. While the engine answers one, the recordings of the next are decoded.
@@ -69,10 +68,10 @@ def ask_all(
                         counter.tell(cell, done, new=len(batch))
                         # 4. Keep the time that was spent, now and then for a run that will be killed.
                         if (now := time.perf_counter()) - since > SAVE_TIME_EVERY:
-                            run.add_seconds(record, now - since)
+                            run.add_seconds(cell, now - since)
                             since = now
                 finally:
-                    run.add_seconds(record, time.perf_counter() - since)
+                    run.add_seconds(cell, time.perf_counter() - since)
 
 
 def _batches(todo: Sequence[Placed], size: int) -> Iterator[list[Placed]]:
@@ -101,9 +100,7 @@ class AudioReader:
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._clip = lru_cache(CLIPS_KEPT)(self._decode)
 
-    def prompts(
-        self, cell: PlannedCell, batches: Iterator[list[Placed]]
-    ) -> Iterator[tuple[list[Placed], list[Prompt]]]:
+    def prompts(self, cell: Cell, batches: Iterator[list[Placed]]) -> Iterator[tuple[list[Placed], list[Prompt]]]:
         """The batches, each with its prompts.
 
         Raises:
@@ -119,11 +116,11 @@ class AudioReader:
                 yield batch, prompts
                 batch = following
 
-    def _read(self, cell: PlannedCell, batch: list[Placed]) -> list[Prompt]:
+    def _read(self, cell: Cell, batch: list[Placed]) -> list[Prompt]:
         instructions = [question.instruction for _, question in batch]
         # In the order of their places, which is how they lie in the data; each once, though the cache may be small.
         ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
-        clips = {clip_id: self._clip(cell.dataset.name, clip_id) for clip_id in ids}
+        clips = {clip_id: self._clip(cell.dataset, clip_id) for clip_id in ids}
         return [
             Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
             for instruction in instructions
@@ -165,7 +162,7 @@ def _answers(
     return [(generation.text, generation, None) for generation in generations]
 
 
-def _prediction(cell: PlannedCell, question: Question, answer: Answer, *, asked: str) -> Prediction:
+def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -> Prediction:
     clip = question.clip
     text, generation, label_logprobs = answer
     logprob = sum(generation.logprobs) if generation else math.nan
@@ -173,9 +170,9 @@ def _prediction(cell: PlannedCell, question: Question, answer: Answer, *, asked:
         prediction=text,
         label=clip.label,
         id=clip.id,
-        dataset_name=cell.dataset.name,
+        dataset_name=cell.dataset,
         prompt=asked,
-        lora_scale=cell.checkpoint.alpha,
+        lora_scale=cell.alpha,
         prompt_tokens=generation.prompt_tokens if generation else None,
         generated_ids=generation.token_ids if generation else None,
         logprob=logprob if math.isfinite(logprob) else None,

@@ -19,7 +19,7 @@ from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
-from mergekit_bio.eval.run.plan import RunPlan, cell_records, plan_run
+from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
 from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
 from mergekit_bio.eval.run.questions import query_numbers
 
@@ -45,7 +45,7 @@ class Run:
 
     def report(self, *, scorer: str | None = None) -> "Report":
         """Score the predictions; by default with the scorer that the recipe asks for."""
-        from mergekit_bio.eval.records.cells import read_runs
+        from mergekit_bio.eval.records.read import read_runs
         from mergekit_bio.eval.report.build import build_report
 
         return build_report(read_runs([self.path]), scorer=scorer)
@@ -173,18 +173,18 @@ def carry_out(
             for checkpoint in plan.checkpoints
         }
         dtype = settings.options.get("dtype")
-        records = cell_records(plan, weights=weights, dtype=None if dtype in (None, "auto") else str(dtype))
+        cells = identified_cells(plan, weights=weights, dtype=None if dtype in (None, "auto") else str(dtype))
         wanted = RunRecord(
             name=plan.recipe.name,
             recipe=asdict(plan.recipe),
             scorer=plan.recipe.scorer,
-            cells=tuple(records.values()),
+            cells=cells,
             label_map=plan.recipe.label_map,
             environment=_environment(plan, settings.options),
         )
         # 3. Ask.
         with RunDirectory(plan.out, wanted) as run:
-            ask_all(plan, run, records, slot, listener)
+            ask_all(plan, run, slot, listener)
             encoded = slot.encoded - encoded_before
             run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + encoded})
             if prefixes is not None:

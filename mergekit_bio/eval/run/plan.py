@@ -1,36 +1,18 @@
 """The plan of a run as data: cells = checkpoint x dataset x query, in the order that reloads least."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.data.dataset import Dataset, open_dataset
 from mergekit_bio.eval.recipe.schema import Recipe
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import read_predictions
-from mergekit_bio.eval.records.run_directory import CellRecord, cell_file_name
+from mergekit_bio.eval.records.run_directory import cell_file_name
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
 from mergekit_bio.eval.run.questions import check_examples, query_numbers, questions
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedCell:
-    """What one checkpoint is asked about one dataset with one query.
-
-    Attributes:
-        rows: The number of clips.
-        file: Its predictions file, in the run directory.
-    """
-
-    checkpoint: RunCheckpoint
-    dataset: Dataset
-    query: int
-    rows: int
-    file: str
-
-    def __str__(self) -> str:
-        return f"{self.checkpoint.name}, {self.dataset.name}, query {self.query}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +34,26 @@ class RunPlan:
     limit: int | None
     checkpoints: tuple[RunCheckpoint, ...]
     datasets: tuple[Dataset, ...]
-    cells: tuple[PlannedCell, ...]
+    cells: tuple[Cell, ...]
     max_audios: int
 
     @property
     def rows(self) -> int:
         """The number of answers of the complete run."""
-        return sum(cell.rows for cell in self.cells)
+        return sum(cell.rows or 0 for cell in self.cells)
 
-    def answered(self, cell: PlannedCell) -> int:
+    def checkpoint(self, cell: Cell) -> RunCheckpoint:
+        """The checkpoint that a cell asks."""
+        return next(checkpoint for checkpoint in self.checkpoints if checkpoint.name == cell.checkpoint)
+
+    def dataset(self, cell: Cell) -> Dataset:
+        """The dataset that a cell asks about."""
+        return next(dataset for dataset in self.datasets if dataset.name == cell.dataset)
+
+    def answered(self, cell: Cell) -> int:
         """How many answers of a cell an earlier start has left."""
         file = self.out / cell.file
-        return min(len(read_predictions(file)), cell.rows) if file.exists() else 0
+        return min(len(read_predictions(file)), cell.rows or 0) if file.exists() else 0
 
 
 def plan_run(
@@ -92,11 +82,7 @@ def plan_run(
         checkpoints=tuple(checkpoints),
         datasets=datasets,
         cells=tuple(
-            PlannedCell(
-                checkpoint=checkpoint,
-                dataset=dataset,
-                query=query,
-                rows=len(dataset.clips[:limit]),
+            Cell(
                 file=cell_file_name(
                     dataset=dataset.name,
                     query=query,
@@ -104,6 +90,14 @@ def plan_run(
                     # Two checkpoints of one strength are told apart by their names.
                     alpha=checkpoint.alpha if distinct else None,
                 ),
+                dataset=dataset.name,
+                task=dataset.task,
+                query=query,
+                checkpoint=checkpoint.name,
+                rows=len(dataset.clips[:limit]),
+                alpha=checkpoint.alpha,
+                target=recipe.target(query, dataset.name),
+                query_text=recipe.queries[query] if recipe.queries else None,
             )
             for checkpoint in checkpoints
             for dataset in datasets
@@ -118,10 +112,10 @@ def plan_run(
     )
 
 
-def cell_records(
+def identified_cells(
     plan: RunPlan, *, weights: Mapping[RunCheckpoint, dict[str, Any]], dtype: str | None
-) -> dict[str, CellRecord]:
-    """File -> record of every cell, with all that decides its predictions.
+) -> tuple[Cell, ...]:
+    """The cells with all that decides their predictions.
 
     Args:
         plan: Of ``plan_run``.
@@ -136,15 +130,13 @@ def cell_records(
         "temperature": recipe.generate.temperature,
         "length_penalty": recipe.generate.length_penalty,
     }
-    records = {}
+    cells = []
     for cell in plan.cells:
-        query = recipe.queries[cell.query] if recipe.queries else None
-        target = recipe.target(cell.query, cell.dataset.name)
         identity = {
-            "checkpoint": weights[cell.checkpoint],
-            "data": data[cell.dataset.name],
-            "clip_seconds": cell.dataset.seconds,
-            "query": query,
+            "checkpoint": weights[plan.checkpoint(cell)],
+            "data": data[cell.dataset],
+            "clip_seconds": plan.dataset(cell).seconds,
+            "query": cell.query_text,
             "species": [[species.name, species.description] for species in recipe.species],
             "top_k_species": recipe.top_k_species,
             "n_examples": recipe.n_examples,
@@ -152,23 +144,12 @@ def cell_records(
             "decoding": recipe.decoding,
             "generate": generate if recipe.decoding == "generate" else None,
             # Names to choose from; scoring may change them afterwards, generated answers do not depend on them.
-            "choices": None if recipe.decoding == "generate" else {"target": target, "names": recipe.label_map},
+            "choices": None if recipe.decoding == "generate" else {"target": cell.target, "names": recipe.label_map},
             "engine": plan.engine,
             "dtype": dtype,
         }
-        records[cell.file] = CellRecord(
-            file=cell.file,
-            dataset=cell.dataset.name,
-            task=cell.dataset.task,
-            query=cell.query,
-            checkpoint=cell.checkpoint.name,
-            rows=cell.rows,
-            identity=identity,
-            alpha=cell.checkpoint.alpha,
-            target=target,
-            query_text=query,
-        )
-    return records
+        cells.append(replace(cell, identity=identity))
+    return tuple(cells)
 
 
 def to_document(plan: RunPlan) -> dict[str, Any]:
@@ -181,10 +162,10 @@ def to_document(plan: RunPlan) -> dict[str, Any]:
         "answers": plan.rows,
         "cells": [
             {
-                "checkpoint": cell.checkpoint.name,
-                "source": cell.checkpoint.source,
-                "alpha": cell.checkpoint.alpha,
-                "dataset": cell.dataset.name,
+                "checkpoint": cell.checkpoint,
+                "source": plan.checkpoint(cell).source,
+                "alpha": cell.alpha,
+                "dataset": cell.dataset,
                 "query": cell.query,
                 "clips": cell.rows,
                 "answered": plan.answered(cell),

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mergekit_bio.eval.run.plan import PlannedCell, RunPlan
+from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.run.plan import RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +83,18 @@ class AnswerCounter:
         """The rate counts from the first such moment on."""
         self._engine_up_since = self._engine_up_since or time.perf_counter()
 
-    def tell(self, cell: PlannedCell, done: int, new: int = 0) -> None:
+    def tell(self, cell: Cell, done: int, new: int = 0) -> None:
         """Tell that a cell has ``done`` answers, ``new`` ones among them."""
         self._new_answers += new
         self._run_done += new
         seconds = time.perf_counter() - self._engine_up_since
         self._listener.standing(
             Standing(
-                cell=str(cell),
+                cell=f"{cell.checkpoint}, {cell.dataset}, query {cell.query}",
                 number=self._numbers[cell.file],
                 cells=len(self._plan.cells),
                 done=done,
-                rows=cell.rows,
+                rows=cell.rows or 0,
                 run_done=self._run_done,
                 run_rows=self._plan.rows,
                 rate=self._new_answers / seconds if self._new_answers else None,

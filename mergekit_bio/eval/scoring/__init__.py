@@ -1,1 +1,1 @@
-"""From answers to figures: matching text with labels, the scores of a cell, how sure they are."""
+"""From answers to metrics: matching text with labels, the scores of a cell, how sure they are."""

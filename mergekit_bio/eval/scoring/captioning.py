@@ -1,4 +1,4 @@
-"""The figures of a captioning cell: CIDEr-D always; SPICE and SPIDEr where Java and the scorer's models are there."""
+"""The metrics of a captioning cell: CIDEr-D always; SPICE and SPIDEr where Java and the scorer's models are there."""
 
 import math
 import re
@@ -14,9 +14,9 @@ SIGMA = 6.0
 _Ngrams = list[dict[tuple[str, ...], float]]
 
 
-def words(text: str, *, plain: bool) -> list[str]:
-    """Split a caption at white space; ``plain`` first lowers it and takes the punctuation out."""
-    return re.sub(r"[^\w\s'-]", " ", text.lower()).split() if plain else text.split()
+def plain_words(text: str) -> list[str]:
+    """Split a caption at white space, in lower case and without punctuation."""
+    return re.sub(r"[^\w\s'-]", " ", text.lower()).split()
 
 
 def cider(

@@ -1,4 +1,4 @@
-"""The figures of a classification cell: accuracy, both F1 averages, error breakdowns, baselines, confusion."""
+"""The metrics of a classification cell: accuracy, both F1 averages, error breakdowns, baselines, confusion."""
 
 import warnings
 from collections import Counter
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def figures(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy and averages over the classes, by scikit-learn with ``zero_division=0``.
 
     ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
@@ -55,7 +55,7 @@ def error_rates(*, targets: Sequence[str], answers: Sequence[str], labels: Seque
 def baselines(targets: Sequence[str]) -> dict[str, float]:
     """What always answering the most frequent label gives, and the expectation of a uniform guess.
 
-    The F1 of a guess is taken from its expected counts, as in the paper's scripts. Every figure is given in the
+    The F1 of a guess is taken from its expected counts, as in the paper's scripts. Every metric is given in the
     average of the curve it is drawn under. Nobody can answer ``NO_TARGET``: as a class it has F1 0.
     """
     counts = [count for target, count in sorted(Counter(targets).items()) if target != NO_TARGET]
@@ -110,7 +110,7 @@ def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[s
 
 
 def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequence[str], labels: Sequence[str]) -> Any:
-    """Per-clip indicators from whose sums ``resampled_figures`` computes.
+    """Per-clip indicators from whose sums ``resampled_metrics`` computes.
 
     Args:
         targets: The n true labels.
@@ -149,14 +149,14 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     )
 
 
-def resampled_figures(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
-    """The figures that get an interval, from sums of ``indicators``.
+def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+    """The metrics that get an interval, from sums of ``indicators``.
 
     Args:
         sums: float64 [resamples, 3 * classes + 2].
 
     Returns:
-        float64 [resamples] each, equal to ``figures`` of the resample.
+        float64 [resamples] each, equal to ``metrics`` of the resample.
     """
     import numpy as np
 

@@ -1,18 +1,10 @@
-"""The figures of a detection cell: several labels a clip, or none."""
+"""The metrics of a detection cell: several labels a clip, or none."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.eval.scoring.matching import NO_LABEL
-
 if TYPE_CHECKING:
     import numpy as np
-
-
-def label_set(text: str) -> frozenset[str]:
-    """The labels of a comma-separated text; "None" in any case, and nothing, are no label."""
-    parts = (part.strip() for part in text.split(","))
-    return frozenset(part for part in parts if part and part.casefold() != NO_LABEL.casefold())
 
 
 def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> Any:
@@ -36,8 +28,8 @@ def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset
     return csr_matrix(np.hstack([true, answered, true * answered, np.ones((len(true), 1))]))
 
 
-def resampled_figures(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
-    """Figures from sums of ``indicators``; all averages are macro over the classes that occur in the targets.
+def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+    """Metrics from sums of ``indicators``; all averages are macro over the classes that occur in the targets.
 
     ``map`` is scikit-learn's average precision with the yes or no answers as scores: at the one threshold precision
     and recall are those of the answers, at none they are the class's frequency and 1. beans-zero ranks tied scores
@@ -73,7 +65,7 @@ def resampled_figures(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
     }
 
 
-def figures(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> dict[str, float]:
+def metrics(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> dict[str, float]:
     """mAP, and F1, precision and recall averaged over the labels."""
     sums = indicators(targets=targets, answers=answers).sum(axis=0)
-    return {name: float(values[0]) for name, values in resampled_figures(sums.reshape(1, -1).A).items()}
+    return {name: float(values[0]) for name, values in resampled_metrics(sums.reshape(1, -1).A).items()}

@@ -1,4 +1,4 @@
-"""From an answer's text to a label: the nearest labels by edit distance, and the scorers' rules around them."""
+"""From an answer's text to a label: what the scorers have in common."""
 
 import re
 import string
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS
+from mergekit_bio.eval.records.predictions import Prediction
 
 END_OF_TEXT = "<|end_of_text|>"
 #: What the published scorers call an answer that matches no label; a label of that name cannot be told from it.
@@ -16,16 +16,6 @@ NO_MATCH = ""
 #: Beyond this many edits the paper's scorer says "None" (``max_levenstein_distance`` of beans-zero).
 MAX_EDITS = 5
 
-#: scorer -> what it does, in words for the report.
-SCORERS = {
-    "paper": "sentence openings removed, nearest label within 5 edits, else None (arXiv 2511.05171)",
-    "beans-zero": "nearest label at any distance, as the beans-zero library (zf-indiv: a number counts the birds)",
-    "exact": "the label itself; case, quotes, trailing dots and a wrapping sentence do not matter",
-    "choice": "the option with the highest log-probability where there is one, else the text verbatim",
-}
-
-_COMMON_OPENING = "The common name for the focal species in the audio is"
-_SCIENTIFIC_OPENING = "The scientific name for the focal species in the audio is"
 _QUOTES = "\"'`“”‘’«»*"
 
 
@@ -46,6 +36,11 @@ class Match:
         return self.nearest[0] if self.edits <= limit else NO_LABEL
 
 
+def given_text(row: Prediction, dataset: str) -> str:
+    """The answer as it was given; for zf-indiv a bare number as the label that it means."""
+    return birds_counted(row.prediction) if dataset == "zf-indiv" else row.prediction
+
+
 def birds_counted(text: str) -> str:
     """For zf-indiv: a bare number as the label it means, every other text unchanged.
 
@@ -55,14 +50,6 @@ def birds_counted(text: str) -> str:
     if not text.isdecimal():
         return text
     return "One" if len(text) < 20 and int(text) < 2 else "More"
-
-
-def clean_as_paper(text: str, dataset: str) -> str:
-    """What the paper's scripts cut from an answer before it is matched (nothing is trimmed)."""
-    text = text.replace(_COMMON_OPENING, "")
-    if dataset in NAMED_COMPONENTS:
-        text = text.replace(_SCIENTIFIC_OPENING, "").split(",")[0]
-    return text
 
 
 def nearest_labels(texts: Sequence[str], labels: Iterable[str]) -> list[Match]:
@@ -101,6 +88,18 @@ def match_lists(texts: Sequence[str], labels: Iterable[str]) -> list[str]:
     parts = [[part.strip() for part in text.split(",")] for text in texts]
     matches = iter(nearest_labels([part for row in parts for part in row], [*labels, NO_LABEL]))
     return [", ".join(next(matches).within(MAX_EDITS) for _ in row) for row in parts]
+
+
+def match_lists_exactly(texts: Sequence[str], labels: Iterable[str]) -> list[str]:
+    """Match texts as comma-separated lists, each part by ``match_exactly`` to one of the labels that the lists name."""
+    known = sorted(frozenset().union(*map(label_set, labels)))
+    return [", ".join(match_exactly(part, known) for part in text.split(",")) for text in texts]
+
+
+def label_set(text: str) -> frozenset[str]:
+    """The labels of a comma-separated text; "None" in any case, and nothing, are no label."""
+    parts = (part.strip() for part in text.split(","))
+    return frozenset(part for part in parts if part and part.casefold() != NO_LABEL.casefold())
 
 
 def match_exactly(text: str, labels: Iterable[str]) -> str:

@@ -1,26 +1,15 @@
 """Scores of a cell, from its predictions alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.label_map import candidates, missing_names, target_text
-from mergekit_bio.eval.records.cells import Cell
-from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.scoring import captioning, classification, detection
-from mergekit_bio.eval.scoring.matching import (
-    END_OF_TEXT,
-    MAX_EDITS,
-    NO_LABEL,
-    NO_MATCH,
-    SCORERS,
-    birds_counted,
-    clean_as_paper,
-    match_exactly,
-    match_lists,
-    nearest_labels,
-)
+from mergekit_bio.eval.scoring.matching import NO_LABEL, label_set
+from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.eval.scoring.statistics import Statistic, bootstrap, percentile_interval
 from mergekit_bio.outside_data import nearest
 
@@ -36,14 +25,14 @@ class Score:
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
             and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
-        figures: Name -> value.
-        intervals: 95% bootstrap interval of the figures that have one.
-        baselines: What majority and random answers get, named after the figure they belong to (classification).
-        matching: How the texts met the labels (scorers ``paper`` and ``beans-zero``, classification).
+        metrics: Name -> value.
+        intervals: 95% bootstrap interval of the metrics that have one.
+        baselines: What majority and random answers get, named after the metric they belong to (classification).
+        matching: How the texts met the labels (classification, scorers that go by edit distance).
         samples: The resampled values behind the intervals, float64 [resamples].
         indicators: Per-clip indicators, scipy CSR float64 [clips, columns].
-        statistic: From sums of the indicators to the figures with intervals.
-        notes: What a reader of the figures must be told.
+        statistic: From sums of the indicators to the metrics with intervals.
+        notes: What a reader of the metrics must be told.
     """
 
     cell: Cell
@@ -52,11 +41,11 @@ class Score:
     targets: tuple[str, ...]
     answers: tuple[str, ...]
     correct: tuple[bool, ...]
-    figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
     matching: dict[str, float | None] = field(default_factory=dict)
-    samples: dict[str, Any] = field(repr=False)
+    samples: dict[str, Any] = field(repr=False, default_factory=dict)
     indicators: Any = field(repr=False)
     statistic: Statistic = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -76,166 +65,128 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
         RunError: There is no such scorer, or the cell holds no row or what it cannot score.
         RecipeError: No label has a scientific name, and the right answers are made of them.
     """
+    # 1. Refuse what cannot be scored, and note what is not there yet.
     if scorer not in SCORERS:
         raise RunError(f"unknown scorer '{scorer}'{nearest(scorer, list(SCORERS))}")
-    if not cell.rows:
-        raise RunError(f"{cell.file}: no prediction in it")
+    if not cell.predictions:
+        raise RunError(f"{cell.path}: no prediction in it")
     notes = cell.notes
-    if cell.expected_rows is not None and len(cell.rows) < cell.expected_rows:
-        notes = (*notes, f"{cell}: incomplete, {len(cell.rows)} of {cell.expected_rows} clips")
-    scored = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
-    return scored(cell, scorer, labels or [row.label for row in cell.rows], seed, notes)
+    if cell.rows is not None and len(cell.predictions) < cell.rows:
+        notes = (*notes, f"{cell}: incomplete, {len(cell.predictions)} of {cell.rows} clips")
+
+    # 2. Match the answers and compute the metrics, each task in its own way.
+    of_task = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
+    scored = of_task(cell, scorer, labels or [row.label for row in cell.predictions])
+
+    # 3. Resample the clips: how sure the metrics are.
+    samples = bootstrap(indicators=scored.indicators, statistic=scored.statistic, seed=seed)
+    intervals = {name: percentile_interval(values) for name, values in samples.items()}
+    return replace(scored, samples=samples, intervals=intervals, notes=(*notes, *scored.notes))
 
 
-#: What the published scorers do to a label "None".
-_AS_NONE = {
-    "paper": "counts every answer without a label as it",
-    "beans-zero": "counts every answer without a label as it in the error breakdown",
-}
-
-
-def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
-    unlabelled = [row.id for row in cell.rows if not row.label]
+def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+    """One label a clip; see ``score`` for the arguments."""
+    # 1. What is right, and what an answer may be: the labels, or the scientific names that stand for them.
+    unlabelled = [row.id for row in cell.predictions if not row.label]
     if unlabelled:
-        raise RunError(f"{cell.file}: the clip {unlabelled[0]!r} has no label")
-    targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.rows]
-    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.file))
-    where = f"{cell.run}, {cell.dataset}, query {cell.query}"
-    missing = missing_names(sweep_labels, target=cell.target, names=cell.names)
-    if missing:
-        notes = (*notes, f"{where}: {missing}")
-    if NO_LABEL in labels and scorer in _AS_NONE:
-        does = f"the scorer {scorer} {_AS_NONE[scorer]}"
-        notes = (*notes, f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
-    texts = [birds_counted(row.prediction) if cell.dataset == "zf-indiv" else row.prediction for row in cell.rows]
-    if scorer == "paper":
-        texts = [clean_as_paper(text, cell.dataset) for text in texts]
-    matching: dict[str, float | None] = {}
-    if scorer in ("paper", "beans-zero"):
-        matches = nearest_labels(texts, labels)
-        matching = classification.match_counts(matches=matches, targets=targets)
-        listed = match_lists(texts, labels)
-        answers = [match.within(MAX_EDITS) if scorer == "paper" else match.nearest[0] for match in matches]
-    else:
-        answers = listed = [_chosen(text, row, scorer, labels) for text, row in zip(texts, cell.rows, strict=True)]
-    figures = classification.figures(targets=targets, answers=answers)
-    figures["out_of_set"], figures["in_set_wrong"] = classification.error_rates(
-        targets=targets, answers=listed, labels=labels
+        raise RunError(f"{cell.path}: the clip {unlabelled[0]!r} has no label")
+    targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.predictions]
+    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.path))
+
+    # 2. From text to label, by the scorer's rules.
+    rules = SCORERS[scorer]
+    matched = rules.match([rules.clean(row, cell.dataset) for row in cell.predictions], labels)
+    answers = matched.answers
+
+    # 3. Two error breakdowns: the paper's, which reads an answer as a list of labels, and that of the matched labels.
+    metrics = classification.metrics(targets=targets, answers=answers)
+    metrics["out_of_set"], metrics["in_set_wrong"] = classification.error_rates(
+        targets=targets, answers=matched.listed, labels=labels
     )
-    figures["out_of_set_matched"], figures["in_set_wrong_matched"] = classification.error_rates(
+    metrics["out_of_set_matched"], metrics["in_set_wrong_matched"] = classification.error_rates(
         targets=targets, answers=answers, labels=labels
     )
-    return _score(
+
+    # 4. What a reader must be told: labels without a name, and a label that a scorer takes for "no label".
+    where = f"{cell.run}, {cell.dataset}, query {cell.query}"
+    notes = []
+    missing = missing_names(sweep_labels, target=cell.target, names=cell.names)
+    if missing:
+        notes.append(f"{where}: {missing}")
+    if NO_LABEL in labels and rules.label_none:
+        does = f"the scorer {scorer} {rules.label_none}"
+        notes.append(f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
+    return Score(
         cell=cell,
         scorer=scorer,
-        seed=seed,
-        notes=notes,
-        targets=targets,
-        answers=answers,
-        correct=[answer == target for answer, target in zip(answers, targets, strict=True)],
-        figures=figures,
+        ids=tuple(row.id for row in cell.predictions),
+        targets=tuple(targets),
+        answers=tuple(answers),
+        correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
+        metrics=metrics,
         baselines=classification.baselines(targets),
-        matching=matching,
-        indicators=classification.indicators(targets=targets, answers=answers, listed=listed, labels=labels),
-        statistic=classification.resampled_figures,
+        matching=classification.match_counts(matches=matched.matches, targets=targets) if matched.matches else {},
+        indicators=classification.indicators(targets=targets, answers=answers, listed=matched.listed, labels=labels),
+        statistic=classification.resampled_metrics,
+        notes=tuple(notes),
     )
 
 
-def _chosen(text: str, row: Prediction, scorer: str, labels: Sequence[str]) -> str:
-    if scorer == "exact":
-        return match_exactly(text, labels)
-    if row.choice_logprobs:
-        text = max(sorted(row.choice_logprobs), key=row.choice_logprobs.__getitem__)
-    text = text.split(END_OF_TEXT)[0]
-    return text if text in labels else NO_MATCH
-
-
-def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
-    targets = [detection.label_set(row.label) for row in cell.rows]
+def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+    """Any number of labels a clip; see ``score`` for the arguments."""
+    targets = [label_set(row.label) for row in cell.predictions]
     if not any(targets):
-        raise RunError(f"{cell.file}: no clip has a label other than None; detection needs one")
-    if scorer in ("paper", "beans-zero"):
-        # As beans-zero: the candidates are the label texts as they stand, lists of several labels included.
-        texts = match_lists([row.prediction for row in cell.rows], sweep_labels)
-    else:
-        known = sorted(frozenset().union(*map(detection.label_set, sweep_labels)))
-        texts = [", ".join(match_exactly(part, known) for part in row.prediction.split(",")) for row in cell.rows]
-    answers = [detection.label_set(text) for text in texts]
-    return _score(
+        raise RunError(f"{cell.path}: no clip has a label other than None; detection needs one")
+    # The published scorers match with the label texts as they stand, lists of several labels included.
+    texts = SCORERS[scorer].match_lists([row.prediction for row in cell.predictions], sweep_labels)
+    answers = [label_set(text) for text in texts]
+    return Score(
         cell=cell,
         scorer=scorer,
-        seed=seed,
-        notes=notes,
-        targets=[", ".join(sorted(labels)) for labels in targets],
-        answers=[", ".join(sorted(labels)) for labels in answers],
-        correct=[answer == target for answer, target in zip(answers, targets, strict=True)],
-        figures=detection.figures(targets=targets, answers=answers),
+        ids=tuple(row.id for row in cell.predictions),
+        targets=tuple(", ".join(sorted(labels)) for labels in targets),
+        answers=tuple(", ".join(sorted(labels)) for labels in answers),
+        correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
+        metrics=detection.metrics(targets=targets, answers=answers),
         indicators=detection.indicators(targets=targets, answers=answers),
-        statistic=detection.resampled_figures,
+        statistic=detection.resampled_metrics,
     )
 
 
-def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str], seed: int, notes: tuple[str, ...]) -> Score:
+def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+    """A sentence a clip; see ``score`` for the arguments."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    references, captions = [row.label for row in cell.rows], [row.prediction for row in cell.rows]
-    plain = scorer not in ("paper", "beans-zero")
+    # 1. A value for every clip and metric; SPICE only where its program is.
+    references, captions = [row.label for row in cell.predictions], [row.prediction for row in cell.predictions]
+    words = SCORERS[scorer].caption_words
     columns = {
         "cider": captioning.cider(
-            references=[captioning.words(text, plain=plain) for text in references],
-            captions=[captioning.words(text, plain=plain) for text in captions],
-            documents=[captioning.words(text, plain=plain) for text in sweep_labels],
+            references=[words(text) for text in references],
+            captions=[words(text) for text in captions],
+            documents=[words(text) for text in sweep_labels],
         )
     }
     missing = captioning.spice_missing()
-    if missing:
-        notes = (*notes, f"{missing}; left out")
-    else:
+    if not missing:
         columns["spice"] = captioning.spice(references=references, captions=captions)
         # beans-zero averages SPICE with CIDEr on the scale where a perfect caption has 1.
         columns["spider"] = [(first / 10 + second) / 2 for first, second in zip(*columns.values(), strict=True)]
-    values = np.array([*columns.values(), np.ones(len(captions))]).T
 
+    # 2. Every metric is a mean over clips: the last indicator counts them.
     def means(sums: "np.ndarray") -> dict[str, "np.ndarray"]:
         return {name: sums[:, index] / sums[:, -1] for index, name in enumerate(columns)}
 
-    return _score(
-        cell=cell,
-        scorer=scorer,
-        seed=seed,
-        notes=notes,
-        targets=references,
-        answers=captions,
-        correct=[False] * len(captions),
-        figures={name: float(np.mean(column)) for name, column in columns.items()},
-        indicators=csr_matrix(values),
-        statistic=means,
-    )
-
-
-def _score(
-    *,
-    cell: Cell,
-    seed: int,
-    targets: Sequence[str],
-    answers: Sequence[str],
-    correct: Sequence[bool],
-    indicators: Any,
-    statistic: Statistic,
-    **rest: Any,
-) -> Score:
-    """Add what all tasks share: the ids and the intervals."""
-    samples = bootstrap(indicators=indicators, statistic=statistic, seed=seed)
     return Score(
         cell=cell,
-        ids=tuple(row.id for row in cell.rows),
-        targets=tuple(targets),
-        answers=tuple(answers),
-        correct=tuple(correct),
-        intervals={name: percentile_interval(values) for name, values in samples.items()},
-        samples=samples,
-        indicators=indicators,
-        statistic=statistic,
-        **rest,
+        scorer=scorer,
+        ids=tuple(row.id for row in cell.predictions),
+        targets=tuple(references),
+        answers=tuple(captions),
+        correct=(False,) * len(captions),
+        metrics={name: float(np.mean(column)) for name, column in columns.items()},
+        indicators=csr_matrix(np.array([*columns.values(), np.ones(len(captions))]).T),
+        statistic=means,
+        notes=(f"{missing}; left out",) if missing else (),
     )

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap over clips, exact McNemar, the paired bootstrap, and what a plateau is."""
+"""How sure a metric is: bootstrap over clips, exact McNemar, the paired bootstrap, and what a plateau is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,25 +9,25 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 LEVEL = 0.95
 
-#: From sums over clips, [..., columns], to named figures, [...] each.
+#: From sums over clips, [..., columns], to named metrics, [...] each.
 Statistic = Callable[["np.ndarray"], Mapping[str, "np.ndarray"]]
 
 
 def bootstrap(*, indicators: Any, statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES) -> "dict[str, Any]":
-    """Resample the clips with replacement and compute the figures of every resample (Efron 1979).
+    """Resample the clips with replacement and compute the metrics of every resample (Efron 1979).
 
-    Every figure of ours depends on the clips through sums of per-clip indicators only (hits, true and predicted
+    Every metric of ours depends on the clips through sums of per-clip indicators only (hits, true and predicted
     counts of a class), so a resample is one row of weights times the indicator matrix. Two cells with the same
     clips in the same order and the same seed are resampled alike, which is what makes their comparison paired.
 
     Args:
         indicators: scipy sparse matrix, float64 [clips, columns].
-        statistic: Maps sums [resamples, columns] to figures [resamples].
+        statistic: Maps sums [resamples, columns] to metrics [resamples].
         seed: Of the resampling.
         resamples: Number of resamples.
 
     Returns:
-        For each figure its values, float64 [resamples].
+        For each metric its values, float64 [resamples].
     """
     import numpy as np
 
@@ -69,7 +69,7 @@ def mcnemar_exact(*, only_first: int, only_second: int) -> float:
 
 
 def paired_bootstrap(first: "np.ndarray", second: "np.ndarray") -> tuple[float, float, float]:
-    """Compare a figure of two cells that were resampled alike.
+    """Compare a metric of two cells that were resampled alike.
 
     Args:
         first: float64 [resamples].
@@ -100,7 +100,7 @@ def plateau(values: Sequence[float], adjusted_p: Sequence[float], level: float =
     """The unbroken stretch around the best cell that cannot be told from it.
 
     Args:
-        values: The figure of each cell, in the order of alpha.
+        values: The metric of each cell, in the order of alpha.
         adjusted_p: For each cell the adjusted p-value against the best (anything for the best itself).
 
     Returns:

@@ -3,16 +3,17 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
 from mergekit_bio.errors import RunError
-from mergekit_bio.eval.components import Task, components
-from mergekit_bio.eval.label_map import Target, read_label_map
+from mergekit_bio.eval.components import components
+from mergekit_bio.eval.label_map import read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target
 from mergekit_bio.eval.prompt import question
+from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.records.run_directory import RECORD_NAME, read_record
 
@@ -22,45 +23,6 @@ _PUBLISHED_NAME = re.compile(
 #: What the user says in the chat template that the published prompts stand in.
 _USER_TURN = re.compile(r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)<\|eot_id\|>", re.DOTALL)
 _NAME_FILES = ("names.jsonl", "{dataset}_vernacular_scientific_mapping.jsonl")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """The answers of one checkpoint to one query about one dataset.
-
-    Attributes:
-        run: Name of the run or of the published experiment.
-        rows: The predictions, ordered by id, so that cells of one sweep are aligned; none where the cell was planned
-            and has no answer yet.
-        expected_rows: How many there are once the run is complete; None if nobody says.
-        names: label -> scientific name, where ``target`` needs it.
-        scorer: The scorer that the run asks for; None in the published layout.
-        file: Where the predictions stand.
-        notes: What a reader of its figures must be told.
-    """
-
-    run: str
-    dataset: str
-    task: Task
-    query: int
-    checkpoint: str
-    alpha: float | None
-    target: Target
-    names: Mapping[str, str]
-    rows: tuple[Prediction, ...]
-    expected_rows: int | None
-    query_text: str | None
-    scorer: str | None
-    file: Path
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.run}, {self.dataset}, query {self.query}, {self.checkpoint}"
-
-    @property
-    def sweep(self) -> tuple[str, str, int, str, str]:
-        """The same for all cells that are compared: a recipe whose queries change may use a number again."""
-        return self.run, self.dataset, self.query, self.target, self.query_text or ""
 
 
 def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
@@ -84,8 +46,8 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
         if not found:
             raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
         for cell in found:
-            by_file.setdefault(cell.file.resolve(), cell)
-    if not any(cell.rows for cell in by_file.values()):
+            by_file.setdefault(cell.path.resolve(), cell)
+    if not any(cell.predictions for cell in by_file.values()):
         raise RunError(f"{', '.join(map(str, paths))}: no prediction yet; let `mergekit-bio eval` go on")
     cells = _told_apart([*by_file.values()])
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
@@ -108,11 +70,11 @@ def _told_apart(cells: list[Cell]) -> list[Cell]:
     """
     folders: dict[str, set[Path]] = {}
     for cell in cells:
-        folders.setdefault(cell.run, set()).add(cell.file.parent)
-    cells = [replace(cell, run=str(cell.file.parent)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+        folders.setdefault(cell.run, set()).add(cell.folder)
+    cells = [replace(cell, run=str(cell.folder)) if len(folders[cell.run]) > 1 else cell for cell in cells]
     number = Counter((cell.sweep, cell.checkpoint) for cell in cells)
     return [
-        replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file.name})")
+        replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file})")
         if number[cell.sweep, cell.checkpoint] > 1
         else cell
         for cell in cells
@@ -140,20 +102,13 @@ def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
     record = read_record(path)
     for cell in record.cells:
         file = path / cell.file
-        yield Cell(
+        yield replace(
+            cell,
             run=record.name,
-            dataset=cell.dataset,
-            task=cell.task,
-            query=cell.query,
-            checkpoint=cell.checkpoint,
-            alpha=cell.alpha,
-            target=cell.target,
+            folder=path,
+            predictions=_by_id(read_predictions(file)) if file.exists() else (),
             names=record.label_map if names is None else names,
-            rows=_by_id(read_predictions(file)) if file.exists() else (),
-            expected_rows=cell.rows,
-            query_text=cell.query_text,
             scorer=record.scorer,
-            file=file,
         )
 
 
@@ -165,24 +120,22 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
         dataset, query, alpha = name["dataset"], int(name["query"]), int(name["hundredths"]) / 100
-        rows = _by_id(read_predictions(file))
-        asked = _question(rows)
+        predictions = _by_id(read_predictions(file))
+        asked = _question(predictions)
         target = paper_target(dataset, query=asked, number=query)
         component = components().get(dataset)
         cell = Cell(
-            run=file.resolve().parent.name,
+            file=file.name,
             dataset=dataset,
             task=component.task if component else "classification",
             query=query,
             checkpoint=f"alpha {alpha:.2f}",
+            rows=None,
             alpha=alpha,
             target=target or "label",
-            names={},
-            rows=rows,
-            expected_rows=None,
-            query_text=None,
-            scorer=None,
-            file=file,
+            run=file.resolve().parent.name,
+            folder=file.parent,
+            predictions=predictions,
         )
         if dataset in NAMED_COMPONENTS and target is None:
             shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
@@ -197,7 +150,7 @@ def _noted(cell: Cell, note: str) -> Cell:
 
 def _with_names(cell: Cell, names: Mapping[str, str] | None) -> Cell:
     """A published cell with the given names, else those beside its file, else the paper's."""
-    names = _names_beside(cell.file.parent, cell.dataset) if names is None else names
+    names = _names_beside(cell.folder, cell.dataset) if names is None else names
     if names:
         return replace(cell, names=names)
     file = paper_names(cell.dataset)

@@ -1,0 +1,45 @@
+"""What a scorer must provide. Each is an object in a file of its own in ``scorers/``, and a line in its table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.scoring.matching import Match
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Texts matched with labels.
+
+    Attributes:
+        answers: The label of each text; where there is none, "None" or "".
+        listed: Each text for the error breakdown, where the published scorers read it as a list of labels.
+        matches: The nearest labels of each text, where they were looked for by edit distance.
+    """
+
+    answers: list[str]
+    listed: list[str]
+    matches: list[Match] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """How answers become labels.
+
+    Attributes:
+        description: What it does, in words for the report.
+        clean: Prediction, dataset name -> the text that is matched.
+        match: n texts, the labels that an answer may be -> what the texts are, for classification.
+        match_lists: n texts, the labels of all clips as they stand -> for each text its labels, joined with ", ", for
+            detection.
+        caption_words: Splits a caption into the words that CIDEr counts.
+        label_none: What it does where a label is called "None", after "the scorer NAME "; None where nothing is
+            mistaken for it.
+    """
+
+    description: str
+    clean: Callable[[Prediction, str], str]
+    match: Callable[[Sequence[str], Sequence[str]], Matched]
+    match_lists: Callable[[Sequence[str], Sequence[str]], list[str]]
+    caption_words: Callable[[str], list[str]]
+    label_none: str | None = None

@@ -1,0 +1,32 @@
+"""The scorer for answers that were chosen among options."""
+
+from collections.abc import Sequence
+
+from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.scoring.captioning import plain_words
+from mergekit_bio.eval.scoring.matching import END_OF_TEXT, NO_MATCH, given_text, match_lists_exactly
+from mergekit_bio.eval.scoring.scorer import Matched, Scorer
+
+
+def clean(row: Prediction, dataset: str) -> str:
+    """The option with the highest log-probability where there is one (the first of equals by name), else the text."""
+    if not row.choice_logprobs:
+        return given_text(row, dataset)
+    return max(sorted(row.choice_logprobs), key=row.choice_logprobs.__getitem__)
+
+
+def match(texts: Sequence[str], labels: Sequence[str]) -> Matched:
+    """The label that each text is, verbatim."""
+    options = set(labels)
+    cut = [text.split(END_OF_TEXT)[0] for text in texts]
+    answers = [text if text in options else NO_MATCH for text in cut]
+    return Matched(answers, listed=answers)
+
+
+SCORER = Scorer(
+    description="the option with the highest log-probability where there is one, else the text verbatim",
+    clean=clean,
+    match=match,
+    match_lists=match_lists_exactly,
+    caption_words=plain_words,
+)
