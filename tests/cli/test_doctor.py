@@ -56,7 +56,7 @@ def run(home: Path, *options: str, endpoint: str, program: str = MAIN, **environ
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSF"))}
     kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf")} | environment
     command = [sys.executable, "-c", program, "doctor", *options]
-    return subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True)
 
 
 def findings(home: Path, **options: str) -> dict[str, dict[str, str]]:
@@ -195,7 +195,7 @@ def test_a_package_that_breaks_transformers_is_named(beside: Path, monkeypatch: 
     package(beside, "torchvision", "0.1", code="raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(beside)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    found = {finding.name: finding for finding in diagnosis.transformers_company()}
+    found = {finding.name: finding for finding in diagnosis.packages_that_break_transformers()}
 
     assert found["torchvision"].state == "warning"
     assert "nms does not exist" in found["torchvision"].detail
@@ -220,6 +220,20 @@ def test_another_release_of_vllm_comes_with_the_command_for_the_right_one(
 
     assert finding.detail == f"0.31.2, but mergekit-bio works with {SUPPORTED_VLLM}"
     assert finding.fix == f"pip install 'vllm[audio]=={SUPPORTED_VLLM}.*'"
+
+
+def test_a_transformers_that_vllm_does_not_take_comes_with_the_command_for_one_that_it_does(
+    beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(beside)
+    package(beside, "vllm", f"{SUPPORTED_VLLM}.1", code="", requires=("transformers<5.20,>=5.16.1", "torch>=2"))
+    package(beside, "transformers", "5.24.0")
+    monkeypatch.syspath_prepend(beside)
+    finding = diagnosis.vllm()
+
+    assert finding.state == "warning"
+    assert finding.detail == f"{SUPPORTED_VLLM}.1, which needs transformers<5.20,>=5.16.1 (5.24.0 is installed)"
+    assert finding.fix == "pip install 'transformers<5.20,>=5.16.1'"
 
 
 def test_a_vllm_that_hangs_does_not_take_doctor_along(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
