@@ -132,10 +132,7 @@ def make_prompts(count: int, audios: int, *, seed: int = 0) -> list[Prompt]:
 
     examples = [clip() for _ in range(audios - 1)]
     text = "".join("Audio: <Audio><AudioHere></Audio>\nLabel: marsh wren\n" for _ in examples)
-    return [
-        Prompt.from_text(f"{text}<Audio><AudioHere></Audio> {QUESTION} ({n})", [*examples, clip()])
-        for n in range(count)
-    ]
+    return [Prompt(f"{text}<Audio><AudioHere></Audio> {QUESTION} ({n})", [*examples, clip()]) for n in range(count)]
 
 
 @contextmanager

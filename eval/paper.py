@@ -19,8 +19,8 @@ from mergekit_bio.eval.recipe.schema import DEFAULT_ADAPTER, DEFAULT_BASE, load_
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.cells import read_runs
 from mergekit_bio.eval.report.build import TITLES, Sweep, build_report
-from mergekit_bio.eval.run.asking import Silence, Standing
 from mergekit_bio.eval.run.evaluate import evaluate
+from mergekit_bio.eval.run.progress import SilentListener, Standing
 
 #: The recipes of the experiments, and the strengths that they ask between them.
 EXPERIMENTS = (
@@ -46,7 +46,7 @@ def published_scores() -> Published:
     return {(cell["recipe"], cell["query"], cell["alpha"]): cell for cell in cells}
 
 
-class Notes(Silence):
+class Notes(SilentListener):
     """Tells what a user should know, and when a cell begins."""
 
     def note(self, text: str) -> None:

@@ -286,7 +286,7 @@ def answer(checkpoints: Sequence[Path], recording: Path, result: Path) -> None:
     options = {"max_model_len": 1024, "max_audios": 1, "enforce_eager": not torch.cuda.is_available()}
     engine = VllmEngine(checkpoints[0], **options)
     started = time.perf_counter() - start
-    prompt = Prompt.from_text(QUESTION, [Clip.from_file(recording)])
+    prompt = Prompt(QUESTION, [Clip.from_file(recording)])
     seconds = {}
     for checkpoint in checkpoints:
         where = f" at {checkpoint.name}" if len(checkpoints) > 1 else ""

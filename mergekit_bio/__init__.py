@@ -6,8 +6,6 @@ The public names are imported on first use, so that ``import mergekit_bio`` cost
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.model.registration import register
-
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -37,6 +35,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-register()  # with Transformers' Auto classes, whenever they are imported

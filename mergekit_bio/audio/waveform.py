@@ -169,6 +169,21 @@ def check_channels(channels: int) -> None:
         raise AudioError(f"{channels} channels are more than the {MAX_CHANNELS} that are mixed; extract one first")
 
 
+def pad_to_minimum(samples: "np.ndarray[Any, Any]", sampling_rate: int) -> "np.ndarray[Any, Any]":
+    """Put silence behind a recording of less than 0.5 s, which :func:`prepare` would refuse.
+
+    It changes nothing about what is heard: every clip is followed by silence up to its length.
+
+    Args:
+        samples: ``[samples]``, or ``[samples, channels]``.
+        sampling_rate: Samples a second.
+    """
+    import numpy as np
+
+    lacking = math.ceil(MIN_SECONDS * sampling_rate) - len(samples)
+    return np.pad(samples, [(0, lacking)] + [(0, 0)] * (samples.ndim - 1)) if lacking > 0 else samples
+
+
 def check_duration(samples: int, sampling_rate: int) -> None:
     """Raise AudioError for a recording that is empty or shorter than 0.5 s."""
     if samples == 0:

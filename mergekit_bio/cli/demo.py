@@ -46,10 +46,10 @@ def demo(
     """
     from mergekit_bio.cli.run_progress import RunListener
     from mergekit_bio.demo import run
+    from mergekit_bio.engine.choice import choose_engine
     from mergekit_bio.eval.records.cells import read_runs
     from mergekit_bio.eval.report.build import build_report, to_document
     from mergekit_bio.eval.report.files import write_report
-    from mergekit_bio.eval.run.engine_slot import choose_engine
     from mergekit_bio.merging.merge import merge
     from mergekit_bio.merging.verify import verify
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.engine.choice import choose_engine
+from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import OutputError
-from mergekit_bio.eval.run.asking import Listener
-from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
 from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
+from mergekit_bio.eval.run.progress import ProgressListener
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.report.build import Report
@@ -26,7 +28,7 @@ _MOST_AUDIOS = 4
 _VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def write_sources(folder: Path, listener: Listener) -> None:
+def write_sources(folder: Path, listener: ProgressListener) -> None:
     """Put the model, its fine-tune, the recordings and the recipes into a new folder.
 
     Raises:
@@ -56,7 +58,7 @@ def write_sources(folder: Path, listener: Listener) -> None:
 
 
 @contextmanager
-def shared_engine(name: str | None, folder: Path, listener: Listener) -> Iterator[EngineSlot]:
+def shared_engine(name: str | None, folder: Path, listener: ProgressListener) -> Iterator[EngineSlot]:
     """One engine for all recipes, started on the first checkpoint that is asked."""
     for variable, value in _VLLM_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -64,20 +66,21 @@ def shared_engine(name: str | None, folder: Path, listener: Listener) -> Iterato
     if note:
         listener.note(f"note: {note}")
     options: dict[str, Any] = {"dtype": "float32"}
-    if engine == "vllm":
+    if engine.name == "vllm":
         # A model this small gains nothing from compiling, and a laptop has little memory for vLLM's cache.
         options |= {"enforce_eager": True, "max_model_len": 1024}
-    with EngineSlot(engine, options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes") as slot:
+    settings = EngineSettings(options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes")
+    with EngineSlot(engine, settings) as slot:
         yield slot
     shutil.rmtree(folder / "prefixes", ignore_errors=True)
 
 
-def ask(recipe: str, folder: Path, engine: EngineSlot, listener: Listener) -> None:
+def ask(recipe: str, folder: Path, slot: EngineSlot, listener: ProgressListener) -> None:
     """Run one of ``RECIPES`` in ``folder``; its predictions go to ``runs/RECIPE`` there."""
     plan = prepare_run(
-        recipe=folder / f"{recipe}.yaml", out=folder / "runs" / recipe, engine=engine.name, listener=listener
+        recipe=folder / f"{recipe}.yaml", out=folder / "runs" / recipe, engine=slot.name, listener=listener
     )
-    carry_out(plan, engine_options={}, listener=listener, engine=engine)
+    carry_out(plan, EngineSettings(), listener=listener, slot=slot)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,24 @@ import io
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.audio.prompt import render_prompt
+from mergekit_bio.engine.interface import (
+    Decoding,
+    EngineSettings,
+    Generation,
+    LabelScore,
+    Loaded,
+    Prompt,
+    Timings,
+    check_options,
+)
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 #: Answers that another try, or another server, may better.
@@ -51,7 +62,33 @@ class HttpEngine:
         retries: How to deal with servers that fail.
     """
 
-    name = "http"
+    name: ClassVar = "http"
+    remote: ClassVar = True
+    prompts_at_once: ClassVar = 64
+    packages: ClassVar = ("httpx",)
+    advice: ClassVar = ""
+    prefixes: None = None  # the servers have their own
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says how to install httpx, where it is not."""
+        return None if find_spec("httpx") else MissingPackageError("httpx", "eval", "the http engine")
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """The servers have their own."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not have."""
+        check_options(cls.name, options, known=("concurrency", "timeout"))
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
+        """Ask the servers, and for the checkpoint that has this directory's name."""
+        engine = cls(settings.servers, api_key=settings.api_key, **settings.options)
+        engine.load(checkpoint)
+        return engine
 
     def __init__(
         self,
@@ -63,10 +100,8 @@ class HttpEngine:
         timeout: float = 600.0,
         retries: Retries | None = None,
     ) -> None:
-        try:
-            import httpx  # noqa: F401
-        except ImportError as error:
-            raise MissingPackageError("httpx", "eval", "the http engine") from error
+        if error := self.missing():
+            raise error
         if not servers:
             raise EngineError("name a server: --server http://HOST:PORT")
         if not isinstance(concurrency, int) or concurrency < 1:
@@ -86,6 +121,11 @@ class HttpEngine:
             raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
         self._model = model or common[0]
         self._offered = common
+        self._template = "{}"
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the template that the servers tell, else the user's words alone."""
+        return render_prompt(prompt.text, template=self._template, num_audios=len(prompt.audios))
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.generate`; no beams, which the API does not have."""
@@ -133,10 +173,13 @@ class HttpEngine:
         name = Path(checkpoint).name
         if name not in self._offered:
             raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
-        self._model = name
-        revisions = {asyncio.run(self._revision(server)) for server in self._servers}
+        told = [asyncio.run(self._get(f"{server}/{name}/info")) for server in self._servers]
+        revisions = {str(info.get("model_revision")) for info in told}
         if len(revisions) > 1:
             raise EngineError(f"the servers have different checkpoints called {name}; serve the same one everywhere")
+        templates = {str(info.get("prompt_template")) for info in told}
+        template = templates.pop() if len(templates) == 1 else ""
+        self._model, self._template = name, template if template.count("{}") == 1 else "{}"
         return Loaded(Path(checkpoint), 0, 0, time.perf_counter() - start, revisions.pop())
 
     def close(self) -> None:
@@ -147,7 +190,7 @@ class HttpEngine:
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
-        text = prompt.text.strip()
+        text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
         content = [{"type": "text", "text": text}, *audios] if audios else text
         return {
             "model": self._model,
@@ -201,10 +244,6 @@ class HttpEngine:
     async def _models(self, server: str) -> list[str]:
         document = await self._get(f"{server}/v1/models")
         return [model["id"] for model in document.get("data", [])]
-
-    async def _revision(self, server: str) -> str:
-        document = await self._get(f"{server}/{self._model}/info")
-        return str(document.get("model_revision"))
 
     async def _get(self, url: str) -> dict[str, Any]:
         import httpx

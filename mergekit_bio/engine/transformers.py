@@ -1,20 +1,30 @@
 """The reference engine: Transformers' own generate, in small batches."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
-from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.engine.interface import (
+    Decoding,
+    EngineSettings,
+    Generation,
+    LabelScore,
+    Loaded,
+    Prompt,
+    Timings,
+    check_options,
+)
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.errors import EngineError, PromptError
+from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +53,39 @@ class TransformersEngine:
         EngineError: There is no such dtype or device.
     """
 
-    name = "transformers"
+    name: ClassVar = "transformers"
+    remote: ClassVar = False
+    prompts_at_once: ClassVar = 8
+    packages: ClassVar = ("transformers",)
+    advice: ClassVar = ""
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says how to install Transformers, where it is not."""
+        return (
+            None
+            if find_spec("transformers")
+            else MissingPackageError("transformers", "eval", "the transformers engine")
+        )
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """Transformers reads nothing there that a run needs."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not have."""
+        check_options(cls.name, options, known=("dtype", "device"))
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
+        """Start it on a checkpoint, with a prefix cache of its own."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would draw over the run's own
+        directory, device = resolve(checkpoint).path, settings.options.get("device", "auto")
+        prefixes = PrefixCache.of_checkpoint(directory, device=device, folder=settings.prefixes)
+        return cls(directory, prefixes=prefixes, **settings.options)
 
     def __init__(
         self,
@@ -56,14 +98,19 @@ class TransformersEngine:
     ) -> None:
         self.checkpoint = resolve(checkpoint).path
         self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
-        from transformers import AutoModelForMultimodalLM
+        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
 
         if dtype not in _DTYPES:
             raise EngineError(f"dtype={dtype}: no such data type; write {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
         device = pick_device(device)
-        self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()
+        model = NatureLMAudioForConditionalGeneration.from_pretrained(self.checkpoint, dtype=dtype)
+        self._model: Any = model.to(device).eval()
         self._device, self._batch_size = device, batch_size
-        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix, batch_size=1 if device == "cpu" else 16)
+        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the checkpoint's own template."""
+        return self.tokenization.render(prompt)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.generate`."""

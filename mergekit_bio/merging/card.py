@@ -119,7 +119,7 @@ def _how_to_load(manifest: Mapping[str, Any]) -> str:
 Transformers, with audio (`pip install 'mergekit-bio[eval]'`):
 
 ```python
-import mergekit_bio  # makes the model's classes known to Transformers
+import mergekit_bio.model  # makes the model's classes known to Transformers
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 {here}

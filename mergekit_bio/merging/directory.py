@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter
+from mergekit_bio.audio.layout import merged_config, processor_config
 from mergekit_bio.checkpoint.directory import INDEX, inside, read_json
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output
-from mergekit_bio.model.layout import merged_config, processor_config
 
 #: Taken together from whoever brought the vocabulary.
 _TOKENIZER = (

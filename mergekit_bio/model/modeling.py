@@ -13,7 +13,6 @@ from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.registration import register
 
 
 class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixin):
@@ -134,6 +133,3 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
             inputs = input_ids
             kwargs["inputs_embeds"] = self.embed(input_ids, input_features)
         return super().generate(inputs, *args, **kwargs)
-
-
-register()

@@ -10,10 +10,9 @@ from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.config import SAMPLING_RATE, AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
 from mergekit_bio.errors import AudioError, PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
-from mergekit_bio.model.registration import register
 
 # Llama 3's headers around every message; an audio part of a message becomes a slot, set as NatureLM-audio sets it.
 _CHAT_TEMPLATE = (
@@ -109,7 +108,7 @@ class NatureLMAudioProcessor(ProcessorMixin):
         return length
 
     def render(self, instruction: str, *, num_audios: int = 1) -> str:
-        """The complete prompt for one instruction; see :func:`mergekit_bio.model.prompt.render_prompt`."""
+        """The complete prompt for one instruction; see :func:`mergekit_bio.audio.prompt.render_prompt`."""
         return render_prompt(instruction, template=self.prompt_template, num_audios=num_audios)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
@@ -198,6 +197,3 @@ def _distribute(audio: Any, prompts: list[str]) -> list[list[Any]]:
     check_audio_count(slots=sum(slots), audios=len(audio))
     rest = iter(audio)
     return [[next(rest) for _ in range(count)] for count in slots]
-
-
-register()

@@ -2,8 +2,8 @@
 
 import json
 
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import AUDIO_LEAD
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import AUDIO_LEAD
 
 # A string content is one text part. Slots and audios are counted over the whole conversation: vLLM itself counts them
 # only where there is an audio.

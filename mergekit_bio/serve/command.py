@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside, read_json
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.sweep import difference, verify
@@ -60,7 +61,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     defaults = {
         "--host": "127.0.0.1",
         "--served-model-name": list(models),
-        "--chat-template": chat_template(read_json(inside(first, "processor_config.json"))["audio_token"]),
+        "--chat-template": _chat_template(first),
         "--chat-template-content-format": "openai",
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
@@ -114,6 +115,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     settings = replace(
         settings,
         models={name: str(path) for name, path in models.items()},
+        prompt_template=LLAMA3_TEMPLATE if args.chat_template == _chat_template(Path(args.model)) else None,
         clip_seconds=_clip_seconds(next(iter(models.values()))),
         allowed_local_media_path=args.allowed_local_media_path or None,
         allowed_media_domains=tuple(args.allowed_media_domains or ()),
@@ -136,6 +138,10 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     """What Python does on Ctrl-C; but asyncio puts its own, which waits for vLLM, in the place of Python's only."""
     raise KeyboardInterrupt
+
+
+def _chat_template(checkpoint: Path) -> str:
+    return chat_template(read_json(inside(checkpoint, "processor_config.json"))["audio_token"])
 
 
 def _clip_seconds(checkpoint: Path) -> float:

@@ -3,11 +3,10 @@
 import asyncio
 import hashlib
 import json
-import math
 from typing import Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
-from mergekit_bio.audio.waveform import MIN_SECONDS
+from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.online import answer
@@ -108,14 +107,10 @@ def _max_audios(state: Any) -> int:
 
 async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:
     def prepare(data: bytes) -> Clip:
-        import numpy as np
-
         samples, rate = decode(data, settings)
-        # The contract knows no shortest audio (beans-next's own check of a server sends a millisecond), and what is
-        # shorter than a clip is followed by silence anyway.
-        missing = math.ceil(MIN_SECONDS * rate) - len(samples)
-        if len(samples) and missing > 0:
-            samples = np.pad(samples, ((0, missing), (0, 0)))
+        # The contract knows no shortest audio: beans-next's own check of a server sends a millisecond.
+        if len(samples):
+            samples = pad_to_minimum(samples, rate)
         return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
 
     if audio.payload_type == "base64_wav":
@@ -137,6 +132,7 @@ def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
     return {
         "name": "mergekit-bio",
         "model": model,
+        "prompt_template": settings.prompt_template,
         "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
         "audio_payload_types": payloads,
         "max_batch_size": settings.max_batch,

@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.errors import PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.validation import is_text
 
 SCHEMA = "predictions_v1"

@@ -27,7 +27,7 @@ def recordings() -> list[dict[int, Clip]]:
 @pytest.fixture(scope="module")
 def prompts(recordings) -> list[Prompt]:
     """Each recording at each length, then several lengths in one prompt, in every order."""
-    alone = [Prompt.from_text("Which species?", [clip]) for clips in recordings for clip in clips.values()]
+    alone = [Prompt("Which species?", [clip]) for clips in recordings for clip in clips.values()]
     mixed = [clip for clips in recordings for clip in clips.values()]
     return alone + random_prompts(mixed, 12, seed=4, audios=(2, 6))
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mergekit_bio.engine.decoding.beams import BeamSearch
 from mergekit_bio.engine.decoding.labels import build_trie, choose, log_sum_exp, score_labels
-from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.engine.sweep import _layer_order, _with_fused
-from mergekit_bio.errors import EngineError, PromptError
+from mergekit_bio.errors import EngineError
 
 WORDS, END = 3, 0
 
@@ -125,16 +125,6 @@ def test_bad_lists_are_refused(labels, message):
 def test_bad_settings_are_refused(settings):
     with pytest.raises(EngineError):
         Decoding(**settings)
-
-
-def test_a_prompt_has_text_around_every_audio(clips):
-    assert Prompt.from_text("What?", clips[:1]).pieces == ("<Audio>", "</Audio> What?")
-    assert Prompt.from_text("a<AudioHere><AudioHere>", clips[:2]).pieces == ("a", "", "")
-    for text, audios in (("a<AudioHere>", 2), ("a", 2), ("", 0), ("<AudioHere>", 0)):
-        with pytest.raises(PromptError):
-            Prompt.from_text(text, clips[:audios])
-    with pytest.raises(PromptError):
-        Prompt(("a",), tuple(clips[:1]))
 
 
 def test_fused_parameters_are_replaced_whole():

@@ -21,10 +21,7 @@ def prompts(clips):
     """Over 300 tokens, with a beginning in common that spans whole cache blocks."""
     (head,) = random_prompts(clips, 1, seed=5, words=(60, 60), audios=(3, 3))
     tails = random_prompts(clips, 4, seed=6, words=(10, 30), audios=(1, 1))
-    return [
-        Prompt((*head.pieces[:-1], head.pieces[-1] + tail.pieces[0], *tail.pieces[1:]), head.audios + tail.audios)
-        for tail in tails
-    ]
+    return [Prompt(head.text + tail.text, (*head.audios, *tail.audios)) for tail in tails]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +90,9 @@ def test_an_engine_needs_room_for_the_prompt(vllm_engine, clips):
     from mergekit_bio.errors import PromptError
 
     with pytest.raises(PromptError, match="raise max_model_len"):
-        vllm_engine.generate([Prompt(("frog " * 4000,))], DECODING)
+        vllm_engine.generate([Prompt("frog " * 4000)], DECODING)
     with pytest.raises(PromptError, match="raise max_audios"):
-        vllm_engine.generate([Prompt(("a",) * 8, tuple(clips[:1] * 7))], DECODING)
+        vllm_engine.generate([Prompt("a<AudioHere>" * 7, clips[:1] * 7)], DECODING)
 
 
 def test_a_second_engine_in_the_process_works(tiny_sweep, prompts, fresh):

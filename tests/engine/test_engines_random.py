@@ -42,7 +42,7 @@ def random_prompts(clips, count, *, seed, words=(1, 60), audios=(0, 6)) -> list[
         pieces = [" ".join(rng.choices(WORDS, k=rng.randint(*words))) for _ in range(len(chosen) + 1)]
         pieces[0] = "Q" + pieces[0]
         pieces[-1] += "?"
-        prompts.append(Prompt(tuple(pieces), tuple(chosen)))
+        prompts.append(Prompt("<AudioHere>".join(pieces), chosen))
     return prompts
 
 

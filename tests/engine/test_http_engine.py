@@ -67,7 +67,7 @@ class Echo:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
 
-PROMPTS = [Prompt((f"prompt {n}",)) for n in range(40)]
+PROMPTS = [Prompt(f"prompt {n}") for n in range(40)]
 TEXTS = [prompt.text for prompt in PROMPTS]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.vllm.log import USUAL, leave_out_the_usual, left_out, stderr_without
 
 
@@ -22,7 +23,7 @@ def ask_and_move(first: str, second: str) -> None:
 
     generator = torch.Generator().manual_seed(3)
     clips = [Clip.from_samples(torch.rand(48_000, generator=generator) - 0.5, sampling_rate=16_000) for _ in range(4)]
-    prompts = [Prompt.from_text("<Audio><AudioHere></Audio> Who calls?", [clip]) for clip in clips]
+    prompts = [Prompt("<Audio><AudioHere></Audio> Who calls?", [clip]) for clip in clips]
     threads = []
     for ask_for in (2, 1):
         torch.set_num_threads(ask_for)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import read_label_map
@@ -19,7 +20,6 @@ from mergekit_bio.eval.recipe.schema import (
 )
 from mergekit_bio.eval.recipe.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
 from mergekit_bio.eval.records.cells import read_runs
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 SWEEP = tuple(number / 10 for number in range(11))
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mergekit_bio.audio.layout import merged_config
 from mergekit_bio.checkpoint.header import DTYPES
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.layout import merged_config
 from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
 
 LLAMA_8B: dict[str, Any] = {

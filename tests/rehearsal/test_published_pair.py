@@ -254,7 +254,7 @@ def test_a_tower_tensor_of_another_size_is_refused_before_anything_is_written(ho
 
 def test_transformers_has_nothing_to_say_about_a_merges_tokenizer(home: Path, tmp_path: Path) -> None:
     """With a vocabulary as large as Llama's it looks closer than with those of tiny models."""
-    from mergekit_bio.model.layout import merged_config
+    from mergekit_bio.audio.layout import merged_config
 
     llama, naturelm = published_pair.BASE.snapshot(home / "hub"), published_pair.ADAPTER.snapshot(home / "hub")
     for file in llama.glob("*token*.json"):
@@ -263,6 +263,6 @@ def test_transformers_has_nothing_to_say_about_a_merges_tokenizer(home: Path, tm
     sources += [json.loads((folder / "config.json").read_text()) for folder in (llama, naturelm)]
     config = merged_config(tokenizer=sources[0], text_config=sources[1], naturelm_config=sources[2])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    program = "import sys, mergekit_bio, transformers; transformers.AutoTokenizer.from_pretrained(sys.argv[1])"
+    program = "import sys, mergekit_bio.model, transformers; transformers.AutoTokenizer.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", program, tmp_path], env=offline(home), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

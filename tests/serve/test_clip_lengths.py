@@ -26,7 +26,7 @@ def part(samples, seconds) -> dict:
 def test_predict_cuts_and_pads_to_what_the_item_says(http, engines, sounds):
     """One recording at several lengths in one batch, twice: what is remembered of one is not taken for another."""
     lengths = [3, None, 5, 10, 0.5, 3]
-    prompts = [Prompt.from_text(QUESTION, [clip(sounds[3], 10 if length is None else length)]) for length in lengths]
+    prompts = [Prompt(QUESTION, [clip(sounds[3], 10 if length is None else length)]) for length in lengths]
     wanted = engines[A].generate(prompts, GREEDY)
     assert len({generation.logprobs for generation in wanted}) == 4
     items = [item(str(n), audios=[wav(sounds[3])], max_length_seconds=length) for n, length in enumerate(lengths)]
@@ -57,10 +57,10 @@ def test_a_data_url_says_how_long_its_clip_is(client, engines, sounds):
     heard = [(sounds[3], 3), (sounds[3], 10), (sounds[1], 5.5)]
     content = [{"type": "text", "text": text}, *(part(*one) for one in heard)]
     completion = chat(client, content)
-    prompt = Prompt.from_text(text, [clip(*one) for one in heard])
+    prompt = Prompt(text, [clip(*one) for one in heard])
     (wanted,) = engines[A].generate([prompt], GREEDY)
     assert (answered(completion), completion.usage.prompt_tokens) == (wanted.token_ids, wanted.prompt_tokens)
-    as_ten = Prompt.from_text(text, [clip(samples, 10) for samples, _ in heard])
+    as_ten = Prompt(text, [clip(samples, 10) for samples, _ in heard])
     assert wanted.token_ids != expected(engines[A], as_ten)
 
 
@@ -72,8 +72,8 @@ def test_a_data_url_with_another_length_is_the_clients_error(client, sounds, sec
 
 def test_the_http_engine_says_how_long_its_clips_are(server, engines, sounds):
     clips = [clip(sounds[n], seconds) for n in (0, 3, 5) for seconds in (3, 5, 10, 7.123456789)]
-    prompts = [Prompt.from_text(QUESTION, [one]) for one in clips]
-    prompts.append(Prompt.from_text("<AudioHere> and <AudioHere> and <AudioHere>?", clips[:3]))
+    prompts = [Prompt(QUESTION, [one]) for one in clips]
+    prompts.append(Prompt("<AudioHere> and <AudioHere> and <AudioHere>?", clips[:3]))
     ours = HttpEngine([server.url], api_key=KEY, model=A).generate(prompts, GREEDY)
     for one, other in zip(ours, engines[A].generate(prompts, GREEDY), strict=True):
         assert (one.token_ids, one.prompt_tokens) == (other.token_ids, other.prompt_tokens)

@@ -41,16 +41,16 @@ from vllm.sequence import IntermediateTensors
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.prompt import PromptTokenizer, check_audio_count
 from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.engine.vllm.log import left_out
 from mergekit_bio.errors import AudioError, PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import PromptTokenizer, check_audio_count
 
 #: Clips that go through the tower at once: bounds its memory, whatever vLLM schedules together.
 TOWER_BATCH = 16

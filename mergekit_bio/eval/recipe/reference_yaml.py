@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.recipe.located_yaml import LocatedYaml
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 from mergekit_bio.validation import Path as KeyPath
 from mergekit_bio.validation import nearest
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.schema import Merge, Recipe
@@ -240,17 +240,5 @@ def weights_identity(directory: Path) -> dict[str, Any]:
         return {"weights": fingerprint(Checkpoint.open(directory).tensors)}
     manifest = read_manifest(directory)
     lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(manifest.tensors.items()))
-    return {"merged_from": _sources(manifest), "folded": hashlib.sha256(lines.encode()).hexdigest()}
-
-
-def family(directory: Path) -> str:
-    """Equal for checkpoints that an engine can move between by replacing tensors: one sweep, or one directory."""
-    if not (directory / MANIFEST).is_file():
-        return str(directory)
-    manifest = read_manifest(directory)
-    return f"{_sources(manifest)} {manifest.dtype} {manifest.audio_prefix} {manifest.untied}"
-
-
-def _sources(manifest: Manifest) -> dict[str, Any]:
-    adapters = [adapter.fingerprint for adapter in manifest.adapters]
-    return {"base": manifest.base.fingerprint, "adapters": adapters}
+    sources = {"base": manifest.base.fingerprint, "adapters": [adapter.fingerprint for adapter in manifest.adapters]}
+    return {"merged_from": sources, "folded": hashlib.sha256(lines.encode()).hexdigest()}

@@ -110,7 +110,7 @@ def plan_run(
             for query in query_numbers(recipe)
         ),
         max_audios=max(
-            len(question.prompt.clips)
+            len(question.instruction.clips)
             for dataset in datasets
             for query in query_numbers(recipe)
             for question in questions(recipe, dataset, query, 1)
