@@ -54,7 +54,7 @@ app.add_typer(recipes.app, name="recipes")
 app.command(context_settings={"ignore_unknown_options": True})(serve.serve)  # the rest are vLLM's flags
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 an error of the user's (one line on stderr), 2 usage, 130 interrupted. A bug is a
