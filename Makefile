@@ -55,7 +55,7 @@ test test-all: env
 	$(MAKE) -j 2 $(TOGETHER) --no-print-directory $(addprefix with-vllm/,$(VLLM_TESTS)) MARKED="$(MARKED)"
 
 with-vllm/%:
-	$(PYTEST) -m "$(MARKED)" $*
+	$(PYTEST) -m "$(MARKED)" $* || [ $$? -eq 5 ] # pytest's code for no tests: none of these is long
 
 check: env
 	.venv/bin/ruff check .
