@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.tower import unused_shapes
 from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, RANK = 64, 2, 2, 1, 32, 128, 4
@@ -127,12 +128,17 @@ def make_base(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_naturelm(folder: Path, *, seed: int = 1) -> Path:
-    """An original NatureLM-audio checkpoint that holds what was trained: the tower and the LoRA."""
+def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None) -> Path:
+    """An original NatureLM-audio checkpoint: the tower and the LoRA.
+
+    With ``base`` it is in the published layout: the LoRA in bfloat16, BEATs' classifier and BERT's positions, and the
+    base's input embedding with the row of [PAD] more.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(NATURELM))
     torch.manual_seed(seed)
-    tower = AudioPrefix(AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN))
+    config = AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN)
+    tower = AudioPrefix(config)
     tensors = {
         name: tensor if not tensor.is_floating_point() or tensor.ndim < 2 else torch.randn_like(tensor) * 0.3
         for name, tensor in tower.state_dict().items()
@@ -144,6 +150,12 @@ def make_naturelm(folder: Path, *, seed: int = 1) -> Path:
             inner = HEADS * HEAD_DIM if kind == "o" else HIDDEN
             tensors[f"{module}.lora_A.default.weight"] = torch.randn(RANK, inner) * 0.15
             tensors[f"{module}.lora_B.default.weight"] = torch.randn(width, RANK) * 0.3
+    if base is not None:
+        tensors = {name: t.bfloat16() if ".lora_" in name else t for name, t in tensors.items()}
+        tensors |= {name: torch.ones(shape) for name, shape in unused_shapes(config).items()}
+        tensors["audio_Qformer.bert.embeddings.position_ids"] = torch.arange(config.qformer.num_positions)[None]
+        embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        tensors["llama_embed_tokens.weight"] = torch.cat([embedding, torch.randn(1, HIDDEN).to(embedding.dtype)])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -33,6 +33,27 @@ def published() -> Path:
     return _shared("published")
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache for this process, which is offline."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hf-cache"
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.fixture
+def published_models(golden: Path, hub_cache: Path) -> tuple[Path, Path]:
+    """The default base and adapter in the cache, small, in the layout in which they are published; their snapshots."""
+    from hub_cache import ADAPTER, ADAPTER_REVISION, BASE, BASE_REVISION, put_in_cache
+
+    base = put_in_cache(hub_cache, BASE, BASE_REVISION, golden / "llama-tiny")
+    return base, put_in_cache(hub_cache, ADAPTER, ADAPTER_REVISION, golden / "naturelm-tiny-published")
+
+
 @pytest.fixture(scope="session")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small merged model with ears, bf16 Llama and float32 tower; its sources lie beside it."""

@@ -60,10 +60,12 @@ class Override:
     """A tensor of the base that an adapter repeats with other values.
 
     Attributes:
-        tensor: The adapter's, in the base's shape.
-        rows: The rows in which the two differ.
+        stored: The adapter's tensor as its file has it.
+        tensor: The same in the base's shape, without added rows.
+        rows: The rows in which it differs from the base.
     """
 
+    stored: TensorInfo
     tensor: TensorInfo
     rows: tuple[int, ...]
 

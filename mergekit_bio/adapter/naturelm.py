@@ -165,9 +165,9 @@ def _compare_with_base(
     for (info, trimmed, target), rows in zip(pairs, differences, strict=True):
         other = overrides.get(target.name)
         if other is not None and rows_that_differ(trimmed, other.tensor):
-            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {other.tensor.name}, its second name")
+            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {other.stored.name}, its second name")
         if rows:
-            overrides[target.name] = Override(trimmed, rows)
+            overrides.setdefault(target.name, Override(info, trimmed, rows))
     notes = []
     if equal := len({target.name for _, _, target in pairs}) - len(overrides):
         what = "input embedding" if repeated.keys() == {_EMBEDDING} else f"{equal} tensors"

@@ -173,7 +173,7 @@ def _provenance(manifest: Mapping[str, Any]) -> str:
             ("α", ", ".join(strengths)),
         ]
         if adapter.get("base_weights"):
-            names = ", ".join(f"`{_plain(name)}`" for name in adapter["base_weights"][:3])
+            names = ", ".join(f"`{_plain(name)}`" for name in list(adapter["base_weights"])[:3])
             more = f" and {len(adapter['base_weights']) - 3} more" if len(adapter["base_weights"]) > 3 else ""
             rows.append(("Not the base's own", f"{names}{more}: the adapter's, at every α (--base-from-adapter)"))
     if manifest["untied"]:

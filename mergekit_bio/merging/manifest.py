@@ -59,7 +59,8 @@ class Strength(_Strict):
 class AdapterOrigin(Origin):
     """An adapter, with what was made of it.
 
-    ``base_weights`` are the tensors of the base in whose place the adapter's own were taken, at every strength.
+    ``base_weights`` are the tensors of the base in whose place the adapter's own were taken, at every strength: the
+    base's name -> the adapter's.
     """
 
     kind: str
@@ -67,7 +68,7 @@ class AdapterOrigin(Origin):
     alpha: Strength
     scaling: dict[str, int]
     deltas: int
-    base_weights: list[str] = []
+    base_weights: dict[str, str] = {}
 
 
 class SharedFiles(_Strict):

@@ -181,7 +181,7 @@ class MergePlan:
 
     def stored_of(self, adapter: Adapter) -> dict[str, StoredTensor]:
         """Everything of an adapter that goes into the result, by name."""
-        return adapter.stored | {one.tensor.name: one.tensor for one in self.overrides_of(adapter).values()}
+        return adapter.stored | {one.stored.name: one.stored for one in self.overrides_of(adapter).values()}
 
     @property
     def bytes_on_disk(self) -> int:

@@ -78,7 +78,7 @@ def build_plan(
         )
     if not text_only:
         for adapter in towers:
-            _check_tower(adapter)
+            _check_tower(adapter, base)
     base = _with_overrides(base, adapters, base_from_adapter)
     changes, untied = resolve_tying(base, adapters)
     changed = tuple(
@@ -106,11 +106,17 @@ def build_plan(
     )
 
 
-def _check_tower(adapter: Adapter) -> None:
-    """An audio tower must hold every tensor that its configuration asks for, and no other."""
+def _check_tower(adapter: Adapter, base: Base) -> None:
+    """An audio tower must hold every tensor that its configuration asks for, no other, and be as wide as the base."""
     hidden_size = next((info.shape[0] for info in adapter.tower if info.name == PROJECTION and info.shape), None)
     if hidden_size is None:
         raise AdapterError(f"{adapter.file}: lacks the tensor {PROJECTION} of the audio tower; fetch it again")
+    width = base.checkpoint.config.get("hidden_size", hidden_size)
+    if hidden_size != width:
+        raise AdapterError(
+            f"{adapter.file}: tensor {PROJECTION}: gives embeddings of width {hidden_size}, but the base "
+            f"{base.source.given} has hidden_size {width}; it was made for another base"
+        )
     config = AudioPrefixConfig.from_naturelm(dict(adapter.config), hidden_size=hidden_size)
     check_tower({info.name: info for info in adapter.tower}, config, adapter.file)
 

@@ -112,7 +112,7 @@ def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
         alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
-        base_weights=sorted(plan.overrides_of(adapter)),
+        base_weights={name: override.stored.name for name, override in plan.overrides_of(adapter).items()},
     )
 
 

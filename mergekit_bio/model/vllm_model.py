@@ -210,7 +210,13 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_prefix={"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+        orig_to_new_prefix={
+            "model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+            # What a checkpoint may hold and nothing reads is left out.
+            f"{MERGED_PREFIX}{PREDICTOR}.": None,
+            f"{MERGED_PREFIX}{POSITION_IDS}": None,
+        }
     )
 
     @classmethod
@@ -280,10 +286,7 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors under their names on disk, all or some of them."""
-        unused = [f"{MERGED_PREFIX}{name}" for name in (PREDICTOR, POSITION_IDS)]
-        return AutoWeightsLoader(self, ignore_unexpected_prefixes=unused).load_weights(
-            weights, mapper=self.hf_to_vllm_mapper
-        )
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
 class WeightReload:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,8 +108,12 @@ def write_base(path: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = 
     (path / "tokenizer_config.json").write_text(json.dumps(tokens))
 
 
-def write_naturelm(path: Path) -> AudioPrefix:
-    """A trained-only checkpoint: tower and LoRA."""
+def write_naturelm(path: Path, *, base: Path | None = None) -> AudioPrefix:
+    """A NatureLM-audio checkpoint; with ``base`` in the published layout.
+
+    The published file holds a bfloat16 LoRA, BEATs' classifier, BERT's positions, and the base's input embedding with
+    the row of [PAD] more.
+    """
     path.mkdir()
     (path / "config.json").write_text(json.dumps(NATURELM_CONFIG))
     prefix = random_prefix()
@@ -119,5 +123,11 @@ def write_naturelm(path: Path) -> AudioPrefix:
             name = f"llama_model.base_model.model.model.layers.{layer}.self_attn.{module}.lora"
             tensors[f"{name}_A.default.weight"] = torch.randn(4, HIDDEN) * 0.1
             tensors[f"{name}_B.default.weight"] = torch.randn(rows, 4) * 0.1
+    if base is not None:
+        tensors = {name: t.bfloat16() if ".lora_" in name else t for name, t in tensors.items()}
+        tensors |= {"beats.predictor.weight": torch.randn(5, 24), "beats.predictor.bias": torch.randn(5)}
+        tensors["audio_Qformer.bert.embeddings.position_ids"] = torch.arange(512)[None]
+        embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        tensors["llama_embed_tokens.weight"] = torch.cat([embedding, torch.randn(1, HIDDEN).to(embedding.dtype)])
     save_file(tensors, path / "model.safetensors")
     return prefix

@@ -25,7 +25,7 @@ def write_standins(here: Path, make_run: Callable[..., Path]) -> None:
 
     _write_llama(here / LLAMA)
     shutil.copytree(here / LLAMA, here / "my-llama")
-    make_naturelm(here / NATURELM)
+    make_naturelm(here / NATURELM, base=here / LLAMA)
     for name in ("my-lora", "birds", "whales"):
         model = transformers.AutoModelForCausalLM.from_pretrained(here / LLAMA)
         settings = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)

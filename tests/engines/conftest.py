@@ -18,7 +18,8 @@ from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 @pytest.fixture(scope="session")
 def tiny_sweep(tmp_path_factory) -> dict[float, Path]:
     folder = tmp_path_factory.mktemp("tiny")
-    return merge_sweep(make_base(folder / "base"), make_naturelm(folder / "naturelm"), folder / "out", (0.0, 0.5, 1.0))
+    base = make_base(folder / "base")
+    return merge_sweep(base, make_naturelm(folder / "naturelm", base=base), folder / "out", (0.0, 0.5, 1.0))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def write_recordings(folder: Path) -> Path:
 def write_evaluation(folder: Path, base: Path | None = None, adapter: Path | None = None) -> Evaluation:
     """Everything in one folder; base and adapter are made up where they are not given."""
     base = base or make_base(folder / "base")
-    adapter = adapter or make_naturelm(folder / "adapter")
+    adapter = adapter or make_naturelm(folder / "adapter", base=base)
     recordings = write_recordings(folder / "recordings")
     recipe = folder / "tones.yaml"
     data = {

@@ -38,9 +38,10 @@ class Server:
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("served")
+    base = make_base(folder / "base")
     merged = mergekit_bio.merge(
-        base=make_base(folder / "base"),
-        adapter=make_naturelm(folder / "naturelm"),
+        base=base,
+        adapter=make_naturelm(folder / "naturelm", base=base),
         alphas=ALPHAS,
         out=folder / "out",
         dtype="float32",

@@ -39,6 +39,7 @@ class Merge:
     alphas: Annotated[tuple[float, ...], Len(1)]
     base: Text = DEFAULT_BASE
     adapter: Text = DEFAULT_ADAPTER
+    base_from_adapter: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,10 @@ def merge_missing(
     from mergekit_bio.merging.api import carry_out, plan_merge
 
     plan = plan_merge(
-        base=merge.base, adapter=merge.adapter, alphas=[checkpoint.alpha or 0.0 for checkpoint in missing]
+        base=merge.base,
+        adapter=merge.adapter,
+        alphas=[checkpoint.alpha or 0.0 for checkpoint in missing],
+        base_from_adapter=merge.base_from_adapter,
     )
     if not plan.tower:
         raise RecipeError(
@@ -209,6 +212,11 @@ def _check_sources(directory: Path, merge: Merge) -> None:
             f"{directory}: was merged from {' and '.join(before)}, the recipe says {merge.base} and {merge.adapter}; "
             "give another --out for a new run"
         )
+    if not merge.base_from_adapter and any(adapter.base_weights for adapter in manifest.adapters):
+        raise RunError(
+            f"{directory}: was merged with base_from_adapter, which the recipe does not say; give another --out for a "
+            "new run"
+        )
 
 
 def _same_source(origin: Origin, source: str) -> bool:
@@ -219,8 +227,9 @@ def _same_source(origin: Origin, source: str) -> bool:
         return False
     stored = Checkpoint.open(Path(source)).tensors
     if isinstance(origin, AdapterOrigin):
-        # What a merge uses of it: not a full checkpoint's copy of the base, nor copies of the tower's shared bias.
+        # What a merge uses of it: not its copies of the base, unless they were taken, nor of the tower's shared bias.
         used = {name for name in stored if (".lora_" in name or is_tower_tensor(name)) and alias_of(name) is None}
+        used |= stored.keys() & origin.base_weights.values()
         stored = {name: stored[name] for name in used}
     return fingerprint(stored) == origin.fingerprint
 
