@@ -23,7 +23,7 @@ _NEVER = -100.0
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
 
 #: How long vLLM's processes may take to end by themselves; then they are killed.
-_SECONDS_TO_STOP = 60.0
+_SECONDS_TO_STOP = 30.0
 
 #: The engines of this process that are running.
 _open: set[int] = set()

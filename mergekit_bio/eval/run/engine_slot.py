@@ -27,7 +27,7 @@ _VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     # On a CPU its cache takes a share of all memory, twice what is left where a model is loaded already. In GiB.
     "VLLM_CPU_KVCACHE_SPACE": "4",
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "50",  # a busy machine needs more than the 5 s after which it would kill
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "20",  # a busy machine needs more than the 5 s after which it would kill
 }
 
 
