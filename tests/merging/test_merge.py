@@ -232,7 +232,7 @@ import sys, threading, time, torch
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 import mergekit_bio
-from mergekit_bio.merging import api, fold, write, record
+from mergekit_bio.merging import fold, merge, record, write
 from mergekit_bio.merging import card
 import huggingface_hub.repocard
 before, peak, done = anonymous(), 0, threading.Event()
