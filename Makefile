@@ -45,7 +45,7 @@ demo: env
 
 # vLLM wants a process that nothing else has used: its tests have processes of their own. The others share the cores.
 VLLM_TESTS := tests/demo/test_first_commands.py tests/engine tests/serve tests/eval/test_run_loop.py \
-	tests/eval/test_clip_lengths.py 	tests/documentation/test_long_commands.py
+	tests/eval/test_clip_lengths.py tests/documentation/test_long_commands.py
 
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
