@@ -11,7 +11,7 @@ help:
 	@echo "make test-all  run the long tests: more kills and fuzzing, installations, tensor parallel"
 	@echo "make check   lint and type-check"
 	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
-	@echo "make rehearsal  the first commands on files of the published size, random weights (35 GB of disk, 24 GiB of memory, ten minutes)"
+	@echo "make rehearsal  run the first commands on files of the published size (35 GB of disk, 24 GiB of memory, ten minutes)"
 	@echo "make demo-model  train the demo's model anew (ten minutes) into build/demo-model"
 	@echo "make dist    build wheel and sdist and try the wheel in an environment of its own"
 	@echo "make env     build .venv (the others do it for you); EXTRAS=eval,dev leaves vLLM out"

@@ -51,10 +51,10 @@ Machine: {machine}. {versions}.
 
 {notes}
 
-Memory is sampled from `/proc/PID/status` and summed over the command's processes. "anonymous" (RssAnon) is what a
-process holds for itself. "resident" (VmRSS) adds pages of files that it has mapped: they are in the page cache
-anyway, and the kernel takes them back when memory is short. "written" counts bytes put into the page cache for the
-disk.
+Memory is sampled from `/proc/PID/status`, with several processes from their `smaps_rollup`, where a page that they
+share counts once. "anonymous" is what they hold for themselves. "resident" adds pages of files that they have mapped:
+these are in the page cache anyway, and the kernel takes them back when memory is short. "written" counts bytes put into
+the page cache for the disk.
 """
 
 

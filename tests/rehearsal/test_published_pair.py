@@ -220,6 +220,13 @@ def test_a_merge_of_the_defaults_is_planned_offline(home: Path) -> None:
     assert 0 < plan["bytes"]["written"] - weights < 1e6  # headers
 
 
+def test_a_sweep_of_the_defaults_stores_once_what_its_strengths_share(home: Path) -> None:
+    one, sweep = (command_line(home, "merge", "--alpha", alpha, "--dry-run") for alpha in ("0.5", "0:1:0.5"))
+    assert [output["alpha"] for output in sweep["outputs"]] == ["0.00", "0.50", "1.00"]
+    attention = 2 * 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)  # what the LoRA touches, in bfloat16
+    assert sweep["bytes"]["written"] == pytest.approx(one["bytes"]["written"] + 2 * attention, abs=1e6)
+
+
 PEAK = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)

@@ -33,7 +33,7 @@ from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
 
 #: How long vLLM's processes may take to end by themselves; then they are killed.
-_SECONDS_TO_STOP = 60.0
+_SECONDS_TO_STOP = 30.0
 
 #: What vLLM is told where the user does not: it reads these when it is imported.
 _ENVIRONMENT = {
@@ -41,7 +41,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     # On a CPU its cache takes a share of all memory, twice what is left where a model is loaded already. In GiB.
     "VLLM_CPU_KVCACHE_SPACE": "4",
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "50",  # a busy machine needs more than the 5 s after which it would kill
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "20",  # a busy machine needs more than the 5 s after which it would kill
 }
 
 
