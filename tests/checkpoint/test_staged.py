@@ -67,7 +67,7 @@ def test_what_a_stranger_put_into_our_own_output_is_not_overwritten(tmp_path):
 
     with (
         pytest.raises(OutputError, match=r"owls\.gguf: no merge has written it"),
-        staged(tmp_path / "out", mark="mark", stranger=stranger, overwrite=True),
+        staged(tmp_path / "out", mark="mark", foreign_file=stranger, overwrite=True),
     ):
         raise AssertionError("the block must not run")
     assert names(tmp_path / "out") == ["mark", "owls.gguf"]
@@ -153,7 +153,7 @@ def test_what_is_put_into_our_own_output_meanwhile_is_not_overwritten(tmp_path):
 
     with (
         pytest.raises(OutputError, match=r"owls\.gguf: no merge has written it"),
-        staged(tmp_path / "out", mark="mark", stranger=stranger, overwrite=True),
+        staged(tmp_path / "out", mark="mark", foreign_file=stranger, overwrite=True),
     ):
         (tmp_path / "out" / "owls.gguf").touch()
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["mark", "owls.gguf"]
