@@ -19,7 +19,7 @@ from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
 from mergekit_bio.eval.run.evaluate import prepare_run
-from mergekit_bio.eval.run.plan import cell_records, plan_run
+from mergekit_bio.eval.run.plan import identified_cells, plan_run
 from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.eval.scoring.score import score
 
@@ -97,12 +97,12 @@ def answered(recipe_file: Path, *, data: Path, published: Path, out: Path) -> li
     alphas = [alpha for alpha in recipe.merge.alphas if alpha in ALPHAS[recipe.datasets[0].name]]
     checkpoints = [RunCheckpoint(name=f"alpha {alpha:.2f}", source="none", alpha=alpha) for alpha in alphas]
     plan = plan_run(recipe, checkpoints, out=out, engine="transformers")
-    records = tuple(cell_records(plan, weights={checkpoint: {} for checkpoint in checkpoints}, dtype=None).values())
-    record = RunRecord(name=recipe.name, recipe={}, scorer=recipe.scorer, cells=records, label_map=recipe.label_map)
+    cells = identified_cells(plan, weights={checkpoint: {} for checkpoint in checkpoints}, dtype=None)
+    record = RunRecord(name=recipe.name, recipe={}, scorer=recipe.scorer, cells=cells, label_map=recipe.label_map)
     with RunDirectory(out, record):
         for cell in plan.cells:
-            question, alpha = recipe.queries[cell.query], cell.checkpoint.alpha
-            file = predictions_file(published, cell.dataset.name, question, alpha)
+            question, alpha = recipe.queries[cell.query], cell.alpha
+            file = predictions_file(published, cell.dataset, question, alpha)
             (out / cell.file).write_bytes(gzip.decompress(file.read_bytes()))
     return read_runs([out])
 

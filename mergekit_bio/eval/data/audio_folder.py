@@ -36,22 +36,22 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         DatasetError: The metadata is missing, damaged or names a file that is not there, or two labels differ only in
             what scoring does not look at; the file, and where there is one the line, is named.
     """
-    found = [folder / file for file in METADATA if (folder / file).is_file()]
-    if not found:
+    metadata = [folder / file for file in METADATA if (folder / file).is_file()]
+    if not metadata:
         raise DatasetError(f"{folder}: no metadata.csv or metadata.jsonl in it; it needs the columns file_name,label")
-    if len(found) > 1:
+    if len(metadata) > 1:
         raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
     asked: list[Clip] = []
     examples: list[Clip] = []
-    for where, row in _rows(found[0]):
+    for where, row in _rows(metadata[0]):
         split = row.get("split") or ""
         if split not in EXAMPLES + ASKED:
             raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
         (examples if split in EXAMPLES else asked).append(_clip(folder, where, row))
-    unique_clips([*asked, *examples], str(found[0]))
+    unique_clips([*asked, *examples], str(metadata[0]))
     if task != "captioning":
-        _distinct_labels([clip.label for clip in (*asked, *examples)], several=task == "detection", file=found[0])
-    clips = unique_clips(asked, f"{found[0]} (rows that are asked)")
+        _distinct_labels([clip.label for clip in (*asked, *examples)], several=task == "detection", file=metadata[0])
+    clips = unique_clips(asked, f"{metadata[0]} (rows that are asked)")
     return Dataset(
         name=name,
         task=task,

@@ -124,7 +124,7 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
 def species_asked(dataset: Dataset, recipe: Recipe) -> list[str]:
     """The names behind ``{species_list}``: the recipe's, or the most frequent; empty where neither is asked for."""
     if recipe.species:
-        return [one.name for one in recipe.species]
+        return [species.name for species in recipe.species]
     return [] if recipe.top_k_species is None else dataset.species(recipe.top_k_species)
 
 

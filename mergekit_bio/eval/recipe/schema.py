@@ -176,7 +176,7 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     if label_map is not None:
         if not isinstance(label_map, str):
             raise RecipeError(f"{where(('label_map',))}: input should be the path of a CSV file")
-        content["label_map"] = read_label_map(_beside(label_map, file.parent))
+        content["label_map"] = read_label_map(_in_folder(label_map, file.parent))
 
     # 3. Check every key by itself, then what ties keys together.
     recipe = checked(Recipe, content, error=RecipeError, where=where)
@@ -190,7 +190,7 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         recipe = replace(recipe, merge=_merge_of_a_run(recipe.merge, file.parent, where))
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
-        recipe = replace(recipe, data=_found(str(data), Path()))
+        recipe = replace(recipe, data=_absolute_if_local(str(data), Path()))
     return LoadedRecipe(recipe=recipe, notes=notes)
 
 
@@ -215,7 +215,9 @@ def _with_targets(recipe: Recipe, *, of_reference: bool) -> tuple[Recipe, list[s
         about = " about the other datasets" if recipe.paper_targets else ""
         notes.append(f"every answer{about} is scored against the label")
     if needed and not recipe.label_map:
-        label_map = {label: name for one in needed for label, name in read_label_map(paper_names(one)).items()}
+        label_map = {
+            label: name for component in needed for label, name in read_label_map(paper_names(component)).items()
+        }
         recipe = replace(recipe, label_map=label_map)
     if needed and len(needed) == len(recipe.datasets):
         # All ask the same questions and so have the same targets: the recipe can say them itself.
@@ -232,20 +234,20 @@ def _dataset_mappings(datasets: Any, folder: Path) -> Any:
         if isinstance(choice, str):
             choice = {"name": choice}
         elif isinstance(choice, dict) and isinstance(choice.get("path"), str):
-            path = str(_beside(choice["path"], folder))
+            path = str(_in_folder(choice["path"], folder))
             choice = {"name": Path(path).name, **choice, "path": path}
         mappings.append(choice)
     return mappings
 
 
-def _beside(path: str, folder: Path) -> Path:
+def _in_folder(path: str, folder: Path) -> Path:
     return (folder / Path(path).expanduser()).resolve()
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """With the paths of checkpoints and data absolute."""
-    checkpoints = tuple(_found(source, folder) for source in recipe.checkpoints)
-    return replace(recipe, checkpoints=checkpoints, data=_found(recipe.data, folder))
+    checkpoints = tuple(_absolute_if_local(source, folder) for source in recipe.checkpoints)
+    return replace(recipe, checkpoints=checkpoints, data=_absolute_if_local(recipe.data, folder))
 
 
 def _merge_of_a_run(merge: MergeRequest, folder: Path, where: Callable[..., str]) -> MergeRequest:
@@ -274,19 +276,19 @@ def _merge_of_a_run(merge: MergeRequest, folder: Path, where: Callable[..., str]
             f"{where(('merge', 'alphas'))}: a recipe's strengths are numbers; merge by module first, and list what it "
             "makes in checkpoints"
         )
-    sources = [replace(entry, source=_found(str(entry.source), folder)) for entry in adapters]
+    sources = [replace(entry, source=_absolute_if_local(str(entry.source), folder)) for entry in adapters]
     plain = [entry.source if entry.alpha is None else entry for entry in sources]
     return replace(
         merge,
         alphas=tuple(strength.default for strength in strengths),
-        base=_found(str(merge.base), folder),
+        base=_absolute_if_local(str(merge.base), folder),
         adapter=plain[0] if len(plain) == 1 else tuple(plain),
     )
 
 
-def _found(source: str, folder: Path) -> str:
-    """The absolute path of what exists in the folder; what does not is a hub id."""
-    path = _beside(source, folder)
+def _absolute_if_local(source: str, folder: Path) -> str:
+    """The absolute path of what is in the folder or looks like a path; anything else is a hub id."""
+    path = _in_folder(source, folder)
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
@@ -312,7 +314,7 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
         refuse(("top_k_species",), "give either species or top_k_species")
     if (recipe.species or recipe.top_k_species is not None) and len(recipe.datasets) != 1:
         refuse(("datasets",), f"a choice of species is for exactly one dataset, not {len(recipe.datasets)}")
-    if len({one.name for one in recipe.species}) < len(recipe.species):
+    if len({species.name for species in recipe.species}) < len(recipe.species):
         refuse(("species",), "a name stands twice")
     if recipe.targets and len(recipe.targets) != len(recipe.queries):
         refuse(("targets",), f"{len(recipe.targets)} targets for {len(recipe.queries)} queries; give one a query")
@@ -329,7 +331,7 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
         used = flags(query, where(("queries", index)))
         if used & {"species_list", "examples", "audio_examples"} and not chosen:
             refuse(("queries", index), "the flags for species need species or top_k_species")
-        if "examples" in used and not (recipe.species and all(one.description for one in recipe.species)):
+        if "examples" in used and not (recipe.species and all(species.description for species in recipe.species)):
             refuse(("queries", index), "{examples} needs species with a description each")
         if "audio_examples" in used and not recipe.n_examples:
             refuse(("queries", index), "{audio_examples} needs n_examples of 1 or more")

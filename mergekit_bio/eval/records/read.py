@@ -39,17 +39,20 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
     Raises:
         RunError: A path holds no run or something damaged, or there is no prediction at all.
     """
+    # 1. Every cell below the paths; one that several of them lead to counts once.
     names = None if label_map is None else read_label_map(label_map)
     by_file: dict[Path, Cell] = {}
     for path in paths:
-        found = list(_cells_at(path, names))
-        if not found:
+        cells_there = list(_cells_at(path, names))
+        if not cells_there:
             raise RunError(f"{path}: no run in it (no {RECORD_NAME}, no beans_zero_eval_*.jsonl)")
-        for cell in found:
+        for cell in cells_there:
             by_file.setdefault(cell.path.resolve(), cell)
     if not any(cell.predictions for cell in by_file.values()):
         raise RunError(f"{', '.join(map(str, paths))}: no prediction yet; let `mergekit-bio eval` go on")
-    cells = _told_apart([*by_file.values()])
+
+    # 2. Names that differ, and the order of the report: runs as given, then dataset, query and alpha.
+    cells = _with_distinct_names([*by_file.values()])
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
     return sorted(
         cells,
@@ -63,19 +66,20 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
     )
 
 
-def _told_apart(cells: list[Cell]) -> list[Cell]:
-    """Runs of one name in different folders, called by their folders; checkpoints of one name, by their files too.
+def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
+    """The cells with names that tell them apart.
 
-    A run asks a checkpoint again when a later start names another one of its strength.
+    Runs of one name in different folders are called by their folders. Two checkpoints of a sweep have one name where a
+    run was started again with another checkpoint of the same strength; their files are added to the name.
     """
     folders: dict[str, set[Path]] = {}
     for cell in cells:
         folders.setdefault(cell.run, set()).add(cell.folder)
     cells = [replace(cell, run=str(cell.folder)) if len(folders[cell.run]) > 1 else cell for cell in cells]
-    number = Counter((cell.sweep, cell.checkpoint) for cell in cells)
+    cells_of_name = Counter((cell.sweep, cell.checkpoint) for cell in cells)
     return [
         replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file})")
-        if number[cell.sweep, cell.checkpoint] > 1
+        if cells_of_name[cell.sweep, cell.checkpoint] > 1
         else cell
         for cell in cells
     ]
@@ -87,7 +91,7 @@ def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
     if path.is_file():
         yield from _published([path], names)
     elif (path / RECORD_NAME).is_file():
-        yield from _own(path, names)
+        yield from _recorded(path, names)
     elif files := [file for file in sorted(path.iterdir()) if _PUBLISHED_NAME.fullmatch(file.name)]:
         yield from _published(files, names)
     else:
@@ -98,7 +102,8 @@ def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
                 yield from _cells_at(folder, names)
 
 
-def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
+def _recorded(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
+    """The cells of a run directory of ours; ``names`` instead of its own label map."""
     record = read_record(path)
     for cell in record.cells:
         file = path / cell.file
@@ -113,6 +118,7 @@ def _own(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
 
 
 def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:
+    """The cells of published predictions files, whose names say what nothing else does."""
     for file in files:
         if file.with_name(f"{file.name}.gz") in files:
             raise RunError(f"{file}: stands there zipped too; keep one")
@@ -139,11 +145,11 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         )
         if dataset in NAMED_COMPONENTS and target is None:
             shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
-            cell = _noted(cell, f"none of the paper's questions ({shown}); scored against the label")
+            cell = _with_note(cell, f"none of the paper's questions ({shown}); scored against the label")
         yield cell if cell.target == "label" else _with_names(cell, names)
 
 
-def _noted(cell: Cell, note: str) -> Cell:
+def _with_note(cell: Cell, note: str) -> Cell:
     """A cell with a note that holds for its whole sweep."""
     return replace(cell, notes=(*cell.notes, f"{cell.run}, {cell.dataset}, query {cell.query}: {note}"))
 
@@ -155,7 +161,7 @@ def _with_names(cell: Cell, names: Mapping[str, str] | None) -> Cell:
         return replace(cell, names=names)
     file = paper_names(cell.dataset)
     note = f"no list of scientific names beside the files; the paper's is used (labels/{file.name})"
-    return _noted(replace(cell, names=read_label_map(file)), note)
+    return _with_note(replace(cell, names=read_label_map(file)), note)
 
 
 def _question(rows: tuple[Prediction, ...]) -> str | None:

@@ -162,10 +162,8 @@ class RunDirectory:
 
 
 def _continued(path: Path, wanted: RunRecord) -> RunRecord:
-    """The record of a run that goes on: the cells of both, no answer of them under two configurations.
-
-    The label map is the new one, with the names that it lacks where earlier cells that are not asked again need some.
-    """
+    """The record of a run that goes on: the cells of both, no answer of them under two configurations."""
+    # 1. A cell that has answers may only be asked again under the configuration that they were given under.
     started = read_record(path)
     before = {cell.file: cell for cell in started.cells}
     for cell in wanted.cells:
@@ -181,15 +179,19 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
             raise RunError(
                 f"{path}: started with another configuration: {shown}; restore it, or give another --out for a new run"
             )
+
+    # 2. The new cells first, then those of before that are not asked again. The time spent on a cell is kept.
     cells = {cell.file: cell for cell in wanted.cells}
     for cell in started.cells:
         cells[cell.file] = replace(cells.get(cell.file, cell), seconds=cell.seconds)
+
+    # 3. The label map is the new one. The cells of before may be scored with names that it lacks.
     asked = {cell.file for cell in wanted.cells}
-    needed = any(cell.target != "label" for cell in started.cells if cell.file not in asked)
+    names_needed = any(cell.target != "label" for cell in started.cells if cell.file not in asked)
     return replace(
         wanted,
         cells=tuple(cells.values()),
-        label_map={**started.label_map, **wanted.label_map} if needed else wanted.label_map,
+        label_map={**started.label_map, **wanted.label_map} if names_needed else wanted.label_map,
         environment={**started.environment, **wanted.environment},
     )
 

@@ -60,7 +60,7 @@ class Comparison:
 
 
 def clips_of(item: Score) -> frozenset[tuple[str, str]]:
-    """The clips of a cell: their ids and right answers, as the labels of a dataset may have been mended in between."""
+    """The clips of a cell, by id and right answer: labels may have been corrected between two cells."""
     return frozenset(zip(item.ids, item.targets, strict=True))
 
 
@@ -82,45 +82,57 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         scores: The cells of a sweep, in the order of alpha.
         seed: Of the bootstrap.
     """
+    # 1. Pairing needs the same clips in the same order. The rows of every cell are ordered by id already.
     shared = shared_clips(scores)
     if len(scores) < 2 or not shared:
         return
-    rows = [[index for index, key in enumerate(item.ids) if key in shared] for item in scores]
-    parts = [item.indicators[kept] for item, kept in zip(scores, rows, strict=True)]
-    samples = [item.samples for item in scores]
-    values = [item.metrics for item in scores]
-    if any(len(item.ids) > len(shared) for item in scores):
+    kept_rows = [[row for row, clip_id in enumerate(item.ids) if clip_id in shared] for item in scores]
+
+    # 2. Each cell's metrics and resamples over these clips. Where no cell has more clips, those of its score serve.
+    #    One seed draws the same clips in every cell.
+    if all(len(item.ids) == len(shared) for item in scores):
+        samples = [item.samples for item in scores]
+        metrics = [item.metrics for item in scores]
+    else:
+        kept = [item.indicators[rows] for item, rows in zip(scores, kept_rows, strict=True)]
         samples = [
             bootstrap(indicators=part, statistic=item.statistic, seed=seed)
-            for item, part in zip(scores, parts, strict=True)
+            for item, part in zip(scores, kept, strict=True)
         ]
-        sums = [item.statistic(part.sum(axis=0).A) for item, part in zip(scores, parts, strict=True)]
-        values = [{name: float(value[0]) for name, value in one.items()} for one in sums]
+        sums = [item.statistic(part.sum(axis=0).A) for item, part in zip(scores, kept, strict=True)]
+        metrics = [{name: float(value[0]) for name, value in values.items()} for values in sums]
+
     alphas = [item.cell.alpha or 0.0 for item in scores]
     for metric in MAIN_METRICS[scores[0].cell.task]:
         if metric not in samples[0]:
             continue
-        points = [value[metric] for value in values]
-        best = max(range(len(points)), key=points.__getitem__)
-        others = [index for index in range(len(points)) if index != best]
+        # 3. The best cell (the first of equals), and every other against it.
+        values = [of_cell[metric] for of_cell in metrics]
+        best = max(range(len(values)), key=values.__getitem__)
+        others = [index for index in range(len(values)) if index != best]
         paired = {index: paired_bootstrap(samples[best][metric], samples[index][metric]) for index in others}
         p_values = {index: paired[index][2] for index in others}
+
+        # 4. Accuracy counts clips that are right or wrong, for which there is an exact test.
         if metric == "accuracy":
-            right = [[item.correct[index] for index in kept] for item, kept in zip(scores, rows, strict=True)]
+            right = [[item.correct[row] for row in rows] for item, rows in zip(scores, kept_rows, strict=True)]
             p_values = {index: _mcnemar(right[best], right[index]) for index in others}
+
+        # 5. So many tests at once find a difference by chance: the p-values are adjusted for their number. What they
+        #    do not tell from the best, without a gap, is the plateau.
         adjusted = dict(zip(others, holm([p_values[index] for index in others]), strict=True))
-        first, last = plateau(points, [adjusted.get(index, 1.0) for index in range(len(points))])
+        first, last = plateau(values, [adjusted.get(index, 1.0) for index in range(len(values))])
         yield Comparison(
             metric=metric,
             test="McNemar exact" if metric == "accuracy" else "paired bootstrap",
             clips=len(shared),
             best=scores[best].cell.checkpoint,
-            values={item.cell.checkpoint: point for item, point in zip(scores, points, strict=True)},
+            values={item.cell.checkpoint: value for item, value in zip(scores, values, strict=True)},
             against=tuple(
                 Against(
                     checkpoint=scores[index].cell.checkpoint,
                     alpha=scores[index].cell.alpha,
-                    difference=points[index] - points[best],
+                    difference=values[index] - values[best],
                     low=paired[index][0],
                     high=paired[index][1],
                     p=p_values[index],

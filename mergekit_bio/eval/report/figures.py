@@ -87,8 +87,8 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A figure to be drawn: ``kind`` and ``title`` make its file name."""
+class _Drawing:
+    """A figure that is still to be drawn; ``kind`` and ``title`` make its file name."""
 
     kind: str
     title: str
@@ -117,11 +117,11 @@ def draw_figures(
     except ImportError:
         raise MissingPackageError("matplotlib", "eval", "drawing figures") from None
     folder.mkdir(parents=True, exist_ok=True)
-    plans = list(_plans(report))
+    drawings = list(_drawings(report))
     figures = []
-    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(plans)) as advance:
-        for name, plan in zip(_file_names(plans), plans, strict=True):
-            figures.append(_save(folder, name, plan))
+    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(drawings)) as advance:
+        for name, drawing in zip(_file_names(drawings), drawings, strict=True):
+            figures.append(_save(folder, name, drawing))
             advance(1)
     return figures
 
@@ -134,11 +134,13 @@ def _fonts() -> list[str]:
     return [*STYLE["font.sans-serif"], *(name for name in FALLBACK_FONTS if name in installed)]
 
 
-def _file_names(plans: Sequence[_Plan]) -> list[str]:
+def _file_names(drawings: Sequence[_Drawing]) -> list[str]:
     """For each figure a name without suffix that any file system takes and no other figure has."""
     names: dict[str, str] = {}  # as file systems compare them, some of which ignore case
-    for plan in plans:
-        whole = f"{plan.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in plan.title).replace("__", "_")
+    for drawing in drawings:
+        whole = f"{drawing.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in drawing.title).replace(
+            "__", "_"
+        )
         stem = whole.encode()
         if len(stem) > LONGEST_NAME:
             stem = stem[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(stem).hexdigest()[:8].encode()
@@ -151,19 +153,19 @@ def _file_names(plans: Sequence[_Plan]) -> list[str]:
     return [*names.values()]
 
 
-def _save(folder: Path, name: str, plan: _Plan) -> Figure:
-    canvas = plan.draw()
+def _save(folder: Path, name: str, drawing: _Drawing) -> Figure:
+    canvas = drawing.draw()
     files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there; the page has the letter
         for file in files:
             # Without a date the same report gives the same bytes.
             canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
-    rest = plan.title.removeprefix(plan.sweep.title).removeprefix(", ") if plan.sweep else plan.title
-    caption = f"{_KINDS[plan.kind]}: {rest}" if rest else _KINDS[plan.kind]
-    if plan.sweep and plan.kind in ("sweep", "errors") and not plan.sweep.same_clips:
+    rest = drawing.title.removeprefix(drawing.sweep.title).removeprefix(", ") if drawing.sweep else drawing.title
+    caption = f"{_KINDS[drawing.kind]}: {rest}" if rest else _KINDS[drawing.kind]
+    if drawing.sweep and drawing.kind in ("sweep", "errors") and not drawing.sweep.same_clips:
         caption += " (each over its own clips)"
-    return Figure(name=name, caption=caption, sweep=plan.sweep, png=files[0].read_bytes(), files=files)
+    return Figure(name=name, caption=caption, sweep=drawing.sweep, png=files[0].read_bytes(), files=files)
 
 
 #: The targets, as readers of figures call them.
@@ -178,39 +180,39 @@ _KINDS = {
 }
 
 
-def _plans(report: Report) -> Iterator[_Plan]:
+def _drawings(report: Report) -> Iterator[_Drawing]:
     """Every figure there is something for."""
     for sweep in report.sweeps:
         if sweep.by_alpha and len(sweep.scores) > 1:
-            yield _Plan(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
+            yield _Drawing(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
         if sweep.cell.task == "classification":
             if len(sweep.scores) > 1:
-                yield _Plan(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
+                yield _Drawing(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_metrics[0])
             if best is not None:
                 title = f"{sweep.title}, {best.cell.checkpoint}"
-                yield _Plan(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
+                yield _Drawing(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
         title = run if run == dataset else f"{run}, {dataset}"
         by_target: dict[Target, list[Sweep]] = {target: [] for target in NAMES}
         for sweep in members:
             if sweep.cell.task == "classification":
                 by_target[sweep.cell.target].append(sweep)
-        yield from _names_plans(title, by_target)
+        yield from _names_drawings(title, by_target)
         for target, wordings in by_target.items():
             if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):
-                yield _Plan(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
-    yield from _run_plans(report)
+                yield _Drawing(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
+    yield from _run_drawings(report)
 
 
-def _names_plans(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[_Plan]:
+def _names_drawings(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[_Drawing]:
     """The three targets of one question; of several wordings the first of each, the second of each, and so on."""
     curves = ([sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1] for sweeps in by_target.values())
     together = [sweeps for sweeps in zip(*curves, strict=False) if _same_clips(sweeps)]
     for sweeps in together:
         queries = ", queries " + ", ".join(str(sweep.cell.query) for sweep in sweeps) if len(together) > 1 else ""
         named = dict(zip(by_target, sweeps, strict=True))
-        yield _Plan(kind="names", title=title + queries, draw=partial(_draw_names, named))
+        yield _Drawing(kind="names", title=title + queries, draw=partial(_draw_names, named))
 
 
 def _of_target(title: str, target: Target) -> str:
@@ -223,7 +225,7 @@ def _same_clips(sweeps: Sequence[Sweep]) -> bool:
     return len({item.ids for sweep in sweeps for item in sweep.scores}) == 1
 
 
-def _run_plans(report: Report) -> Iterator[_Plan]:
+def _run_drawings(report: Report) -> Iterator[_Drawing]:
     """Runs that asked about the same clips, laid over one another (in-context examples or none, for one)."""
     alike: dict[Any, list[Sweep]] = {}
     for sweep in report.sweeps:
@@ -234,7 +236,7 @@ def _run_plans(report: Report) -> Iterator[_Plan]:
     titles = Counter((dataset, target) for dataset, target, _ in together)
     for (dataset, target, clips), sweeps in together.items():
         number = f", {len(clips)} clips" if titles[dataset, target] > 1 else ""
-        yield _Plan(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
+        yield _Drawing(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
 
 
 def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:
