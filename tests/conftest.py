@@ -14,11 +14,43 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--count", type=int, help="how often a repeated test repeats, instead of its own numbers")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give ``count`` its values: of ``@repeated(few, many)`` the many belong to the long tests."""
+    marker = metafunc.definition.get_closest_marker("repeated")
+    if marker is None or "count" not in metafunc.fixturenames:
+        return
+    few, many = marker.args
+    asked = metafunc.config.getoption("--count")
+    counts = [asked] if asked else [few, pytest.param(many, marks=pytest.mark.long)]
+    metafunc.parametrize("count", counts, ids="{} times".format, scope="module")
+
+
 def _shared(folder: str) -> Path:
     root = os.environ.get("MERGEKIT_BIO_SHARED")
     if not root:
         pytest.skip("MERGEKIT_BIO_SHARED is not set: the reference data is not at hand")
     return Path(root) / folder
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``mergekit-bio`` in this process with the words given; returns exit code, stdout and stderr."""
+    from mergekit_bio.cli.app import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mergekit-bio", *map(str, words)])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        out, err = capsys.readouterr()
+        return ending.value.code or 0, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -276,7 +276,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiles() -> None:
     """In a process of its own: in the tests' the compiler is off, for vLLM's sake."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}

@@ -16,20 +16,19 @@ from typing import Any
 import pytest
 from audio.tiny import write_base, write_naturelm
 from hub.server import Hub, running_hub
+from hub_cache import ADAPTER, BASE, put_in_cache
 
 from mergekit_bio import diagnosis
 from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
 
-LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
-NATURELM = "EarthSpeciesProject/NatureLM-audio"
 MAIN = "from mergekit_bio.cli.app import main; main()"
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     with running_hub() as hub:
-        hub.create(LLAMA)
-        hub.create(NATURELM)
+        hub.create(BASE)
+        hub.create(ADAPTER)
         yield hub
 
 
@@ -56,7 +55,7 @@ def run(home: Path, *options: str, endpoint: str, program: str = MAIN, **environ
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSF"))}
     kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf")} | environment
     command = [sys.executable, "-c", program, "doctor", *options]
-    return subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True)
 
 
 def findings(home: Path, **options: str) -> dict[str, dict[str, str]]:
@@ -71,16 +70,15 @@ def findings(home: Path, **options: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def put_in_cache(home: Path, *, lost: str | None = None) -> None:
+def fill_cache(home: Path, *, without_weights: str | None = None) -> None:
     """Lay small models where the hub's client would have put the real ones."""
-    for repo, write in ((LLAMA, write_base), (NATURELM, write_naturelm)):
-        folder = home / "hf" / "hub" / f"models--{repo.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "snapshots").mkdir()
-        write(folder / "snapshots" / ("0" * 40))
-        if repo == lost:
-            (folder / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    for repo, write in ((BASE, write_base), (ADAPTER, write_naturelm)):
+        source = home / "sources" / repo.replace("/", "--")
+        source.parent.mkdir(exist_ok=True)
+        write(source)
+        if repo == without_weights:
+            (source / "model.safetensors").unlink()
+        put_in_cache(home / "hf" / "hub", repo, "0" * 40, source)
 
 
 def closed_port() -> str:
@@ -103,7 +101,7 @@ def test_all_is_well_where_the_hub_gives_both_models(hub: Hub, beside: Path, tmp
     found = findings(tmp_path, endpoint=hub.url, HF_TOKEN="hf_owl", PYTHONPATH=str(beside))
 
     assert found["hub login"]["detail"] == "owl"
-    for repo in (LLAMA, NATURELM):
+    for repo in (BASE, ADAPTER):
         assert (found[repo]["state"], found[repo]["detail"]) == ("ok", "may be downloaded")
     # Whether the disk has room for them is not up to this test.
     assert {name for name, finding in found.items() if finding["state"] == "problem"} <= {"disk"}
@@ -111,15 +109,15 @@ def test_all_is_well_where_the_hub_gives_both_models(hub: Hub, beside: Path, tmp
 
 
 def test_a_gated_model_is_a_problem_with_the_page_of_its_licence(hub: Hub, beside: Path, tmp_path: Path) -> None:
-    hub.create(LLAMA, gated=True)
+    hub.create(BASE, gated=True)
     done = run(tmp_path, "--quiet", endpoint=hub.url, HF_TOKEN="hf_owl", PYTHONPATH=str(beside))
 
     assert done.returncode == 1
     assert done.stderr == ""
-    (line,) = [line for line in done.stdout.splitlines() if LLAMA in line]
-    assert line.startswith(f"problem: {LLAMA}: not at hand; gated, and you have no access -> ")
-    assert f"{hub.url}/{LLAMA}" in line
-    assert NATURELM not in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if BASE in line]
+    assert line.startswith(f"problem: {BASE}: not at hand; gated, and you have no access -> ")
+    assert f"{hub.url}/{BASE}" in line
+    assert ADAPTER not in done.stdout
 
 
 @pytest.mark.parametrize(("token", "said"), [("", "not logged in"), ("hf_expired", "does not accept your token")])
@@ -139,16 +137,16 @@ def test_an_unreachable_hub_is_named_with_what_else_one_can_do(beside: Path, tmp
 
     assert found["hub login"]["state"] == "warning"
     assert f"{endpoint} cannot be reached: " in found["hub login"]["detail"]
-    assert found[LLAMA]["state"] == found[NATURELM]["state"] == "problem"
-    assert "--base DIR --adapter DIR" in found[LLAMA]["fix"]
+    assert found[BASE]["state"] == found[ADAPTER]["state"] == "problem"
+    assert "--base DIR --adapter DIR" in found[BASE]["fix"]
 
 
 def test_a_proxy_that_cannot_be_used_is_named(beside: Path, tmp_path: Path) -> None:
     proxy = f"socks5://{closed_port().removeprefix('http://')}"
     found = findings(tmp_path, endpoint="http://hub.invalid", HTTP_PROXY=proxy, PYTHONPATH=str(beside))
 
-    assert "cannot be reached: " in found[LLAMA]["detail"]
-    assert "proxy" in found[LLAMA]["fix"]
+    assert "cannot be reached: " in found[BASE]["detail"]
+    assert "proxy" in found[BASE]["fix"]
 
 
 def test_a_hub_that_never_answers_is_asked_once(beside: Path, tmp_path: Path) -> None:
@@ -161,41 +159,41 @@ def test_a_hub_that_never_answers_is_asked_once(beside: Path, tmp_path: Path) ->
         with pytest.raises(BlockingIOError):
             silent.accept()
 
-    assert "cannot be reached: no answer within" in found[NATURELM]["detail"]
+    assert "cannot be reached: no answer within" in found[ADAPTER]["detail"]
 
 
 def test_models_in_the_cache_need_no_hub(hub: Hub, beside: Path, tmp_path: Path) -> None:
-    put_in_cache(tmp_path)
+    fill_cache(tmp_path)
     found = findings(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1", HF_TOKEN="hf_owl", PYTHONPATH=str(beside))
 
     assert found["hub login"]["detail"] == "HF_HUB_OFFLINE is set"
-    assert found[LLAMA]["state"] == found[NATURELM]["state"] == "ok"
+    assert found[BASE]["state"] == found[ADAPTER]["state"] == "ok"
     assert "to download" not in found["disk"]["detail"]
     assert not hub.requests
 
 
 def test_a_folder_with_the_name_of_a_model_wins_over_the_hub(beside: Path, tmp_path: Path) -> None:
-    (tmp_path / LLAMA).parent.mkdir()
-    write_base(tmp_path / LLAMA)
+    (tmp_path / BASE).parent.mkdir()
+    write_base(tmp_path / BASE)
     found = findings(tmp_path, endpoint=closed_port(), PYTHONPATH=str(beside))
 
-    assert (found[LLAMA]["state"], found[LLAMA]["detail"]) == ("ok", f"at hand: {LLAMA}")
+    assert (found[BASE]["state"], found[BASE]["detail"]) == ("ok", f"at hand: {BASE}")
 
 
 def test_a_model_that_is_half_in_the_cache_is_not_there(hub: Hub, beside: Path, tmp_path: Path) -> None:
-    put_in_cache(tmp_path, lost=NATURELM)
+    fill_cache(tmp_path, without_weights=ADAPTER)
     found = findings(tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1", PYTHONPATH=str(beside))
 
-    assert found[LLAMA]["state"] == "ok"
-    assert found[NATURELM]["state"] == "problem"
-    assert "HF_HUB_OFFLINE" in found[NATURELM]["fix"]
+    assert found[BASE]["state"] == "ok"
+    assert found[ADAPTER]["state"] == "problem"
+    assert "HF_HUB_OFFLINE" in found[ADAPTER]["fix"]
 
 
 def test_a_package_that_breaks_transformers_is_named(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(beside, "torchvision", "0.1", code="raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(beside)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    found = {finding.name: finding for finding in diagnosis.transformers_company()}
+    found = {finding.name: finding for finding in diagnosis.packages_that_break_transformers()}
 
     assert found["torchvision"].state == "warning"
     assert "nms does not exist" in found["torchvision"].detail
@@ -220,6 +218,20 @@ def test_another_release_of_vllm_comes_with_the_command_for_the_right_one(
 
     assert finding.detail == f"0.31.2, but mergekit-bio works with {SUPPORTED_VLLM}"
     assert finding.fix == f"pip install 'vllm[audio]=={SUPPORTED_VLLM}.*'"
+
+
+def test_a_transformers_that_vllm_does_not_take_comes_with_the_command_for_one_that_it_does(
+    beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(beside)
+    package(beside, "vllm", f"{SUPPORTED_VLLM}.1", code="", requires=("transformers<5.20,>=5.16.1", "torch>=2"))
+    package(beside, "transformers", "5.24.0")
+    monkeypatch.syspath_prepend(beside)
+    finding = diagnosis.vllm()
+
+    assert finding.state == "warning"
+    assert finding.detail == f"{SUPPORTED_VLLM}.1, which needs transformers<5.20,>=5.16.1 (5.24.0 is installed)"
+    assert finding.fix == "pip install 'transformers<5.20,>=5.16.1'"
 
 
 def test_a_vllm_that_hangs_does_not_take_doctor_along(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def refused(folder, *arguments, **environment) -> str:
         [
             sys.executable,
             "-c",
-            "from mergekit_bio.cli.app import program; program()",
+            "from mergekit_bio.cli.app import main; main()",
             "eval",
             "recipes/closed_set.yaml",
             *arguments,

@@ -3,6 +3,7 @@
 What starts vLLM, make or pip is in test_long_commands.py.
 """
 
+import re
 import runpy
 import shutil
 import sys
@@ -12,6 +13,17 @@ from pathlib import Path
 import pytest
 from documentation.pages import COMMANDS, Block, starts_an_engine
 from documentation.standins import write_recipes
+
+#: What scores the paper's files again takes more than ten seconds, and so does doctor's import of vLLM.
+LONG = r"published|\bdoctor\b"
+
+
+def cases(commands: list[Block]) -> list:
+    return [
+        pytest.param(command, id=str(command), marks=pytest.mark.long if re.search(LONG, command.text) else ())
+        for command in commands
+    ]
+
 
 OURS = [command for command in COMMANDS if command.words[0] == "mergekit-bio" and not starts_an_engine(command)]
 SCRIPTS = [command for command in COMMANDS if command.words[0] == "python"]
@@ -32,7 +44,7 @@ def _skip_without_published(command: Block, here: Path) -> None:
         pytest.skip("the published predictions are not at hand (MERGEKIT_BIO_SHARED)")
 
 
-@pytest.mark.parametrize("command", OURS, ids=str)
+@pytest.mark.parametrize("command", cases(OURS))
 def test_a_command_of_ours_runs_as_it_stands(
     command: Block, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +60,7 @@ def test_a_command_of_ours_runs_as_it_stands(
     assert "vllm" not in sys.modules
 
 
-@pytest.mark.parametrize("command", SCRIPTS, ids=str)
+@pytest.mark.parametrize("command", cases(SCRIPTS))
 def test_a_script_runs_as_it_stands(command: Block, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _skip_without_published(command, here)
     monkeypatch.setattr(sys, "argv", command.words[1:])

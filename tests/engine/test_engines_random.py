@@ -1,14 +1,12 @@
 """On random prompts vLLM's answers are Transformers': greedy, beams, closed lists and label scores."""
 
-import os
 import random
 
 import pytest
 
 from mergekit_bio.engine.interface import Decoding, Prompt
 
-#: 200 in the full run, a few minutes; MERGEKIT_BIO_FULL=1 asks for it.
-RANDOM_PROMPTS = 200 if os.environ.get("MERGEKIT_BIO_FULL") else 24
+pytestmark = pytest.mark.repeated(24, 64)
 
 WORDS = [
     "marsh",
@@ -61,8 +59,8 @@ def assert_same_generations(ours, theirs, *, tolerance=1e-4):
 
 
 @pytest.fixture(scope="module")
-def prompts(clips):
-    return random_prompts(clips, RANDOM_PROMPTS, seed=1)
+def prompts(clips, count):
+    return random_prompts(clips, count, seed=1)
 
 
 @pytest.fixture(scope="module")

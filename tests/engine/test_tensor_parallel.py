@@ -35,6 +35,7 @@ def answer(first: str, second: str) -> None:
     print(json.dumps([[answer.token_ids for answer in answers] for answers in (before, after)]))
 
 
+@pytest.mark.long
 def test_two_ranks_answer_as_one_process_does(tiny_sweep):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:

@@ -22,7 +22,13 @@ def _family(group: int) -> list[str]:
     return [args for pgid, state, args in rows if int(pgid) == group and not state.startswith("Z")]
 
 
-@pytest.mark.parametrize("everybody", [True, False], ids=["Ctrl-C in a terminal", "SIGTERM from a scheduler"])
+@pytest.mark.parametrize(
+    "everybody",
+    [
+        pytest.param(True, id="Ctrl-C in a terminal"),
+        pytest.param(False, id="SIGTERM from a scheduler", marks=pytest.mark.long),
+    ],
+)
 def test_an_interruption_ends_the_start_of_vllm_and_all_of_its_processes(everybody, tmp_path, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as outside the tests: vLLM's core is a process of its own

@@ -243,7 +243,6 @@ def test_a_recording_plays_in_a_browser(make_run, tmp_path):
             server.shutdown()
 
 
-@pytest.mark.slow
 def test_published_runs_together_have_the_papers_figures(published, tmp_path):
     report = build_report(read_runs([published / name for name in ("watkins", "zf-indiv")]))
     files = write_report(report, tmp_path, progress=no_progress)

@@ -24,11 +24,14 @@ from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.engine import choice
+from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import AlphaError, DatasetError, EngineError, RecipeError, RunError
 from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import read_record
-from mergekit_bio.eval.run.evaluate import Run, evaluate, prepare_run
+from mergekit_bio.eval.run.evaluate import Run, carry_out, evaluate, prepare_run
 from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.merging.merge import merge
 from mergekit_bio.model.loading import load_model
@@ -198,8 +201,8 @@ def test_a_project_that_was_moved_goes_on(golden, tmp_path, adapter):
     assert listening.notes == []
 
 
-#: Every kill waits for new answers, of which a fast machine may give several batches before it comes.
-KILLS, ALPHAS = 20, ["0:1:0.05"]
+#: So many that a fast machine is not done before it is killed: every kill waits for new answers.
+ALPHAS = ["0:1:0.05"]
 #: Imported once, by the process that every run is forked from.
 IMPORTED = [
     "mergekit_bio.eval.run.evaluate",
@@ -215,7 +218,8 @@ def answers_in(out: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in out.glob("*.jsonl"))
 
 
-def test_a_run_killed_twenty_times_ends_with_the_same_predictions(evaluation, tmp_path):
+@pytest.mark.repeated(4, 20)
+def test_a_run_killed_many_times_ends_with_the_same_predictions(evaluation, tmp_path, count):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     arguments = {"recipe": evaluation.recipe, "alphas": ALPHAS, **CPU}
@@ -224,14 +228,14 @@ def test_a_run_killed_twenty_times_ends_with_the_same_predictions(evaluation, tm
     assert answers_in(whole.path) == len(files) * CLIPS
     moments = random.Random(0)
     kills = runs = 0
-    while kills < KILLS:  # a run that is over before its time is followed by another
+    while kills < count:  # a run that is over before its time is followed by another
         out = tmp_path / f"run-{runs}"
         runs += 1
         while True:
             before = answers_in(out)
             process = context.Process(target=evaluate, kwargs={"out": out, **arguments})
             process.start()
-            while process.is_alive() and (kills >= KILLS or answers_in(out) == before):
+            while process.is_alive() and (kills >= count or answers_in(out) == before):
                 time.sleep(0.002)
             if not process.is_alive():
                 break
@@ -523,24 +527,29 @@ def test_a_checkpoint_is_asked_in_its_own_template_and_its_predictions_say_so(ev
     assert in_llamas != [(list(row.generated_ids), row.prompt_tokens) for row in rows]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({name for name in shipped_recipes() if not name.startswith("demo")}))
-def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, tmp_path, name):
+@pytest.fixture(scope="module")
+def vllm_slot(tmp_path_factory):
+    """One vLLM for all shipped recipes."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 4096}
+    settings = EngineSettings(options=options, max_audios=16, prefixes=tmp_path_factory.mktemp("prefixes"))
+    with EngineSlot(engine_class("vllm"), settings) as slot:
+        yield slot
+
+
+@pytest.mark.parametrize("name", sorted({name for name in shipped_recipes() if not name.startswith("demo")}))
+def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, vllm_slot, tmp_path, name):
     recipe = shipped_copy(shipped_recipes()[name], tmp_path, run.path / "checkpoints/alpha-1.00")
-    single = {"dtype": "float32"}
-    expected = evaluate(
-        recipe=recipe, out=tmp_path / "a", limit=1, engine="transformers", engine_options={"device": "cpu"} | single
-    )
-    options = single | {"enforce_eager": True, "max_model_len": 4096}
-    done = evaluate(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm", engine_options=options)
-    for cell in done.record.cells:
-        found, wanted = read_predictions(done.path / cell.file), read_predictions(expected.path / cell.file)
+    options = {"device": "cpu", "dtype": "float32"}
+    expected = evaluate(recipe=recipe, out=tmp_path / "a", limit=1, engine="transformers", engine_options=options)
+    plan = prepare_run(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm")
+    record = carry_out(plan, EngineSettings(), listener=SilentListener(), slot=vllm_slot)
+    for cell in record.cells:
+        found, wanted = read_predictions(plan.out / cell.file), read_predictions(expected.path / cell.file)
         assert [row.generated_ids for row in found] == [row.generated_ids for row in wanted]
         assert [row.prompt_tokens for row in found] == [row.prompt_tokens for row in wanted]
 
 
-@pytest.mark.slow
 def test_the_demos_recipes_give_the_same_predictions_with_vllm(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     folders = {engine: tmp_path / engine for engine in ("transformers", "vllm")}

@@ -1,7 +1,4 @@
-"""Whatever interrupts a merge, there is a complete output or none, and the next merge is not hindered.
-
-``MERGEKIT_BIO_KILLS=100`` repeats the kill -9 test that often.
-"""
+"""Whatever interrupts a merge, there is a complete output or none, and the next merge is not hindered."""
 
 import contextlib
 import filecmp
@@ -24,7 +21,6 @@ from mergekit_bio.merging.verify import verify
 
 synthetic = pytest.importorskip("synthetic", reason="eval/ is not on the path")
 
-KILLS = int(os.environ.get("MERGEKIT_BIO_KILLS", "8"))
 PROGRAM = Path(sys.executable).with_name("mergekit-bio")
 ALPHAS = ("0.00", "0.25", "0.50", "0.75", "1.00")
 TELLS_TIME = {"merge.json", "README.md"}  # these differ between two runs
@@ -86,9 +82,8 @@ def merge_undisturbed(sources: Path, out: Path, reference: Path) -> None:
     assert differences(out, reference) == set()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120 + 30 * KILLS)
-def test_kill_at_a_random_moment(sources, reference, tmp_path):
+@pytest.mark.repeated(2, 8)
+def test_kill_at_a_random_moment(sources, reference, tmp_path, count):
     # Each victim is forked from a process that has imported everything: all of its life is merging.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergekit_bio.merging.merge", "mergekit_bio.merging.fold", "torch"])
@@ -105,7 +100,7 @@ def test_kill_at_a_random_moment(sources, reference, tmp_path):
     merging().join()
     duration = time.monotonic() - began
     chance = random.Random(0)
-    for number in range(KILLS):
+    for number in range(count):
         if number % 2:  # else the victim is about to overwrite
             shutil.rmtree(out)
         victim = merging()
@@ -126,7 +121,6 @@ def test_kill_at_a_random_moment(sources, reference, tmp_path):
         assert differences(out, reference) == set()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_merge_cleans_up_and_says_so(number, sources, tmp_path):
     for _ in range(10):  # on a busy machine a merge may be over before the signal is sent
@@ -169,7 +163,6 @@ def test_a_disk_too_small_is_refused_before_writing(sources, disk):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile(sources, reference, disk):
     folder = disk("size=512m")
     out = folder / "out"
@@ -191,7 +184,6 @@ def test_a_disk_that_fills_up_meanwhile(sources, reference, disk):
     merge_undisturbed(sources, out, reference)
 
 
-@pytest.mark.slow
 def test_a_disk_that_runs_out_of_files_halfway(sources, disk):
     folder = disk("size=1g,nr_inodes=8")
     process = start(sources, folder / "out")

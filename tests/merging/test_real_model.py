@@ -37,7 +37,6 @@ def generate(model: PreTrainedModel, base: Path) -> list[list[int]]:
     return [model.generate(**inputs, max_new_tokens=16, do_sample=False)[0].tolist() for inputs in encoded]
 
 
-@pytest.mark.slow
 def test_generations_equal_those_of_pefts_own_merge(base, adapter, tmp_path):
     alphas = (0.0, 0.5, 1.0)
     checkpoints = mergekit_bio.merge(base=base, adapter=adapter, alphas=alphas, out=tmp_path / "out", dtype="float32")
@@ -47,7 +46,6 @@ def test_generations_equal_those_of_pefts_own_merge(base, adapter, tmp_path):
         assert generate(model, base) == generate(pefts_own, base), alpha
 
 
-@pytest.mark.slow
 def test_stochastic_rounding_is_twenty_times_nearer_to_the_unmerged_model(base, adapter, tmp_path):
     assert smollm2.relative_size(adapter) <= 0.003
     ids = smollm2.text(held_out=True, tokens=128, count=4)

@@ -90,7 +90,8 @@ def test_stopped_in_a_long_command_it_ends_that_and_removes_the_scratch(tmp_path
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert not scratch.exists()
-    assert not Path(f"/proc/{child.read_text().strip()}").exists()
+    while Path(f"/proc/{child.read_text().strip()}").exists():  # the system may take a moment to bury it
+        time.sleep(0.01)
 
 
 def test_the_page_has_every_command_and_says_where_the_pair_is_smaller(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """Which checkpoints can be served together, and what vLLM is told unless flags say otherwise."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -48,12 +47,12 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep):
         parse_flags(models, ["--served-model-name", "frog"])
 
 
-def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep):
+def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, monkeypatch):
+    """Before any process of vLLM's is started."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    monkeypatch.setattr("os.environ", os.environ.copy())
     (model, *_) = sweep.values()
-    program = "from mergekit_bio.cli.app import main; main()"
-    command = [sys.executable, "-c", program, "serve", model, "--gpu-memory-utilization", "7"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    code, out, err = command_line("serve", model, "--gpu-memory-utilization", "7")
     line = f"error: {model}: vLLM cannot start: gpu_memory_utilization: Input should be less than or equal to 1"
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line
-    assert "Traceback" not in done.stdout + done.stderr
+    assert code == 1 and err.splitlines()[-1] == line
+    assert "Traceback" not in out + err

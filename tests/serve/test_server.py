@@ -1,7 +1,6 @@
 """The server as its clients see it: OpenAI's own package, and the predictions_v1 contract point by point."""
 
 import json
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -492,30 +491,35 @@ def chat_bodies(draw):
     return mangled(body | options, draw)
 
 
-FUZZ = settings(
-    max_examples=5000 if os.environ.get("MERGEKIT_BIO_FULL") else 100,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def send(bodies, post, *, count):
+    """Call ``post`` with as many made-up bodies."""
+    settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))(given(bodies)(post))()
 
 
-@FUZZ
-@given(predict_bodies())
-def test_no_body_makes_predict_fail(http, body):
-    assert http.post("/predict", content=json.dumps(body)).status_code < 500
+@pytest.mark.repeated(40, 300)
+def test_no_body_makes_predict_fail(http, count):
+    def post(body):
+        assert http.post("/predict", content=json.dumps(body)).status_code < 500
+
+    send(predict_bodies(), post, count=count)
 
 
-@FUZZ
-@given(chat_bodies())
-def test_no_body_makes_chat_fail(http, body):
-    response = http.post("/v1/chat/completions", content=json.dumps(body))
-    assert response.status_code < 500, response.text
+@pytest.mark.repeated(40, 300)
+def test_no_body_makes_chat_fail(http, count):
+    def post(body):
+        response = http.post("/v1/chat/completions", content=json.dumps(body))
+        assert response.status_code < 500, response.text
+
+    send(chat_bodies(), post, count=count)
 
 
-@FUZZ
-@given(st.binary(max_size=40), st.sampled_from(["/predict", "/v1/chat/completions"]))
-def test_no_bytes_make_the_server_fail(http, body, path):
-    assert 400 <= http.post(path, content=body).status_code < 500
+@pytest.mark.repeated(40, 300)
+def test_no_bytes_make_the_server_fail(http, count):
+    def post(request):
+        path, body = request
+        assert 400 <= http.post(path, content=body).status_code < 500
+
+    send(st.tuples(st.sampled_from(["/predict", "/v1/chat/completions"]), st.binary(max_size=40)), post, count=count)
 
 
 def test_sigterm_in_the_middle_ends_cleanly(server, http):
