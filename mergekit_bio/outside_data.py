@@ -17,7 +17,7 @@ import io
 import json
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -52,7 +52,7 @@ class Document:
     source: Path | str
     data: Any
     error: type[MergekitBioError]
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def line(self, path: KeyPath = ()) -> str:
         """``"mine.yaml:12"``: the line of a value, or of the nearest value around it."""
@@ -134,8 +134,7 @@ def parse_yaml(text: str, *, source: Path | str, error: type[MergekitBioError]) 
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-    lines: dict[KeyPath, int] = {}
-    document = Document(source, None, error, lines)
+    document = Document(source, None, error)
     try:
         # The parser's events come one after the other, so that neither depth nor aliases can exhaust us.
         events = iter(YAML(typ="safe", pure=True).parse(text))
@@ -152,7 +151,7 @@ def parse_yaml(text: str, *, source: Path | str, error: type[MergekitBioError]) 
         raise error(f"{line}: not YAML: {_one_line(failure.problem or failure.context)}") from None
     except (YAMLError, ValueError) as failure:
         raise error(f"{source}: not YAML: {_one_line(failure)}") from None
-    return Document(source, data, error, lines or {(): 1})
+    return Document(source, data, error, document.lines or {(): 1})
 
 
 def to_yaml(data: Any) -> str:
@@ -259,8 +258,7 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 def _yaml_value(events: Iterator[Any], event: Any, path: KeyPath, document: Document) -> Any:
     """The value that begins with ``event``, its lines noted in the document's ``lines``."""
-    lines: dict[KeyPath, int] = document.lines  # type: ignore[assignment]
-    lines.setdefault(path, event.start_mark.line + 1)
+    document.lines.setdefault(path, event.start_mark.line + 1)
     kind = type(event).__name__
     if kind == "AliasEvent":
         raise _not_yaml(document, event, "aliases are not used here")
@@ -282,7 +280,7 @@ def _yaml_value(events: Iterator[Any], event: Any, path: KeyPath, document: Docu
         if key in mapping:
             raise document.error(f"{line}: the key '{key}' stands twice")
         # The key's line: a long value begins on the next one.
-        lines[(*path, key)] = event.start_mark.line + 1
+        document.lines[(*path, key)] = event.start_mark.line + 1
         mapping[key] = _yaml_value(events, next(events), (*path, key), document)
     return mapping
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -10,7 +11,7 @@ from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.labels import Query, build_trie, choice_generation, choose, score_labels
+from mergekit_bio.engine.decoding.labels import NextLogprobs, Query, build_trie, choice_generation, choose, score_labels
 from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
@@ -126,13 +127,11 @@ class TransformersEngine:
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.choose`."""
         root = build_trie(labels, self.tokenization.encode)
+        eos = self.tokenization.eos_token_ids
         generations = []
         for prompt in prompts:
             start = time.perf_counter()
-            reader = _NextTokens(self, [prompt])
-            (choice,) = choose(
-                root, prompts=1, eos_token_ids=self.tokenization.eos_token_ids, next_logprobs=reader.next_logprobs
-            )
+            (choice,) = choose(root, prompts=1, eos_token_ids=eos, next_logprobs=self._next_logprobs([prompt]))
             seconds = time.perf_counter() - start
             length = len(self.tokenization.prompt_ids(prompt, expanded=True))
             generations.append(choice_generation(choice, prompt_tokens=length, seconds=seconds))
@@ -141,8 +140,7 @@ class TransformersEngine:
     def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
-        reader = _NextTokens(self, prompts)
-        return score_labels(root, labels, prompts=len(prompts), next_logprobs=reader.next_logprobs)
+        return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(prompts))
 
     def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
@@ -184,6 +182,33 @@ class TransformersEngine:
             return embeds
         heard = torch.cat(list(prefixes)).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], heard)
+
+    def _next_logprobs(self, prompts: Sequence[Prompt]) -> NextLogprobs:
+        """What walks a trie of labels: reads a prompt once and each query's tokens behind it."""
+        import torch
+
+        @lru_cache(maxsize=1)  # the queries about one prompt come together
+        def read(prompt: int) -> "tuple[Any, torch.Tensor, int]":
+            """The prompt's keys and values, the logits of the next token, and its length."""
+            ids = self._prompt_ids(prompts[prompt])
+            output = self._model(
+                inputs_embeds=self._embed(ids, self.prefixes(prompts[prompt].audios))[None], use_cache=True
+            )
+            return output.past_key_values, output.logits[0, -1], len(ids)
+
+        def ask(queries: Sequence[Query]) -> list[list[float]]:
+            answers = []
+            with torch.no_grad():
+                for query in queries:
+                    cache, logits, length = read(query.prompt)
+                    if query.tokens:
+                        ids = torch.tensor([query.tokens], device=logits.device)
+                        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                        cache.crop(length - cache.get_seq_length())  # back to the prompt alone
+                    answers.append(logits.float().log_softmax(-1)[list(query.candidates)].tolist())
+            return answers
+
+        return ask
 
     def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
         source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
@@ -268,34 +293,3 @@ def _settings(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
         "eos_token_id": list(eos) or None,
         "pad_token_id": eos[0] if eos else 0,
     }
-
-
-class _NextTokens:
-    """Log-probabilities of next tokens, with the prompt's keys and values kept."""
-
-    def __init__(self, engine: TransformersEngine, prompts: Sequence[Prompt]) -> None:
-        self._engine, self._prompts = engine, prompts
-        self._kept: tuple[int, Any, torch.Tensor, int] | None = None
-
-    def next_logprobs(self, queries: Sequence[Query]) -> list[list[float]]:
-        """Answer each query with the log-probabilities of its candidates."""
-        import torch
-
-        answers = []
-        with torch.no_grad():
-            for query in queries:
-                cache, logits, length = self._read(query.prompt)
-                if query.tokens:
-                    ids = torch.tensor([query.tokens], device=logits.device)
-                    logits = self._engine._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
-                    cache.crop(length - cache.get_seq_length())
-                answers.append(logits.float().log_softmax(-1)[list(query.candidates)].tolist())
-        return answers
-
-    def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":
-        if self._kept is None or self._kept[0] != prompt:
-            ids = self._engine._prompt_ids(self._prompts[prompt])
-            embeds = self._engine._embed(ids, self._engine.prefixes(self._prompts[prompt].audios))[None]
-            output = self._engine._model(inputs_embeds=embeds, use_cache=True)
-            self._kept = (prompt, output.past_key_values, output.logits[0, -1], len(ids))
-        return self._kept[1:]

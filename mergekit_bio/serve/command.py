@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_bio.audio.chat_template import server_chat_template
-from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
@@ -117,7 +116,6 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         settings,
         models={name: str(path) for name, path in models.items()},
         prompt_template=prompt_template(args),
-        clip_seconds=_clip_seconds(next(iter(models.values()))),
         allowed_local_media_path=args.allowed_local_media_path or None,
         allowed_media_domains=tuple(args.allowed_media_domains or ()),
     )
@@ -148,8 +146,3 @@ def prompt_template(args: Any) -> str | None:
 
 def _chat_template(checkpoint: Path) -> str:
     return server_chat_template(read_json(inside(checkpoint, "processor_config.json"))["audio_token"])
-
-
-def _clip_seconds(checkpoint: Path) -> float:
-    samples: int = read_audio_model_config(checkpoint)["audio_config"]["clip_samples"]
-    return samples / SAMPLING_RATE

@@ -19,7 +19,6 @@ class ServeSettings:
         max_batch: Items in one ``/predict`` request.
         max_audio_seconds: Longer recordings are refused before they are decoded.
         max_audio_bytes: Larger files are refused.
-        clip_seconds: What the models hear of a recording: its beginning.
         max_new_tokens: What ``/predict`` generates where the request does not say.
         prompt_template: What the chat template makes of one user's turn, with ``{}`` for it; None where a user gave a
             chat template of their own.
@@ -33,7 +32,6 @@ class ServeSettings:
     max_batch: int = 64
     max_audio_seconds: float = 600.0
     max_audio_bytes: int = 25 << 20
-    clip_seconds: float = 10.0
     max_new_tokens: int = 100
     prompt_template: str | None = None
     fetch_seconds: float = 20.0

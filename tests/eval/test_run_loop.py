@@ -23,6 +23,7 @@ from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.engine import choice
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.slot import EngineSlot
@@ -397,6 +398,20 @@ def test_a_servers_prompt_is_in_the_template_that_it_tells_or_as_it_was_sent(
     for file in done.path.glob("*.jsonl"):
         (row,) = read_predictions(file)
         assert row.prompt == f"{before}<Audio><AudioHere></Audio> Which species is it?{after}"
+
+
+def test_another_engine_is_a_class_and_a_line_of_the_table(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "ENGINES", {**choice.ENGINES, "parrot": "eval.parrot:Parrot"})
+    arguments = {"engine": "parrot", "servers": ["http://x"], "engine_options": {"volume": 11}}
+    done = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", **arguments)
+    for file, rows in by_id(done.path).items():
+        checkpoint = "alpha-0.00" if "lora000" in file else "alpha-1.00"
+        assert {row.prediction for row in rows.values()} == {f"{checkpoint} of http://x"} and len(rows) == CLIPS
+        assert all(row.prompt.startswith("Parrot, say: ") for row in rows.values())
+    assert {cell.identity["checkpoint"]["served"] for cell in done.record.cells} == {
+        "feathers of alpha-0.00",
+        "feathers of alpha-1.00",
+    }
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_merged(evaluation, tmp_path):
