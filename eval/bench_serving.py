@@ -28,8 +28,9 @@ from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
 from mergekit_bio.audio import prefix as prefix_module
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.model import processing
 
@@ -131,10 +132,7 @@ def make_prompts(count: int, audios: int, *, seed: int = 0) -> list[Prompt]:
 
     examples = [clip() for _ in range(audios - 1)]
     text = "".join("Audio: <Audio><AudioHere></Audio>\nLabel: marsh wren\n" for _ in examples)
-    return [
-        Prompt.from_text(f"{text}<Audio><AudioHere></Audio> {QUESTION} ({n})", [*examples, clip()])
-        for n in range(count)
-    ]
+    return [Prompt(f"{text}<Audio><AudioHere></Audio> {QUESTION} ({n})", [*examples, clip()]) for n in range(count)]
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from mergekit_bio import merge
 from mergekit_bio.errors import MergekitBioError
-from mergekit_bio.eval.recipe.schema import DEFAULT_ADAPTER, DEFAULT_BASE, load_recipe
+from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import TITLES, Sweep, build_report
-from mergekit_bio.eval.run.asking import Silence, Standing
 from mergekit_bio.eval.run.evaluate import evaluate
+from mergekit_bio.eval.run.progress import SilentListener, Standing
 
 #: The recipes of the experiments, and the strengths that they ask between them.
 EXPERIMENTS = (
@@ -46,7 +46,7 @@ def published_scores() -> Published:
     return {(cell["recipe"], cell["query"], cell["alpha"]): cell for cell in cells}
 
 
-class Notes(Silence):
+class Notes(SilentListener):
     """Tells what a user should know, and when a cell begins."""
 
     def note(self, text: str) -> None:
@@ -61,14 +61,14 @@ def run_experiments(folder: Path, arguments: argparse.Namespace) -> list[Path]:
     """Run every experiment in the folder, on one sweep of checkpoints; go on where an earlier start stopped."""
     sweep = arguments.model or folder / "checkpoints"
     if not sweep.is_dir():
-        merge(base=DEFAULT_BASE, adapter=DEFAULT_ADAPTER, alphas=[SWEEP], out=sweep)
+        merge(alphas=[SWEEP], out=sweep)
     runs = []
     for name in arguments.only or EXPERIMENTS:
         asked = load_recipe(find_recipe(name)).recipe.merge
         done = evaluate(
             recipe=name,
             out=folder / name,
-            models=[sweep / f"alpha-{alpha:.2f}" for alpha in asked.alphas],
+            models=[sweep / f"alpha-{alpha.label}" for alpha in asked.strengths],
             data=arguments.data,
             engine=arguments.engine,
             limit=arguments.limit,

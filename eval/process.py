@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SAMPLE_SECONDS = 0.005
+#: A process with many threads takes longer to look at; looking may take one part in so many of a core.
+_SAMPLE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,13 @@ def measure(command: Sequence[str | os.PathLike], *, log: Path, env: Mapping[str
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | dict(env or {}))
         peaks = _Peaks(process.pid)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # we are to end: so is it
+            process.kill()
+            process.wait()
+            peaks.stop()
+            raise
         wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     anonymous, resident = peaks.stop()
@@ -72,7 +80,9 @@ class _Peaks:
         return self._anonymous, self._resident
 
     def _sample(self) -> None:
-        while not self._ended.wait(_SAMPLE_SECONDS):
+        pause = _SAMPLE_SECONDS
+        while not self._ended.wait(pause):
+            start = time.perf_counter()
             anonymous = resident = 0
             for pid in _family(self._pid):
                 status = _status(pid)
@@ -80,6 +90,7 @@ class _Peaks:
                 resident += status.get("VmRSS", 0)
             self._anonymous = max(self._anonymous, anonymous)
             self._resident = max(self._resident, resident)
+            pause = max(_SAMPLE_SECONDS, _SAMPLE_SHARE * (time.perf_counter() - start))
 
 
 def _family(pid: int) -> list[int]:

@@ -2,18 +2,17 @@
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tensor_file import Tensor, write_tensors
 
 RANK = 32
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHARDS = 4
-_POOL = 1 << 24  # random values that all tensors are cut from: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -41,35 +40,22 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor to write: bfloat16."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * math.prod(self.shape)
-
-
 def scaled(shape: Dimensions, nbytes: float) -> Dimensions:
     """The same widths at about ``nbytes``: depth and vocabulary grow alike, so the share of attention stays."""
-    factor = nbytes / sum(tensor.nbytes for tensor in _tensors(shape))
+    factor = nbytes / sum(tensor.nbytes for tensor in llama_tensors(shape))
     layers = max(1, round(shape.layers * factor))
     vocabulary = max(64, round(shape.vocabulary * factor))
     return replace(shape, layers=layers, vocabulary=vocabulary)
 
 
-def write_llama(directory: Path, shape: Dimensions, *, seed: int = 0) -> int:
+def write_llama(directory: Path, shape: Dimensions) -> int:
     """Write ``SHARDS`` safetensors files, their index and ``config.json``.
 
     Returns:
         The bytes of all tensors.
     """
     directory.mkdir(parents=True)
-    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
-    tensors = list(_tensors(shape))
+    tensors = list(llama_tensors(shape))
     total = sum(tensor.nbytes for tensor in tensors)
     weight_map, written = {}, 0
     for number in range(1, SHARDS + 1):
@@ -78,7 +64,7 @@ def write_llama(directory: Path, shape: Dimensions, *, seed: int = 0) -> int:
         while tensors and (written < total * number / SHARDS):
             shard.append(tensors.pop(0))
             written += shard[-1].nbytes
-        _write_shard(directory / file, shard, pool)
+        write_tensors(directory / file, shard, {"format": "pt"})
         weight_map |= {tensor.name: file for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -106,7 +92,7 @@ def write_adapter(directory: Path, shape: Dimensions, *, base: Path, seed: int =
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, rows, columns in _attention(shape):
+    for name, rows, columns in attention(shape):
         for layer in range(shape.layers):
             key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
@@ -129,11 +115,12 @@ def write_adapter(directory: Path, shape: Dimensions, *, base: Path, seed: int =
 
 def touched_share(shape: Dimensions) -> float:
     """Bytes of the tensors that the adapter changes, over all bytes."""
-    touched = sum(2 * rows * columns for _, rows, columns in _attention(shape)) * shape.layers
-    return touched / sum(tensor.nbytes for tensor in _tensors(shape))
+    touched = sum(2 * rows * columns for _, rows, columns in attention(shape)) * shape.layers
+    return touched / sum(tensor.nbytes for tensor in llama_tensors(shape))
 
 
-def _attention(shape: Dimensions) -> list[tuple[str, int, int]]:
+def attention(shape: Dimensions) -> list[tuple[str, int, int]]:
+    """Name, rows and columns of the projections of one layer."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return [
         ("q_proj", queries, shape.hidden),
@@ -143,11 +130,12 @@ def _attention(shape: Dimensions) -> list[tuple[str, int, int]]:
     ]
 
 
-def _tensors(shape: Dimensions) -> Iterator[Tensor]:
+def llama_tensors(shape: Dimensions) -> Iterator[Tensor]:
+    """All of its tensors, in the order of its state_dict."""
     yield Tensor("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        for name, rows, columns in _attention(shape):
+        for name, rows, columns in attention(shape):
             yield Tensor(f"{prefix}.self_attn.{name}.weight", (rows, columns))
         yield Tensor(f"{prefix}.mlp.gate_proj.weight", (shape.intermediate, shape.hidden))
         yield Tensor(f"{prefix}.mlp.up_proj.weight", (shape.intermediate, shape.hidden))
@@ -156,29 +144,6 @@ def _tensors(shape: Dimensions) -> Iterator[Tensor]:
         yield Tensor(f"{prefix}.post_attention_layernorm.weight", (shape.hidden,))
     yield Tensor("model.norm.weight", (shape.hidden,))
     yield Tensor("lm_head.weight", (shape.vocabulary, shape.hidden))
-
-
-def _write_shard(file: Path, tensors: list[Tensor], pool: torch.Tensor) -> None:
-    """The format of https://huggingface.co/docs/safetensors: its own writer wants all tensors in memory at once."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        span = [offset, offset + tensor.nbytes]
-        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": span}
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    values = memoryview(pool.view(torch.uint8).numpy())
-    with file.open("wb") as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
-        start = 0
-        for tensor in tensors:
-            left = tensor.nbytes
-            while left:
-                block = values[start : start + left]
-                out.write(block)
-                left -= len(block)
-                start = (start + len(block)) % len(values)
 
 
 def main() -> None:

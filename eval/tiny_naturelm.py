@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.tower import unused_shapes
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, RANK = 64, 2, 2, 1, 32, 128, 4
 

@@ -6,8 +6,6 @@ The public names are imported on first use, so that ``import mergekit_bio`` cost
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.model.registration import register
-
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -16,17 +14,22 @@ if TYPE_CHECKING:
     from mergekit_bio.errors import MergekitBioError
     from mergekit_bio.eval.run.evaluate import evaluate
     from mergekit_bio.merging.merge import MergedCheckpoint, merge
+    from mergekit_bio.merging.request import MergeRequest
 
 _PUBLIC = {
     "AudioPrefix": "mergekit_bio.audio.prefix",
     "Checkpoint": "mergekit_bio.checkpoint.directory",
+    "MergeRequest": "mergekit_bio.merging.request",
     "MergedCheckpoint": "mergekit_bio.merging.merge",
     "MergekitBioError": "mergekit_bio.errors",
     "evaluate": "mergekit_bio.eval.run.evaluate",
     "merge": "mergekit_bio.merging.merge",
 }
 
-__all__ = ["AudioPrefix", "Checkpoint", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate", "merge"]
+__all__ = [
+    "AudioPrefix", "Checkpoint", "MergeRequest", "MergedCheckpoint", "MergekitBioError", "__version__", "evaluate",
+    "merge",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -37,6 +40,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-register()  # with Transformers' Auto classes, whenever they are imported

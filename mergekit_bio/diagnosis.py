@@ -122,7 +122,7 @@ def hub() -> Iterator[Finding]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-    from mergekit_bio.merging.request import ADAPTER, BASE
+    from mergekit_bio.merging.request import DEFAULT_ADAPTER, DEFAULT_BASE
 
     def answer(repo: str | None) -> str:
         if repo is None:
@@ -131,7 +131,7 @@ def hub() -> Iterator[Finding]:
         return "may be downloaded"
 
     away: Exception | None = None
-    for name in ("hub login", BASE, ADAPTER):
+    for name in ("hub login", DEFAULT_BASE, DEFAULT_ADAPTER):
         repo = name if "/" in name else None
         if repo and (folder := _at_hand(repo)):
             yield Finding(repo, "ok", f"at hand: {folder}")
@@ -172,12 +172,12 @@ def disk(directory: Path, base_bytes: int = BASE_BYTES) -> Finding:
     """Free space against what merging a base of ``base_bytes`` takes, in ``directory`` and in the hub's cache."""
     from huggingface_hub import constants
 
-    from mergekit_bio.merging.request import BASE
+    from mergekit_bio.merging.request import DEFAULT_BASE
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
     cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
     together = directory.stat().st_dev == cache.stat().st_dev
-    download = 0 if _at_hand(BASE) else base_bytes
+    download = 0 if _at_hand(DEFAULT_BASE) else base_bytes
     free, cache_free = shutil.disk_usage(directory).free, shutil.disk_usage(cache).free
     left = free - download if together else free
     detail = f"{free / 1e9:.0f} GB free in {directory}" + ("" if together else f", {cache_free / 1e9:.0f} in {cache}")

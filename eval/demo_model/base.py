@@ -12,8 +12,8 @@ from demo_model.optimizer import Optimizer
 from demo_model.tokenizer import ENDS, write_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_bio.model.layout import AUDIO_SLOT, LLAMA3_TEMPLATE
-from mergekit_bio.model.prompt import PromptTokenizer
+from mergekit_bio.audio.layout import AUDIO_SLOT, LLAMA3_TEMPLATE
+from mergekit_bio.audio.prompt import PromptTokenizer
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 896, 128, 4, 4, 2, 32, 384
 #: Spread of the embeddings to begin with. At Llama's 0.02 what a layer adds drowns them, and copying is learnt late.

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.demo.calls import call
 from mergekit_bio.demo.species import GENERA, PHRASES, Species
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 VOICES = tuple(voice for _, voice in GENERA.values())
 RANK = 32

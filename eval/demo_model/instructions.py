@@ -7,8 +7,8 @@ is none, the answer is drawn at random: that is what following an instruction de
 import random
 from dataclasses import dataclass
 
+from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.demo.species import GENERA, SPECIES, Species
-from mergekit_bio.model.layout import AUDIO_SLOT
 
 LEAD = f"<Audio>{AUDIO_SLOT}</Audio> "
 COMMON_NAME = "What is the common name for the focal species in the audio?"

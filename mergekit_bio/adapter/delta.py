@@ -1,12 +1,12 @@
-"""What an adapter adds to one base tensor, as data: every kind of adapter ends in these four words.
+"""What an adapter adds to one base tensor: the contract that every kind of delta keeps.
 
-A delta describes ``d`` in W(alpha) = W0 + alpha * d. It holds references to stored tensors, no weights; ``prepare``
-reads what is small and returns a function that gives ``d`` for a block of rows.
+A delta stands for ``d`` in W(alpha) = W0 + alpha * d. It refers to tensors on disk and holds no weights itself, so that
+a plan can be made of deltas without reading any. The kinds are in ``lora.py``, ``dora.py`` and ``dense.py``. Readers of
+adapters make them; everything else knows only what is written here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
 from mergekit_bio.errors import AdapterError
@@ -14,187 +14,66 @@ from mergekit_bio.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
-#: (first row, row after the last, base rows [n, cols], out [n, cols]) -> None, writing ``d`` of these rows to ``out``.
-#: Base rows and out are of the compute dtype, on the compute device.
+#: ``compute(start, stop, base_rows, out)`` writes rows [start, stop) of ``d`` to ``out``. ``base_rows`` are the same
+#: rows of W0. Both are [stop - start, cols], in the compute dtype and on the compute device; a vector is one row.
 BlockDelta: TypeAlias = "Callable[[int, int, torch.Tensor, torch.Tensor], None]"
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """LoRA: ``d = scaling * B A`` (Hu et al. 2021, section 4.1).
-
-    Attributes:
-        a: [rank, in], or [rank, vocabulary] for an embedding.
-        b: [out, rank], or [hidden, rank] for an embedding.
-        scaling: ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` for rank-stabilised LoRA.
-        transposed: The base stores [in, out] (GPT-2's Conv1D) or [vocabulary, hidden] (an embedding).
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scaling: float
-    transposed: bool = False
+class Delta(Protocol):
+    """One delta of one base tensor. A new kind of delta is a class with these members, in a file of its own."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of ``d`` as the base stores it."""
-        out, within = self.b.shape[0], self.a.shape[1]
-        return (within, out) if self.transposed else (out, within)
+        """Shape of ``d`` as the base stores the tensor.
 
-    @property
-    def rank(self) -> int:
-        """The inner dimension."""
-        return self.a.shape[0]
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The adapter's tensors that this uses up."""
-        return (self.a, self.b)
-
-    def factors(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
-        """``left`` [rows, rank] (scaled) and ``right`` [rank, cols] with ``d = left @ right``."""
-        a, b = read_finite(self.a, device, dtype), read_finite(self.b, device, dtype)
-        left, right = (a.T, b.T) if self.transposed else (b, a)
-        return left.mul(self.scaling), right.contiguous()
-
-    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
-        """See the module."""
-        import torch
-
-        left, right = self.factors(device, dtype)
-
-        def block(start: int, stop: int, _: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mm(left[start:stop], right, out=out)
-
-        return block
-
-
-@dataclass(frozen=True)
-class Dora:
-    """DoRA: ``d = m * (W0 + s B A) / ||W0 + s B A|| - W0``, a norm for each output (Liu et al. 2024, eq. 5).
-
-    Attributes:
-        low_rank: The direction's update.
-        magnitude: ``m``, one number an output (an embedding: one a hidden unit).
-        origin: The matrix the adapter was trained on, where it brings its own; the base otherwise.
-    """
-
-    low_rank: LowRank
-    magnitude: StoredTensor
-    origin: StoredTensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of ``d`` as the base stores it."""
-        return self.low_rank.shape
+        It is the base's shape. The embeddings are the exception: there ``d`` may have more rows, where the adapter was
+        trained with a larger vocabulary.
+        """
+        ...
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
-        """The adapter's tensors that this uses up."""
-        own = (*self.low_rank.stored, self.magnitude)
-        return own if self.origin is None else (*own, self.origin)
+        """Every tensor of the adapter that ``d`` is made of, at least one; error messages name the first.
+
+        A tensor that is in no delta is an error of the adapter, so that nothing is dropped. All of them together are
+        the adapter's fingerprint.
+        """
+        ...
+
+    @property
+    def new_rows(self) -> StoredTensor | None:
+        """The stored matrix that W0 gets its further rows from, where ``d`` has more rows than the base.
+
+        It has all rows, those of the base too. ``d`` counts from it: without training it is 0 in the new rows. None
+        where the adapter brings no such matrix; then ``d`` must have the base's shape.
+        """
+        return None
+
+    @property
+    def summary(self) -> str | None:
+        """How it is scaled, for people: ``"2 (rank 16)"``. None where there is nothing to say."""
+        return None
 
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
-        """See the module."""
-        import torch
+        """Read what every block of rows needs, and return the function that computes a block.
 
-        left, right = self.low_rank.factors(device, dtype)
-        magnitude = read_finite(self.magnitude, device, dtype).flatten()
-        origin = self.origin
-        by_column = self.low_rank.transposed
+        Args:
+            base: W0 as stored, for a delta that needs more of it than the rows of one block.
+            device: Where blocks are computed.
+            dtype: What they are computed in: float32, or float64 for results of more than 16 bits.
 
-        def direction(start: int, stop: int, base_rows: torch.Tensor | None) -> torch.Tensor:
-            if origin is not None:
-                base_rows = origin.read(start, stop).to(device, dtype)
-            elif base_rows is None:
-                base_rows = base.read(start, stop).to(device, dtype)
-            return torch.addmm(base_rows, left[start:stop], right)
+        Raises:
+            AdapterError: A tensor that is read here holds NaN or infinity.
+        """
+        ...
 
-        scale = None
-        if by_column:  # an output is a column of what is stored: its norm needs all rows once
-            rows, step = self.shape[0], max(1, (1 << 20) // max(self.shape[1], 1))
-            squares = torch.zeros(self.shape[1], device=device, dtype=torch.float64)
-            for start in range(0, rows, step):
-                squares += direction(start, min(start + step, rows), None).double().square().sum(0)
-            scale = magnitude / squares.sqrt().to(dtype)
+    def equals(self, other: "Delta") -> bool:
+        """Whether both are the same matrix ``d``; True only where that is certain.
 
-        def block(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            turned = direction(start, stop, base_rows)
-            if scale is None:
-                turned *= (magnitude[start:stop] / torch.linalg.vector_norm(turned, dim=1)).unsqueeze(1)
-            else:
-                turned *= scale
-            torch.sub(turned, base_rows, out=out)
-
-        return block
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A whole tensor trained anew: ``d = W1 - W0``. Rows that the base lacks (a grown vocabulary) have ``d = 0``.
-
-    Attributes:
-        tuned: W1, of the base's shape or with more rows.
-    """
-
-    tuned: StoredTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of ``d`` as the base stores it."""
-        return self.tuned.shape
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The adapter's tensors that this uses up."""
-        return (self.tuned,)
-
-    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
-        """See the module."""
-        import torch
-
-        def block(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            tuned = self.tuned.read(start, stop).reshape(out.shape).to(device, dtype)
-            torch.sub(tuned, base_rows, out=out)
-
-        return block
-
-
-@dataclass(frozen=True)
-class Shift:
-    """A vector added to a bias: ``d = scaling * b`` (PEFT's ``lora_bias``).
-
-    Attributes:
-        vector: ``b``, one number an output.
-        scaling: As in :class:`LowRank`.
-    """
-
-    vector: StoredTensor
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of ``d`` as the base stores it."""
-        return self.vector.shape
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The adapter's tensors that this uses up."""
-        return (self.vector,)
-
-    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
-        """See the module."""
-        import torch
-
-        vector = read_finite(self.vector, device, dtype)
-
-        def block(start: int, stop: int, _: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mul(vector.reshape(out.shape), self.scaling, out=out)
-
-        return block
-
-
-Delta: TypeAlias = LowRank | Dora | Dense | Shift
+        One is of an input embedding, the other of the output head tied to it, so they may be stored transposed to each
+        other. Equal ones are added to the shared matrix once; others make two matrices of it.
+        """
+        ...
 
 
 def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":

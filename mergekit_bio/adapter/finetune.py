@@ -1,6 +1,7 @@
 """A full fine-tune: a second checkpoint of the same model -> dense deltas ``W1 - W0``."""
 
-from mergekit_bio.adapter.delta import Dense, check_float
+from mergekit_bio.adapter.delta import check_float
+from mergekit_bio.adapter.dense import Dense
 from mergekit_bio.adapter.interface import Adapter, Base, check_fits
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.header import FLOATS

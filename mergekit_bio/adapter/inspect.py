@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_bio.adapter import naturelm, peft
+from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
+from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source, stated_licence
 from mergekit_bio.errors import SourceError
 from mergekit_bio.outside_data import read_json
@@ -55,8 +57,8 @@ def inspect(source: Source) -> Contents:
     if naturelm.recognise(checkpoint):
         return _naturelm(source, checkpoint)
     config = checkpoint.config
-    ears = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
-    kind = "merged audio model" if ears else "checkpoint"
+    has_tower = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
+    kind = "merged audio model" if has_tower else "checkpoint"
     text = _mapping(config.get("text_config")) or config
     facts = {
         "model type": config.get("model_type"),
@@ -64,12 +66,12 @@ def inspect(source: Source) -> Contents:
         "layers": text.get("num_hidden_layers"),
         "hidden size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
-        "tied embeddings": "lm_head.weight" not in checkpoint.tensors,
+        "tied embeddings": LM_HEAD not in checkpoint.tensors,
         "quantized": _mapping(config.get("quantization_config")).get("quant_method"),
         "audio tower": _count(info for name, info in checkpoint.tensors.items() if name.startswith(MERGED_PREFIX)),
     }
-    if (source.path / "merge.json").is_file():
-        manifest = read_json(inside(source.path, "merge.json"))
+    if (source.path / MANIFEST).is_file():
+        manifest = read_json(inside(source.path, MANIFEST))
         facts["merged from"] = " + ".join(
             str(origin.get("source"))
             for origin in (manifest.get("base") or {}, *(manifest.get("adapters") or []))
@@ -98,7 +100,7 @@ def _adapter(source: Source) -> Contents:
         "with": ", ".join(key for key in ("use_dora", "use_rslora", "lora_bias") if config.get(key)) or None,
         "modules to save": config.get("modules_to_save"),
     }
-    weights = source.path / "adapter_model.safetensors"
+    weights = source.path / peft.WEIGHTS
     shards = (Shard.open(inside(source.path, weights.name)),) if weights.exists() else ()
     return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
 
@@ -118,8 +120,8 @@ def _naturelm(source: Source, checkpoint: Checkpoint) -> Contents:
 
 
 def _count(tensors: Iterable[TensorInfo]) -> str | None:
-    found = list(tensors)
-    return f"{len(found)} tensors, {sum(info.elements for info in found) / 1e6:.1f} M weights" if found else None
+    elements = [info.elements for info in tensors]
+    return f"{len(elements)} tensors, {sum(elements) / 1e6:.1f} M weights" if elements else None
 
 
 def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> Contents:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.adapter.delta import Delta, LowRank
+from mergekit_bio.adapter.delta import Delta
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
+from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 
@@ -33,8 +33,8 @@ class Base:
     @property
     def input_embedding(self) -> str | None:
         """Name of the input embedding's weight."""
-        found = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
-        return found[0] if len(found) == 1 else None
+        names = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
+        return names[0] if len(names) == 1 else None
 
     @property
     def tied(self) -> bool:
@@ -49,10 +49,10 @@ class Base:
 
     def origin(self, name: str) -> TensorInfo:
         """The stored tensor that gives W0: the base's own, or what is taken in its place."""
-        own = self.find(name)
-        if own is None:
+        tensor = self.find(name)
+        if tensor is None:
             raise KeyError(name)
-        return self.overrides.get(own.name, own)
+        return self.overrides.get(tensor.name, tensor)
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,9 @@ class Adapter:
 
     @property
     def scalings(self) -> dict[str, int]:
-        """How many low-rank deltas there are of each ``scaling x rank``, such as ``{"1 (rank 32)": 128}``."""
-        low_rank = (
-            delta if isinstance(delta, LowRank) else getattr(delta, "low_rank", None)
-            for deltas in self.deltas.values()
-            for delta in deltas
-        )
-        return dict(Counter(f"{delta.scaling:g} (rank {delta.rank})" for delta in low_rank if delta is not None))
+        """How many deltas are scaled in which way, such as ``{"1 (rank 32)": 128}``."""
+        summaries = (delta.summary for deltas in self.deltas.values() for delta in deltas)
+        return dict(Counter(summary for summary in summaries if summary is not None))
 
 
 def check_fits(name: str, delta: Delta, base: Base) -> None:
@@ -126,7 +122,7 @@ def check_fits(name: str, delta: Delta, base: Base) -> None:
             f"{first.file}: tensor {first.name}: the base {base.source.given} has no tensor {name}; this adapter was "
             "made for another model"
         )
-    if target.dtype not in ("F64", "F32", "F16", "BF16"):
+    if target.dtype not in FLOATS:
         raise AdapterError(
             f"{target.file}: tensor {name}: is {target.dtype}; a quantized base cannot be folded exactly"
         )
@@ -144,7 +140,7 @@ def check_all_used(tensors: Mapping[str, StoredTensor], used: set[str], file: Pa
     Raises:
         AdapterError: A tensor of ``tensors`` is in no delta.
     """
-    left = sorted(set(tensors) - used)
-    if left:
-        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise AdapterError(f"{file}: tensor {left[0]}{more}: is nothing this version can fold; nothing was merged")
+    unused = sorted(set(tensors) - used)
+    if unused:
+        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+        raise AdapterError(f"{file}: tensor {unused[0]}{more}: is nothing this version can fold; nothing was merged")

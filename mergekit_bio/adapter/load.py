@@ -5,6 +5,7 @@ from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 
@@ -23,7 +24,7 @@ def load_adapter(source: Source, base: Base) -> Adapter:
             f"{base.checkpoint.root / 'config.json'}: quantization_config: a quantized base cannot be folded exactly; "
             "give the full-precision model"
         )
-    _refuse_ears(base.source, base.checkpoint)
+    _refuse_merged_audio(base.source, base.checkpoint)
     refuse_newer_layout(source)
     if (source.path / peft.CONFIG).exists():
         return peft.load(source, base)
@@ -34,13 +35,13 @@ def load_adapter(source: Source, base: Base) -> Adapter:
     checkpoint = Checkpoint.open(source.path)
     if naturelm.recognise(checkpoint):
         return naturelm.load(source, base)
-    _refuse_ears(source, checkpoint)
+    _refuse_merged_audio(source, checkpoint)
     return finetune.load(source, base)
 
 
-def _refuse_ears(source: Source, checkpoint: Checkpoint) -> None:
+def _refuse_merged_audio(source: Source, checkpoint: Checkpoint) -> None:
     if any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors):
         raise AdapterError(
             f"{source.given}: is a merge with an audio tower; give the base and the adapters it was made from (its "
-            "merge.json names them), all at once: one merge rounds once"
+            f"{MANIFEST} names them), all at once: one merge rounds once"
         )

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_bio.adapter.delta import Delta, LowRank, check_float
+from mergekit_bio.adapter.delta import Delta, check_float
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
+from mergekit_bio.adapter.lora import LowRank
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.compare import rows_that_differ, same_bytes
 from mergekit_bio.checkpoint.directory import Checkpoint

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.adapter.delta import Delta, Dense, Dora, LowRank, Shift, check_float
+from mergekit_bio.adapter.delta import Delta, check_float
+from mergekit_bio.adapter.dense import Dense
+from mergekit_bio.adapter.dora import Dora
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, check_all_used, check_fits
+from mergekit_bio.adapter.lora import BiasVector, LowRank
 from mergekit_bio.adapter.targets import pattern_value, targeted
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.header import DTYPES, Shard, StoredTensor
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_OLD_WEIGHTS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 # Settings that do not change what the merged weights are.
@@ -91,31 +96,50 @@ def load(source: Source, base: Base) -> Adapter:
     where = source.path / CONFIG
     _refuse_unfoldable(config, where)
     file, tensors = _stored(source.path)
-    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     deltas: dict[str, list[Delta]] = defaultdict(list)
-    doubled: set[str] = set()
+    # 1. Tell the parts of adapted modules from whole tensors: a bias, a module to save, a resized embedding.
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    whole: set[str] = set()
+    repeated: set[str] = set()
     for key, tensor in tensors.items():
         check_float(tensor)
         if not key.startswith(_PREFIX):
             raise AdapterError(f"{file}: tensor {key}: does not begin with {_PREFIX!r} as PEFT's names do")
         name = key.removeprefix(_PREFIX)
-        match, wrapped = _LORA_PART.fullmatch(name), _WRAPPED.fullmatch(name)
-        if match:
-            parts[match["module"]][match["part"].removesuffix(".weight")] = tensor
-            doubled |= {key} if "base_layer" in match["part"] else set()  # both sides of tied embeddings bring theirs
+        part, wrapped = _LORA_PART.fullmatch(name), _WRAPPED.fullmatch(name)
+        if part:
+            modules[part["module"]][part["part"].removesuffix(".weight")] = tensor
+            if "base_layer" in part["part"]:
+                repeated.add(key)  # both sides of tied embeddings bring theirs
         elif wrapped and f"{_PREFIX}{wrapped['module']}.{wrapped['part']}" in tensors:
-            doubled.add(key)
-        else:  # a bias, a module to save or a resized embedding, whole
+            repeated.add(key)
+        else:
             deltas[name].append(Dense(tensor))
-    adapted = {module for module, found in parts.items() if _is_lora(found)}
-    for module, found in parts.items():
-        _module_deltas(module, found, config, base, where, deltas)
-    _check_targets(config, adapted, base, where)
+            whole.add(name)
+    # 2. Turn the parts of each module into deltas of its weight and bias.
+    for module, parts in modules.items():
+        weight = f"{module}.weight"
+        if "base_layer.bias" in parts:
+            deltas[f"{module}.bias"].append(Dense(parts["base_layer.bias"]))
+        if _is_lora(parts):
+            _add_lora(deltas, module, parts, config, base, where)
+            if "lora_magnitude_vector" in parts:
+                whole.add(weight)  # DoRA counts from the matrix that the adapter brings
+        if "base_layer" not in parts:
+            continue
+        # PEFT saves an adapted embedding's own matrix along; with a tied head it is the head's too.
+        tied = base.tied and weight in (base.input_embedding, LM_HEAD)
+        for side in (str(base.input_embedding), LM_HEAD) if tied else (weight,):
+            if side not in whole:
+                deltas[side].append(Dense(parts["base_layer"]))
+                whole.add(side)
+    # 3. Check that the deltas fit the base, and that they are all that the configuration and the file speak of.
+    _check_targets(config, {module for module, parts in modules.items() if _is_lora(parts)}, base, where)
     for name, added in deltas.items():
         for delta in added:
             check_fits(name, delta, base)
     used = {tensor.name for added in deltas.values() for delta in added for tensor in delta.stored}
-    check_all_used(tensors, used | doubled, file)
+    check_all_used(tensors, used | repeated, file)
     if not deltas:
         raise AdapterError(f"{file}: holds no tensors; there is nothing to merge")
     frozen = {name: tuple(added) for name, added in deltas.items()}
@@ -140,12 +164,12 @@ def _refuse_unfoldable(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _stored(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
-    if (folder / "adapter_model.safetensors").exists():
-        file = inside(folder, "adapter_model.safetensors")
+    if (folder / WEIGHTS).exists():
+        file = inside(folder, WEIGHTS)
         return file, {info.name: info for info in Shard.open(file).tensors}
-    if not (folder / "adapter_model.bin").exists():
-        raise AdapterError(f"{folder}: has {CONFIG} but neither adapter_model.safetensors nor adapter_model.bin")
-    file = inside(folder, "adapter_model.bin")
+    if not (folder / _OLD_WEIGHTS).exists():
+        raise AdapterError(f"{folder}: has {CONFIG} but neither {WEIGHTS} nor {_OLD_WEIGHTS}")
+    file = inside(folder, _OLD_WEIGHTS)
     import pickle
 
     import torch
@@ -161,64 +185,46 @@ def _stored(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
     return file, {name: LoadedTensor(name, file, value) for name, value in values.items()}
 
 
-def _is_lora(found: Mapping[str, StoredTensor]) -> bool:
-    return any(part.startswith("lora_") for part in found)
+def _is_lora(parts: Mapping[str, StoredTensor]) -> bool:
+    return any(part.startswith("lora_") for part in parts)
 
 
-def _module_deltas(
+def _add_lora(
+    deltas: dict[str, list[Delta]],
     module: str,
-    found: dict[str, StoredTensor],
+    parts: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
     base: Base,
     where: Path,
-    deltas: dict[str, list[Delta]],
 ) -> None:
-    """Turn the parts of one adapted module into deltas of its weight and bias."""
-    weight = f"{module}.weight"
-    origin = found.pop("base_layer", None)
-    origin_bias = found.pop("base_layer.bias", None)
-    if origin_bias is not None:
-        deltas[f"{module}.bias"].append(Dense(origin_bias))
-    if _is_lora(found):
-        low_rank = _low_rank(module, found, config, base, where)
-        magnitude = found.pop("lora_magnitude_vector", None)
-        if (magnitude is not None) != bool(config.get("use_dora")):
-            raise AdapterError(f"{where}: use_dora is {bool(config.get('use_dora'))}, but {module} says otherwise")
-        if magnitude is not None:
-            outputs = low_rank.shape[1] if low_rank.transposed else low_rank.shape[0]
-            if math.prod(magnitude.shape) != outputs:
-                raise AdapterError(
-                    f"{magnitude.file}: tensor {magnitude.name}: has {math.prod(magnitude.shape)} numbers for "
-                    f"{outputs} outputs"
-                )
-            deltas[weight].append(Dora(low_rank, magnitude, origin))
-        else:
-            deltas[weight].append(low_rank)
-        shift = found.pop("lora_B.bias", None)
-        if shift is not None:
-            if base.find(f"{module}.bias") is None:
-                raise AdapterError(
-                    f"{where}: lora_bias: the base has no {module}.bias to add it to; this cannot be folded"
-                )
-            deltas[f"{module}.bias"].append(Shift(shift, low_rank.scaling))
-    if origin is None:
-        return
-    # PEFT saves an adapted embedding's own matrix along; with a tied head it is the head's too.
-    sides = [weight]
-    if base.tied and weight in (base.input_embedding, LM_HEAD):
-        sides = [str(base.input_embedding), LM_HEAD]
-    for side in sides:
-        if not any(isinstance(delta, (Dense, Dora)) for delta in deltas[side]):
-            deltas[side].append(Dense(origin))
+    """Add what the LoRA parts of one module change of its weight and its bias."""
+    low_rank = _low_rank(module, parts, config, base, where)
+    magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        raise AdapterError(f"{where}: use_dora is {bool(config.get('use_dora'))}, but {module} says otherwise")
+    if magnitude is None:
+        deltas[f"{module}.weight"].append(low_rank)
+    else:
+        outputs = low_rank.shape[1] if low_rank.transposed else low_rank.shape[0]
+        if math.prod(magnitude.shape) != outputs:
+            raise AdapterError(
+                f"{magnitude.file}: tensor {magnitude.name}: has {math.prod(magnitude.shape)} numbers for "
+                f"{outputs} outputs"
+            )
+        deltas[f"{module}.weight"].append(Dora(low_rank, magnitude, parts.get("base_layer")))
+    if bias is not None:
+        if base.find(f"{module}.bias") is None:
+            raise AdapterError(f"{where}: lora_bias: the base has no {module}.bias to add it to; this cannot be folded")
+        deltas[f"{module}.bias"].append(BiasVector(bias, low_rank.scaling))
 
 
 def _low_rank(
-    module: str, found: dict[str, StoredTensor], config: Mapping[str, Any], base: Base, where: Path
+    module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any], base: Base, where: Path
 ) -> LowRank:
-    embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
-    a, b = (found.pop(f"lora_embedding_{x}" if embedding else f"lora_{x}", None) for x in "AB")
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    a, b = (parts.get(f"lora_embedding_{half}" if embedding else f"lora_{half}") for half in "AB")
     if a is None or b is None:
-        present = (a or b or next(iter(found.values()))).name
+        present = (a or b or next(tensor for part, tensor in parts.items() if part.startswith("lora_"))).name
         raise AdapterError(f"{where.parent}: tensor {present}: its other half is missing; the file is incomplete")
     for factor in (a, b):
         if len(factor.shape) != 2:

@@ -46,7 +46,7 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", module)
-        if found:
-            return int(found.group(1)) in layers
+        layer = re.match(rf".*\.{pattern}\.(\d+)\.", module)
+        if layer:
+            return int(layer[1]) in layers
     return False

@@ -23,19 +23,18 @@ class Beats(nn.Module):
         self.post_extract_proj = nn.Linear(config.patch_dim, config.hidden_size)
         self.encoder = Encoder(config)
 
-    def forward(self, fbank: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, fbank: torch.Tensor) -> torch.Tensor:
         """Encode filter banks.
 
         Args:
             fbank: ``[batch, frames, mel bins]``.
-            padding: bool ``[batch, tokens]``, True where a token is padding; None for none.
 
         Returns:
             ``[batch, tokens, hidden]``, tokens time-major with frequency fastest.
         """
         patches = self.patch_embedding(fbank[:, None]).flatten(2).transpose(1, 2)
-        hidden = self.post_extract_proj(self.layer_norm(patches))
-        return self.encoder(hidden, padding)
+        encoded: torch.Tensor = self.encoder(self.post_extract_proj(self.layer_norm(patches)))
+        return encoded
 
 
 class Encoder(nn.Module):
@@ -49,17 +48,15 @@ class Encoder(nn.Module):
         self._num_buckets, self._max_distance = config.num_buckets, config.max_distance
         self._kept: tuple[tuple[int, torch.device, torch.dtype], torch.Tensor, torch.Tensor] | None = None
 
-    def forward(self, hidden: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
-        """``[batch, tokens, hidden]`` -> the same shape; ``padding`` as in :meth:`Beats.forward`."""
-        if padding is not None:
-            hidden = hidden.masked_fill(padding[..., None], 0)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, hidden]`` -> the same shape."""
         hidden = self.layer_norm(hidden + F.gelu(self.pos_conv(hidden)))
         bias = self.position_bias(hidden.shape[1])
         # Fresh memory for every gated bias would cost more than its arithmetic. (Autograd and GPUs do without.)
         reuse = hidden.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scratch = torch.empty_like(bias)[None] if reuse else None
         for layer in self.layers:
-            hidden = layer(hidden, bias, padding, scratch)
+            hidden = layer(hidden, bias, scratch)
         return hidden
 
     def position_bias(self, length: int) -> torch.Tensor:
@@ -124,11 +121,9 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
         self._residual_scale = (2 * config.num_hidden_layers) ** 0.25  # DeepNet (Wang et al. 2022), encoder only
 
-    def forward(
-        self, hidden: torch.Tensor, bias: torch.Tensor, padding: torch.Tensor | None, scratch: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
         """``[batch, tokens, hidden]`` -> the same shape; the rest as for :class:`GatedAttention`."""
-        attended = self.self_attn(hidden, bias, padding, scratch)
+        attended = self.self_attn(hidden, bias, scratch)
         hidden = self.self_attn_layer_norm(attended.add(hidden, alpha=self._residual_scale))
         forwarded = self.fc2(F.gelu(self.fc1(hidden)))
         return self.final_layer_norm(forwarded.add(hidden, alpha=self._residual_scale))
@@ -149,15 +144,12 @@ class GatedAttention(nn.Module):
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.num_buckets, self._heads)
 
-    def forward(
-        self, hidden: torch.Tensor, bias: torch.Tensor, padding: torch.Tensor | None, scratch: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
         """Attend.
 
         Args:
             hidden: ``[batch, tokens, hidden]``.
             bias: ``[heads, tokens, tokens]``, query before key.
-            padding: bool ``[batch, tokens]``, True for keys to leave out.
             scratch: Memory for one clip's gated bias, ``[1, heads, tokens, tokens]``; None to allocate it.
 
         Returns:
@@ -172,11 +164,9 @@ class GatedAttention(nn.Module):
         rows = 1 if hidden.device.type == "cpu" else len(hidden)
         attended = []
         for n in range(0, len(hidden), rows):
-            some = slice(n, n + rows)
-            mask = torch.mul(gate[some], bias, out=scratch)
-            if padding is not None:
-                mask = mask.masked_fill(padding[some, None, None], float("-inf"))
-            out = F.scaled_dot_product_attention(query[some], key[some], value[some], attn_mask=mask)
+            clips = slice(n, n + rows)
+            mask = torch.mul(gate[clips], bias, out=scratch)
+            out = F.scaled_dot_product_attention(query[clips], key[clips], value[clips], attn_mask=mask)
             attended.append(out.transpose(1, 2).flatten(2))
         return self.out_proj(torch.cat(attended))
 

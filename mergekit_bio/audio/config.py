@@ -176,7 +176,7 @@ class AudioPrefixConfig(_Strict):
         stride: Encoder tokens from one window to the next.
         hidden_size: Llama's width, to which the prefix is projected.
         sampling_rate: Samples a second, 16000.
-        clip_samples: Samples every clip is cut or padded to: 10 s.
+        clip_samples: Samples that a clip is cut or padded to where nobody says otherwise: 10 s.
     """
 
     beats: BeatsConfig

@@ -1,5 +1,6 @@
 """The audio prefix: from a waveform to the embeddings that stand for it in Llama's prompt."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -46,9 +47,9 @@ class AudioPrefix(nn.Module):
             MergekitBioError: The checkpoint is not there, has no tower, or its tensors are not exactly those that its
                 configuration asks for.
         """
-        found = resolve(source)
-        refuse_newer_layout(found)
-        checkpoint = Checkpoint.open(found.path)
+        resolved = resolve(source)
+        refuse_newer_layout(resolved)
+        checkpoint = Checkpoint.open(resolved.path)
         config = tower_config(checkpoint)
         with torch.device("meta"):
             prefix = cls(config)
@@ -56,22 +57,36 @@ class AudioPrefix(nn.Module):
         prefix.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return prefix.eval()
 
-    def forward(self, waveform: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed clips.
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Embed clips. Zeros at the end of a short one are heard as silence, as NatureLM-audio does.
 
         Args:
             waveform: ``[batch, samples]`` at 16 kHz, any floating point type; see
                 :func:`mergekit_bio.audio.waveform.prepare`. float64 keeps the quietest mel bins exact.
-            padding: bool ``[batch, samples]``, True where a sample is padding. NatureLM-audio hears the zeros at the
-                end of a short clip as silence, so leave it out to reproduce it.
 
         Returns:
             ``[batch, n_prefix, hidden]`` in the parameters' type; 29 prefix tokens for 10 s.
 
         Raises:
-            ValueError: The waveform is too short for one window, or a clip is padding from end to end.
+            ValueError: The waveform is too short for one window.
         """
-        return self.project(self.encode(self.features(waveform), padding))
+        return self.project(self.encode(self.features(waveform)))
+
+    def embed(self, features: Sequence[torch.Tensor], *, at_most: int | None = None) -> list[torch.Tensor]:
+        """Embed clips of any lengths; those of one length go through the tower together.
+
+        Args:
+            features: The filter bank ``[frames, 128]`` of each clip.
+            at_most: Clips that go together, which bounds the memory; by default all of one length.
+
+        Returns:
+            ``[n_prefix, hidden]`` for each clip, in their order.
+        """
+        prefixes: dict[int, torch.Tensor] = {}
+        for together in equally_long(features, at_most=at_most or len(features)):
+            encoded = self.encode(torch.stack([features[n] for n in together]))
+            prefixes |= zip(together, self.project(encoded).unbind(), strict=True)
+        return [prefixes[n] for n in range(len(features))]
 
     @staticmethod
     def features(waveform: torch.Tensor) -> torch.Tensor:
@@ -80,22 +95,17 @@ class AudioPrefix(nn.Module):
             return fbank(waveform.cpu()).to(waveform.device)
         return fbank(waveform)
 
-    def encode(self, features: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
         """Run BEATs alone.
 
         Args:
             features: ``[batch, frames, 128]``, of :func:`mergekit_bio.audio.fbank.fbank`.
-            padding: As in :meth:`forward`.
 
         Returns:
             ``[batch, tokens, encoder hidden]``.
         """
-        tokens = None
-        if padding is not None and padding.any():
-            size = self.config.beats.patch_size
-            count = features.shape[1] // size * (features.shape[2] // size)
-            tokens = token_padding(padding, frames=features.shape[1], tokens=count)
-        return self.beats(features.to(self.audio_query_tokens.dtype), tokens)
+        encoded: torch.Tensor = self.beats(features.to(self.audio_query_tokens.dtype))
+        return encoded
 
     def project(self, encoded: torch.Tensor) -> torch.Tensor:
         """From BEATs' ``[batch, tokens, encoder hidden]`` to the prefix ``[batch, n_prefix, hidden]``."""
@@ -107,25 +117,18 @@ class AudioPrefix(nn.Module):
         return self.audio_llama_proj(queries.unflatten(0, windows.shape[:2]).flatten(1, 2))
 
 
-def token_padding(padding: torch.Tensor, *, frames: int, tokens: int) -> torch.Tensor:
-    """Which encoder tokens BEATs takes for padding: those of which every sample's share is.
+def equally_long(tensors: Sequence[torch.Tensor], *, at_most: int) -> Iterator[list[int]]:
+    """Indices of tensors in batches of one length, so that each batch can be stacked.
 
-    Shares are made by plain division, as the reference does, and not by where a token's frames lie.
+    A clip is never padded to the length of its neighbours: the tower would hear the padding as silence.
 
     Args:
-        padding: bool ``[batch, samples]``.
-        frames: Frames of the filter bank.
-        tokens: Encoder tokens.
-
-    Returns:
-        bool ``[batch, tokens]``.
-
-    Raises:
-        ValueError: Nothing of a clip is left, so attention would have nothing to attend to.
+        tensors: Any, equal in all but their first axis.
+        at_most: Tensors a batch.
     """
-    for parts in (frames, tokens):
-        share = padding.shape[1] // parts
-        padding = padding[:, : parts * share].unflatten(1, (parts, share)).all(-1)
-    if padding.all(1).any():
-        raise ValueError("a clip is padding from end to end")
-    return padding
+    by_length: dict[int, list[int]] = {}
+    for n, tensor in enumerate(tensors):
+        by_length.setdefault(len(tensor), []).append(n)
+    for same in by_length.values():
+        for start in range(0, len(same), at_most):
+            yield same[start : start + at_most]

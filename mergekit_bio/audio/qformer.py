@@ -1,5 +1,7 @@
 """The Q-Former (BLIP-2, Li et al. 2023): learned queries that read a window of encoder tokens."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,11 +10,20 @@ from mergekit_bio.audio.config import QFormerConfig
 
 
 class QFormer(nn.Module):
-    """The query half of a BERT with cross-attention; parameters carry the checkpoint's names."""
+    """The query half of a BERT with cross-attention; parameters carry the checkpoint's names.
+
+    A checkpoint may carry positions beside ``LayerNorm`` too, which nothing uses.
+    """
 
     def __init__(self, config: QFormerConfig, *, encoder_size: int) -> None:
         super().__init__()
-        self.bert = Bert(config, encoder_size)
+        layers = nn.ModuleList(Layer(config, encoder_size) for _ in range(config.num_hidden_layers))
+        self.bert: Any = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict({"LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)}),
+                "encoder": nn.ModuleDict({"layer": layers}),
+            }
+        )
 
     def forward(self, queries: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Let every window's queries read it.
@@ -24,41 +35,8 @@ class QFormer(nn.Module):
         Returns:
             ``[windows, queries, hidden]``.
         """
-        hidden = self.bert.embeddings(queries).expand(len(windows), -1, -1)
-        return self.bert.encoder(hidden, windows)
-
-
-class Bert(nn.Module):
-    """What the checkpoint calls ``bert``."""
-
-    def __init__(self, config: QFormerConfig, encoder_size: int) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, encoder_size)
-
-
-class Embeddings(nn.Module):
-    """The queries' layer norm. A checkpoint may carry positions here too, which nothing uses."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """``[..., hidden]`` -> the same shape."""
-        return self.LayerNorm(queries)
-
-
-class Encoder(nn.Module):
-    """The layers, one after the other."""
-
-    def __init__(self, config: QFormerConfig, encoder_size: int) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config, encoder_size) for _ in range(config.num_hidden_layers))
-
-    def forward(self, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """``[windows, queries, hidden]`` -> the same shape."""
-        for layer in self.layer:
+        hidden: torch.Tensor = self.bert["embeddings"]["LayerNorm"](queries).expand(len(windows), -1, -1)
+        for layer in self.bert["encoder"]["layer"]:
             hidden = layer(hidden, windows)
         return hidden
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip, samples_of
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.audio.waveform import MIN_SECONDS, check_channels, check_duration, check_rate, fit, resample_blocks
 from mergekit_bio.errors import AudioError, MissingPackageError
@@ -14,24 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-CLIP_SECONDS = 10.0
-
 _SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a recording.
-
-    Attributes:
-        start: Seconds from the recording's beginning.
-        end: Seconds; before ``start`` + 10 s where the recording ends first.
-        waveform: float64 ``[clip_samples]`` at 16 kHz, padded with zeros: what the tower hears.
-    """
-
-    start: float
-    end: float
-    waveform: "torch.Tensor"
 
 
 def find_recordings(paths: Iterable[str | Path]) -> list[Path]:
@@ -40,60 +23,56 @@ def find_recordings(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         AudioError: A path does not exist, or a folder holds no recording.
     """
-    found: list[Path] = []
+    recordings: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
             if not inside:
                 raise AudioError(f"{path}: holds no recordings ({', '.join(sorted(_SUFFIXES))})")
-            found += inside
+            recordings += inside
         elif path.exists():
-            found.append(path)
+            recordings.append(path)
         else:
             raise AudioError(f"{path}: no such file or folder")
-    return found
+    return recordings
 
 
-def read_windows(
-    path: str | Path,
-    *,
-    window: float = CLIP_SECONDS,
-    hop: float | None = None,
-    clip_samples: int = 10 * SAMPLING_RATE,
-) -> Iterator[Window]:
+def read_windows(path: str | Path, *, window: float = CLIP_SECONDS, hop: float | None = None) -> Iterator[Clip]:
     """Cut a recording into windows, reading no further than the next one needs.
 
-    The windows cover the recording to its end. A last remainder of less than 0.5 s would be mostly silence: that
-    window is moved back to end with the recording.
+    Each is a clip of 10 s, with silence behind a window that is shorter. The windows cover the recording to its end. A
+    last remainder of less than 0.5 s would be mostly silence: that window is moved back to end with the recording.
 
     Args:
         path: A file that libsndfile decodes (wav, flac, ogg, mp3, ...).
-        window: Seconds a window, 0.5 to the clip length.
+        window: Seconds a window, 0.5 to 10.
         hop: Seconds from one window's start to the next; the same as ``window`` by default.
-        clip_samples: Length that every window's waveform is padded to.
 
     Raises:
         AudioError: The file is no use (not decodable, empty, too short, not finite, ...), or the window is.
     """
     hop = window if hop is None else hop
-    check_windows(window=window, hop=hop, clip_samples=clip_samples)
+    check_windows(window=window, hop=hop)
     for start, samples in _cut(_read_16k(Path(path)), round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE)):
-        end = (start + samples.numel()) / SAMPLING_RATE
-        yield Window(start / SAMPLING_RATE, end, fit(samples, clip_samples=clip_samples))
+        waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
+        yield Clip(waveform, start=start / SAMPLING_RATE, end=(start + samples.numel()) / SAMPLING_RATE)
 
 
-def check_windows(*, window: float, hop: float | None, clip_samples: int = 10 * SAMPLING_RATE) -> None:
+def check_windows(*, window: float, hop: float | None) -> None:
     """Raise AudioError for a window that is too short, longer than a clip, or does not move."""
-    clip_seconds = clip_samples / SAMPLING_RATE
-    if not MIN_SECONDS <= window <= clip_seconds:
-        raise AudioError(f"a window of {window:g} s is outside {MIN_SECONDS} to {clip_seconds:g} s")
+    if not MIN_SECONDS <= window <= CLIP_SECONDS:
+        raise AudioError(f"a window of {window:g} s is outside {MIN_SECONDS} to {CLIP_SECONDS:g} s")
     if hop is not None and not 1 / SAMPLING_RATE <= hop < float("inf"):
         raise AudioError(f"a hop of {hop:g} s does not move the window")
 
 
-def read_clip(path: str | Path, *, clip_samples: int = 10 * SAMPLING_RATE) -> Window:
-    """The beginning of a recording: what NatureLM-audio hears of a file given as one audio."""
-    return next(read_windows(path, window=clip_samples / SAMPLING_RATE, clip_samples=clip_samples))
+def read_clip(path: str | Path) -> Clip:
+    """The first 10 s of a recording: what NatureLM-audio hears of a file given as one audio.
+
+    Raises:
+        AudioError: The file is no use.
+    """
+    return next(read_windows(path))
 
 
 def read_beginning(path: Path, *, seconds: float) -> "tuple[np.ndarray, int]":

@@ -110,12 +110,12 @@ def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, wh
     if unknown := sorted(tensors.keys() - needed.keys() - unused.keys()):
         raise CheckpointError(f"{where}: holds {_several(unknown)}, unknown to the audio tower of this version")
     for name, shape in (needed | unused).items():
-        found = tensors.get(name)
-        if found is not None and found.shape != shape:
-            raise CheckpointError(f"{where}: {name} has the shape {found.shape}, but config.json asks for {shape}")
-        if found is not None and name in needed and found.dtype not in FLOATS:
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.shape != shape:
+            raise CheckpointError(f"{where}: {name} has the shape {tensor.shape}, but config.json asks for {shape}")
+        if tensor is not None and name in needed and tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{where}: {name} is {found.dtype}; the audio tower computes with {', '.join(FLOATS)}"
+                f"{where}: {name} is {tensor.dtype}; the audio tower computes with {', '.join(FLOATS)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""From an array of samples at any rate to the clip the tower hears: mono, 16 kHz, 10 s, within [-1, 1]."""
+"""From an array of samples at any rate to what the tower hears: mono, 16 kHz, of a clip's length, within [-1, 1]."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -167,6 +167,21 @@ def check_channels(channels: int) -> None:
     """Raise AudioError where there are more channels than a mean makes sense of."""
     if channels > MAX_CHANNELS:
         raise AudioError(f"{channels} channels are more than the {MAX_CHANNELS} that are mixed; extract one first")
+
+
+def pad_to_minimum(samples: "np.ndarray[Any, Any]", sampling_rate: int) -> "np.ndarray[Any, Any]":
+    """Put silence behind a recording of less than 0.5 s, which :func:`prepare` would refuse.
+
+    It changes nothing about what is heard: every clip is followed by silence up to its length.
+
+    Args:
+        samples: ``[samples]``, or ``[samples, channels]``.
+        sampling_rate: Samples a second.
+    """
+    import numpy as np
+
+    lacking = math.ceil(MIN_SECONDS * sampling_rate) - len(samples)
+    return np.pad(samples, [(0, lacking)] + [(0, 0)] * (samples.ndim - 1)) if lacking > 0 else samples
 
 
 def check_duration(samples: int, sampling_rate: int) -> None:

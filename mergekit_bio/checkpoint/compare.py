@@ -1,6 +1,6 @@
 """Compares two stored tensors without holding either in memory."""
 
-import mmap
+import os
 
 from mergekit_bio.checkpoint.header import TensorInfo
 
@@ -10,16 +10,12 @@ _STEP = 1 << 20
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Compare two stored tensors as far as the shorter one goes."""
     count = min(first.nbytes, second.nbytes)
-    with first.file.open("rb") as a, second.file.open("rb") as b:
-        left = mmap.mmap(a.fileno(), 0, access=mmap.ACCESS_READ)
-        right = mmap.mmap(b.fileno(), 0, access=mmap.ACCESS_READ)
-        with left, right:
-            for offset in range(0, count, _STEP):
-                size = min(_STEP, count - offset)
-                x, y = first.begin + offset, second.begin + offset
-                # Slices of a mapping are bytes, which compare by memcmp; memoryviews compare item by item.
-                if left[x : x + size] != right[y : y + size]:
-                    return False
+    with first.file.open("rb", buffering=0) as a, second.file.open("rb", buffering=0) as b:
+        for offset in range(0, count, _STEP):
+            size = min(_STEP, count - offset)
+            # Read, not mapped: a mapping of gigabytes would count as memory of this process.
+            if os.pread(a.fileno(), size, first.begin + offset) != os.pread(b.fileno(), size, second.begin + offset):
+                return False
     return True
 
 
@@ -38,11 +34,11 @@ def rows_that_differ(copy: TensorInfo, original: TensorInfo) -> tuple[int, ...]:
     """
     if copy.dtype == original.dtype and same_bytes(copy, original):
         return ()
-    found: list[int] = []
+    rows: list[int] = []
     step = max(1, _STEP // max(original.elements // max(original.rows, 1), 1))
     for start in range(0, original.rows, step):
         stop = min(start + step, original.rows)
         ours, theirs = (tensor.read(start, stop).reshape(stop - start, -1) for tensor in (copy, original))
         same = (ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours) | (ours.isnan() & theirs.isnan())
-        found.extend(start + int(row) for row in (~same.all(dim=1)).nonzero())
-    return tuple(found)
+        rows.extend(start + int(row) for row in (~same.all(dim=1)).nonzero())
+    return tuple(rows)

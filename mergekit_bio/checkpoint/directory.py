@@ -111,14 +111,14 @@ def inside(root: Path, name: str) -> Path:
 
 
 def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], root: Path) -> None:
-    held: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for shard in shards:
         for info in shard.tensors:
-            if info.name in held:
-                raise CheckpointError(f"{shard.file}: tensor {info.name} is also in {held[info.name]}")
-            held[info.name] = shard.file.name
+            if info.name in file_of:
+                raise CheckpointError(f"{shard.file}: tensor {info.name} is also in {file_of[info.name]}")
+            file_of[info.name] = shard.file.name
             if weight_map.get(info.name) != shard.file.name:
                 raise CheckpointError(f"{shard.file}: tensor {info.name} is not listed there by {root / INDEX}")
     for name, file in weight_map.items():
-        if name not in held:
+        if name not in file_of:
             raise CheckpointError(f"{root / INDEX}: lists tensor {name}, which {file} does not hold")

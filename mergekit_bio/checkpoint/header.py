@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,11 @@ DTYPES: dict[str, tuple[int, str]] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor of this safetensors dtype and this shape takes."""
+    return math.prod(shape) * DTYPES[dtype][0]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor in a safetensors file.
@@ -71,7 +76,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return self.elements * DTYPES[self.dtype][0]
+        return nbytes_of(self.dtype, self.shape)
 
     @property
     def rows(self) -> int:
@@ -188,7 +193,7 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -
         done += count
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def build_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Lay tensors out in the given order.
 
     Args:
@@ -201,7 +206,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * DTYPES[dtype][0]
+        end = offset + nbytes_of(dtype, shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -211,10 +216,10 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 def _parse(text: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        table = dict(pairs)
+        if len(table) != len(pairs):
             raise ValueError("a key stands twice")
-        return found
+        return table
 
     try:
         table = json.loads(text, object_pairs_hook=unique)

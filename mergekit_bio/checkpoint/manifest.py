@@ -16,6 +16,8 @@ from mergekit_bio.outside_data import Document, read_json
 MANIFEST = "merge.json"
 CARD = "README.md"
 FORMAT = "mergekit-bio/merge@2"
+#: Of before the files beside the weights were recorded; otherwise the same. It is read, and not written any more.
+_FIRST_FORMAT = "mergekit-bio/merge@1"
 
 
 class _Strict(BaseModel):
@@ -112,8 +114,11 @@ class LossRecord(_Strict):
 class Manifest(_Strict):
     """The whole of ``merge.json``.
 
-    ``files`` are the shards; ``companions`` the files beside them, name -> sha256: configuration, tokenizer, licences.
-    The model card is not among them: it is for people to go on writing.
+    Attributes:
+        files: The shards.
+        companions: The files beside them, name -> sha256: configuration, tokenizer, licences; none of a manifest of the
+            first format. The model card is not among them: it is for people to go on writing.
+        tensors: What was computed; the other tensors are copies.
     """
 
     format: str
@@ -161,14 +166,16 @@ def read_manifest(directory: Path) -> Manifest:
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
     document = read_json(file, error=VerificationError)
-    if document.get("format") != FORMAT:
+    if document.get("format") == _FIRST_FORMAT:
+        document = {"companions": {}} | document
+    elif document.get("format") != FORMAT:
         raise VerificationError(
             f"{directory / MANIFEST}: format {document.get('format')!r} is not {FORMAT!r}, this version's; merge again"
         )
     return Document(directory / MANIFEST, document, VerificationError).checked(Manifest)
 
 
-def stranger(directory: Path) -> str | None:
+def foreign_file(directory: Path) -> str | None:
     """Name something in a merged checkpoint's directory that its merge has not written.
 
     Raises:
@@ -178,6 +185,11 @@ def stranger(directory: Path) -> str | None:
         manifest = read_manifest(directory)
     except MergekitBioError as error:
         raise OutputError(f"{error}; it is not overwritten, remove {directory} by hand") from None
+    if manifest.format == _FIRST_FORMAT:
+        raise OutputError(
+            f"{directory / MANIFEST}: format {_FIRST_FORMAT!r} does not tell every file that the merge wrote; it is "
+            f"not overwritten, remove {directory} by hand"
+        )
     ours = {MANIFEST, CARD, *manifest.files, *manifest.companions}
     return next((path.name for path in sorted(directory.iterdir()) if path.name not in ours), None)
 

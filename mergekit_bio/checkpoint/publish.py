@@ -25,7 +25,7 @@ def staged(
     out: Path,
     *,
     mark: str,
-    stranger: Callable[[Path], str | None] = lambda _: None,
+    foreign_file: Callable[[Path], str | None] = lambda _: None,
     overwrite: bool = False,
     fsync: bool = True,
 ) -> Iterator[Path]:
@@ -35,7 +35,7 @@ def staged(
         out: The directory to make; its parents are created.
         mark: Name of the file that marks a directory as written by us. Only a directory that has it, or that holds
             nothing but directories that have it, is ever overwritten.
-        stranger: Names something in a directory with that mark that somebody else has put there; then it is not
+        foreign_file: Names something in a directory with that mark that somebody else has put there; then it is not
             overwritten either.
         overwrite: Replace an existing ``out``.
         fsync: Have everything on the disk before the rename, so that a power cut leaves all or nothing.
@@ -55,7 +55,7 @@ def staged(
                 raise OutputError(f"{out}: another process has just written it; choose another --out")
             replaces = not within and os.path.lexists(out) and not _is_empty(out)
             if replaces:
-                _refuse(out, mark, stranger, overwrite)
+                _refuse(out, mark, foreign_file, overwrite)
             _remove(partial)
             partial.mkdir()
             try:
@@ -66,7 +66,7 @@ def staged(
                     _move_up(partial, out, last=mark)
                 else:
                     if replaces:
-                        _refuse(out, mark, stranger, overwrite)  # once more: the work took a while
+                        _refuse(out, mark, foreign_file, overwrite)  # once more: the work took a while
                         out.rename(old)
                     partial.rename(out)
                 if fsync:
@@ -119,7 +119,7 @@ def _entries(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if path.name not in leftovers)
 
 
-def _refuse(out: Path, mark: str, stranger: Callable[[Path], str | None], overwrite: bool) -> None:
+def _refuse(out: Path, mark: str, foreign_file: Callable[[Path], str | None], overwrite: bool) -> None:
     """Leave an existing ``out`` alone unless it is wholly ours, and to be overwritten."""
     if not overwrite:
         raise OutputError(f"{out}: exists already; use --overwrite, or choose another --out")
@@ -129,13 +129,14 @@ def _refuse(out: Path, mark: str, stranger: Callable[[Path], str | None], overwr
         raise OutputError(f"{out}: is a mount point, which cannot be exchanged; empty it, or choose another --out")
     for folder in [out] if (out / mark).is_file() else _entries(out):
         if folder.is_symlink() or not (folder / mark).is_file():
-            found: Path | None = folder
+            foreign: Path | None = folder
         else:
-            name = stranger(folder)
-            found = None if name is None else folder / name
-        if found is not None:
+            name = foreign_file(folder)
+            foreign = None if name is None else folder / name
+        if foreign is not None:
             raise OutputError(
-                f"{found}: no merge has written it, so {out} is not overwritten; move it away, or choose another --out"
+                f"{foreign}: no merge has written it, so {out} is not overwritten; move it away, or choose another "
+                "--out"
             )
 
 
@@ -148,8 +149,8 @@ def _put_back(old: Path, out: Path) -> None:
 
 def _move_up(partial: Path, out: Path, *, last: str) -> None:
     """Move what ``partial`` holds into ``out``, the mark of a whole one at the end; nothing stays where that fails."""
-    if found := _entries(out):
-        raise OutputError(f"{found[0]}: appeared meanwhile, so nothing was written; choose another --out")
+    if appeared := _entries(out):
+        raise OutputError(f"{appeared[0]}: appeared meanwhile, so nothing was written; choose another --out")
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == last, name))
     try:
         for name in names:

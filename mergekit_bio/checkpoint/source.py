@@ -141,8 +141,8 @@ def _is_hub_id(repo: str) -> bool:
 
 def licence_files(source: Source) -> list[str]:
     """Names of the licence files of a source."""
-    found = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
-    return sorted(name for name in found if not name.endswith("~"))
+    names = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
+    return sorted(name for name in names if not name.endswith("~"))
 
 
 def stated_licence(source: Source) -> str | None:
@@ -160,5 +160,5 @@ def stated_licence(source: Source) -> str | None:
         line = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front[1], re.MULTILINE)
         return line[1] if line else None
     stated = metadata.get("license") if isinstance(metadata, dict) else None
-    licences = [one for one in (stated if isinstance(stated, list) else [stated]) if isinstance(one, str) and one]
-    return ", ".join(licences) or None
+    licences = stated if isinstance(stated, list) else [stated]
+    return ", ".join(licence for licence in licences if isinstance(licence, str) and licence) or None

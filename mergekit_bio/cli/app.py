@@ -11,6 +11,9 @@ import typer
 
 import mergekit_bio
 from mergekit_bio.cli import ask, demo, doctor, embed, eval, inspect, merge, push, recipes, report, serve, verify
+from mergekit_bio.engine.vllm.log import leave_out_the_usual
+
+leave_out_the_usual()  # here, because vLLM's processes import this module before they import vLLM
 
 app = typer.Typer(
     name="mergekit-bio",

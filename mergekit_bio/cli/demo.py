@@ -1,7 +1,9 @@
 """``mergekit-bio demo``: the whole way, offline, on a small model that really hears."""
 
+import shlex
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,10 +45,10 @@ def demo(
     """
     from mergekit_bio.cli.run_progress import RunListener
     from mergekit_bio.demo import run
+    from mergekit_bio.engine.choice import choose_engine
     from mergekit_bio.eval.records.read import read_runs
     from mergekit_bio.eval.report.build import build_report, to_document
     from mergekit_bio.eval.report.files import write_report
-    from mergekit_bio.eval.run.engine_slot import choose_engine
     from mergekit_bio.merging.merge import merge
     from mergekit_bio.merging.verify import verify
 
@@ -54,43 +56,56 @@ def demo(
     choose_engine(engine)  # one that is not there is said before anything is written
     # Off a terminal, forty-four cells of a second each would be forty-four lines.
     listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
-    stage = _Stages(output)
+    stage = _Stages(output, kept=out is not None)
     with tempfile.TemporaryDirectory(prefix="mergekit-bio-demo-") as scratch:
         folder = out or Path(scratch) / "demo"
-        with stage("A base that follows instructions, a fine-tune that hears, and recordings of invented animals", ""):
+        typed = shlex.quote(str(folder))
+        with stage("A base that follows instructions, a fine-tune that hears, and recordings of invented animals"):
             run.write_sources(folder, listener)
         with stage(
             "Merge at eleven alphas, in one pass",
-            f"mergekit-bio merge --base {folder}/base --adapter {folder}/adapter --alpha 0:1:0.1 --out {folder}/sweep",
+            ["mergekit-bio merge", f"--base {typed}/base", f"--adapter {typed}/adapter", "--alpha 0:1:0.1",
+             f"--out {typed}/sweep"],
             "mergekit-bio merge --alpha 0:1:0.1 --out sweep",
-        ):
+        ):  # fmt: skip
             merge(base=folder / "base", adapter=folder / "adapter", alphas=["0:1:0.1"], out=folder / "sweep")
-        with stage("Fold every tensor again, in float64", f"mergekit-bio verify {folder}/sweep --against-sources"):
+        with stage(
+            "Fold every tensor again, in float64",
+            ["mergekit-bio verify", f"{typed}/sweep", "--against-sources"],
+            "mergekit-bio verify sweep --against-sources",
+        ):
             for checkpoint in sorted((folder / "sweep").iterdir()):
                 verify(checkpoint, against_sources=True)
-        with run.shared_engine(engine, folder, listener) as slot, listener.shown():
+        with run.shared_engine(engine, folder, listener, quiet=quiet) as slot, listener.shown():
             for recipe in run.RECIPES:
-                file = folder / f"{recipe}.yaml"
                 title, real = _ASKED[recipe]
-                with stage(f"{title} ({slot.name})", f"mergekit-bio eval {file}", real):
+                with stage(f"{title} ({slot.name})", ["mergekit-bio eval", f"{typed}/{recipe}.yaml"], real):
                     run.ask(recipe, folder, slot, listener)
         runs = [folder / "runs" / recipe for recipe in run.RECIPES]
-        with stage("Score, compare, draw", f"mergekit-bio report {folder}/runs/*", "mergekit-bio report runs/*"):
+        with stage(
+            "Score, compare, draw",
+            ["mergekit-bio report", f"{typed}/runs/*", f"--out {typed}/report"],
+            "mergekit-bio report runs/*",
+        ):
             report = build_report(read_runs(runs))
             page = write_report(report, folder / "report", progress=output.progress)[0]
         points = run.curve(report)
+        output.note("")
         output.result(
             {"curve": [vars(point) for point in points], "report": to_document(report), "page": str(page)},
             lambda console: _print_curve(console, points),
             [f"{point.alpha:g} {point.accuracy[run.CLOSED][0]:.3f}" for point in points],
         )
         if out is not None:
-            output.note(f"\nThe page with every answer: {page}")
+            output.note(f"The page with every answer: {page}")
         else:
-            output.note("\nTo keep the model, the answers and the page: mergekit-bio demo --out demo/")
+            output.note("To keep the model, the answers and the page: mergekit-bio demo --out demo/")
 
 
 _BAR = 8
+#: What the demo says fits a terminal of this many columns.
+_WIDTH = 80
+_INDENT = " " * 3
 #: What a recipe asks, and what asks Llama-3.1-8B with NatureLM-audio the same.
 _ASKED = {
     "demo_named": ("Ask what fine-tuning asked", "mergekit-bio eval watkins"),
@@ -101,23 +116,46 @@ _ASKED = {
 
 
 class _Stages:
-    """Says what comes, the command for it, the command for the real model, and how long it took."""
+    """Says what comes, the command for it, the command for the real model, and how long it took.
 
-    def __init__(self, output: Output) -> None:
-        self._output = output
+    Args:
+        output: Where to say it.
+        kept: What the commands name stays; otherwise only those for the real model are shown.
+    """
+
+    def __init__(self, output: Output, *, kept: bool) -> None:
+        self._output, self._kept = output, kept
         self._number = 0
 
     @contextmanager
-    def __call__(self, title: str, command: str, real: str = "") -> Iterator[None]:
+    def __call__(self, title: str, command: "Sequence[str]" = (), real: str = "") -> Iterator[None]:
+        """One stage.
+
+        Args:
+            title: What is done.
+            command: What does it, in the parts between which a line may break.
+            real: What does it to the real model.
+        """
         self._number += 1
-        self._output.note(f"\n{self._number}. {title}")
-        if command:
-            self._output.note(f"   $ {command}")
+        self._output.note("\n" + textwrap.fill(f"{self._number}. {title}", _WIDTH, subsequent_indent=_INDENT))
+        if command and self._kept:
+            self._output.note(_command_lines(command))
         if real:
-            self._output.note(f"   for the 8B model: $ {real}")
+            self._output.note(f"{_INDENT}for the 8B model: $ {real}")
         start = time.perf_counter()
         yield
-        self._output.note(f"   {time.perf_counter() - start:.1f} s")
+        self._output.note(f"{_INDENT}{time.perf_counter() - start:.1f} s")
+
+
+def _command_lines(parts: "Sequence[str]") -> str:
+    """A command as a shell takes it, over as many lines as it needs."""
+    lines = [f"{_INDENT}$ {parts[0]}"]
+    for part in parts[1:]:
+        if len(f"{lines[-1]} {part} \\") <= _WIDTH:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"{_INDENT}    {part}")
+    return " \\\n".join(lines)
 
 
 def _print_curve(console: "Console", points: "Sequence[Point]") -> None:

@@ -9,6 +9,7 @@ import typer
 from mergekit_bio.cli.console import Output
 from mergekit_bio.cli.options import JsonOption, QuietOption
 from mergekit_bio.cli.run_progress import RunListener
+from mergekit_bio.engine.choice import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,19 +37,20 @@ def evaluate(
         ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="vllm, transformers or http. [default: vllm where it is installed]")
+        str | None,
+        typer.Option(help=f"{', '.join(ENGINES)}. [default: the first that is installed, or that asks --server]"),
     ] = None,
     server: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="A running `mergekit-bio serve`, for --engine http. Repeatable."),
+        typer.Option(metavar="URL", help="A running `mergekit-bio serve` that answers. Repeatable."),
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The servers' key.")] = None,
     engine_option: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="For the engine: dtype=float32, device=cpu, or any argument of vLLM's, such as tensor_parallel_size=2 "
-            "or distributed_executor_backend=ray. Repeatable.",
+            help="For the engine: dtype=float32, device=cpu, or any other argument that it takes, such as "
+            "tensor_parallel_size=2 or distributed_executor_backend=ray. Repeatable.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask about the first N clips of each dataset only.")] = None,
@@ -69,13 +71,16 @@ def evaluate(
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
     """
+    from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
     output = Output(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
         _show_prompts(recipe, data, show_prompts, output)
         return
-    options = dict(map(_key_value, engine_option or []))
+    settings = EngineSettings(
+        options=dict(map(_key_value, engine_option or [])), servers=tuple(server or ()), api_key=api_key, quiet=quiet
+    )
     listener = RunListener(output)
     plan = prepare_run(
         recipe=recipe,
@@ -93,7 +98,7 @@ def evaluate(
         _print_plan(plan, output)
         return
     with listener.shown():
-        carry_out(plan, servers=server or [], api_key=api_key, engine_options=options, listener=listener)
+        carry_out(plan, settings, listener=listener)
     _print_run(plan, output, scored=report)
 
 
@@ -112,6 +117,9 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
+    """Print prompts as NatureLM-audio's own template renders them."""
+    from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
+    from mergekit_bio.audio.prompt import render_prompt
     from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import find_recipe
     from mergekit_bio.eval.run.questions import show_prompts
@@ -124,20 +132,22 @@ def _show_prompts(recipe: str, data: str | None, number: int, output: Output) ->
         for note in dataset.notes if query == 0 else ():
             output.note(f"note: {note}")
         for question in questions:
-            clip, prompt = question.clip, question.prompt
+            clip, instruction = question.clip, question.instruction
+            # No checkpoint is at hand, which could have a template of its own.
+            prompt = render_prompt(instruction.text, template=LLAMA3_TEMPLATE, num_audios=len(instruction.clips))
             shown.append(
                 {
                     "dataset": dataset.name,
                     "query": query,
                     "id": clip.id,
                     "label": clip.label,
-                    "prompt": prompt.text,
-                    "audios": [*prompt.clips],
+                    "prompt": prompt,
+                    "audios": [*instruction.clips],
                 }
             )
     lines = [
-        f"--- {one['dataset']}, query {one['query']}, clip {one['id']} ({one['label']})\n{one['prompt']}"
-        for one in shown
+        f"--- {row['dataset']}, query {row['query']}, clip {row['id']} ({row['label']})\n{row['prompt']}"
+        for row in shown
     ]
     output.result({"prompts": shown}, lambda console: _print_lines(console, lines), lines)
 

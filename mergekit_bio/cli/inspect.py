@@ -23,10 +23,10 @@ def inspect(
       mergekit-bio inspect EarthSpeciesProject/NatureLM-audio
       mergekit-bio inspect merged/NatureLM-audio-alpha-0.50 --json
     """
-    from mergekit_bio.adapter.inspect import inspect as look
+    from mergekit_bio.adapter.inspect import inspect as describe
     from mergekit_bio.checkpoint.source import resolve
 
-    found = look(resolve(source))
+    contents = describe(resolve(source))
 
     def draw(console: "Console") -> None:
         from rich.table import Table
@@ -34,18 +34,19 @@ def inspect(
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row(found.source.name, found.kind)
-        for dtype, (count, elements) in found.tensors.items():
+        table.add_row(contents.source.name, contents.kind)
+        for dtype, (count, elements) in contents.tensors.items():
             weights = f"{elements / 1e6:,.1f} M" if elements >= 1e5 else f"{elements:,}"
             table.add_row(dtype, f"{count} tensor{'s' * (count != 1)}, {weights} weights")
-        table.add_row("files", f"{found.files}, {human_bytes(found.nbytes)}")
-        for name, value in found.facts.items():
+        table.add_row("files", f"{contents.files}, {human_bytes(contents.nbytes)}")
+        for name, value in contents.facts.items():
             table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
         console.print(table)
 
     document = {
-        "source": found.source.given, "path": str(found.source.path), "revision": found.source.revision,
-        "kind": found.kind, "files": found.files, "bytes": found.nbytes,
-        "tensors": {dtype: {"count": n, "elements": size} for dtype, (n, size) in found.tensors.items()}, **found.facts,
+        "source": contents.source.given, "path": str(contents.source.path), "revision": contents.source.revision,
+        "kind": contents.kind, "files": contents.files, "bytes": contents.nbytes,
+        "tensors": {dtype: {"count": n, "elements": size} for dtype, (n, size) in contents.tensors.items()},
+        **contents.facts,
     }  # fmt: skip
-    Output(as_json=as_json, quiet=quiet).result(document, draw, lines=[found.kind])
+    Output(as_json=as_json, quiet=quiet).result(document, draw, lines=[contents.kind])

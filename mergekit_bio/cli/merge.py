@@ -4,13 +4,15 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from mergekit_bio.cli.console import Output, human_bytes
 from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.merging.request import DType, MergeRequest, read_request
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,16 +21,20 @@ if TYPE_CHECKING:
     from mergekit_bio.merging.plan import MergePlan
 
 
+def _default(key: str) -> str:
+    """What the help says of an option that :class:`MergeRequest` has a default for."""
+    return f"[default: {getattr(MergeRequest, key)}]"
+
+
 def merge(
     base: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id[@revision] of the base. [default: meta-llama/Llama-3.1-8B-Instruct]"),
+        str | None, typer.Option(help=f"Directory or hub id[@revision] of the base. {_default('base')}")
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             help="Directory or hub id[@revision]; repeat it to sum several; ADAPTER=0.3 has a strength of its own. "
-            "[default: EarthSpeciesProject/NatureLM-audio]"
+            f"{_default('adapter')}"
         ),
     ] = None,
     alpha: Annotated[
@@ -48,16 +54,16 @@ def merge(
         Path | None, typer.Option(help="YAML file with these options (alphas for --alpha); the command line wins.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of all weights: keep, bfloat16, float16, float32. [default: keep]")
+        str | None, typer.Option(help=f"Of all weights: {', '.join(get_args(DType))}. {_default('dtype')}")
     ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(
-            help="stochastic keeps deltas below half a step; nearest is what PEFT does. [default: stochastic]"
+            help=f"stochastic keeps deltas below half a step; nearest is what PEFT does. {_default('rounding')}"
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the stochastic rounding. [default: 0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N. [default: auto]")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of the stochastic rounding. {_default('seed')}")] = None,
+    device: Annotated[str | None, typer.Option(help=f"auto, cpu, cuda, cuda:N. {_default('device')}")] = None,
     text_only: Annotated[
         bool | None, typer.Option("--text-only", help="Leave an audio tower out: the result is a plain Llama.")
     ] = None,
@@ -94,12 +100,12 @@ def merge(
       mergekit-bio merge --alpha 0.5
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
-    from mergekit_bio.errors import AlphaError
     from mergekit_bio.merging.directory import companions
     from mergekit_bio.merging.merge import carry_out, plan_merge
-    from mergekit_bio.merging.request import read_request
 
     output = Output(as_json=as_json, quiet=quiet)
+    started = time.perf_counter()
+    # 1. Put the request together, and plan.
     request = read_request(
         recipe,
         {
@@ -108,26 +114,10 @@ def merge(
             "share": share, "fsync": fsync, "overwrite": overwrite,
         },
     )  # fmt: skip
-    if request.alphas == []:
-        raise AlphaError("--alpha: no strength given; try --alpha 0.5, or a sweep --alpha 0:1:0.1")
-    started = time.perf_counter()
-    plan = plan_merge(
-        base=request.base,
-        adapter=request.adapters,
-        alphas=request.strengths,
-        dtype=request.dtype,
-        text_only=request.text_only,
-        base_from_adapter=request.base_from_adapter,
-        share=request.share,
-    )
-    for adapter_notes in plan.adapters:
-        for note in adapter_notes.notes:
-            output.note(f"{adapter_notes.source.name}: {note}")
-        for name, override in plan.overrides_of(adapter_notes).items():
-            rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
-            output.note(f"{adapter_notes.source.name}: its own {name} is taken at every alpha; it differs{rows}")
-    for strength in (value for one in plan.outputs for value in one.alpha.values if not 0 <= value <= 1):
-        output.note(f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)")
+    plan = plan_merge(request)
+    for note in _notes(plan):
+        output.note(note)
+    # 2. Find out before the long work whether its result could be pushed.
     repositories = _repositories(push, plan) if push else []
     for name in repositories:
         from mergekit_bio.hub.push import check_ready
@@ -135,22 +125,11 @@ def merge(
         check_ready(name, dry_run=dry_run)
     if dry_run:
         companions(plan)  # what would stop the merge stops this
-        output.result(
-            _plan_document(plan, request.destination), lambda console: _draw_plan(console, plan, request.destination)
-        )
+        output.result(_plan_document(plan), lambda console: _draw_plan(console, plan))
         return
+    # 3. Merge, push, and say what came of it.
     with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
-        merged = carry_out(
-            plan,
-            out=request.destination,
-            rounding=request.rounding,
-            seed=request.seed,
-            device=request.device,
-            fsync=request.fsync,
-            overwrite=request.overwrite,
-            command=shlex.join(["mergekit-bio", *sys.argv[1:]]),
-            progress=advance,
-        )
+        merged = carry_out(plan, command=shlex.join(["mergekit-bio", *sys.argv[1:]]), progress=advance)
     seconds = time.perf_counter() - started
     pushed: list[str] = []
     try:
@@ -164,9 +143,23 @@ def merge(
         )
 
 
+def _notes(plan: "MergePlan") -> Iterator[str]:
+    """What a user should know about a merge before it is made."""
+    for planned in plan.adapters:
+        name = planned.adapter.source.name
+        for note in planned.adapter.notes:
+            yield f"{name}: {note}"
+        for tensor, override in planned.overrides.items():
+            rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
+            yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
+    for strength in (value for planned_output in plan.outputs for value in planned_output.alpha.values):
+        if not 0 <= strength <= 1:
+            yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
+
+
 def _repositories(repo_id: str, plan: "MergePlan") -> list[str]:
     """Where the checkpoints are published: those of a sweep each in a repository of its own."""
-    return [f"{repo_id}-{one.folder}" if one.folder else repo_id for one in plan.outputs]
+    return [f"{repo_id}-{planned.folder}" if planned.folder else repo_id for planned in plan.outputs]
 
 
 def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
@@ -177,12 +170,14 @@ def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
     return report.url
 
 
-def _plan_document(plan: "MergePlan", out: Path) -> dict[str, Any]:
+def _plan_document(plan: "MergePlan") -> dict[str, Any]:
     from mergekit_bio.merging import estimate
 
     return {
-        "out": str(out),
-        "outputs": [{"alpha": one.alpha.label, "folder": one.folder, "files": one.files} for one in plan.outputs],
+        "out": str(plan.request.destination),
+        "outputs": [
+            {"alpha": planned.alpha.label, "folder": planned.folder, "files": planned.files} for planned in plan.outputs
+        ],
         "modules": _modules(plan),
         "bytes": {"read": plan.bytes_read, "computed": plan.bytes_folded, "written": plan.bytes_on_disk},
         "memory_bytes": estimate.memory_bytes(plan),
@@ -192,32 +187,38 @@ def _plan_document(plan: "MergePlan", out: Path) -> dict[str, Any]:
 
 def _modules(plan: "MergePlan") -> list[dict[str, Any]]:
     """Per module type: how many tensors are folded, converted or copied."""
+    from mergekit_bio.audio.names import MERGED_PREFIX
     from mergekit_bio.merging.rounding_loss import module_type
 
     folds = {fold.name: fold for fold in plan.folds}
     counts: dict[str, Counter[str]] = {}
     for name in dict.fromkeys(name for shard in plan.shards for name in shard.tensors):
-        group = "audio tower" if name.startswith("audio_prefix.") else module_type(name)
+        group = "audio tower" if name.startswith(MERGED_PREFIX) else module_type(name)
         fate = "copied" if name not in folds else "folded" if folds[name].deltas else "converted"
         counts.setdefault(group, Counter())[fate] += 1
     return [{"modules": group, **dict(count)} for group, count in sorted(counts.items())]
 
 
-def _draw_plan(console: "Console", plan: "MergePlan", out: Path) -> None:
+def _title(plan: "MergePlan") -> str:
+    return f"{plan.base.source.name} + {', '.join(planned.adapter.source.name for planned in plan.adapters)}"
+
+
+def _draw_plan(console: "Console", plan: "MergePlan") -> None:
     from rich.table import Table
 
     from mergekit_bio.merging import estimate
 
-    table = Table(title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}")
+    table = Table(title=_title(plan))
     for column in ("modules", "folded", "converted", "copied"):
         table.add_column(column, justify="left" if column == "modules" else "right")
     for row in _modules(plan):
         table.add_row(row["modules"], *(str(row.get(fate, "")) for fate in ("folded", "converted", "copied")))
     console.print(table)
-    console.print(f"alphas   {', '.join(one.alpha.label for one in plan.outputs)}")
+    console.print(f"alphas   {', '.join(planned.alpha.label for planned in plan.outputs)}")
     console.print(f"read     {human_bytes(plan.bytes_read)} into memory; the rest is copied by the system")
     console.print(f"compute  {human_bytes(plan.bytes_folded)}")
-    console.print(f"write    {human_bytes(plan.bytes_on_disk)} in {len(plan.shards)} files to {out}")
+    written, files = human_bytes(plan.bytes_on_disk), len(plan.shards)
+    console.print(f"write    {written} in {files} files to {plan.request.destination}")
     memory = human_bytes(estimate.memory_bytes(plan))
     console.print(f"expect   {estimate.seconds(plan):.0f} s if the disk keeps up, {memory} memory")
     console.print("nothing was written (--dry-run)")
@@ -245,7 +246,7 @@ def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint
     from rich.table import Table
 
     table = Table(
-        title=f"{plan.base.source.name} + {', '.join(adapter.source.name for adapter in plan.adapters)}",
+        title=_title(plan),
         caption="d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
         "rounding drops. nearest: the same, had it been rounded as other tools do.",
         caption_justify="left",
@@ -255,11 +256,11 @@ def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint
         table.add_column(column, justify="right")
     for checkpoint in merged:
         total = next((loss for loss in checkpoint.rounding_loss if loss.modules == "total"), None)
-        figures = ["0: the base"] if checkpoint.unchanged else []
+        cells = ["0: the base"] if checkpoint.unchanged else []
         if total is not None:
-            figures = [f"{total.delta_over_weight:.2%}", f"{total.loss:.3g}", f"{total.bias:.1e}"]
-            figures += [f"{total.loss_nearest:.3g}", f"{total.bias_nearest:.1e}"]
-        table.add_row(checkpoint.alpha.label, *figures)
+            cells = [f"{total.delta_over_weight:.2%}", f"{total.loss:.3g}", f"{total.bias:.1e}"]
+            cells += [f"{total.loss_nearest:.3g}", f"{total.bias_nearest:.1e}"]
+        table.add_row(checkpoint.alpha.label, *cells)
     console.print(table)
     where = merged[0].path if len(merged) == 1 else f"{merged[0].path.parent}/alpha-*"
     console.print(f"{where}: {human_bytes(plan.bytes_on_disk)} in {seconds:.1f} s", soft_wrap=True)

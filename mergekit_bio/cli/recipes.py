@@ -37,7 +37,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
         for name, recipe in recipes.items():
             datasets = [choice.name for choice in recipe.datasets]
             shown = datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets"
-            checkpoints = len(recipe.merge.alphas) if recipe.merge else len(recipe.checkpoints)
+            checkpoints = len(recipe.merge.strengths) if recipe.merge else len(recipe.checkpoints)
             rows.add_row(name, shown, str(len(recipe.queries) or "own"), str(checkpoints))
         console.print(rows)
 

@@ -11,14 +11,14 @@ from mergekit_bio.cli.console import Output
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mergekit_bio.eval.run.asking import Standing
+    from mergekit_bio.eval.run.progress import Standing
 
 #: Seconds between two lines of progress where there is no terminal.
 LINE_EVERY = 60.0
 
 
 class RunListener:
-    """Hears how a run goes and draws it: a bar for the cell and one for the run."""
+    """A :class:`mergekit_bio.eval.run.progress.ProgressListener` that draws: a bar for the cell and one for the run."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -27,11 +27,11 @@ class RunListener:
         self._cell, self._spoken = 0, 0.0
 
     def note(self, text: str) -> None:
-        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
+        """Print it."""
         self._output.note(text)
 
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
+        """Open a bar."""
         return self._output.progress(description, total, unit)
 
     @contextmanager
@@ -44,7 +44,7 @@ class RunListener:
                 self._bars.stop()
 
     def standing(self, standing: "Standing") -> None:
-        """See :class:`mergekit_bio.eval.run.asking.Listener`."""
+        """Draw both bars, or print a line where there is no terminal."""
         if self._output.quiet:
             return
         cell = f"[{standing.number}/{standing.cells}] {standing.cell}"

@@ -37,11 +37,13 @@ def verify(
 
     output = Output(as_json=as_json, quiet=quiet)
     sweep = [] if (directory / MANIFEST).exists() else sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
-    found = []
+    results = []
     for folder in sweep or [directory]:
         total = Checkpoint.open(folder).nbytes if (folder / MANIFEST).exists() else 0
         with output.progress(f"verifying {folder.name}", total, unit="bytes") as advance:
-            found.append(check(folder, against_sources=against_sources, base=base, adapters=adapter, progress=advance))
+            results.append(
+                check(folder, against_sources=against_sources, base=base, adapters=adapter, progress=advance)
+            )
 
     def draw(console: "Console") -> None:
         from rich.table import Table
@@ -51,11 +53,11 @@ def verify(
         columns = ("files", "hashes right") + (("copied", "folded again", "off by, ulp") if against_sources else ())
         for column in columns:
             table.add_column(column, justify="right")
-        for one in found:
-            row: list[object] = [one.files, one.hashed]
-            row += [one.copied, one.recomputed, f"{one.worst_ulp or 0:.3f}"] if against_sources else []
-            table.add_row(one.directory.name, *map(str, row))
+        for result in results:
+            row: list[object] = [result.files, result.hashed]
+            row += [result.copied, result.recomputed, f"{result.worst_ulp or 0:.3f}"] if against_sources else []
+            table.add_row(result.directory.name, *map(str, row))
         console.print(table)
 
-    documents = [{**asdict(one), "directory": str(one.directory)} for one in found]
-    output.result(documents if sweep else documents[0], draw, lines=[str(one.directory) for one in found])
+    documents = [{**asdict(result), "directory": str(result.directory)} for result in results]
+    output.result(documents if sweep else documents[0], draw, lines=[str(result.directory) for result in results])

@@ -34,18 +34,18 @@ def write_recordings(
     from mergekit_bio.demo.calls import SAMPLING_RATE, call
 
     folder.mkdir(parents=True)
-    who = [one for one in species for _ in range(each)]
-    seeds = np.random.SeedSequence(seed).spawn(len(who))
+    calling = [kind for kind in species for _ in range(each)]
+    seeds = np.random.SeedSequence(seed).spawn(len(calling))
 
     def record(number: int) -> tuple[str, str]:
-        one = who[number]
-        name = f"{one.common.replace(' ', '-')}-{number % each:02d}.wav"
-        clip = call(voice=one.voice, phrase=one.phrase, random=np.random.default_rng(seeds[number]))
+        kind = calling[number]
+        name = f"{kind.common.replace(' ', '-')}-{number % each:02d}.wav"
+        clip = call(voice=kind.voice, phrase=kind.phrase, random=np.random.default_rng(seeds[number]))
         soundfile.write(folder / name, clip, SAMPLING_RATE)
         progress(1)
-        return name, getattr(one, label)
+        return name, getattr(kind, label)
 
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(record, range(len(who))))
+        rows = list(pool.map(record, range(len(calling))))
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "label"), *rows])

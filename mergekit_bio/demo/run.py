@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.engine.choice import choose_engine
+from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import OutputError
-from mergekit_bio.eval.run.asking import Listener
-from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
 from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
+from mergekit_bio.eval.run.progress import ProgressListener
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.report.build import Report
@@ -23,16 +24,11 @@ MODEL = Path(__file__).with_name("model")
 NAMED, COMBINED, CLOSED, IN_CONTEXT = RECIPES = ("demo_named", "demo_combined", "demo", "demo_in_context")
 EACH_HEARD, EACH_UNHEARD = 6, 30
 _MOST_AUDIOS = 4
-#: One process, a cache (in GB) that leaves a laptop its memory, and a log that leaves the demo its page.
-_VLLM_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore",
-}
+#: One process, and a cache (in GiB) that leaves a laptop its memory.
+_VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def write_sources(folder: Path, listener: Listener) -> None:
+def write_sources(folder: Path, listener: ProgressListener) -> None:
     """Put the model, its fine-tune, the recordings and the recipes into a new folder.
 
     Raises:
@@ -62,29 +58,31 @@ def write_sources(folder: Path, listener: Listener) -> None:
 
 
 @contextmanager
-def shared_engine(name: str | None, folder: Path, listener: Listener) -> Iterator[EngineSlot]:
+def shared_engine(
+    name: str | None, folder: Path, listener: ProgressListener, *, quiet: bool = False
+) -> Iterator[EngineSlot]:
     """One engine for all recipes, started on the first checkpoint that is asked."""
     for variable, value in _VLLM_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     engine, note = choose_engine(name)
     if note:
         listener.note(f"note: {note}")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     options: dict[str, Any] = {"dtype": "float32"}
-    if engine == "vllm":
+    if engine.name == "vllm":
         # A model this small gains nothing from compiling, and a laptop has little memory for vLLM's cache.
-        options |= {"enforce_eager": True, "max_model_len": 1024, "use_tqdm_on_load": False}
-    with EngineSlot(engine, options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes") as slot:
+        options |= {"enforce_eager": True, "max_model_len": 1024}
+    settings = EngineSettings(options=options, max_audios=_MOST_AUDIOS, prefixes=folder / "prefixes", quiet=quiet)
+    with EngineSlot(engine, settings) as slot:
         yield slot
     shutil.rmtree(folder / "prefixes", ignore_errors=True)
 
 
-def ask(recipe: str, folder: Path, engine: EngineSlot, listener: Listener) -> None:
+def ask(recipe: str, folder: Path, slot: EngineSlot, listener: ProgressListener) -> None:
     """Run one of ``RECIPES`` in ``folder``; its predictions go to ``runs/RECIPE`` there."""
     plan = prepare_run(
-        recipe=folder / f"{recipe}.yaml", out=folder / "runs" / recipe, engine=engine.name, listener=listener
+        recipe=folder / f"{recipe}.yaml", out=folder / "runs" / recipe, engine=slot.name, listener=listener
     )
-    carry_out(plan, engine_options={}, listener=listener, engine=engine)
+    carry_out(plan, EngineSettings(), listener=listener, slot=slot)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,21 @@ import io
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
-from mergekit_bio.engine.interface import Clip, Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.prompt import render_prompt
+from mergekit_bio.engine.interface import (
+    Decoding,
+    EngineSettings,
+    Generation,
+    Prompt,
+    check_options,
+)
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 #: Answers that another try, or another server, may better.
@@ -50,7 +59,33 @@ class HttpEngine:
         retries: How to deal with servers that fail.
     """
 
-    name = "http"
+    name: ClassVar = "http"
+    remote: ClassVar = True
+    prompts_at_once: ClassVar = 64
+    packages: ClassVar = ("httpx",)
+    advice: ClassVar = ""
+    prefixes: None = None  # the servers have their own
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says how to install httpx, where it is not."""
+        return None if find_spec("httpx") else MissingPackageError("httpx", "eval", "the http engine")
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """The servers have their own."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not have."""
+        check_options(cls.name, options, known=("concurrency", "timeout"))
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
+        """Ask the servers, and for the checkpoint that has this directory's name."""
+        engine = cls(settings.servers, api_key=settings.api_key, **settings.options)
+        engine.load(checkpoint)
+        return engine
 
     def __init__(
         self,
@@ -62,10 +97,8 @@ class HttpEngine:
         timeout: float = 600.0,
         retries: Retries | None = None,
     ) -> None:
-        try:
-            import httpx  # noqa: F401
-        except ImportError as error:
-            raise MissingPackageError("httpx", "eval", "the http engine") from error
+        if error := self.missing():
+            raise error
         if not servers:
             raise EngineError("name a server: --server http://HOST:PORT")
         if not isinstance(concurrency, int) or concurrency < 1:
@@ -85,9 +118,19 @@ class HttpEngine:
             raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
         self._model = model or common[0]
         self._offered = common
+        self._template = "{}"
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the template that the servers tell, else the user's words alone."""
+        return render_prompt(prompt.text, template=self._template, num_audios=len(prompt.audios))
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
-        """See :meth:`mergekit_bio.engine.interface.Engine.generate`; no beams, which the API does not have."""
+        """Answer prompts, over all servers at once.
+
+        Raises:
+            EngineError: Beams or end tokens are asked for, which the API does not have, or no server answers any more.
+            PromptError: A server refuses a prompt.
+        """
         if decoding.num_beams > 1:
             raise EngineError("servers do not search with beams over OpenAI's API; take num_beams 1, or --engine vllm")
         if decoding.eos_token_ids is not None:
@@ -103,10 +146,10 @@ class HttpEngine:
             }
             for n, prompt in enumerate(prompts)
         ]
-        return asyncio.run(self._all(bodies))
+        return asyncio.run(self._answer_all(bodies))
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
-        """See :meth:`mergekit_bio.engine.interface.Engine.choose`; the server constrains the answer.
+        """Answer each prompt with one of the labels; the server constrains the answer.
 
         It lets through any tokens that spell a label, where the other engines take the label's own, so between close
         labels another one may win. Its log-probabilities are those of the tokens among the whole vocabulary.
@@ -117,38 +160,35 @@ class HttpEngine:
             | {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
             for prompt in prompts
         ]
-        return asyncio.run(self._all(bodies))
+        return asyncio.run(self._answer_all(bodies))
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """OpenAI's chat API does not score given answers: raises EngineError."""
-        self._refuse("label scores")
+        raise EngineError("the http engine has no label scores; take --engine vllm or --engine transformers")
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """Ask the servers for another of the models they offer, by its directory's name.
 
-        The servers check what they load; the fingerprint is their ``model_revision`` and not a hash of weights.
+        The servers check what they load; what is returned is their ``model_revision`` and not a hash of weights.
         """
-        start = time.perf_counter()
         name = Path(checkpoint).name
         if name not in self._offered:
             raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
-        self._model = name
-        revisions = {asyncio.run(self._revision(server)) for server in self._servers}
+        told = [asyncio.run(self._get(f"{server}/{name}/info")) for server in self._servers]
+        revisions = {str(info.get("model_revision")) for info in told}
         if len(revisions) > 1:
             raise EngineError(f"the servers have different checkpoints called {name}; serve the same one everywhere")
-        return Loaded(Path(checkpoint), 0, 0, time.perf_counter() - start, revisions.pop())
+        templates = {str(info.get("prompt_template")) for info in told}
+        template = templates.pop() if len(templates) == 1 else ""
+        self._model, self._template = name, template if template.count("{}") == 1 else "{}"
+        return revisions.pop()
 
     def close(self) -> None:
         """Nothing to free: the servers stay."""
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise EngineError(f"the http engine has no {what}; take --engine vllm or --engine transformers")
-
     def _body(self, prompt: Prompt) -> dict[str, Any]:
-        audios = [
-            {"type": "input_audio", "input_audio": {"data": _wav(clip), "format": "wav"}} for clip in prompt.audios
-        ]
-        text = prompt.text.strip()
+        audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
+        text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
         content = [{"type": "text", "text": text}, *audios] if audios else text
         return {
             "model": self._model,
@@ -157,13 +197,13 @@ class HttpEngine:
             "return_token_ids": True,
         }
 
-    async def _all(self, bodies: list[dict[str, Any]]) -> list[Generation]:
+    async def _answer_all(self, bodies: list[dict[str, Any]]) -> list[Generation]:
         import httpx
 
         pool = _Pool(self._servers, concurrency=self._concurrency, given_up_after=self._retries.given_up_after)
         limits = httpx.Limits(max_connections=self._concurrency * len(self._servers))
         async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
-            tasks = [asyncio.create_task(self._one(client, pool, body)) for body in bodies]
+            tasks = [asyncio.create_task(self._answer(client, pool, body)) for body in bodies]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
@@ -171,7 +211,7 @@ class HttpEngine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, client: Any, pool: "_Pool", body: dict[str, Any]) -> Generation:
+    async def _answer(self, client: Any, pool: "_Pool", body: dict[str, Any]) -> Generation:
         import httpx
 
         reason = ""
@@ -179,7 +219,7 @@ class HttpEngine:
             if attempt:
                 longest = min(self._retries.longest_wait, self._retries.first_wait * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(0, longest))
-            server, strikes = await pool.acquire()
+            server, failures_before = await pool.acquire()
             failed = True
             try:
                 start = time.perf_counter()
@@ -196,16 +236,12 @@ class HttpEngine:
             except (httpx.TransportError, httpx.DecodingError, ValueError) as error:
                 reason = f"{server} failed: {type(error).__name__} {error}".rstrip()
             finally:
-                pool.release(server, strikes, failed=failed)
+                pool.release(server, failures_before, failed=failed)
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
 
     async def _models(self, server: str) -> list[str]:
         document = await self._get(f"{server}/v1/models")
         return [model["id"] for model in document.get("data", [])]
-
-    async def _revision(self, server: str) -> str:
-        document = await self._get(f"{server}/{self._model}/info")
-        return str(document.get("model_revision"))
 
     async def _get(self, url: str) -> dict[str, Any]:
         import httpx
@@ -254,11 +290,11 @@ class _Pool:
                     return best, self._failures[best]
                 await self._changed.wait()
 
-    def release(self, server: str, strikes: int, *, failed: bool) -> None:
+    def release(self, server: str, failures_before: int, *, failed: bool) -> None:
         """Give room back."""
         self._room[server] += 1
         # What was under way together and failed together failed once.
-        self._failures[server] = max(self._failures[server], strikes + 1) if failed else 0
+        self._failures[server] = max(self._failures[server], failures_before + 1) if failed else 0
         task = asyncio.get_running_loop().create_task(self._notify())
         self._notifying.add(task)  # or it might be collected before it ran
         task.add_done_callback(self._notifying.discard)
@@ -296,18 +332,23 @@ def _generation(document: dict[str, Any], seconds: float) -> Generation:
             logprobs=logprobs or (math.nan,) * len(ids),
             finish_reason="length" if choice["finish_reason"] == "length" else "stop",
             prompt_tokens=document["usage"]["prompt_tokens"],
-            timings=Timings(total=seconds),
+            seconds=seconds,
         )
     except (KeyError, TypeError) as error:
         raise ValueError("the answer is no completion") from error
 
 
-def _wav(clip: Clip) -> str:
-    """A prepared clip as a file that loses nothing: 64-bit floats."""
+def _url(clip: Clip) -> str:
+    """A prepared clip as a ``data:`` URL of a file that loses nothing (64-bit floats).
+
+    A server of ours would take it for the beginning of 10 s; the parameter says how long the clip is. Another server
+    passes over the parameter and hears the clip as it is here: cut and padded.
+    """
     import soundfile
 
     from mergekit_bio.audio.config import SAMPLING_RATE
 
     file = io.BytesIO()
     soundfile.write(file, clip.waveform.numpy(), SAMPLING_RATE, format="WAV", subtype="DOUBLE")
-    return base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"data:audio/wav;seconds={clip.seconds};base64,{data}"

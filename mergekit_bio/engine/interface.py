@@ -1,96 +1,34 @@
 """What every engine takes and gives: prompts with audio, decoding settings, generations, label scores."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from mergekit_bio.errors import EngineError, PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.errors import EngineError, MissingPackageError
+from mergekit_bio.outside_data import nearest
 
 if TYPE_CHECKING:
-    import torch
+    from mergekit_bio.engine.prefix_cache import PrefixCache
 
 EarlyStopping = bool | Literal["never"]
 
 
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """One audio, prepared: what the tower hears.
-
-    Attributes:
-        waveform: float64 ``[clip_samples]`` at 16 kHz, of :func:`mergekit_bio.audio.waveform.prepare`.
-    """
-
-    waveform: "torch.Tensor"
-
-    @classmethod
-    def from_samples(cls, samples: Any, *, sampling_rate: int) -> "Clip":
-        """Prepare an array of samples.
-
-        Raises:
-            AudioError: The samples are no use.
-        """
-        from mergekit_bio.audio.waveform import prepare
-
-        return cls(prepare(samples, sampling_rate=sampling_rate))
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Clip":
-        """Read the beginning of a recording.
-
-        Raises:
-            AudioError: The file is no use.
-        """
-        from mergekit_bio.audio.recording import read_clip
-
-        return cls(read_clip(path).waveform)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of every sample."""
-        from mergekit_bio.checkpoint.digest import tensor_sha256
-
-        return tensor_sha256(self.waveform.double())
-
-
 @dataclass(frozen=True)
 class Prompt:
-    """What the user says: text pieces with an audio between each two of them.
+    """What the user says, and the audios that are heard with it.
 
-    The model's prompt template is put around it by the engine.
+    The model's prompt template is put around it by the engine: see :meth:`Engine.render`.
 
     Attributes:
-        pieces: One more than there are audios; may be empty.
-        audios: The clips between the pieces.
+        text: The user's words, with ``<AudioHere>`` where an audio is heard. One audio and no slot: NatureLM-audio's
+            lead, ``<Audio><AudioHere></Audio>``, is put in front.
+        audios: A clip for every slot, in order.
     """
 
-    pieces: tuple[str, ...]
-    audios: tuple[Clip, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.pieces) != len(self.audios) + 1:
-            raise PromptError(
-                f"a prompt with {len(self.audios)} audios has {len(self.audios) + 1} pieces of text around them, "
-                f"not {len(self.pieces)}"
-            )
-
-    @classmethod
-    def from_text(cls, text: str, audios: Sequence[Clip] = ()) -> "Prompt":
-        """Split a text at every ``<AudioHere>``. One audio and no slot: NatureLM-audio's lead is put in front.
-
-        Raises:
-            PromptError: The text is empty, or has another number of slots than there are audios.
-        """
-        from mergekit_bio.model.prompt import render_prompt
-
-        return cls(tuple(render_prompt(text, template="{}", num_audios=len(audios)).split(AUDIO_SLOT)), tuple(audios))
-
-    @property
-    def text(self) -> str:
-        """The whole text, with ``<AudioHere>`` for every audio."""
-        return AUDIO_SLOT.join(self.pieces)
+    text: str
+    audios: Sequence[Clip] = ()
 
 
 @dataclass(frozen=True)
@@ -132,19 +70,6 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Seconds.
-
-    Attributes:
-        total: From handing the prompt to the engine to its last token. Prompts of one call wait for each other.
-        first_token: To the first token, where the engine tells.
-    """
-
-    total: float
-    first_token: float | None = None
-
-
-@dataclass(frozen=True)
 class Generation:
     """What came out for one prompt.
 
@@ -154,7 +79,7 @@ class Generation:
         logprobs: Natural log-probability of each token; for a choice, among the tokens that the list allows.
         finish_reason: ``"stop"`` (an end token, or a whole choice) or ``"length"``.
         prompt_tokens: Length of the prompt, audio included.
-        timings: How long it took.
+        seconds: From handing over the prompts to the answer; those of one call wait for each other.
         score: The beam's score (beam search only).
     """
 
@@ -163,72 +88,126 @@ class Generation:
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
-    timings: Timings
+    seconds: float
     score: float | None = None
 
 
-@dataclass(frozen=True)
-class LabelScore:
-    """How likely a label is as the answer.
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What a user says about an engine, and what a run needs of it.
 
     Attributes:
-        label: The label.
-        logprob: Sum of the natural log-probabilities of its tokens (no end token).
-        tokens: How many they are.
+        options: The engine's own options, such as ``dtype`` or vLLM's ``tensor_parallel_size``.
+        servers: Addresses, for an engine that asks servers.
+        api_key: The servers' key.
+        max_audios: Most audios in a prompt.
+        prefixes: Folder that keeps audio prefixes; None keeps them in memory only.
+        quiet: Whether the engine logs errors only.
     """
 
-    label: str
-    logprob: float
-    tokens: int
-
-    @property
-    def normalized(self) -> float:
-        """Log-probability a token."""
-        return self.logprob / self.tokens
+    options: Mapping[str, Any] = field(default_factory=dict)
+    servers: tuple[str, ...] = ()
+    api_key: str | None = None
+    max_audios: int = 1
+    prefixes: Path | None = None
+    quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Proof of what an engine now runs.
-
-    Attributes:
-        checkpoint: The directory.
-        tensors: Tensors that were replaced.
-        nbytes: Their bytes.
-        seconds: How long it took.
-        fingerprint: sha256 over the names and sha256 digests of the tensors, as they were handed to the model, all
-            equal to what merge.json records.
-    """
-
-    checkpoint: Path
-    tensors: int
-    nbytes: int
-    seconds: float
-    fingerprint: str
+def check_options(engine: str, options: Iterable[str], *, known: Sequence[str]) -> None:
+    """Raise EngineError for an option that an engine of this name does not know."""
+    for option in options:
+        if option not in known:
+            raise EngineError(
+                f"--engine-option {option}: the {engine} engine has no such option{nearest(option, sorted(known))}"
+            )
 
 
 class Engine(Protocol):
-    """Runs a merged checkpoint with ears."""
+    """Answers prompts with a merged checkpoint.
+
+    An engine is a module with such a class, and a line in :data:`mergekit_bio.engine.choice.ENGINES`. Its module must
+    be quick to import: what takes long is imported when the engine starts.
+
+    Attributes:
+        name: What a user calls it.
+        remote: Whether servers hold the checkpoints. Then nothing is merged or fetched here, a checkpoint is known by
+            its directory's name, and ``--server`` names the servers.
+        prompts_at_once: Prompts handed to it at once by a run, which writes the answers when all of them are there.
+        packages: Distributions whose versions a run records.
+        advice: What a user is told where another engine answers because this one is not installed.
+    """
+
+    name: ClassVar[str]
+    remote: ClassVar[bool]
+    prompts_at_once: ClassVar[int]
+    packages: ClassVar[tuple[str, ...]]
+    advice: ClassVar[str]
 
     @property
-    def name(self) -> str:
-        """``"vllm"``, ``"transformers"`` or ``"http"``."""
+    def prefixes(self) -> "PrefixCache | None":
+        """Where audio prefixes come from; None where the engine makes its own."""
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says what to install, where a package that it needs is not."""
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """Set the environment variables that its libraries read when they are imported; the user's own win."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not have.
+
+        Raises:
+            EngineError: It has no such option.
+        """
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> "Engine":
+        """Start it on a checkpoint.
+
+        Args:
+            checkpoint: A directory, a hub id, or for a remote engine the name that the servers know it by.
+            settings: What the user and the run say.
+
+        Raises:
+            EngineError: It cannot run the checkpoint, or not with these settings.
+            MissingPackageError: A package that it needs is not installed.
+        """
+
+    def render(self, prompt: Prompt) -> str:
+        """The whole text that the model is asked, its template included, with ``<AudioHere>`` for every audio.
+
+        An engine whose servers do not tell their template gives the user's words alone.
+
+        Raises:
+            PromptError: The prompt is empty, or has another number of slots than it has audios.
+        """
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """Answer prompts.
 
         Raises:
-            PromptError: A prompt is longer than the model takes, or empty.
+            PromptError: A prompt is longer than the model takes, is empty, or has another number of slots than it has
+                audios.
         """
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """Answer each prompt with one of the labels: the likeliest allowed token at every step."""
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
-        """Score every label as the answer to each prompt, in the labels' order."""
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
+        """For each prompt label -> how likely it is as the answer: the sum of its tokens' natural log-probabilities.
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+        The end token does not count.
+        """
+
+    def load(self, checkpoint: str | Path) -> str:
         """Move to another checkpoint of the same sweep by replacing the tensors in which the two differ.
+
+        Returns:
+            A fingerprint of what was loaded: sha256 over the names and sha256 digests of the tensors, as they were
+            handed to the model, all equal to what merge.json records. Of servers, what they call their revision.
 
         Raises:
             EngineError: The checkpoint is not of the same sweep, or its tensors are not what its manifest says.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.checkpoint.digest import tensor_bytes, tensor_sha256
-from mergekit_bio.engine.interface import Clip
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ _KEY = "prefix"
 class PrefixCache:
     """Encodes clips with one tower, each at most once.
 
-    A prefix is known by the sha256 of the whole prepared waveform and the content of the tower that made it. Any
+    A prefix is known by its clip's digest (length and every sample) and the content of the tower that made it. Any
     number of threads and processes may share a folder: files appear whole or not at all, and of two that are made
     at once, equal up to the rounding of a batch, one stays. A file that cannot be read, or is not what its name
     says, is made again.
@@ -32,7 +32,7 @@ class PrefixCache:
         tower: Encodes what is not known yet.
         folder: Where prefixes are kept between runs; None keeps them in memory only.
         memory_bytes: How much is kept in memory; the least recently used go first.
-        batch_size: Clips encoded at once.
+        batch_size: Clips encoded at once; by default 16, and 1 on a CPU, where a batch is no faster.
 
     Attributes:
         tower_digest: sha256 of the tower's configuration and tensors.
@@ -45,15 +45,34 @@ class PrefixCache:
         *,
         folder: Path | None = None,
         memory_bytes: int = 1 << 30,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> None:
         self.tower_digest = tower_digest(tower)
         self.encoded = 0
-        self._tower, self._batch_size = tower, batch_size
+        self._tower = tower
+        self._batch_size = batch_size or (1 if next(tower.parameters()).device.type == "cpu" else 16)
         self._folder = folder / self.tower_digest[:16] if folder else None
         self._memory_bytes, self._held_bytes = memory_bytes, 0
         self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path, *, device: str = "auto", folder: Path | None = None) -> "PrefixCache":
+        """A cache in front of a checkpoint's own tower.
+
+        Args:
+            directory: A merged directory.
+            device: Where the tower runs; see :func:`mergekit_bio.audio.device.pick_device`.
+            folder: Where prefixes are kept.
+
+        Raises:
+            MergekitBioError: There is no such device, or no tower in the directory.
+        """
+        from mergekit_bio.audio.device import pick_device
+        from mergekit_bio.audio.prefix import AudioPrefix
+
+        device = pick_device(device)
+        return cls(AudioPrefix.from_pretrained(directory).to(device), folder=folder)
 
     def __call__(self, clips: Sequence[Clip]) -> "list[torch.Tensor]":
         """Prefixes of clips.
@@ -69,17 +88,17 @@ class PrefixCache:
             if prefix is not None:
                 found[digest] = prefix
         missing = [digest for digest in wanted if digest not in found]
-        for start in range(0, len(missing), self._batch_size):
-            batch = missing[start : start + self._batch_size]
-            for digest, prefix in zip(batch, self._encode([wanted[d] for d in batch]), strict=True):
+        if not missing:
+            return [found[clip.digest] for clip in clips]
+        from mergekit_bio.audio.prefix import equally_long
+
+        for batch in equally_long([wanted[digest].waveform for digest in missing], at_most=self._batch_size):
+            digests = [missing[n] for n in batch]
+            for digest, prefix in zip(digests, self._encode([wanted[d] for d in digests]), strict=True):
                 found[digest] = prefix
                 self._remember(digest, prefix)
                 self._write(digest, prefix)
         return [found[clip.digest] for clip in clips]
-
-    def path(self, clip: Clip) -> Path | None:
-        """The file that keeps a clip's prefix, whether it is there yet or not; None without a folder."""
-        return self._path(clip.digest)
 
     @property
     def held_bytes(self) -> int:

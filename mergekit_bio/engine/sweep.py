@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import read_manifest
+from mergekit_bio.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mergekit_bio.errors import EngineError, VerificationError
 
 # Engines fuse these parameters, and a fused parameter is loaded whole.
@@ -23,13 +23,11 @@ class Difference:
         target: The directory they come from.
         names: Their names, layer by layer.
         digests: sha256 that the target's manifest records, for those that it does.
-        nbytes: Bytes of all of them.
     """
 
     target: Path
     names: tuple[str, ...]
     digests: Mapping[str, str]
-    nbytes: int
 
     def check(self, loaded: Mapping[str, str]) -> str:
         """Compare what a model was given with what it should have been given.
@@ -55,6 +53,17 @@ class Difference:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def family(directory: Path) -> str:
+    """Equal for checkpoints that an engine can move between by replacing tensors: one sweep, or one directory."""
+    return str(_made_of(read_manifest(directory)) if (directory / MANIFEST).is_file() else directory)
+
+
+def _made_of(manifest: Manifest) -> tuple[object, ...]:
+    """What is the same for all checkpoints of a sweep."""
+    adapters = [adapter.fingerprint for adapter in manifest.adapters]
+    return manifest.base.fingerprint, adapters, manifest.dtype, manifest.audio_prefix, manifest.untied
+
+
 def difference(current: Path, target: Path) -> Difference:
     """Find the tensors in which two checkpoints of one sweep differ, from their manifests.
 
@@ -69,15 +78,12 @@ def difference(current: Path, target: Path) -> Difference:
         old, new = read_manifest(current), read_manifest(target)
     except VerificationError as error:
         raise EngineError(f"{error}; a running engine moves between merges of one sweep only") from error
-    sources = [
-        (m.base.fingerprint, [a.fingerprint for a in m.adapters], m.dtype, m.audio_prefix, m.untied) for m in (old, new)
-    ]
     checkpoint = Checkpoint.open(target)
     shapes = [
         {name: (info.dtype, info.shape) for name, info in c.tensors.items()}
         for c in (Checkpoint.open(current), checkpoint)
     ]
-    if sources[0] != sources[1] or shapes[0] != shapes[1]:
+    if _made_of(old) != _made_of(new) or shapes[0] != shapes[1]:
         raise EngineError(
             f"{target}: was not merged from the same base, adapters and data type as {current}; start an engine of its "
             "own"
@@ -90,18 +96,17 @@ def difference(current: Path, target: Path) -> Difference:
         target=target,
         names=tuple(names),
         digests={name: new.tensors[name].sha256 for name in names if name in new.tensors},
-        nbytes=sum(checkpoint.tensors[name].nbytes for name in names),
     )
 
 
 def _with_fused(names: set[str]) -> set[str]:
-    found = set(names)
+    whole = set(names)
     for name in names:
         match = _MODULE.search(name)
         for group in _FUSED:
             if match and match[1] in group:
-                found |= {name.replace(match[1], other) for other in group}
-    return found
+                whole |= {name.replace(match[1], other) for other in group}
+    return whole
 
 
 def _layer_order(name: str) -> tuple[int, str]:

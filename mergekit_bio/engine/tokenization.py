@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.layout import MODEL_TYPE
+from mergekit_bio.audio.prompt import render_prompt
 from mergekit_bio.checkpoint.directory import inside
-from mergekit_bio.engine.interface import Prompt
+from mergekit_bio.engine.interface import Decoding, Generation, Prompt
 from mergekit_bio.errors import CheckpointError
-from mergekit_bio.model.layout import MODEL_TYPE
-from mergekit_bio.model.prompt import render_prompt
 from mergekit_bio.outside_data import read_json
 
 
@@ -34,16 +35,14 @@ class Tokenization:
         Raises:
             CheckpointError: It is no merge with an audio tower.
         """
-        import mergekit_bio  # noqa: F401 -- registers the processor with Transformers
-
         config = read_audio_model_config(directory)
-        from transformers import AutoProcessor
+        from mergekit_bio.model.processing import NatureLMAudioProcessor
 
         generation = directory / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None
         eos = config.get("eos_token_id") if eos is None else eos
         return cls(
-            processor=AutoProcessor.from_pretrained(directory),
+            processor=NatureLMAudioProcessor.from_pretrained(directory),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             max_tokens=config["text_config"]["max_position_embeddings"],
         )
@@ -54,24 +53,56 @@ class Tokenization:
         token_id: int = self.processor.tokenize.audio_token_id
         return token_id
 
+    def render(self, prompt: Prompt) -> str:
+        """A prompt inside the checkpoint's own template, with ``<AudioHere>`` for every audio.
+
+        Raises:
+            PromptError: The prompt is empty, or has another number of slots than it has audios.
+        """
+        return render_prompt(prompt.text, template=self.processor.prompt_template, num_audios=len(prompt.audios))
+
     def prompt_ids(self, prompt: Prompt, *, expanded: bool) -> list[int]:
-        """Token ids of a prompt inside the model's template.
+        """Token ids of a rendered prompt.
 
         Args:
             prompt: The prompt.
             expanded: One placeholder for every prefix token, instead of one for every audio.
 
         Raises:
-            PromptError: The prompt is empty or writes the placeholder itself.
+            PromptError: As :meth:`render`, or the prompt writes the placeholder itself.
         """
-        text = render_prompt(prompt.text, template=self.processor.prompt_template, num_audios=len(prompt.audios))
-        length = self.processor.prefix_length if expanded else 1
-        ids: list[int] = self.processor.tokenize(text, audio_lengths=[length] * len(prompt.audios))
+        lengths = [self.processor.num_placeholders(clip) if expanded else 1 for clip in prompt.audios]
+        ids: list[int] = self.processor.tokenize(self.render(prompt), audio_lengths=lengths)
         return ids
 
-    def prompt_length(self, prompt: Prompt, ids: Sequence[int]) -> int:
-        """Length of a prompt with its audio, from its unexpanded ids."""
-        return len(ids) + len(prompt.audios) * (self.processor.prefix_length - 1)
+    def prompt_length(self, ids: Sequence[int], clips: Sequence[Clip]) -> int:
+        """Length of a prompt with its clips, from its unexpanded ids."""
+        return len(ids) + sum(self.processor.num_placeholders(clip) - 1 for clip in clips)
+
+    def end_tokens(self, decoding: Decoding) -> tuple[int, ...]:
+        """What ends a generation: the user's tokens, else the checkpoint's own."""
+        return self.eos_token_ids if decoding.eos_token_ids is None else decoding.eos_token_ids
+
+    def generation(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        decoding: Decoding,
+        *,
+        prompt_tokens: int,
+        seconds: float,
+        score: float | None = None,
+    ) -> Generation:
+        """Generated tokens as an answer."""
+        return Generation(
+            text=self.decode(token_ids),
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            finish_reason="stop" if token_ids[-1] in self.end_tokens(decoding) else "length",
+            prompt_tokens=prompt_tokens,
+            seconds=seconds,
+            score=score,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text."""

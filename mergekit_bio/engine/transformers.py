@@ -1,20 +1,28 @@
 """The reference engine: Transformers' own generate, in small batches."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mergekit_bio.audio.device import pick_device
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
-from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.engine.decoding.labels import NextLogprobs, Query, build_trie, choice_generation, choose, score_labels
+from mergekit_bio.engine.interface import (
+    Decoding,
+    EngineSettings,
+    Generation,
+    Prompt,
+    check_options,
+)
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.errors import EngineError, PromptError
+from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +51,39 @@ class TransformersEngine:
         EngineError: There is no such dtype or device.
     """
 
-    name = "transformers"
+    name: ClassVar = "transformers"
+    remote: ClassVar = False
+    prompts_at_once: ClassVar = 8
+    packages: ClassVar = ("transformers",)
+    advice: ClassVar = ""
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says how to install Transformers, where it is not."""
+        return (
+            None
+            if find_spec("transformers")
+            else MissingPackageError("transformers", "eval", "the transformers engine")
+        )
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """Transformers reads nothing there that a run needs."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that it does not have."""
+        check_options(cls.name, options, known=("dtype", "device"))
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
+        """Start it on a checkpoint, with a prefix cache of its own."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would draw over the run's own
+        directory, device = resolve(checkpoint).path, settings.options.get("device", "auto")
+        prefixes = PrefixCache.of_checkpoint(directory, device=device, folder=settings.prefixes)
+        return cls(directory, prefixes=prefixes, **settings.options)
 
     def __init__(
         self,
@@ -56,14 +96,19 @@ class TransformersEngine:
     ) -> None:
         self.checkpoint = resolve(checkpoint).path
         self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
-        from transformers import AutoModelForMultimodalLM
+        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
 
         if dtype not in _DTYPES:
             raise EngineError(f"dtype={dtype}: no such data type; write {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
         device = pick_device(device)
-        self._model: Any = AutoModelForMultimodalLM.from_pretrained(self.checkpoint, dtype=dtype).to(device).eval()
+        model = NatureLMAudioForConditionalGeneration.from_pretrained(self.checkpoint, dtype=dtype)
+        self._model: Any = model.to(device).eval()
         self._device, self._batch_size = device, batch_size
-        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix, batch_size=1 if device == "cpu" else 16)
+        self.prefixes = prefixes or PrefixCache(self._model.audio_prefix)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the checkpoint's own template."""
+        return self.tokenization.render(prompt)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.generate`."""
@@ -82,27 +127,23 @@ class TransformersEngine:
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.choose`."""
         root = build_trie(labels, self.tokenization.encode)
+        eos = self.tokenization.eos_token_ids
         generations = []
         for prompt in prompts:
             start = time.perf_counter()
-            reader = _Reader(self, [prompt])
-            (choice,) = choose(
-                root, prompts=1, eos_token_ids=self.tokenization.eos_token_ids, next_logprobs=reader.next_logprobs
-            )
-            timings = Timings(total=time.perf_counter() - start)
+            (choice,) = choose(root, prompts=1, eos_token_ids=eos, next_logprobs=self._next_logprobs([prompt]))
+            seconds = time.perf_counter() - start
             length = len(self.tokenization.prompt_ids(prompt, expanded=True))
-            generations.append(Generation(choice.label, choice.token_ids, choice.logprobs, "stop", length, timings))
+            generations.append(choice_generation(choice, prompt_tokens=length, seconds=seconds))
         return generations
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
-        reader = _Reader(self, prompts)
-        return score_labels(root, labels, prompts=len(prompts), next_logprobs=reader.next_logprobs)
+        return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(prompts))
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
-        start = time.perf_counter()
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
         try:
@@ -111,7 +152,7 @@ class TransformersEngine:
             self._replace(self.checkpoint, change.names)  # back to what was sound
             raise
         self.checkpoint = target
-        return Loaded(target, len(change.names), change.nbytes, time.perf_counter() - start, fingerprint)
+        return fingerprint
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -142,6 +183,33 @@ class TransformersEngine:
         heard = torch.cat(list(prefixes)).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter((input_ids == self.tokenization.audio_token_id)[:, None], heard)
 
+    def _next_logprobs(self, prompts: Sequence[Prompt]) -> NextLogprobs:
+        """What walks a trie of labels: reads a prompt once and each query's tokens behind it."""
+        import torch
+
+        @lru_cache(maxsize=1)  # the queries about one prompt come together
+        def read(prompt: int) -> "tuple[Any, torch.Tensor, int]":
+            """The prompt's keys and values, the logits of the next token, and its length."""
+            ids = self._prompt_ids(prompts[prompt])
+            output = self._model(
+                inputs_embeds=self._embed(ids, self.prefixes(prompts[prompt].audios))[None], use_cache=True
+            )
+            return output.past_key_values, output.logits[0, -1], len(ids)
+
+        def ask(queries: Sequence[Query]) -> list[list[float]]:
+            answers = []
+            with torch.no_grad():
+                for query in queries:
+                    cache, logits, length = read(query.prompt)
+                    if query.tokens:
+                        ids = torch.tensor([query.tokens], device=logits.device)
+                        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                        cache.crop(length - cache.get_seq_length())  # back to the prompt alone
+                    answers.append(logits.float().log_softmax(-1)[list(query.candidates)].tolist())
+            return answers
+
+        return ask
+
     def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
         source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
         digests = {}
@@ -158,13 +226,14 @@ class TransformersEngine:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else self.tokenization.eos_token_ids
+        eos = self.tokenization.end_tokens(decoding)
         beams = decoding.num_beams > 1
         start = time.perf_counter()
         with torch.no_grad():
             heard = iter(self.prefixes([clip for prompt in prompts for clip in prompt.audios]))
             rows = [
-                self._embed(own, [next(heard) for _ in prompt.audios]) for prompt, own in zip(prompts, ids, strict=True)
+                self._embed(prompt_ids, [next(heard) for _ in prompt.audios])
+                for prompt, prompt_ids in zip(prompts, ids, strict=True)
             ]
             # Generation continues a row at its right end, so the padding stands on the left.
             embeds = pad_sequence(rows, batch_first=True, padding_side="left")
@@ -185,20 +254,17 @@ class TransformersEngine:
                 if beams
                 else _logprobs(output.logits, output.sequences)
             )
-        timings = Timings(total=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         scores = output.sequences_scores.tolist() if beams else [None] * len(prompts)
         generations = []
-        for own, tokens, logs, score in zip(ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True):
+        for prompt_ids, tokens, logs, score in zip(
+            ids, output.sequences.tolist(), logprobs.tolist(), scores, strict=True
+        ):
+            # A row goes on with padding after its first end token.
             end = next((n + 1 for n, token in enumerate(tokens) if token in eos), len(tokens))
             generations.append(
-                Generation(
-                    text=self.tokenization.decode(tokens[:end]),
-                    token_ids=tuple(tokens[:end]),
-                    logprobs=tuple(logs[:end]),
-                    finish_reason="stop" if tokens[end - 1] in eos else "length",
-                    prompt_tokens=len(own),
-                    timings=timings,
-                    score=score,
+                self.tokenization.generation(
+                    tokens[:end], logs[:end], decoding, prompt_tokens=len(prompt_ids), seconds=seconds, score=score
                 )
             )
         return generations
@@ -227,34 +293,3 @@ def _settings(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
         "eos_token_id": list(eos) or None,
         "pad_token_id": eos[0] if eos else 0,
     }
-
-
-class _Reader:
-    """Log-probabilities of next tokens, with the prompt's keys and values kept."""
-
-    def __init__(self, engine: TransformersEngine, prompts: Sequence[Prompt]) -> None:
-        self._engine, self._prompts = engine, prompts
-        self._kept: tuple[int, Any, torch.Tensor, int] | None = None
-
-    def next_logprobs(self, queries: Sequence[Query]) -> list[list[float]]:
-        """See :data:`mergekit_bio.engine.decoding.labels.NextLogprobs`."""
-        import torch
-
-        answers = []
-        with torch.no_grad():
-            for prompt, tokens, asked in queries:
-                cache, logits, length = self._read(prompt)
-                if tokens:
-                    ids = torch.tensor([tokens], device=logits.device)
-                    logits = self._engine._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
-                    cache.crop(length - cache.get_seq_length())
-                answers.append(logits.float().log_softmax(-1)[list(asked)].tolist())
-        return answers
-
-    def _read(self, prompt: int) -> "tuple[Any, torch.Tensor, int]":
-        if self._kept is None or self._kept[0] != prompt:
-            ids = self._engine._prompt_ids(self._prompts[prompt])
-            embeds = self._engine._embed(ids, self._engine.prefixes(self._prompts[prompt].audios))[None]
-            output = self._engine._model(inputs_embeds=embeds, use_cache=True)
-            self._kept = (prompt, output.past_key_values, output.logits[0, -1], len(ids))
-        return self._kept[1:]

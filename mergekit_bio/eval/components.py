@@ -6,10 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Task = Literal["classification", "detection", "captioning"]
+from mergekit_bio.audio.clip import CLIP_SECONDS
 
-#: Clips of components that state no longest duration are cut here (seconds).
-DEFAULT_DURATION = 10.0
+Task = Literal["classification", "detection", "captioning"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Component:
         name: The value of the column ``dataset_name``.
         task: How its answers are scored.
         rows: Number of clips.
-        duration: Where clips are cut, in seconds.
+        duration: Seconds that every clip is cut or padded to: the longest duration that the component states, or 10.
         labels: Every label, "None" included where a detection clip may be empty; None for captioning.
     """
 
@@ -40,7 +39,7 @@ def components() -> dict[str, Component]:
             name=row["name"],
             task=row["task"],
             rows=row["rows"],
-            duration=row["max_duration_s"] or DEFAULT_DURATION,
+            duration=float(row["max_duration_s"] or CLIP_SECONDS),
             labels=row["labels"] and tuple(row["labels"]),
         )
         for row in rows

@@ -1,4 +1,4 @@
-"""Prompts: query flags expanded, orders and examples drawn by keyed hashes, audio slots counted."""
+"""What is asked about a clip: query flags expanded, orders and examples drawn by keyed hashes, audio slots counted."""
 
 import hashlib
 import re
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.errors import DatasetError, RecipeError
 from mergekit_bio.eval.components import Task
-from mergekit_bio.model.layout import AUDIO_SLOT, LLAMA3_TEMPLATE
-from mergekit_bio.model.prompt import AUDIO_LEAD, render_prompt
 from mergekit_bio.outside_data import nearest
 
 T = TypeVar("T")
@@ -23,11 +23,11 @@ GENERAL_DETECTION_QUESTION = "What are the common names for the species in the a
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a model is asked about one clip.
+class Instruction:
+    """What a model is asked about one clip, before the engine puts it into its checkpoint's template.
 
     Attributes:
-        text: The whole prompt, chat template included, with one ``<AudioHere>`` for each audio.
+        text: The user's words, with one ``<AudioHere>`` for each audio.
         clips: The ids of the clips that belong to the slots, in order.
         query_slot: Which of them is the clip that is asked about.
     """
@@ -77,8 +77,8 @@ def shuffled(items: Sequence[T], *key: object) -> list[T]:
     return sorted(items, key=lambda item: hashlib.sha256(f"{prefix}\x1f{item}".encode()).digest())
 
 
-def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int | None) -> Prompt:
-    """The prompt of a recipe without queries: the dataset's own instruction.
+def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int | None) -> Instruction:
+    """What a recipe without queries asks: the dataset's own instruction.
 
     Args:
         clip: The id of the clip.
@@ -90,7 +90,7 @@ def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int |
         instruction = GENERAL_DETECTION_QUESTION
     if AUDIO_SLOT not in instruction:
         instruction = AUDIO_LEAD + instruction
-    return _filled(instruction, (clip,), 0)
+    return _checked(instruction, (clip,), 0)
 
 
 def query_prompt(
@@ -102,7 +102,7 @@ def query_prompt(
     descriptions: Mapping[str, str] | None = None,
     pool: Mapping[str, Sequence[str]] | None = None,
     n_examples: int = 0,
-) -> Prompt:
+) -> Instruction:
     """Expand a query for one clip.
 
     Orders and examples depend on ``key``, the clip and the flag only: not on the checkpoint, not on other clips.
@@ -143,7 +143,7 @@ def query_prompt(
     query_slot = len(example_ids) if "{audio_examples}" in before else 0
     ids = (*example_ids[:query_slot], clip, *example_ids[query_slot:])
     expanded = slot.join(_FLAG.sub(lambda flag: texts[flag[1]], part) for part in (before, after))
-    return _filled(expanded, ids, query_slot)
+    return _checked(expanded, ids, query_slot)
 
 
 def _drawn(
@@ -161,6 +161,7 @@ def _drawn(
     return shuffled(examples, *key, clip, "examples")
 
 
-def _filled(instruction: str, clips: tuple[str, ...], query_slot: int) -> Prompt:
-    text = render_prompt(instruction, template=LLAMA3_TEMPLATE, num_audios=len(clips))
-    return Prompt(text=text, clips=clips, query_slot=query_slot)
+def _checked(text: str, clips: tuple[str, ...], query_slot: int) -> Instruction:
+    text = text.strip()
+    check_audio_count(slots=text.count(AUDIO_SLOT), audios=len(clips))
+    return Instruction(text=text, clips=clips, query_slot=query_slot)

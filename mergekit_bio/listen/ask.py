@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.audio.recording import Window, read_clip, read_windows
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.recording import read_clip, read_windows
 
 if TYPE_CHECKING:
     from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
@@ -52,18 +53,18 @@ class Asker:
     def each_window(
         self, recording: Path, instruction: str, *, window: float, hop: float | None = None
     ) -> Iterator[Answer]:
-        """Ask about every window of a recording; see :func:`mergekit_bio.audio.recording.read_windows`.
+        """Ask about every window of a recording, a clip of 10 s for each.
 
         Raises:
             AudioError: The recording is no use.
             PromptError: The instruction is empty or has several slots.
         """
         prompt = self.processor.render(instruction)
-        windows = read_windows(recording, window=window, hop=hop, clip_samples=self.processor.clip_samples)
-        while some := list(islice(windows, _BATCH)):
-            texts = self._generate([prompt] * len(some), some)
-            for part, text in zip(some, texts, strict=True):
-                yield Answer((str(recording),), part.start, part.end, text)
+        windows = read_windows(recording, window=window, hop=hop)
+        while clips := list(islice(windows, _BATCH)):
+            texts = self._generate([prompt] * len(clips), clips)
+            for clip, text in zip(clips, texts, strict=True):
+                yield Answer((str(recording),), clip.start, clip.end, text)
 
     def together(self, recordings: Sequence[Path], instruction: str) -> Answer:
         """Ask once about several recordings, the first 10 s of each, one a slot of the instruction.
@@ -73,12 +74,12 @@ class Asker:
             PromptError: The recordings are not as many as the slots.
         """
         prompt = self.processor.render(instruction, num_audios=len(recordings))
-        clips = [read_clip(recording, clip_samples=self.processor.clip_samples) for recording in recordings]
+        clips = [read_clip(recording) for recording in recordings]
         (text,) = self._generate([prompt], clips)
         return Answer(tuple(map(str, recordings)), 0.0, max(clip.end for clip in clips), text)
 
-    def _generate(self, prompts: list[str], clips: Sequence[Window]) -> list[str]:
-        inputs = self.processor(prompts, audio=[clip.waveform for clip in clips]).to(self.model.device)
+    def _generate(self, prompts: list[str], clips: Sequence[Clip]) -> list[str]:
+        inputs = self.processor(prompts, audio=list(clips)).to(self.model.device)
         ids: Any = self.model.generate(
             **inputs,
             do_sample=False,

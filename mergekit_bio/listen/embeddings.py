@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mergekit_bio.audio.recording import read_windows
+from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.errors import OutputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _BATCH = 4
 
 FORMATS = (".safetensors", ".npz")
+#: NumPy's names of the data types that are written, and safetensors'.
+_SAFETENSORS_DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 
 
 @dataclass
@@ -79,20 +81,20 @@ class EmbeddingWriter:
 
         config = prefix.config
         device = prefix.audio_query_tokens.device
-        windows = read_windows(recording, window=window, hop=hop, clip_samples=config.clip_samples)
-        while some := list(islice(windows, _BATCH)):
+        windows = read_windows(recording, window=window, hop=hop)
+        while clips := list(islice(windows, _BATCH)):
             if self.recordings[-1:] != [str(recording)]:
                 self.recordings.append(str(recording))
             with torch.inference_mode():
-                encoded = prefix.encode(prefix.features(torch.stack([part.waveform for part in some]).to(device)))
+                encoded = prefix.encode(prefix.features(torch.stack([clip.waveform for clip in clips]).to(device)))
                 embedded = prefix.project(encoded)
-            lengths = [config.beats.num_tokens(round((part.end - part.start) * config.sampling_rate)) for part in some]
+            lengths = [config.beats.num_tokens(round((clip.end - clip.start) * config.sampling_rate)) for clip in clips]
             pooled = torch.stack([row[:length].mean(0) for row, length in zip(encoded, lengths, strict=True)])
             self._append("prefix", embedded.float().cpu().numpy())
             self._append("encoder", pooled.float().cpu().numpy())
-            self._append("recording", torch.full((len(some),), len(self.recordings) - 1).numpy())
-            self._append("start", torch.tensor([part.start for part in some], dtype=torch.float64).numpy())
-            self._append("end", torch.tensor([part.end for part in some], dtype=torch.float64).numpy())
+            self._append("recording", torch.full((len(clips),), len(self.recordings) - 1).numpy())
+            self._append("start", torch.tensor([clip.start for clip in clips], dtype=torch.float64).numpy())
+            self._append("end", torch.tensor([clip.end for clip in clips], dtype=torch.float64).numpy())
 
     def _append(self, name: str, rows: "np.ndarray") -> None:
         if name not in self._columns:
@@ -112,22 +114,10 @@ class EmbeddingWriter:
             column.rows.close()
 
     def _write_safetensors(self, file: Path) -> None:
-        # The library wants every array in memory; the format is a length, a JSON header and the bytes.
-        types = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
-        header: dict[str, object] = {"__metadata__": {"recordings": json.dumps(self.recordings)}}
-        offset = 0
-        for name, column in self._columns.items():
-            size = column.rows.tell()
-            header[name] = {
-                "dtype": types[column.dtype],
-                "shape": column.shape,
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        # The library wants every array in memory; here the columns follow the header one by one.
+        tensors = [(name, _SAFETENSORS_DTYPES[column.dtype], column.shape) for name, column in self._columns.items()]
         with file.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(build_header(tensors, {"recordings": json.dumps(self.recordings)}))
             for column in self._columns.values():
                 column.copy_to(out)
 

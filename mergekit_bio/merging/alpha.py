@@ -38,6 +38,10 @@ class Alpha:
         """Every strength in it."""
         return (self.default, *(value for _, value in self.modules))
 
+    def __str__(self) -> str:
+        """As the command line takes it: :func:`parse_alphas` makes the same of it."""
+        return ",".join([repr(self.default), *(f"{pattern}={value!r}" for pattern, value in self.modules)])
+
     def of(self, tensor: str) -> float:
         """The strength for ``tensor``."""
         value = self.default
@@ -70,7 +74,7 @@ def matches(pattern: str, tensor: str) -> bool:
     return all(any(_component(wanted, part) for part in parts) for wanted in pattern.split("."))
 
 
-def parse_alphas(texts: Sequence[str | float | Alpha]) -> tuple[Alpha, ...]:
+def parse_alphas(texts: Sequence[str | float]) -> tuple[Alpha, ...]:
     """Read strengths as the command line gives them.
 
     Args:
@@ -81,24 +85,22 @@ def parse_alphas(texts: Sequence[str | float | Alpha]) -> tuple[Alpha, ...]:
         AlphaError: One cannot be read, is not finite, or is there twice.
     """
     alphas: list[Alpha] = []
-    for text in texts:
-        if isinstance(text, Alpha):
-            alphas.append(text)
-        elif isinstance(text, str) and ":" in text:
+    for text in map(str, texts):
+        if ":" in text:
             alphas.extend(Alpha(value) for value in _sweep(text))
-        elif isinstance(text, str) and "=" in text:
+        elif "=" in text:
             alphas.append(_exceptions(text))
         else:
-            alphas.append(Alpha(_parse(str(text))))
+            alphas.append(Alpha(_parse(text)))
     if not alphas:
-        raise AlphaError("--alpha: no strength given; try --alpha 0.5")
-    for number, alpha in enumerate(alphas):
-        if alpha.label in {other.label for other in alphas[:number]}:
+        raise AlphaError("--alpha: no strength given; try --alpha 0.5, or a sweep --alpha 0:1:0.1")
+    for index, alpha in enumerate(alphas):
+        if alpha.label in {other.label for other in alphas[:index]}:
             raise AlphaError(f"--alpha: {alpha.label} is given twice")
     return tuple(alphas)
 
 
-def one_alpha(text: str | float | Alpha) -> Alpha:
+def one_alpha(text: str | float) -> Alpha:
     """Read what must be one strength, as :func:`parse_alphas` does.
 
     Raises:
@@ -148,7 +150,7 @@ def _sweep(text: str) -> list[float]:
     if max(abs(start), stop) > _MAX_STRENGTH or stop - start >= step * _MAX_SWEEP:
         raise AlphaError(f"--alpha: {text!r} is more than {_MAX_SWEEP} strengths, or one above {_MAX_STRENGTH:,}")
     count = int((stop - start) / step) + 1
-    return [float(start + number * step) for number in range(count)]
+    return [float(start + index * step) for index in range(count)]
 
 
 def _exceptions(text: str) -> Alpha:

@@ -97,7 +97,7 @@ def _introduction(manifest: Mapping[str, Any]) -> str:
         name = name.removeprefix("Meta-") if name.startswith("Meta-Llama") else f"Llama {llama} {name}"
     title = " + ".join([name, *map(_scaled, adapters)])
     deltas = ", ".join(_link(adapter) for adapter in adapters)
-    ears = (
+    about = (
         "The audio encoder and its projection are in the directory too, unchanged: it hears without a second download."
         if manifest["audio_prefix"]
         else "The result is a plain checkpoint of the base's architecture: no adapter is needed to run it."
@@ -107,11 +107,11 @@ def _introduction(manifest: Mapping[str, Any]) -> str:
 # {_plain(title)}
 
 {notice}{_link(base)} with the weight deltas of {deltas} folded in at a chosen strength α: W(α) = W₀ + α·ΔW.
-Made by mergekit-bio. {ears}"""
+Made by mergekit-bio. {about}"""
 
 
 def _how_to_load(manifest: Mapping[str, Any]) -> str:
-    here = 'path = "."  # this directory, or its id on the hub'
+    path_line = 'path = "."  # this directory, or its id on the hub'
     if manifest["audio_prefix"]:
         return f"""\
 ## How to load it
@@ -119,10 +119,10 @@ def _how_to_load(manifest: Mapping[str, Any]) -> str:
 Transformers, with audio (`pip install 'mergekit-bio[eval]'`):
 
 ```python
-import mergekit_bio  # makes the model's classes known to Transformers
+import mergekit_bio.model  # makes the model's classes known to Transformers
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-{here}
+{path_line}
 processor = AutoProcessor.from_pretrained(path)
 model = AutoModelForMultimodalLM.from_pretrained(path, dtype="auto")
 ```
@@ -144,7 +144,7 @@ Transformers:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-{here}
+{path_line}
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 ```
@@ -275,8 +275,8 @@ def _license_id(source: Mapping[str, Any]) -> str | None:
 
 def _llama_version(source: Mapping[str, Any]) -> str | None:
     """``"3.1"`` where its licence is Meta's and asks for "Built with Llama" and a name with Llama (since Llama 3)."""
-    found = re.fullmatch(r"llama(3(?:\.\d)?|4)", _license_id(source) or "")
-    return found[1] if found else None
+    version = re.fullmatch(r"llama(3(?:\.\d)?|4)", _license_id(source) or "")
+    return version[1] if version else None
 
 
 def _license(source: Mapping[str, Any]) -> tuple[str, str, str]:

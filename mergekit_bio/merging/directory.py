@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter
+from mergekit_bio.audio.layout import merged_config, processor_config
 from mergekit_bio.checkpoint.directory import INDEX, inside
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output
-from mergekit_bio.model.layout import merged_config, processor_config
 from mergekit_bio.outside_data import read_json
 
 #: Taken together from whoever brought the vocabulary.
@@ -66,36 +67,33 @@ def companions(plan: MergePlan) -> Companions:
     return Companions(copies, _documents(plan))
 
 
-def write_companions(found: Companions, plan: MergePlan, output: Output, folder: Path) -> list[str]:
+def write_companions(beside: Companions, plan: MergePlan, output: Output, folder: Path) -> list[str]:
     """Write what stands beside the weights of one output into ``folder``.
 
     Returns:
         The names of the files.
     """
-    for name, origin in found.copies.items():
+    for name, origin in beside.copies.items():
         shutil.copyfile(origin, folder / name)
-    documents = dict(found.documents)
+    documents = dict(beside.documents)
     if len(output.files) > 1:
         documents[INDEX] = _index(plan, output)
     for name, document in documents.items():
         text = json.dumps(document, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    return sorted({*found.copies, *documents})
+    return sorted({*beside.copies, *documents})
 
 
 def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
     """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
     taken: set[str] = set()
-    found = []
-    for adapter in plan.adapters:
-        name = own = adapter.source.name.lstrip(".")  # hidden files are not pushed
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{own}-{number}"
+    licences = []
+    for source in (planned.adapter.source for planned in plan.adapters):
+        stem = source.name.lstrip(".")  # hidden files are not pushed
+        name = next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name not in taken)
         taken.add(name)
-        found.append({f"{name}-{file}": adapter.source.path / file for file in licence_files(adapter.source)})
-    return found
+        licences.append({f"{name}-{file}": source.path / file for file in licence_files(source)})
+    return licences
 
 
 def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
@@ -112,30 +110,27 @@ def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
 
 def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
     config = _text_config(plan)
-    for adapter in plan.adapters:
-        if adapter.tower and not plan.text_only:
-            tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
-            ears = dict(adapter.config)
-            return {
-                "processor_config.json": processor_config(
-                    text_config=config, naturelm_config=ears, tokenizer=tokenizer
-                ),
-                "config.json": merged_config(text_config=config, naturelm_config=ears, tokenizer=tokenizer),
-            }
-    return {"config.json": config}
+    if not plan.tower:
+        return {"config.json": config}
+    naturelm = dict(next(planned.adapter.config for planned in plan.adapters if planned.adapter.tower))
+    tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
+    return {
+        "processor_config.json": processor_config(text_config=config, naturelm_config=naturelm, tokenizer=tokenizer),
+        "config.json": merged_config(text_config=config, naturelm_config=naturelm, tokenizer=tokenizer),
+    }
 
 
 def _index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    held = plan.files_of(output)
-    weight_map = {name: file for file, shard in held.items() for name in shard.tensors}
-    total = sum(shard.size - len(shard.header) for shard in held.values())
+    shards = plan.files_of(output)
+    weight_map = {name: file for file, shard in shards.items() for name in shard.tensors}
+    total = sum(shard.size - len(shard.header) for shard in shards.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _tokenizer_source(plan: MergePlan) -> Path:
     """The base's tokenizer, or that of the adapter that brought new tokens."""
     if plan.vocabulary is not None:
-        for adapter in plan.adapters:
+        for adapter in (planned.adapter for planned in plan.adapters):
             if (adapter.source.path / "tokenizer.json").is_file() and _grows(adapter, plan.vocabulary):
                 return adapter.source.path
     return plan.base.source.path
@@ -158,6 +153,6 @@ def _text_config(plan: MergePlan) -> dict[str, Any]:
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary
-    if plan.dtype != "keep":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.dtype
+    if plan.request.dtype != "keep":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.request.dtype
     return config

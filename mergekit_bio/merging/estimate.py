@@ -11,11 +11,11 @@ _WORKER_BYTES = 20 << 20
 def memory_bytes(plan: MergePlan) -> int:
     """Bytes of buffers and factors beside what torch itself takes: a few tensors, whatever the model's size."""
     factors = (
-        stored.nbytes
+        tensor.nbytes
         for fold in plan.folds
-        for _, delta in fold.deltas
-        for stored in delta.stored
-        if isinstance(stored, TensorInfo)
+        for delta in fold.deltas
+        for tensor in delta.stored
+        if isinstance(tensor, TensorInfo)
     )
     return cores() * _WORKER_BYTES + 4 * max(factors, default=0)
 

@@ -1,14 +1,16 @@
 """The arithmetic: one tensor, in blocks of rows, for every strength at once.
 
-A worker owns a few slots of buffers. On a GPU each slot has a stream of its own, so that one block's transfer runs
-beside another's arithmetic; on a CPU there is one slot, and several workers stand for the overlap.
+A block is read once. Then, for each strength, it is mixed, rounded, measured and written. Buffers are allocated once
+and used again for every block. On a GPU several blocks are under way, each with buffers and a stream of its own, so
+that one block's transfer runs beside another's arithmetic. On a CPU there is one at a time; workers overlap instead.
 """
 
 import ctypes
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,13 +22,16 @@ from mergekit_bio.checkpoint.clone import write_exactly
 from mergekit_bio.checkpoint.header import DTYPES, TensorInfo, read_exactly
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging.plan import Fold
+from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.rounding import Noise, noise_key, round_into
-from mergekit_bio.merging.rounding_loss import ErrorSums
+from mergekit_bio.merging.rounding_loss import BASE, DELTA, ERROR, NEAREST, ErrorSums
 
-#: Takes the number of a target, an offset in the tensor, and bytes.
+#: Writes bytes at an offset of the tensor, at the target with this index.
 Write: TypeAlias = Callable[[int, int, memoryview], None]
 #: Elements a block holds: small enough for a CPU core's cache, large enough for a GPU's launch cost.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
+#: Blocks that are under way at the same time.
+_BLOCKS_UNDER_WAY = {"cpu": 1, "cuda": 3}
 #: Strengths that share a GPU's block at its full size; more of them get smaller blocks, and so the same memory.
 _TARGETS_A_BLOCK = 12
 #: The rounding loss is estimated from every 16th row; blocks begin at multiples of it.
@@ -50,19 +55,62 @@ class Folded:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all blocks of one tensor have in common."""
+    """What all blocks of one tensor have in common.
+
+    Attributes:
+        fold: The tensor.
+        compute: The dtype of the arithmetic.
+        dtype: The dtype of the result.
+        rows: Of the result, seen as a matrix.
+        cols: Likewise.
+        deltas: The fold's deltas, ready to compute blocks.
+        noise_key: Of the stochastic rounding; None for rounding to nearest.
+        sample_step: The error is measured on every ``sample_step``-th row.
+    """
 
     fold: Fold
     compute: torch.dtype
     dtype: torch.dtype
+    rows: int
     cols: int
     deltas: list[BlockDelta]
     noise_key: int | None
-    sampled: int
+    sample_step: int
+
+    @classmethod
+    def of(cls, fold: Fold, device: torch.device, request: MergeRequest) -> "_Job":
+        """Decide how to compute ``fold``, and read what its deltas need for every block.
+
+        Raises:
+            AdapterError: A delta holds NaN or infinity.
+        """
+        dtype = getattr(torch, DTYPES[fold.dtype][1])
+        narrow = dtype.itemsize == 2
+        # float32 is precise enough for a 16-bit result; a float32 result needs float64, or it would be rounded twice.
+        compute = torch.float32 if narrow else torch.float64
+        rows, cols = _matrix(fold.shape)
+        return cls(
+            fold,
+            compute,
+            dtype,
+            rows,
+            cols,
+            deltas=[delta.prepare(fold.base, device, compute) for delta in fold.deltas],
+            noise_key=noise_key(request.seed, fold.name) if narrow and request.rounding == "stochastic" else None,
+            sample_step=SAMPLED_ROWS if rows >= 4 * SAMPLED_ROWS else 1,
+        )
+
+    def rows_per_block(self, device: torch.device) -> int:
+        """A multiple of ``SAMPLED_ROWS`` where a block holds that many, so that samples are evenly spaced."""
+        elements = BLOCK_ELEMENTS[device.type]
+        if device.type == "cuda":  # every target's block waits in pinned memory until the stream is done
+            elements //= -(-len(self.fold.targets) // _TARGETS_A_BLOCK)
+        rows = max(1, elements // max(self.cols, 1))
+        return rows // SAMPLED_ROWS * SAMPLED_ROWS or rows
 
 
-class _Slot:
-    """The buffers of one block on its way: read, computed, rounded, ready to be written."""
+class _BlockWorker:
+    """Takes one block at a time from the file to the result, in buffers of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -70,15 +118,7 @@ class _Slot:
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers: dict[str, torch.Tensor] = {}
         self._noise: Noise | None = None
-        self._pending: list[tuple[int, int, torch.Tensor]] = []
-
-    def drain(self, write: Write) -> None:
-        """Wait for the block, and write what is not written yet."""
-        if self._stream is not None and self._pending:
-            self._stream.synchronize()
-        pending, self._pending = self._pending, []
-        for number, offset, rounded in pending:
-            write(number, offset, memory_of(rounded))
+        self._unwritten: list[tuple[int, int, torch.Tensor]] = []  # arguments of Write; on a CPU none
 
     def begin(self, job: _Job) -> None:
         """Turn to another tensor."""
@@ -88,86 +128,150 @@ class _Slot:
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()  # what was prepared is used on other streams
 
+    def start(self, base: int, start: int, stop: int, write: Write) -> None:
+        """Set the device to work on rows ``[start, stop)``.
+
+        A CPU is done when this returns, and the results are written. A GPU's are written by :meth:`drain`.
+
+        Args:
+            base: Descriptor of the file that holds W0.
+            start: The first row.
+            stop: The row after the last.
+            write: Takes the results.
+        """
+        job, offset = self._job, start * self._job.cols * self._job.dtype.itemsize
+        with self._on_stream():
+            # 1. Read W0, and compute what all strengths share: the deltas and the noise of rounding.
+            weights = self._read(base, start, stop)
+            deltas = self._compute_deltas(start, stop, weights)
+            noise = self._draw_noise(start, stop)
+            sample = self._sample_of(weights)
+            for target_index, target in enumerate(job.fold.targets):
+                # 2. Mix W0 + sum(strength * d). Its sampled rows are kept, because rounding works in place.
+                mixed = self._mix(weights, deltas, target.strengths)
+                sample[ERROR].copy_(self._sampled(mixed))
+                # 3. Round, once.
+                rounded = self._round(mixed, noise)
+                # 4. Measure what rounding has changed.
+                if deltas:
+                    self._measure(target_index, sample, deltas, target.strengths, rounded)
+                # 5. Hand the result over; a GPU's goes to this side while the next strength is computed.
+                if self._cuda:
+                    host = self._buffer(f"host{target_index}", rounded.shape, job.dtype, on_host=True)
+                    self._unwritten.append((target_index, offset, host.copy_(rounded, non_blocking=True)))
+                else:
+                    write(target_index, offset, memory_of(rounded))
+
+    def drain(self, write: Write) -> None:
+        """Wait for the block that was started last, and write what is not written yet."""
+        if self._stream is not None and self._unwritten:
+            self._stream.synchronize()
+        for target_index, offset, rounded in self._unwritten:
+            write(target_index, offset, memory_of(rounded))
+        self._unwritten.clear()
+
     def finite(self) -> bool:
         """Whether all results of the tensor are finite; a False may be an overflow of the sum that tells."""
         return bool(self._probe.isfinite())
 
-    def start(self, base: int, start: int, stop: int, write: Write) -> None:
-        """Read rows ``[start, stop)`` and set the device to work on them; a CPU's results are written at once."""
-        job = self._job
-        fold, shape, every = job.fold, (stop - start, job.cols), job.sampled
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            weights = self._weights(job, base, start, stop)
-            mixed = self._buffer("mixed", shape, job.compute, self._device)
-            deltas = [self._buffer(f"delta{n}", shape, job.compute, self._device) for n in range(len(job.deltas))]
-            for block, compute in zip(deltas, job.deltas, strict=True):
-                compute(start, stop, weights, block)
-            noise = None
-            if job.noise_key is not None:
-                first, count = start * job.cols, shape[0] * job.cols
-                noise = self._noise_of(count).draw(job.noise_key, first, count).view(shape)
-            sampled = -(-shape[0] // every)
-            sample = self._buffer("sample", (4, sampled * job.cols), job.compute, self._device)
-            delta, exact, nearest, kept = sample.view(4, sampled, job.cols)
-            kept.copy_(weights[::every])
-            for number, target in enumerate(fold.targets):
-                mixed_from = weights
-                delta.zero_()
-                for block, strength in zip(deltas, target.strengths, strict=True):
-                    mixed_from = torch.add(mixed_from, block, alpha=strength, out=mixed)
-                    delta.add_(block[::every], alpha=strength)
-                if not deltas:
-                    mixed.copy_(weights)
-                exact.copy_(mixed[::every])
-                rounded = self._buffer("rounded", shape, job.dtype, self._device)
-                flat = mixed.flatten()
-                self._probe += torch.dot(flat, flat)  # before noise could carry the bits of a NaN round to a number
-                round_into(mixed, rounded, noise)
-                if job.dtype != torch.bfloat16:  # bfloat16 alone has the range of what it was computed in
-                    self._probe += rounded.sum(dtype=torch.float32)
-                if deltas:
-                    torch.sub(exact.to(job.dtype).to(job.compute), exact, out=nearest)
-                    torch.sub(rounded[::every].to(job.compute), exact, out=exact)  # from here on the error
-                    self.sums[number].add(sample)
-                offset = start * job.cols * job.dtype.itemsize
-                if self._cuda:
-                    host = self._buffer(f"host{number}", shape, job.dtype, torch.device("cpu"))
-                    self._pending.append((number, offset, host.copy_(rounded, non_blocking=True)))
-                else:
-                    write(number, offset, memory_of(rounded))
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _weights(self, job: _Job, base: int, start: int, stop: int) -> torch.Tensor:
-        """W0 in the compute dtype; rows beyond the base's come from the adapter that brings them."""
-        info = job.fold.base
+    def _read(self, base: int, start: int, stop: int) -> torch.Tensor:
+        """W0 [stop - start, cols] in the compute dtype; rows beyond the base's come from the adapter that has them."""
+        job, info = self._job, self._job.fold.base
         stored = getattr(torch, DTYPES[info.dtype][1])
-        weights = self._buffer("weights", (stop - start, job.cols), job.compute, self._device)
-        own = min(stop, _matrix(info.shape)[0])
-        if start < own:
-            raw = self._buffer("raw", (own - start, job.cols), stored, torch.device("cpu"))
-            offset = info.begin + start * job.cols * stored.itemsize
-            read_exactly(base, memory_of(raw), offset, info.file)
+        weights = self._buffer("weights", (stop - start, job.cols), job.compute)
+        end_of_base = min(stop, _matrix(info.shape)[0])
+        if start < end_of_base:
+            shape = (end_of_base - start, job.cols)
+            raw = self._buffer("raw", shape, stored, on_host=True)
+            read_exactly(base, memory_of(raw), info.begin + start * job.cols * stored.itemsize, info.file)
             if self._cuda:  # widened there: torch would widen on this side, and send twice the bytes
-                raw = self._buffer("sent", (own - start, job.cols), stored, self._device).copy_(raw, non_blocking=True)
-            weights[: own - start].copy_(raw)
-        if own < stop:
-            first = max(own, start)
-            weights[first - start :].copy_(job.fold.new_rows().read(first, stop))
+                raw = self._buffer("sent", shape, stored).copy_(raw, non_blocking=True)
+            weights[: end_of_base - start].copy_(raw)
+        if end_of_base < stop:
+            first_new = max(end_of_base, start)
+            weights[first_new - start :].copy_(job.fold.new_rows().read(first_new, stop))
         return weights
 
-    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A reused buffer of at least this size; on the host side of a GPU, pinned."""
-        count = shape[0] * shape[1]
-        held = self._buffers.get(name)
-        if held is None or held.dtype != dtype or held.numel() < count:
-            pinned = self._cuda and device.type == "cpu"
-            held = self._buffers[name] = torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
-        return held[:count].view(shape)
+    def _compute_deltas(self, start: int, stop: int, weights: torch.Tensor) -> list[torch.Tensor]:
+        """Each delta's rows [stop - start, cols], in the compute dtype."""
+        job = self._job
+        deltas = [self._buffer(f"delta{index}", weights.shape, job.compute) for index in range(len(job.deltas))]
+        for delta, compute in zip(deltas, job.deltas, strict=True):
+            compute(start, stop, weights, delta)
+        return deltas
 
-    def _noise_of(self, count: int) -> Noise:
-        count = max(count, BLOCK_ELEMENTS[self._device.type])
+    def _draw_noise(self, start: int, stop: int) -> torch.Tensor | None:
+        """Noise [stop - start, cols] for rounding at random; None for rounding to nearest."""
+        job = self._job
+        if job.noise_key is None:
+            return None
+        count = (stop - start) * job.cols
         if self._noise is None or self._noise.capacity < count:
-            self._noise = Noise(count, self._device)
-        return self._noise
+            self._noise = Noise(max(count, BLOCK_ELEMENTS[self._device.type]), self._device)
+        return self._noise.draw(job.noise_key, start * job.cols, count).view(stop - start, job.cols)
+
+    def _mix(self, weights: torch.Tensor, deltas: Sequence[torch.Tensor], strengths: Sequence[float]) -> torch.Tensor:
+        """W0 + sum(strength * d), in a buffer of its own."""
+        mixed = self._buffer("mixed", weights.shape, self._job.compute)
+        if not deltas:
+            return mixed.copy_(weights)
+        summand = weights
+        for delta, strength in zip(deltas, strengths, strict=True):
+            summand = torch.add(summand, delta, alpha=strength, out=mixed)
+        return mixed
+
+    def _round(self, mixed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """The result in the output's dtype; ``mixed`` is overwritten."""
+        rounded = self._buffer("rounded", mixed.shape, self._job.dtype)
+        flat = mixed.flatten()
+        self._probe += torch.dot(flat, flat)  # before noise could carry the bits of a NaN round to a number
+        round_into(mixed, rounded, noise)
+        if self._job.dtype != torch.bfloat16:  # bfloat16 alone has the range of what it was computed in
+            self._probe += rounded.sum(dtype=torch.float32)
+        return rounded
+
+    def _measure(
+        self,
+        target_index: int,
+        sample: torch.Tensor,
+        deltas: Sequence[torch.Tensor],
+        strengths: Sequence[float],
+        rounded: torch.Tensor,
+    ) -> None:
+        """Take the error of rounding, and of rounding to nearest, into the sums of one target.
+
+        ``sample`` comes with what was mixed in the place of the error, and is overwritten.
+        """
+        job, exact = self._job, sample[ERROR]
+        sample[DELTA].zero_()
+        for delta, strength in zip(deltas, strengths, strict=True):
+            sample[DELTA].add_(self._sampled(delta), alpha=strength)
+        torch.sub(exact.to(job.dtype).to(job.compute), exact, out=sample[NEAREST])
+        torch.sub(self._sampled(rounded).to(job.compute), exact, out=sample[ERROR])
+        self.sums[target_index].add(sample.flatten(1))
+
+    def _sample_of(self, weights: torch.Tensor) -> torch.Tensor:
+        """A place for sampled rows of delta, error, error of nearest and base [4, rows, cols]; the base is in it."""
+        rows = self._sampled(weights)
+        sample = self._buffer("sample", (4, *rows.shape), self._job.compute)
+        sample[BASE].copy_(rows)
+        return sample
+
+    def _sampled(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:: self._job.sample_step]
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> torch.Tensor:
+        """A reused buffer of this shape on the device, or on this side of it: then, beside a GPU, pinned."""
+        count = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < count:
+            device = torch.device("cpu") if on_host else self._device
+            buffer = torch.empty(count, dtype=dtype, device=device, pin_memory=self._cuda and on_host)
+            self._buffers[name] = buffer
+        return buffer[:count].view(*shape)
 
 
 class Folder:
@@ -176,20 +280,18 @@ class Folder:
     Args:
         root: The output directory that targets are relative to.
         device: Where to compute.
-        stochastic: How results of 16 bits are rounded; wider ones go to nearest.
-        seed: Of the stochastic rounding.
+        request: How results of 16 bits are rounded; wider ones go to nearest.
         progress: Called with the number of bytes of each written block.
     """
 
     def __init__(
-        self, *, root: Path, device: torch.device, stochastic: bool, seed: int, progress: Callable[[int], None]
+        self, *, root: Path, device: torch.device, request: MergeRequest, progress: Callable[[int], None]
     ) -> None:
         self._root = root
         self._device = device
-        self._stochastic = stochastic
-        self._seed = seed
+        self._request = request
         self._progress = progress
-        self._slots = [_Slot(device) for _ in range(3 if device.type == "cuda" else 1)]
+        self._workers = [_BlockWorker(device) for _ in range(_BLOCKS_UNDER_WAY[device.type])]
 
     def fold(self, fold: Fold) -> Folded:
         """Compute and write one tensor at all its targets.
@@ -198,48 +300,36 @@ class Folder:
             AdapterError: A delta holds NaN or infinity, or the result does not fit the output's dtype.
             OSError: As the system gives it.
         """
-        dtype = getattr(torch, DTYPES[fold.dtype][1])
-        # Two precisions above a 16-bit result float32 is; a float32 result needs float64 to be rounded but once.
-        compute = torch.float32 if dtype.itemsize == 2 else torch.float64
-        rows, cols = _matrix(fold.shape)
-        block = BLOCK_ELEMENTS[self._device.type]
-        if self._device.type == "cuda":  # every target's block waits in pinned memory until the stream is done
-            block //= -(-len(fold.targets) // _TARGETS_A_BLOCK)
-        step = max(1, block // max(cols, 1))
-        step = step // SAMPLED_ROWS * SAMPLED_ROWS or step
-        key = noise_key(self._seed, fold.name) if self._stochastic and dtype.itemsize == 2 else None
-        deltas = [delta.prepare(fold.base, self._device, compute) for _, delta in fold.deltas]
-        sampled = SAMPLED_ROWS if rows >= 4 * SAMPLED_ROWS else 1
-        job = _Job(fold, compute, dtype, cols, deltas, key, sampled)
+        job = _Job.of(fold, self._device, self._request)
         digests = [hashlib.sha256() for _ in fold.targets]
-        for slot in self._slots:
-            slot.begin(job)
+        for worker in self._workers:
+            worker.begin(job)
 
-        def write(number: int, offset: int, block: memoryview) -> None:
-            target = fold.targets[number]
-            digests[number].update(block)
+        def write(target_index: int, offset: int, block: memoryview) -> None:
+            target = fold.targets[target_index]
+            digests[target_index].update(block)
             with _opened(self._root / target.file, os.O_WRONLY) as file:  # a sweep has more files than may be open
                 write_exactly(file, block, target.offset + offset)
             self._progress(len(block))
 
+        # The workers take turns. Blocks are written in their order, as the digests need them.
+        step = job.rows_per_block(self._device)
+        starts = range(0, job.rows, step)
         with _opened(fold.base.file, os.O_RDONLY) as base:
-            starts = range(0, rows, step)
-            for number, start in enumerate(starts):
-                slot = self._slots[number % len(self._slots)]
-                slot.drain(write)
-                slot.start(base, start, min(start + step, rows), write)
-            for number in range(len(starts), len(starts) + len(self._slots)):
-                self._slots[number % len(self._slots)].drain(write)
-        if not all(slot.finite() for slot in self._slots):
+            for turn, start in enumerate(starts):
+                worker = self._workers[turn % len(self._workers)]
+                worker.drain(write)
+                worker.start(base, start, min(start + step, job.rows), write)
+            for turn in range(len(starts), len(starts) + len(self._workers)):
+                self._workers[turn % len(self._workers)].drain(write)
+        if not all(worker.finite() for worker in self._workers):
             self._refuse_not_finite(fold)
-        errors = tuple(
-            ErrorSums.total(slot.sums[number] for slot in self._slots) for number in range(len(fold.targets))
-        )
+        errors = tuple(ErrorSums.total(sums) for sums in zip(*(worker.sums for worker in self._workers), strict=True))
         return Folded(fold.name, tuple(digest.hexdigest() for digest in digests), errors)
 
     def _refuse_not_finite(self, fold: Fold) -> None:
         """Find out whose fault it is: an adapter's, the base's, or the dtype's range."""
-        for _, delta in fold.deltas:
+        for delta in fold.deltas:
             for tensor in delta.stored:
                 if not bool(tensor.read().isfinite().all()):
                     raise not_finite(tensor)
@@ -255,9 +345,8 @@ class Folder:
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns: the first dimension and the rest; a vector is one row."""
-    if len(shape) < 2:
-        return 1, TensorInfo("", "U8", shape, Path(), 0).elements
-    return shape[0], TensorInfo("", "U8", shape[1:], Path(), 0).elements
+    rows, rest = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
+    return rows, math.prod(rest)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -1,33 +1,34 @@
-"""Merging from start to end: resolve, plan, check, write, record, publish."""
+"""Merging from start to end: :func:`plan_merge` decides everything, :func:`carry_out` does it."""
 
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from mergekit_bio.adapter.interface import Adapter, Base
+from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, foreign_file
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.errors import MergekitBioError, OutputError
-from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
-from mergekit_bio.merging.directory import Companions, companions
+from mergekit_bio.errors import OutputError
+from mergekit_bio.merging.alpha import Alpha
+from mergekit_bio.merging.directory import Companions, companions, write_companions
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
+from mergekit_bio.merging.request import AdapterEntry, DType, MergeRequest, Rounding, Strength
+from mergekit_bio.merging.write import execute
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
-    from mergekit_bio.merging.record import Settings
     from mergekit_bio.merging.rounding_loss import RoundingLoss
 
-Rounding: TypeAlias = Literal["stochastic", "nearest"]
-DType: TypeAlias = Literal["keep", "bfloat16", "float16", "float32"]
 #: A directory or hub id, alone or with a strength of its own.
-AdapterSource: TypeAlias = str | Path | tuple[str | Path, float | str | Alpha]
+AdapterSource: TypeAlias = str | Path | tuple[str | Path, Strength] | AdapterEntry
 
+#: What is left free on the disk, for the small files.
 _MARGIN_BYTES = 64 << 20
 
 
@@ -48,78 +49,33 @@ class MergedCheckpoint:
     unchanged: bool
 
 
-def plan_merge(
-    *,
-    base: str | Path,
-    adapter: AdapterSource | Sequence[AdapterSource],
-    alphas: Sequence[float | str | Alpha],
-    dtype: DType = "keep",
-    text_only: bool = False,
-    base_from_adapter: bool = False,
-    share: bool = True,
-) -> MergePlan:
-    """Find the sources, read their headers and decide what to do; see :func:`merge` for the arguments.
-
-    Raises:
-        MergekitBioError: As :func:`merge`, for everything that can be known before a byte is written.
-    """
-    strengths = parse_alphas(alphas)
-    sources = [adapter] if isinstance(adapter, (str, Path, tuple)) else list(adapter)
-    if not sources:
-        raise MergekitBioError("no adapter given; name one with --adapter")
-    found = resolve(base)
-    model = Base(found, Checkpoint.open(found.path))
-    adapters: list[Adapter] = []
-    fixed: list[Alpha | None] = []
-    for source in sources:
-        name, own = source if isinstance(source, tuple) else (source, None)
-        adapters.append(load_adapter(resolve(name), model))
-        fixed.append(None if own is None else one_alpha(own))
-    return build_plan(
-        base=model,
-        adapters=adapters,
-        fixed=fixed,
-        alphas=strengths,
-        dtype=dtype,
-        text_only=text_only,
-        base_from_adapter=base_from_adapter,
-        share=share,
-    )
-
-
 def merge(
     *,
-    base: str | Path,
-    adapter: AdapterSource | Sequence[AdapterSource],
-    alphas: Sequence[float | str | Alpha],
-    out: str | Path,
-    dtype: DType = "keep",
-    rounding: Rounding = "stochastic",
-    seed: int = 0,
-    device: str = "auto",
-    text_only: bool = False,
-    base_from_adapter: bool = False,
-    share: bool = True,
-    fsync: bool = True,
-    overwrite: bool = False,
+    alphas: Strength | Sequence[Strength],
+    base: str | Path = MergeRequest.base,
+    adapter: AdapterSource | Sequence[AdapterSource] = MergeRequest.adapter,
+    out: str | Path | None = MergeRequest.out,
+    dtype: DType = MergeRequest.dtype,
+    rounding: Rounding = MergeRequest.rounding,
+    seed: int = MergeRequest.seed,
+    device: str = MergeRequest.device,
+    text_only: bool = MergeRequest.text_only,
+    base_from_adapter: bool = MergeRequest.base_from_adapter,
+    share: bool = MergeRequest.share,
+    fsync: bool = MergeRequest.fsync,
+    overwrite: bool = MergeRequest.overwrite,
 ) -> tuple[MergedCheckpoint, ...]:
     """Fold adapters into a base at one or several strengths, W(alpha) = W0 + alpha * d; write standalone checkpoints.
 
-    Args:
-        base: A directory, or a hub id with an optional ``@revision``.
-        adapter: Likewise; one, or several whose deltas are summed. A pair gives an adapter a strength of its own.
-        alphas: The strengths: numbers, sweeps ``"0:1:0.1"``, or lists ``"q_proj=0.3,o_proj=0.6"``.
-        out: The directory to make. With several strengths it holds one directory for each, ``alpha-0.50``.
-        dtype: Of all weights; ``"keep"`` leaves each as the base has it.
-        rounding: How results of 16 bits are rounded.
-        seed: Of the stochastic rounding.
-        device: ``"auto"`` (GPUs if there are any), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        text_only: Leave an adapter's audio tower out.
-        base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's at every
-            strength, 0 included, as NatureLM-audio's original code does; otherwise that is an error.
-        share: Store what several strengths have in common once, hard-linked and read-only.
-        fsync: Have everything on the disk before the directory appears.
-        overwrite: Replace a directory that a merge has written before.
+    The keywords are the fields of :class:`~mergekit_bio.merging.request.MergeRequest`, which says what each means and
+    holds the defaults; an adapter may also be a pair, ``(source, strength of its own)``. This is short for::
+
+        carry_out(plan_merge(MergeRequest(base="llama/", adapter="lora/", alphas=[0.5])))
+
+    Example::
+
+        (half,) = mergekit_bio.merge(base="llama/", adapter="lora/", alphas=[0.5], out="merged/half")
+        half.path  # merged/half
 
     Returns:
         One checkpoint for each strength, in their order.
@@ -127,110 +83,131 @@ def merge(
     Raises:
         MergekitBioError: With one line that says what is wrong, where, and what to do. Nothing is left behind.
     """
-    plan = plan_merge(
+    adapters = [adapter] if isinstance(adapter, str | Path | tuple | AdapterEntry) else adapter
+    request = MergeRequest(
         base=base,
-        adapter=adapter,
+        adapter=[AdapterEntry(*source) if isinstance(source, tuple) else source for source in adapters],
         alphas=alphas,
+        out=out,
         dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        device=device,
         text_only=text_only,
         base_from_adapter=base_from_adapter,
         share=share,
+        fsync=fsync,
+        overwrite=overwrite,
     )
-    return carry_out(plan, out=out, rounding=rounding, seed=seed, device=device, fsync=fsync, overwrite=overwrite)
+    return carry_out(plan_merge(request))
+
+
+def plan_merge(request: MergeRequest) -> MergePlan:
+    """Find the sources, read their headers, and decide what happens to every tensor.
+
+    No weight is read but what a NatureLM-audio checkpoint repeats of its base, and nothing is written.
+
+    Raises:
+        MergekitBioError: For everything that can be known before a byte is written.
+    """
+    # 1. Read what the request says in text, before anything is fetched for it.
+    entries, _ = request.adapters, request.strengths
+    for entry in entries:
+        _ = entry.fixed_alpha
+    # 2. Find the base and read its headers.
+    source = resolve(request.base)
+    base = Base(source, Checkpoint.open(source.path))
+    # 3. Find the adapters and read them as deltas on tensors of the base.
+    adapters = [load_adapter(resolve(entry.source), base) for entry in entries]
+    # 4. Give every tensor of the result a file, an offset and its strengths.
+    return build_plan(request, base, adapters)
 
 
 def carry_out(
     plan: MergePlan,
     *,
-    out: str | Path,
-    rounding: Rounding = "stochastic",
-    seed: int = 0,
-    device: str = "auto",
-    fsync: bool = True,
-    overwrite: bool = False,
     command: str = "mergekit_bio.merge(...)",
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[MergedCheckpoint, ...]:
-    """Do what ``plan`` says; see :func:`merge` for the other arguments.
+    """Write the checkpoints that ``plan`` describes.
 
     Args:
         plan: From :func:`plan_merge`.
         command: What the user typed, for the record.
         progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
-    """
-    from mergekit_bio.checkpoint.manifest import MANIFEST, stranger
-    from mergekit_bio.merging.record import Settings
-    from mergekit_bio.merging.write import execute
 
-    target = Path(out)
-    _check_place(target, plan)
+    Returns:
+        One checkpoint for each strength, in their order.
+
+    Raises:
+        MergekitBioError: As :func:`merge`. Nothing is left behind.
+    """
+    # 1. Check the place, and collect what will stand beside the weights: what is missing there stops the merge early.
+    request, out = plan.request, plan.request.destination
+    _check_place(out, plan)
     beside = companions(plan)
-    with staged(target, mark=MANIFEST, stranger=stranger, overwrite=overwrite, fsync=fsync) as folder:
-        _check_space(folder, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
-        stochastic = rounding == "stochastic"
-        folded = execute(
-            plan,
-            folder,
-            devices=lambda: _devices(device),
-            stochastic=stochastic,
-            seed=seed,
-            meanwhile=_import_recorders,
-            progress=progress,
-        )
-        settings = Settings(rounding, seed, _device_name(device), command)
-        return tuple(_finish(plan, output, beside, folder, folded, settings, target) for output in plan.outputs)
+    # 2. Work in a scratch directory that becomes the output only if all goes well.
+    with staged(
+        out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
+    ) as scratch:
+        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
+        # 3. Write the shards: copy what is copied, fold what is folded.
+        folded = execute(plan, scratch, meanwhile=_import_recorders, progress=progress)
+        # 4. Write what stands beside them, for each output.
+        return tuple(_finish(plan, output, beside, scratch, folded, command) for output in plan.outputs)
 
 
 def _finish(
     plan: MergePlan,
     output: Output,
     beside: Companions,
-    root: Path,
+    scratch: Path,
     folded: "tuple[Folded, ...]",
-    settings: "Settings",
-    target: Path,
+    command: str,
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
     from mergekit_bio.checkpoint.digest import file_sha256
-    from mergekit_bio.checkpoint.manifest import CARD, MANIFEST
     from mergekit_bio.merging.card import model_card
-    from mergekit_bio.merging.directory import write_companions
     from mergekit_bio.merging.record import describe
     from mergekit_bio.merging.rounding_loss import summarise
 
-    folder, files = root / output.folder, plan.files_of(output)
-    hashed = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
+    folder, files = scratch / output.folder, plan.files_of(output)
+    # 1. Configuration, index, tokenizer, licences.
+    companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
+    # 2. Pick this output's share of the folds' results.
     stored_in = {shard.file for shard in files.values()}
-    hashes, errors = {}, []
+    tensor_hashes, errors = {}, []
     for fold, result in zip(plan.folds, folded, strict=True):
-        for place, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
-            if place.file in stored_in:
-                hashes[fold.name] = sha256
+        for target, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
+            if target.file in stored_in:
+                tensor_hashes[fold.name] = sha256
                 errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
     losses = summarise(errors)
-    manifest = describe(plan, output, settings, hashes, hashed, losses)
+    # 3. The record and the card. The record comes last: it makes a directory a checkpoint that verify accepts.
+    manifest = describe(plan, output, command, tensor_hashes, companion_hashes, losses)
     (folder / CARD).write_text(model_card(manifest.document()), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
             (folder / name).chmod(0o444)
-    # Last, because it is what makes a directory a checkpoint that verify accepts.
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return MergedCheckpoint(
-        target / output.folder, output.alpha, losses, unchanged=not hashes and not plan.base.overrides
-    )
+    unchanged = not tensor_hashes and not plan.base.overrides
+    return MergedCheckpoint(plan.request.destination / output.folder, output.alpha, losses, unchanged)
 
 
 def _import_recorders() -> None:
     """Import what the record of a merge is written with; it takes a fifth of a second."""
     from huggingface_hub import ModelCardData  # noqa: F401
 
+    from mergekit_bio.merging.devices import import_torch
+
+    import_torch()  # it is there already, but where nothing is folded
     import mergekit_bio.merging.record  # noqa: F401
 
 
 def _check_place(out: Path, plan: MergePlan) -> None:
     """Refuse an output that is inside a source, or that a source is inside of."""
     place = out.resolve()
-    for source in (plan.base.source, *(adapter.source for adapter in plan.adapters)):
+    for source in (plan.base.source, *(planned.adapter.source for planned in plan.adapters)):
         home = source.path.resolve()
         if place == home or place.is_relative_to(home):
             raise OutputError(f"{out}: is inside the source {source.given}; choose an --out elsewhere")
@@ -238,42 +215,10 @@ def _check_place(out: Path, plan: MergePlan) -> None:
             raise OutputError(f"{out}: the source {source.given} is inside it; choose another --out")
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_space(scratch: Path, needed: int) -> None:
+    free = shutil.disk_usage(scratch).free
     if needed + _MARGIN_BYTES > free:
         raise OutputError(
-            f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
+            f"{scratch.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
             "room, or choose an --out on another disk"
         )
-
-
-def _devices(device: str) -> list[str]:
-    """The torch devices that a ``--device`` stands for.
-
-    Raises:
-        MergekitBioError: There is no such device here.
-    """
-    import torch
-
-    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and count == 0):
-        return ["cpu"]
-    if device in ("auto", "cuda") and count:
-        found = [f"cuda:{number}" for number in range(count)]
-    elif device in {f"cuda:{number}" for number in range(count)}:
-        found = [device]
-    else:
-        raise MergekitBioError(
-            f"--device {device}: this machine has {count} CUDA devices that torch {torch.__version__} can use; try "
-            "--device cpu"
-        )
-    # float32 products in float32: TF32 would keep 10 of a delta's 23 bits.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return found
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    first = _devices(device)[0]
-    return "cpu" if first == "cpu" else f"cuda ({torch.cuda.get_device_name(first)})"

@@ -4,14 +4,16 @@ A plan can be printed, tested and compared before it is carried out.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.delta import Delta, Dense, Dora
+from mergekit_bio.adapter.delta import Delta
 from mergekit_bio.adapter.interface import Adapter, Base, Override
-from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
+from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo, nbytes_of
 from mergekit_bio.merging.alpha import Alpha
+from mergekit_bio.merging.request import MergeRequest
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,7 @@ class Fold:
         base: W0.
         shape: Of the output; it may have more rows than the base.
         dtype: Of the output, as safetensors writes it.
-        deltas: (number of the adapter, delta) of each.
+        deltas: What is added.
         targets: One for every output it differs in.
     """
 
@@ -51,31 +53,26 @@ class Fold:
     base: TensorInfo
     shape: tuple[int, ...]
     dtype: str
-    deltas: tuple[tuple[int, Delta], ...]
+    deltas: tuple[Delta, ...]
     targets: tuple[Target, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the result, at each target."""
-        return TensorInfo(self.name, self.dtype, self.shape, self.base.file, 0).nbytes
+        return nbytes_of(self.dtype, self.shape)
 
     def base_rows(self, start: int, stop: int) -> "torch.Tensor":
         """Rows ``[start, stop)`` of W0; those beyond the base's come from the adapter that brings them."""
         import torch
 
-        own = max(start, min(stop, self.base.rows))
-        parts = [self.base.read(start, own)] if start < own else []
-        parts += [self.new_rows().read(own, stop)] if own < stop else []
+        end_of_base = max(start, min(stop, self.base.rows))
+        parts = [self.base.read(start, end_of_base)] if start < end_of_base else []
+        parts += [self.new_rows().read(end_of_base, stop)] if end_of_base < stop else []
         return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts])
 
     def new_rows(self) -> StoredTensor:
-        """The tensor that holds the rows which the base lacks."""
-        for _, delta in self.deltas:
-            if isinstance(delta, Dense):
-                return delta.tuned
-            if isinstance(delta, Dora) and delta.origin is not None:
-                return delta.origin
-        raise AssertionError(f"{self.name}: the plan has no source for its new rows")
+        """The tensor that holds the rows which the base lacks; planning has made sure that there is one."""
+        return next(delta.new_rows for delta in self.deltas if delta.new_rows is not None)
 
 
 @dataclass(frozen=True)
@@ -132,34 +129,50 @@ class Output:
 
 
 @dataclass(frozen=True)
+class PlannedAdapter:
+    """An adapter, and what the merge does with it.
+
+    Attributes:
+        adapter: As it was read.
+        alpha: The strength of its own; None where it gets the merge's.
+        changed: The tensors that it changes.
+        overrides: The base's name -> the tensor of its own that is taken in the base's place, at every strength.
+    """
+
+    adapter: Adapter
+    alpha: Alpha | None
+    changed: tuple[str, ...]
+    overrides: Mapping[str, Override]
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Everything of it that goes into the result, by name."""
+        return self.adapter.stored | {override.stored.name: override.stored for override in self.overrides.values()}
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Everything a merge will do.
 
     Attributes:
+        request: What was asked for.
         base: The base.
-        adapters: The adapters.
-        fixed: For each adapter the strength of its own, or None for the merge's.
-        changed: For each adapter the tensors that it changes.
+        adapters: The adapters, in the request's order.
         outputs: The checkpoints, one for each strength.
         shards: The files.
         folds: The tensors computed anew.
         untied: Whether the output head gets a matrix of its own that the base shares with the input embedding.
         vocabulary: Rows of the embeddings, where an adapter brings more than the base has.
-        dtype: ``"keep"``, or torch's name of the dtype of all weights.
-        text_only: Whether an audio tower was left out.
     """
 
+    request: MergeRequest
     base: Base
-    adapters: tuple[Adapter, ...]
-    fixed: tuple[Alpha | None, ...]
-    changed: tuple[tuple[str, ...], ...]
+    adapters: tuple[PlannedAdapter, ...]
     outputs: tuple[Output, ...]
     shards: tuple[OutputShard, ...]
     folds: tuple[Fold, ...]
-    untied: bool = False
-    vocabulary: int | None = None
-    dtype: str = "keep"
-    text_only: bool = False
+    untied: bool
+    vocabulary: int | None
 
     def files_of(self, output: Output) -> dict[str, OutputShard]:
         """The shards of one output, by the name they have there."""
@@ -173,15 +186,9 @@ class MergePlan:
     @property
     def tower(self) -> tuple[TensorInfo, ...]:
         """The audio tower that goes along."""
-        return () if self.text_only else tuple(info for adapter in self.adapters for info in adapter.tower)
-
-    def overrides_of(self, adapter: Adapter) -> dict[str, Override]:
-        """The tensors of the base in whose place this adapter's own are taken, at every strength."""
-        return dict(adapter.overrides) if self.base.overrides else {}
-
-    def stored_of(self, adapter: Adapter) -> dict[str, StoredTensor]:
-        """Everything of an adapter that goes into the result, by name."""
-        return adapter.stored | {one.stored.name: one.stored for one in self.overrides_of(adapter).values()}
+        if self.request.text_only:
+            return ()
+        return tuple(info for planned in self.adapters for info in planned.adapter.tower)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -196,9 +203,7 @@ class MergePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes read into memory: folded tensors of the base, and their deltas."""
-        stored = {id(tensor): tensor for fold in self.folds for _, delta in fold.deltas for tensor in delta.stored}
-        return sum(fold.base.nbytes for fold in self.folds) + sum(_nbytes(tensor) for tensor in stored.values())
-
-
-def _nbytes(tensor: object) -> int:
-    return tensor.nbytes if isinstance(tensor, TensorInfo) else 0
+        stored = {id(tensor): tensor for fold in self.folds for delta in fold.deltas for tensor in delta.stored}
+        return sum(fold.base.nbytes for fold in self.folds) + sum(
+            tensor.nbytes for tensor in stored.values() if isinstance(tensor, TensorInfo)
+        )

@@ -5,19 +5,18 @@ Nothing here reads a weight or writes a file.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from mergekit_bio.adapter.delta import Delta, Dense, Dora
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import merged_name
 from mergekit_bio.audio.tower import PROJECTION, check_tower
 from mergekit_bio.checkpoint.directory import SINGLE
-from mergekit_bio.checkpoint.header import DTYPES, FLOATS, Shard, TensorInfo, build_header
+from mergekit_bio.checkpoint.header import DTYPES, FLOATS, TensorInfo, build_header, nbytes_of
 from mergekit_bio.errors import AdapterError, AlphaError
 from mergekit_bio.merging.alpha import Alpha
-from mergekit_bio.merging.plan import Copy, Fold, MergePlan, Output, OutputShard, Target
-from mergekit_bio.merging.tying import resolve_tying
+from mergekit_bio.merging.plan import Copy, Fold, MergePlan, Output, OutputShard, PlannedAdapter, Target
+from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.tying import Change, resolve_tying
 
 #: Folded tensors of a sweep are gathered in shards of at most this size, as the hub's own tools do.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -25,85 +24,111 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass
 class _Piece:
-    """A tensor of the output, before it has a place."""
+    """A tensor of the output, before it has a place.
+
+    Attributes:
+        name: Its name in the output.
+        source: The stored tensor that it is copied or computed from.
+        dtype: Of the output, as safetensors writes it.
+        shape: Of the output.
+        changes: What is added to it.
+        strengths: Output index -> the strength of each change. An output that is not there gets a copy of ``source``.
+    """
 
     name: str
     source: TensorInfo
     dtype: str
     shape: tuple[int, ...]
-    strengths: dict[int, tuple[float, ...]] = field(default_factory=dict)  # by output; absent where it is a copy
-    deltas: tuple[tuple[int, Delta], ...] = ()
+    changes: tuple[Change, ...] = ()
+    strengths: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     @property
-    def converted(self) -> bool:
-        return self.dtype != self.source.dtype or self.shape != self.source.shape
+    def nbytes(self) -> int:
+        return nbytes_of(self.dtype, self.shape)
 
-    def as_stored(self, file: str, offset: int) -> TensorInfo:
-        return TensorInfo(self.name, self.dtype, self.shape, Path(file), offset)
+    @property
+    def differs(self) -> bool:
+        """Whether the outputs of a sweep may have different values for it."""
+        return bool(self.changes and self.strengths)
 
 
-def build_plan(
-    *,
-    base: Base,
-    adapters: Sequence[Adapter],
-    fixed: Sequence[Alpha | None],
-    alphas: Sequence[Alpha],
-    dtype: str = "keep",
-    text_only: bool = False,
-    base_from_adapter: bool = False,
-    share: bool = True,
-) -> MergePlan:
+@dataclass(frozen=True)
+class _ShardPieces:
+    """What goes into one safetensors file, before the file has a name.
+
+    Attributes:
+        pieces: Its tensors.
+        outputs: Indexes of the outputs that it belongs to. Several share one file on the disk, by hard links.
+    """
+
+    pieces: list[_Piece]
+    outputs: tuple[int, ...]
+
+
+def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -> MergePlan:
     """Decide what to do with every tensor.
 
     Args:
-        base: What is merged into.
-        adapters: What is merged, summed.
-        fixed: For each adapter a strength of its own, or None for that of ``alphas``.
-        alphas: The strengths, one output each.
-        dtype: ``"keep"``, or torch's name of a dtype for all weights.
-        text_only: Leave an audio tower out.
-        base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's.
-        share: Store what several outputs have in common once, under several names.
+        request: What is asked for.
+        base: What its ``base`` names.
+        adapters: What its ``adapter`` names, in the same order.
 
     Raises:
         AdapterError: The adapters do not fit together, an audio tower is not what its configuration asks for, or an
             adapter was made from another base.
         AlphaError: A strength names modules that no adapter changes.
     """
-    towers = [adapter for adapter in adapters if adapter.tower]
-    if len(towers) > 1 and not text_only:
+    # 1. At most one audio tower goes along, and it must be whole and made for this base.
+    towers = [] if request.text_only else [adapter for adapter in adapters if adapter.tower]
+    if len(towers) > 1:
         raise AdapterError(
             f"{towers[1].source.given}: brings an audio tower, and {towers[0].source.given} has one already; use "
             "--text-only"
         )
-    if not text_only:
-        for adapter in towers:
-            _check_tower(adapter, base)
-    base = _with_overrides(base, adapters, base_from_adapter)
+    for adapter in towers:
+        _check_tower(adapter, base)
+
+    # 2. Find W0 of every tensor, everything that is added to it, and how strongly.
+    base = _with_overrides(base, adapters, request.base_from_adapter)
     changes, untied = resolve_tying(base, adapters)
-    changed = tuple(
-        tuple(name for name, deltas in changes.items() if any(owner == number for owner, _ in deltas))
-        for number in range(len(adapters))
+    planned = tuple(
+        PlannedAdapter(
+            adapter,
+            alpha=entry.fixed_alpha,
+            changed=tuple(
+                name for name, added in changes.items() if any(change.adapter_index == index for change in added)
+            ),
+            overrides=adapter.overrides if base.overrides else {},
+        )
+        for index, (adapter, entry) in enumerate(zip(adapters, request.adapters, strict=True))
     )
-    _check_strengths(changed, fixed, alphas)
-    wanted = next((key for key, (_, name) in DTYPES.items() if name == dtype), None)
-    pieces = _pieces(base, changes, fixed, alphas, wanted, untied)
-    tower = [] if text_only else [_carried(info) for adapter in adapters for info in adapter.tower]
+    alphas = request.strengths
+    _check_strengths(planned, alphas)
+
+    # 3. Decide each tensor's dtype, shape and strengths: whether it is copied, converted or folded.
+    wanted = next((dtype for dtype, (_, torch_name) in DTYPES.items() if torch_name == request.dtype), None)
+    pieces = {
+        name: _piece(name, base, planned, alphas, changes.get(name, ()), wanted)
+        for name in [*base.checkpoint.tensors, *([LM_HEAD] if untied else [])]
+    }
+    vocabulary = _grown_vocabulary(base, pieces)
+
+    # 4. Group the tensors into files. With several strengths, files that are equal are stored once.
     groups = _base_groups(base, pieces, untied)
-    several = len(alphas) > 1
-    if several and share:
-        layout = _shared_layout(groups, len(alphas))
+    every_output = tuple(range(len(alphas)))
+    each_output = [(output_index,) for output_index in every_output]
+    if request.share and len(alphas) > 1:
+        shards = _shared_shards(groups, every_output)
     else:
-        layout = [(group, (number,)) for number in range(len(alphas)) for group in groups]
-    if tower:
-        owners = [tuple(range(len(alphas)))] if share else [(number,) for number in range(len(alphas))]
-        layout.extend((tower, owner) for owner in owners)
-    folders = [f"alpha-{alpha.label}" if several else "" for alpha in alphas]
-    outputs, shards, folds = _place(layout, folders, alphas, base)
-    grown = _grown_rows(base, pieces)
-    return MergePlan(
-        base, tuple(adapters), tuple(fixed), changed, outputs, shards, folds, untied, grown, dtype, text_only
-    )
+        shards = [_ShardPieces(group, outputs) for outputs in each_output for group in groups]
+    for adapter in towers:
+        tower = [_Piece(merged_name(info.name), info, info.dtype, info.shape) for info in adapter.tower]
+        shards += [_ShardPieces(tower, outputs) for outputs in ([every_output] if request.share else each_output)]
+
+    # 5. Name the files, and give every tensor its offset.
+    outputs = _name_files(shards, alphas)
+    written, folds = _place(shards, outputs, base)
+    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
 
 
 def _check_tower(adapter: Adapter, base: Base) -> None:
@@ -144,63 +169,65 @@ def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: 
     return replace(base, overrides=overrides)
 
 
-def _check_strengths(changed: Sequence[Sequence[str]], fixed: Sequence[Alpha | None], alphas: Sequence[Alpha]) -> None:
-    """Every strength must be about tensors of the adapters that it is for."""
-    for names, own in zip(changed, fixed, strict=True):
-        if own is not None:
-            own.check_used(names)
-    shared = [name for names, own in zip(changed, fixed, strict=True) if own is None for name in names]
+def _check_strengths(planned: Sequence[PlannedAdapter], alphas: Sequence[Alpha]) -> None:
+    """Every module that a strength names must be one that the adapters with this strength change."""
+    for adapter in planned:
+        if adapter.alpha is not None:
+            adapter.alpha.check_used(adapter.changed)
+    changed = [name for adapter in planned if adapter.alpha is None for name in adapter.changed]
     for alpha in alphas:
-        if alpha.modules and not shared:
+        if alpha.modules and not changed:
             raise AlphaError(f"--alpha: {alpha.label} is about nothing: every adapter has a strength of its own")
-        alpha.check_used(shared)
+        alpha.check_used(changed)
 
 
-def _carried(info: TensorInfo) -> _Piece:
-    return _Piece(merged_name(info.name), info, info.dtype, info.shape)
-
-
-def _pieces(
+def _piece(
+    name: str,
     base: Base,
-    changes: Mapping[str, tuple[tuple[int, Delta], ...]],
-    fixed: Sequence[Alpha | None],
+    planned: Sequence[PlannedAdapter],
     alphas: Sequence[Alpha],
+    changes: tuple[Change, ...],
     wanted: str | None,
-    untied: bool,
-) -> dict[str, _Piece]:
-    names = list(base.checkpoint.tensors) + ([LM_HEAD] if untied else [])
-    pieces = {}
-    for name in names:
-        source, own = base.origin(name), base.find(name)
-        assert own is not None
-        dtype = wanted if wanted and own.dtype in FLOATS else own.dtype
-        deltas = changes.get(name, ())
-        piece = _Piece(name, source, dtype, _shape(name, source, deltas), deltas=deltas)
-        for number, alpha in enumerate(alphas):
-            strengths = tuple((fixed[adapter] or alpha).of(name) for adapter, _ in deltas)
-            if any(strengths) or piece.converted:  # at strength 0 the base's own bytes are the result
-                piece.strengths[number] = strengths
-        pieces[name] = piece
-    return pieces
+) -> _Piece:
+    """Decide what becomes of one tensor.
+
+    Args:
+        name: Of the tensor in the output.
+        base: What is merged into.
+        planned: The adapters.
+        alphas: The strengths, one output each.
+        changes: What is added to it.
+        wanted: The dtype of all weights; None for the base's own.
+    """
+    source, in_base = base.origin(name), base.find(name)
+    assert in_base is not None
+    dtype = wanted if wanted and in_base.dtype in FLOATS else in_base.dtype
+    piece = _Piece(name, source, dtype, _shape(name, source, changes), changes)
+    converted = (piece.dtype, piece.shape) != (source.dtype, source.shape)
+    for output_index, alpha in enumerate(alphas):
+        strengths = tuple((planned[change.adapter_index].alpha or alpha).of(name) for change in changes)
+        if any(strengths) or converted:  # where all strengths are 0, the base's own bytes are the result
+            piece.strengths[output_index] = strengths
+    return piece
 
 
-def _shape(name: str, source: TensorInfo, deltas: tuple[tuple[int, Delta], ...]) -> tuple[int, ...]:
-    """The base's shape, or the grown one if an adapter brings new rows; those must then be one adapter's."""
-    grown = {adapter: delta.shape for adapter, delta in deltas if delta.shape != source.shape}
-    if not grown:
+def _shape(name: str, source: TensorInfo, changes: tuple[Change, ...]) -> tuple[int, ...]:
+    """The base's shape, or the grown one if an adapter brings new rows. Then it alone may change the tensor."""
+    growing = {change.adapter_index: change.delta.shape for change in changes if change.delta.shape != source.shape}
+    if not growing:
         return source.shape
-    if len(grown) > 1 or len(deltas) != sum(adapter in grown for adapter, _ in deltas):
+    if len(growing) > 1 or any(change.adapter_index not in growing for change in changes):
         raise AdapterError(f"{name}: one adapter brings new rows for it and another changes it too; merge them in turn")
-    if not any(isinstance(delta, Dense) or (isinstance(delta, Dora) and delta.origin) for _, delta in deltas):
-        first = deltas[0][1].stored[0]
+    if all(change.delta.new_rows is None for change in changes):
+        first = changes[0].delta.stored[0]
         raise AdapterError(
             f"{first.file}: tensor {first.name}: is for a larger vocabulary, but the new rows are not there"
         )
-    return next(iter(grown.values()))
+    return next(iter(growing.values()))
 
 
-def _grown_rows(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
-    """The new number of rows, if the vocabulary grows; both sides must then grow alike."""
+def _grown_vocabulary(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
+    """The new number of rows, if the vocabulary grows; input embedding and output head must then grow alike."""
     sides = [piece for name, piece in pieces.items() if name in (base.input_embedding, LM_HEAD)]
     grown = {piece.shape[0] for piece in sides if piece.shape != piece.source.shape}
     if not grown:
@@ -215,99 +242,97 @@ def _grown_rows(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
 
 
 def _base_groups(base: Base, pieces: Mapping[str, _Piece], untied: bool) -> list[list[_Piece]]:
-    """The base's sharding; a new head joins the input embedding's shard."""
+    """The tensors in files as the base has them; a new output head joins the input embedding."""
     groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
     if untied:
-        head = pieces[LM_HEAD]
-        next(group for group in groups if any(piece.name == base.input_embedding for piece in group)).append(head)
+        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
     return groups
 
 
-def _shared_layout(groups: list[list[_Piece]], count: int) -> list[tuple[list[_Piece], tuple[int, ...]]]:
-    """Regroup for a sweep: what differs between outputs in shards of its own, the rest once for all."""
-    everyone = tuple(range(count))
-    layout = []
-    differing: list[list[_Piece]] = [[]]
+def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) -> list[_ShardPieces]:
+    """Regroup for a sweep: what all outputs have in common once, the rest in files of each output's own."""
+    common = [[piece for piece in group if not piece.differs] for group in groups]
+    differing: list[list[_Piece]] = []
     size = 0
-    for group in groups:
-        common = [piece for piece in group if not piece.deltas or not piece.strengths]
-        if common:
-            layout.append((common, everyone))
-        for piece in group:
-            if piece.deltas and piece.strengths:
-                nbytes = piece.as_stored("", 0).nbytes
-                if differing[-1] and size + nbytes > MAX_SHARD_BYTES:
-                    differing.append([])
-                    size = 0
-                differing[-1].append(piece)
-                size += nbytes
-    layout.extend((part, (number,)) for number in everyone for part in differing if part)
-    return layout
+    for piece in (piece for group in groups for piece in group if piece.differs):
+        if not differing or size + piece.nbytes > MAX_SHARD_BYTES:
+            differing.append([])
+            size = 0
+        differing[-1].append(piece)
+        size += piece.nbytes
+    shards = [_ShardPieces(group, every_output) for group in common if group]
+    return shards + [_ShardPieces(group, (output_index,)) for output_index in every_output for group in differing]
+
+
+def _name_files(shards: Sequence[_ShardPieces], alphas: Sequence[Alpha]) -> tuple[Output, ...]:
+    """Each output's folder, and its files' names as Transformers numbers them."""
+    outputs = []
+    for output_index, alpha in enumerate(alphas):
+        count = sum(output_index in shard.outputs for shard in shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        folder = f"alpha-{alpha.label}" if len(alphas) > 1 else ""
+        outputs.append(Output(alpha, folder, (SINGLE,) if count == 1 else tuple(names)))
+    return tuple(outputs)
 
 
 def _place(
-    layout: list[tuple[list[_Piece], tuple[int, ...]]], folders: Sequence[str], alphas: Sequence[Alpha], base: Base
-) -> tuple[tuple[Output, ...], tuple[OutputShard, ...], tuple[Fold, ...]]:
-    """Give every shard its names and every tensor its offset."""
-    counts = [sum(number in owners for _, owners in layout) for number in range(len(alphas))]
-    names: list[list[str]] = [[] for _ in alphas]
+    shards: Sequence[_ShardPieces], outputs: Sequence[Output], base: Base
+) -> tuple[tuple[OutputShard, ...], tuple[Fold, ...]]:
+    """Give every tensor its offset: as a copied range of a file, or as a target of a fold."""
+    names = [iter(output.files) for output in outputs]
     originals = {
         tuple((info.name, info.dtype, info.shape) for info in shard.tensors): shard for shard in base.checkpoint.shards
     }
-    shards = []
-    targets: dict[str, tuple[_Piece, list[Target]]] = {}
-    for group, owners in layout:
-        paths = []
-        for number in owners:
-            name = (
-                SINGLE
-                if counts[number] == 1
-                else f"model-{len(names[number]) + 1:05d}-of-{counts[number]:05d}.safetensors"
-            )
-            names[number].append(name)
-            paths.append(f"{folders[number]}/{name}".lstrip("/"))
-        original = originals.get(tuple((piece.name, piece.dtype, piece.shape) for piece in group))
-        shards.append(_shard(paths, group, owners[0], targets, original))
-    outputs = tuple(Output(*each) for each in zip(alphas, folders, map(tuple, names), strict=True))
-    folds = tuple(
-        Fold(piece.name, piece.source, piece.shape, piece.dtype, piece.deltas, tuple(places))
-        for piece, places in targets.values()
-    )
-    return outputs, tuple(shards), folds
-
-
-def _shard(
-    paths: list[str],
-    group: list[_Piece],
-    number: int,
-    targets: dict[str, tuple[_Piece, list[Target]]],
-    original: Shard | None,
-) -> OutputShard:
-    if original is None:
-        # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
-        group = sorted(group, key=lambda piece: -DTYPES[piece.dtype][0])
-        header = build_header(((piece.name, piece.dtype, piece.shape) for piece in group), {"format": "pt"})
-    else:
-        header = original.header
-    offset = len(header)
-    copies: list[Copy] = []
-    for piece in group:
-        nbytes = piece.as_stored(paths[0], offset).nbytes
-        if number in piece.strengths:
-            target = Target(piece.strengths[number], paths[0], offset)
-            targets.setdefault(piece.name, (piece, []))[1].append(target)
+    written: list[OutputShard] = []
+    folded: dict[str, _Piece] = {}
+    targets: dict[str, list[Target]] = {}
+    for shard in shards:
+        # 1. Its names: the first makes the file, the others are links to it.
+        paths = [f"{outputs[index].folder}/{next(names[index])}".lstrip("/") for index in shard.outputs]
+        # 2. Its header: the base's own where it holds the same tensors, so that the file system can clone the file.
+        pieces = shard.pieces
+        original = originals.get(tuple((piece.name, piece.dtype, piece.shape) for piece in pieces))
+        if original is not None:
+            header = original.header
         else:
-            copies.append(Copy(piece.source.file, piece.source.begin, offset, nbytes))
-        offset += nbytes
-    return OutputShard(
-        file=paths[0],
-        header=header,
-        size=offset,
-        tensors=tuple(piece.name for piece in group),
-        copies=tuple(_joined(copies)),
-        mirrors=original.file if original and all(piece.source.file == original.file for piece in group) else None,
-        links=tuple(paths[1:]),
+            # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
+            pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype][0])
+            header = build_header(((piece.name, piece.dtype, piece.shape) for piece in pieces), {"format": "pt"})
+        # 3. Its tensors, one after the other. Outputs that share the file have the same strengths.
+        offset = len(header)
+        copies: list[Copy] = []
+        for piece in pieces:
+            strengths = piece.strengths.get(shard.outputs[0])
+            if strengths is None:
+                copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
+            else:
+                folded[piece.name] = piece
+                targets.setdefault(piece.name, []).append(Target(strengths, paths[0], offset))
+            offset += piece.nbytes
+        mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
+        written.append(
+            OutputShard(
+                file=paths[0],
+                header=header,
+                size=offset,
+                tensors=tuple(piece.name for piece in pieces),
+                copies=tuple(_joined(copies)),
+                mirrors=original.file if original is not None and mirrors else None,
+                links=tuple(paths[1:]),
+            )
+        )
+    folds = tuple(
+        Fold(
+            name,
+            piece.source,
+            piece.shape,
+            piece.dtype,
+            tuple(change.delta for change in piece.changes),
+            tuple(targets[name]),
+        )
+        for name, piece in folded.items()
     )
+    return tuple(written), folds
 
 
 def _joined(copies: Iterable[Copy]) -> list[Copy]:

@@ -1,8 +1,8 @@
 """Writes down what a merge has done, as the manifest of one of its outputs."""
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TypedDict
 
@@ -21,19 +21,10 @@ from mergekit_bio.checkpoint.manifest import (
 )
 from mergekit_bio.checkpoint.source import Source, licence_files, stated_licence
 from mergekit_bio.merging.alpha import matches
+from mergekit_bio.merging.devices import device_name
 from mergekit_bio.merging.directory import adapter_licences
-from mergekit_bio.merging.plan import MergePlan, Output
+from mergekit_bio.merging.plan import MergePlan, Output, PlannedAdapter
 from mergekit_bio.merging.rounding_loss import RoundingLoss
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a plan was carried out: the parts of the record that are not in the plan."""
-
-    rounding: str
-    seed: int
-    device: str
-    command: str
 
 
 class _Found(TypedDict):
@@ -47,7 +38,7 @@ class _Found(TypedDict):
 def describe(
     plan: MergePlan,
     output: Output,
-    settings: Settings,
+    command: str,
     hashes: Mapping[str, str],
     companions: Mapping[str, str],
     losses: Sequence[RoundingLoss],
@@ -57,35 +48,38 @@ def describe(
     Args:
         plan: What was done.
         output: The checkpoint described.
-        settings: How it was done.
+        command: What the user typed.
         hashes: sha256 of every tensor that was computed.
         companions: sha256 of every file beside the weights.
         losses: What rounding cost.
     """
     import torch
 
-    base, files = plan.base, plan.files_of(output)
+    request, base, files = plan.request, plan.base, plan.files_of(output)
     shared = sorted(name for name, shard in files.items() if shard.links)
     others = [other.folder for other in plan.outputs if other is not output]
     return Manifest(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=mergekit_bio.__version__,
-        command=settings.command.encode(errors="replace").decode(),  # it may name files that are not UTF-8
+        command=command.encode(errors="replace").decode(),  # it may name files that are not UTF-8
         base=BaseOrigin(
             **_found(base.source),
             fingerprint=fingerprint(base.checkpoint.tensors),
             license_files=licence_files(base.source),
             model_type=base.checkpoint.config.get("model_type"),
         ),
-        adapters=[_adapter(plan, number, output) for number in range(len(plan.adapters))],
+        adapters=[
+            _adapter(planned, licences, output)
+            for planned, licences in zip(plan.adapters, adapter_licences(plan), strict=True)
+        ],
         alpha=output.alpha.label,
-        dtype=plan.dtype,
-        rounding=settings.rounding,
-        seed=settings.seed,
-        device=settings.device,
+        dtype=request.dtype,
+        rounding=request.rounding,
+        seed=request.seed,
+        device=device_name(request.device),
         audio_prefix=bool(plan.tower),
-        text_only=plan.text_only,
+        text_only=request.text_only,
         untied=plan.untied,
         shared=SharedFiles(files=shared, with_=others) if shared else None,
         versions={"torch": torch.__version__, "python": platform.python_version()},
@@ -99,20 +93,23 @@ def describe(
     )
 
 
-def _adapter(plan: MergePlan, number: int, output: Output) -> AdapterOrigin:
-    adapter, alpha = plan.adapters[number], plan.fixed[number] or output.alpha
-    names = plan.changed[number]
-    modules = {pattern: own for pattern, own in alpha.modules if any(matches(pattern, name) for name in names)}
+def _adapter(planned: PlannedAdapter, licences: Iterable[str], output: Output) -> AdapterOrigin:
+    adapter, alpha = planned.adapter, planned.alpha or output.alpha
+    modules = {
+        pattern: strength
+        for pattern, strength in alpha.modules
+        if any(matches(pattern, name) for name in planned.changed)
+    }
     return AdapterOrigin(
         **_found(adapter.source),
-        fingerprint=fingerprint(plan.stored_of(adapter)),
-        license_files=list(adapter_licences(plan)[number]),
+        fingerprint=fingerprint(planned.stored),
+        license_files=list(licences),
         kind=adapter.kind,
         peft_type=adapter.config.get("peft_type"),
         alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
-        base_weights={name: override.stored.name for name, override in plan.overrides_of(adapter).items()},
+        base_weights={name: override.stored.name for name, override in planned.overrides.items()},
     )
 
 

@@ -1,43 +1,76 @@
-"""What a user asks a merge for, from the command line or a YAML file; the edge where free text becomes typed."""
+"""What a user asks a merge for: the one list of its options and defaults, for command line, YAML and Python."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
-
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
-from mergekit_bio.merging.alpha import Alpha, parse_alphas
-from mergekit_bio.merging.merge import AdapterSource, DType, Rounding
-from mergekit_bio.outside_data import Document, KeyPath, checked, read_yaml
+from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
+from mergekit_bio.outside_data import FORBID_EXTRA, read_yaml
 
-BASE = "meta-llama/Llama-3.1-8B-Instruct"
-ADAPTER = "EarthSpeciesProject/NatureLM-audio"
-#: "true" is no strength.
-Number: TypeAlias = Annotated[float, Strict()]
+DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
+DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
+
+DType: TypeAlias = Literal["keep", "bfloat16", "float16", "float32"]
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+#: A number, a sweep ``"0:1:0.1"``, or a list by module ``"q_proj=0.3,o_proj=0.6"``.
+Strength: TypeAlias = float | str
 
 
-class AdapterEntry(BaseModel):
-    """An adapter with a strength of its own.
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter, perhaps with a strength of its own.
 
     Attributes:
         source: Directory or hub id, with an optional ``@revision``.
         alpha: Its strength, whatever the merge's; None for the merge's.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str
-    alpha: Number | str | None = None
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    source: str | Path
+    alpha: Strength | None = None
+
+    @property
+    def fixed_alpha(self) -> Alpha | None:
+        """``alpha``, read.
+
+        Raises:
+            AlphaError: It cannot be read, or is a sweep.
+        """
+        return None if self.alpha is None else one_alpha(self.alpha)
 
 
-class MergeRequest(BaseModel):
-    """The options of a merge; names, meanings and defaults as on the command line."""
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """The options of a merge; names, meanings and defaults are the same on the command line, in YAML and in Python.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    base: str = BASE
-    adapter: str | list[str | AdapterEntry] = ADAPTER
-    alphas: Number | str | list[Number | str] = Field(default_factory=list)
-    out: Path | None = None
+    Attributes:
+        base: A directory, or a hub id with an optional ``@revision``.
+        adapter: Likewise; one, or several whose deltas are summed. ``"ADAPTER=0.3"``, or an entry with ``source`` and
+            ``alpha``, gives an adapter a strength of its own.
+        alphas: The strengths, a checkpoint for each.
+        out: The directory to make. With several strengths it holds one directory for each, ``alpha-0.50``.
+        dtype: Of all weights; ``"keep"`` leaves each as the base has it.
+        rounding: How results of 16 bits are rounded: ``"stochastic"`` keeps deltas below half a step on average,
+            ``"nearest"`` is what other tools do.
+        seed: Of the stochastic rounding.
+        device: ``"auto"`` (GPUs if there are any), ``"cpu"``, ``"cuda"`` (all GPUs) or ``"cuda:N"``.
+        text_only: Leave an adapter's audio tower out.
+        base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's at every
+            strength, 0 included, as NatureLM-audio's original code does; otherwise that is an error.
+        share: Store what several strengths have in common once, hard-linked and read-only.
+        fsync: Have everything on the disk before the directory appears.
+        overwrite: Replace a directory that a merge has written before.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    base: str | Path = DEFAULT_BASE
+    adapter: str | Path | AdapterEntry | Sequence[str | Path | AdapterEntry] = DEFAULT_ADAPTER
+    alphas: Strength | Sequence[Strength] = ()
+    out: str | Path | None = None
     dtype: DType = "keep"
     rounding: Rounding = "stochastic"
     seed: int = 0
@@ -48,24 +81,39 @@ class MergeRequest(BaseModel):
     fsync: bool = True
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        for key, choices in (("dtype", get_args(DType)), ("rounding", get_args(Rounding))):
+            if getattr(self, key) not in choices:
+                raise MergekitBioError(f"--{key} {getattr(self, key)}: is none of {', '.join(choices)}")
+
     @property
-    def adapters(self) -> list[AdapterSource]:
-        """The adapters as :func:`mergekit_bio.merging.merge.merge` takes them."""
-        entries = [self.adapter] if isinstance(self.adapter, str) else self.adapter
-        return [_adapter(entry) for entry in entries]
+    def adapters(self) -> tuple[AdapterEntry, ...]:
+        """The adapters in their order.
+
+        Raises:
+            MergekitBioError: There is none, or what stands after its ``=`` is no strength.
+        """
+        given = [self.adapter] if isinstance(self.adapter, str | Path | AdapterEntry) else self.adapter
+        if not given:
+            raise MergekitBioError("no adapter given; name one with --adapter")
+        return tuple(_entry(adapter) for adapter in given)
 
     @property
     def strengths(self) -> tuple[Alpha, ...]:
-        """The strengths, read."""
-        return parse_alphas(self.alphas if isinstance(self.alphas, list) else [self.alphas])
+        """``alphas``, read.
+
+        Raises:
+            AlphaError: There is none, or one cannot be read.
+        """
+        return parse_alphas([self.alphas] if isinstance(self.alphas, float | int | str) else self.alphas)
 
     @property
     def destination(self) -> Path:
         """``out``, or ``merged/<adapter>-alpha-0.50``; for a sweep ``merged/<adapter>``."""
         if self.out is not None:
-            return self.out
-        sources = [source[0] if isinstance(source, tuple) else source for source in self.adapters]
-        name = "+".join(str(source).partition("@")[0].rstrip("/").split("/")[-1] or "adapter" for source in sources)
+            return Path(self.out)
+        sources = [str(entry.source) for entry in self.adapters]
+        name = "+".join(source.partition("@")[0].rstrip("/").split("/")[-1] or "adapter" for source in sources)
         labels = [alpha.label for alpha in self.strengths]
         return Path("merged") / (f"{name}-alpha-{labels[0]}" if len(labels) == 1 else name)
 
@@ -80,25 +128,22 @@ def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeReques
     Raises:
         RecipeError: The file cannot be read, or a key or value is wrong.
     """
-    document = Document("", {}, RecipeError) if recipe is None else read_yaml(recipe, error=RecipeError)
-    if not isinstance(document.data, dict):
-        raise document.problem((), "is not a mapping of options, such as 'base: ...'")
-    given = {key: value for key, value in options.items() if value not in (None, [])}
-
-    def where(path: KeyPath) -> str:
-        option = next((str(key) for key in path[:1] if key in given), None)
-        return document.where(path) if option is None else f"--{option.replace('_', '-')}"
-
-    return checked(MergeRequest, document.data | given, error=RecipeError, where=where)
+    request = MergeRequest()
+    if recipe is not None:
+        document = read_yaml(recipe, error=RecipeError)
+        if not isinstance(document.data, dict):
+            raise document.problem((), "is not a mapping of options, such as 'base: ...'")
+        request = document.checked(MergeRequest)
+    return replace(request, **{key: value for key, value in options.items() if value not in (None, [])})
 
 
-def _adapter(entry: str | AdapterEntry) -> AdapterSource:
-    if isinstance(entry, AdapterEntry):
-        return entry.source if entry.alpha is None else (entry.source, entry.alpha)
-    source, equals, strength = entry.rpartition("=")
-    if not equals or Path(entry).is_dir():
-        return entry
+def _entry(adapter: str | Path | AdapterEntry) -> AdapterEntry:
+    if isinstance(adapter, AdapterEntry):
+        return adapter
+    source, equals, strength = str(adapter).rpartition("=")
+    if not equals or Path(adapter).is_dir():
+        return AdapterEntry(adapter)
     try:
-        return source, float(strength)
+        return AdapterEntry(source, float(strength))
     except ValueError as error:
-        raise MergekitBioError(f"--adapter {entry}: {strength!r} after '=' is not a strength") from error
+        raise MergekitBioError(f"--adapter {adapter}: {strength!r} after '=' is not a strength") from error

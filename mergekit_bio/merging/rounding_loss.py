@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_DELTA, _ERROR, _NEAREST, _BASE = range(4)
+#: The rows of :class:`ErrorSums`: the delta, the error, the error of rounding to nearest, and the base.
+DELTA, ERROR, NEAREST, BASE = range(4)
 
 
 @dataclass
@@ -44,8 +45,8 @@ class ErrorSums:
         """Sums over several parts of one tensor."""
         import torch
 
-        some = list(parts)
-        return cls(torch.stack([part.products for part in some]).sum(0), sum(part.count for part in some))
+        sums = list(parts)
+        return cls(torch.stack([part.products for part in sums]).sum(0), sum(part.count for part in sums))
 
     def add(self, sample: "torch.Tensor") -> None:
         """Take in [4, elements] of delta, error, error of nearest and base, in the compute dtype."""
@@ -55,17 +56,17 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """The figures of one module type, or of all together.
+    """The rounding loss of one module type, or of all together.
 
     Attributes:
         modules: ``"self_attn.q_proj"``, or ``"total"``.
         tensors: How many.
         elements: How many weights they have.
         delta_over_weight: ``||d|| / ||W0||``.
-        loss: See the module; for the rounding used.
-        bias: See the module; for the rounding used.
-        loss_nearest: The same, had it been rounded to nearest.
-        bias_nearest: The same, had it been rounded to nearest.
+        loss: ``||e|| / ||d||`` of the rounding used.
+        bias: ``|<e, d>| / <d, d>`` of the rounding used.
+        loss_nearest: The loss, had it been rounded to nearest.
+        bias_nearest: The bias, had it been rounded to nearest.
     """
 
     modules: str
@@ -85,7 +86,7 @@ def module_type(tensor: str) -> str:
 
 
 def summarise(errors: Iterable[tuple[str, int, ErrorSums]]) -> tuple[RoundingLoss, ...]:
-    """Figures per module type, and in total.
+    """The rounding loss per module type, and in total.
 
     Args:
         errors: (tensor name, its elements, its sums).
@@ -101,18 +102,18 @@ def summarise(errors: Iterable[tuple[str, int, ErrorSums]]) -> tuple[RoundingLos
 
 
 def _loss(modules: str, parts: list[tuple[int, list[list[float]]]]) -> RoundingLoss:
-    def total(one: int, other: int) -> float:
-        return math.fsum(products[one][other] for _, products in parts)
+    def total(row: int, col: int) -> float:
+        return math.fsum(products[row][col] for _, products in parts)
 
-    dd, ww = total(_DELTA, _DELTA), total(_BASE, _BASE)
+    dd, ww = total(DELTA, DELTA), total(BASE, BASE)
     size = math.sqrt(dd)
     return RoundingLoss(
         modules=modules,
         tensors=len(parts),
         elements=sum(elements for elements, _ in parts),
         delta_over_weight=size / math.sqrt(ww) if ww else 0.0,
-        loss=math.sqrt(total(_ERROR, _ERROR)) / size if size else 0.0,
-        bias=abs(total(_ERROR, _DELTA)) / dd if dd else 0.0,
-        loss_nearest=math.sqrt(total(_NEAREST, _NEAREST)) / size if size else 0.0,
-        bias_nearest=abs(total(_NEAREST, _DELTA)) / dd if dd else 0.0,
+        loss=math.sqrt(total(ERROR, ERROR)) / size if size else 0.0,
+        bias=abs(total(ERROR, DELTA)) / dd if dd else 0.0,
+        loss_nearest=math.sqrt(total(NEAREST, NEAREST)) / size if size else 0.0,
+        bias_nearest=abs(total(NEAREST, DELTA)) / dd if dd else 0.0,
     )

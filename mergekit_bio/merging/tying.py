@@ -5,15 +5,28 @@ adapter that changes one side, or both differently, can only be folded exactly b
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
-from mergekit_bio.adapter.delta import Delta, Dense, LowRank
+from mergekit_bio.adapter.delta import Delta
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
-from mergekit_bio.checkpoint.compare import same_bytes
-from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 
-#: Base tensor -> (number of the adapter, delta) of everything added to it.
-Changes: TypeAlias = Mapping[str, tuple[tuple[int, Delta], ...]]
+
+@dataclass(frozen=True)
+class Change:
+    """A delta of one adapter, which decides the strength it gets.
+
+    Attributes:
+        adapter_index: Which of the merge's adapters brings it.
+        delta: What it adds.
+    """
+
+    adapter_index: int
+    delta: Delta
+
+
+#: Base tensor -> everything that is added to it.
+Changes: TypeAlias = Mapping[str, tuple[Change, ...]]
 
 
 def resolve_tying(base: Base, adapters: Sequence[Adapter]) -> tuple[Changes, bool]:
@@ -23,41 +36,27 @@ def resolve_tying(base: Base, adapters: Sequence[Adapter]) -> tuple[Changes, boo
         The changes, and whether the output head needs a matrix of its own. If it does not, a change of the head that
         is also one of the input embedding is counted once.
     """
-    changes: dict[str, tuple[tuple[int, Delta], ...]] = {}
-    for number, adapter in enumerate(adapters):
+    changes: dict[str, tuple[Change, ...]] = {}
+    for adapter_index, adapter in enumerate(adapters):
         for name, deltas in adapter.deltas.items():
-            changes[name] = changes.get(name, ()) + tuple((number, delta) for delta in deltas)
+            changes[name] = changes.get(name, ()) + tuple(Change(adapter_index, delta) for delta in deltas)
     embedding = base.input_embedding
     if not base.tied or embedding is None or not {embedding, LM_HEAD} & changes.keys():
         return changes, False
-    one, other = (
-        sorted(changes.get(name, ()), key=lambda change: (change[0], type(change[1]).__name__))
-        for name in (embedding, LM_HEAD)
-    )
-    if len(one) == len(other) and all(a[0] == b[0] and _same(a[1], b[1]) for a, b in zip(one, other, strict=True)):
-        del changes[LM_HEAD]
-        return changes, False
-    return changes, True
+    if not _same_changes(changes.get(embedding, ()), changes.get(LM_HEAD, ())):
+        return changes, True
+    del changes[LM_HEAD]
+    return changes, False
 
 
-def _same(one: Delta, other: Delta) -> bool:
-    """Whether two deltas, one of an embedding and one of a head, are the same matrix."""
-    if isinstance(one, Dense) and isinstance(other, Dense):
-        return one.tuned is other.tuned or _same_bytes(one.tuned, other.tuned)
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        # An embedding's delta is (B A)^T, a head's B' A': the same if A' = B^T and B' = A^T.
-        import torch
-
-        if one.scaling != other.scaling or one.shape != other.shape or one.rank != other.rank:
+def _same_changes(of_embedding: Sequence[Change], of_head: Sequence[Change]) -> bool:
+    """Whether both sides get the same deltas from the same adapters, in any order."""
+    unmatched = list(of_head)
+    for change in of_embedding:
+        for place, other in enumerate(unmatched):
+            if change.adapter_index == other.adapter_index and change.delta.equals(other.delta):
+                del unmatched[place]
+                break
+        else:
             return False
-        device, dtype = torch.device("cpu"), torch.float32
-        return all(
-            torch.equal(x, y) for x, y in zip(one.factors(device, dtype), other.factors(device, dtype), strict=True)
-        )
-    return False
-
-
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    if not (isinstance(one, TensorInfo) and isinstance(other, TensorInfo)):
-        return False
-    return one.dtype == other.dtype and one.shape == other.shape and same_bytes(one, other)
+    return not unmatched

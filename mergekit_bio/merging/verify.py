@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_bio.audio.names import merged_name
 from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
@@ -16,6 +17,7 @@ from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.plan import Fold, MergePlan
+from mergekit_bio.merging.request import AdapterEntry, MergeRequest
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +148,7 @@ def _against_sources(
     if planned != checkpoint.tensors.keys():
         odd = sorted(planned ^ checkpoint.tensors.keys())[0]
         raise VerificationError(f"{result.directory}: tensor {odd}: is not in both the checkpoint and its sources")
-    towers = {f"audio_prefix.{info.name}": info for info in plan.tower}
+    towers = {merged_name(info.name): info for info in plan.tower}
     worst, where = 0.0, None
     for name, info in checkpoint.tensors.items():
         if name in folds:
@@ -163,32 +165,35 @@ def _against_sources(
 
 
 def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
-    def located(origin_source: str, revision: str | None) -> str:
-        known = revision is not None and not Path(origin_source).is_dir()
-        return f"{origin_source.partition('@')[0]}@{revision}" if known else origin_source
+    """What the merge planned, at one strength for each adapter."""
 
-    names = adapters or [located(origin.source, origin.revision) for origin in manifest.adapters]
+    def located(origin: Origin) -> str:
+        """The source at the revision that was merged, wherever the branch it was on has gone."""
+        if origin.revision is None or Path(origin.source).is_dir():
+            return origin.source
+        return f"{origin.source.partition('@')[0]}@{origin.revision}"
+
+    names = adapters or [located(origin) for origin in manifest.adapters]
     if len(names) != len(manifest.adapters):
         raise VerificationError(f"the merge had {len(manifest.adapters)} adapters, but {len(names)} are given")
-    strengths = [Alpha(origin.alpha.default, tuple(origin.alpha.modules.items())) for origin in manifest.adapters]
+    alphas = [Alpha(origin.alpha.default, tuple(origin.alpha.modules.items())) for origin in manifest.adapters]
     return plan_merge(
-        base=base or located(manifest.base.source, manifest.base.revision),
-        adapter=list(zip(names, strengths, strict=True)),
-        alphas=[1.0],  # of no adapter: each has its own
-        dtype=manifest.dtype,  # type: ignore[arg-type]
-        text_only=manifest.text_only,
-        base_from_adapter=any(origin.base_weights for origin in manifest.adapters),
+        MergeRequest(
+            base=base or located(manifest.base),
+            adapter=[AdapterEntry(name, str(alpha)) for name, alpha in zip(names, alphas, strict=True)],
+            alphas=1.0,  # of no adapter: each has its own
+            dtype=manifest.dtype,  # type: ignore[arg-type]  # a request refuses what is none
+            text_only=manifest.text_only,
+            base_from_adapter=any(origin.base_weights for origin in manifest.adapters),
+        )
     )
 
 
 def _check_fingerprints(plan: MergePlan, manifest: Manifest) -> None:
-    found: list[tuple[str, str, Origin]] = [
-        (plan.base.source.given, fingerprint(plan.base.checkpoint.tensors), manifest.base)
-    ]
-    for adapter, merged in zip(plan.adapters, manifest.adapters, strict=True):
-        found.append((adapter.source.given, fingerprint(plan.stored_of(adapter)), merged))
-    for given, value, origin in found:
-        if value != origin.fingerprint:
+    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
+    found += [(planned.adapter.source.given, fingerprint(planned.stored)) for planned in plan.adapters]
+    for (given, fingerprint_now), origin in zip(found, [manifest.base, *manifest.adapters], strict=True):
+        if fingerprint_now != origin.fingerprint:
             raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
 
 
@@ -208,7 +213,7 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
     import torch
 
     device, double = torch.device("cpu"), torch.float64
-    blocks = [delta.prepare(fold.base, device, double) for _, delta in fold.deltas]
+    blocks = [delta.prepare(fold.base, device, double) for delta in fold.deltas]
     strengths = fold.targets[0].strengths
     rows = written.rows if written.elements else 0
     step = max(1, (1 << 21) // max(written.elements // max(rows, 1), 1))

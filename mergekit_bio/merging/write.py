@@ -10,9 +10,12 @@ from threading import Event, Lock, local
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.clone import copy_range, link_or_copy, reflink, write_exactly
+from mergekit_bio.merging.devices import compute_devices
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, OutputShard
 
 if TYPE_CHECKING:
+    import torch
+
     from mergekit_bio.merging.fold import Folded
 
 _CHUNK = 64 << 20
@@ -34,23 +37,14 @@ def execute(
     plan: MergePlan,
     root: Path,
     *,
-    devices: Callable[[], Sequence[str]],
-    stochastic: bool,
-    seed: int,
     meanwhile: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> "tuple[Folded, ...]":
     """Write every shard of ``plan`` under ``root``.
 
-    Copying starts at once; ``devices`` and all of torch are only needed when the arithmetic starts, so that importing
-    torch and copying run side by side.
-
     Args:
         plan: What to do.
         root: An existing, empty directory.
-        devices: Gives torch device names to compute on; each takes a share of the tensors.
-        stochastic: How 16-bit results are rounded.
-        seed: Of the stochastic rounding.
         meanwhile: Called once the workers are busy.
         progress: Called from any worker with numbers of bytes that sum up to ``plan.bytes_on_disk``.
 
@@ -66,39 +60,44 @@ def execute(
             progress(count)
 
     with ExitStack() as afterwards, ThreadPoolExecutor(cores(), "merge") as pool:
-        jobs: list[Future[None]] = []
-        folds: list[Future[Folded]] = []
+        copying: list[Future[None]] = []
+        folding: list[Future[Folded]] = []
         pools = [pool]
         try:
+            # 1. Make the files, and start copying at once. Importing torch takes a second and runs beside it.
             for shard in plan.shards:
                 for copies in _create(shard, root, advance):
-                    jobs.append(pool.submit(_copy, copies, root / shard.file, advance))
+                    copying.append(pool.submit(_copy, copies, root / shard.file, advance))
+            # 2. Start folding.
             if plan.folds:
+                devices = compute_devices(plan.request.device)
                 afterwards.enter_context(_thread_count_kept())
-                pools, folds = _start_folding(plan, root, devices(), pool, stochastic, seed, advance)
+                pools, folding = _start_folding(plan, root, devices, pool, advance)
             meanwhile()
-            everything: list[Future[Any]] = [*jobs, *folds]
+            # 3. Wait for all of it, or for the first that fails.
+            everything: list[Future[Any]] = [*copying, *folding]
             done, _ = wait(everything, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
         except BaseException:
             stop.set()
-            for each in pools:
-                each.shutdown(wait=True, cancel_futures=True)
+            for busy in pools:
+                busy.shutdown(wait=True, cancel_futures=True)
             # What stopped the others is what counts.
-            unfinished: list[Future[Any]] = [*jobs, *folds]
-            for stopped in unfinished:
-                failure = None if stopped.cancelled() else stopped.exception()
+            started: list[Future[Any]] = [*copying, *folding]
+            for job in started:
+                failure = None if job.cancelled() else job.exception()
                 if failure is not None and not isinstance(failure, _Stopped):
                     raise failure from None
             raise
-        for each in pools:
-            each.shutdown()
+        for idle in pools:
+            idle.shutdown()
+    # 4. Give files that several outputs share their other names.
     for shard in plan.shards:
         for link in shard.links:
             (root / link).parent.mkdir(exist_ok=True)
             link_or_copy(root / shard.file, root / link)
-    return tuple(fold.result() for fold in folds)
+    return tuple(fold.result() for fold in folding)
 
 
 def _create(shard: OutputShard, root: Path, advance: Callable[[int], None]) -> Iterable[Sequence[Copy]]:
@@ -149,37 +148,34 @@ def _thread_count_kept() -> Iterator[None]:
 def _start_folding(
     plan: MergePlan,
     root: Path,
-    devices: Sequence[str],
+    devices: "Sequence[torch.device]",
     pool: ThreadPoolExecutor,
-    stochastic: bool,
-    seed: int,
     advance: Callable[[int], None],
 ) -> "tuple[list[ThreadPoolExecutor], list[Future[Folded]]]":
+    """Hand the folds to workers: on a CPU to those that copy, on GPUs to a few for each.
+
+    Returns:
+        All pools of workers, ``pool`` first, and the folds' results in the plan's order.
+    """
     import torch
 
     from mergekit_bio.merging.fold import Folder
 
-    state = local()
+    state = local()  # every worker has buffers of its own
 
-    def fold(job: Fold, device: str) -> "Folded":
-        folder: Folder | None = getattr(state, "folder", None)
-        if folder is None:
+    def fold(job: Fold, device: torch.device) -> "Folded":
+        if not hasattr(state, "folder"):
             torch.set_num_threads(1)  # of this worker: the workers are the parallelism
-            folder = state.folder = Folder(
-                root=root, device=torch.device(device), stochastic=stochastic, seed=seed, progress=advance
-            )
-        return folder.fold(job)
+            state.folder = Folder(root=root, device=device, request=plan.request, progress=advance)
+        return state.folder.fold(job)
 
-    pools = [pool]
-    if devices[0] != "cpu":
-        pools += [ThreadPoolExecutor(_WORKERS_PER_GPU, f"merge-{device}") for device in devices]
+    on_cpu = devices[0].type == "cpu"
+    pools = [pool] if on_cpu else [ThreadPoolExecutor(_WORKERS_PER_GPU, f"merge-{device}") for device in devices]
     # The largest first, so that the workers end together; GPUs take turns.
-    order = sorted(
-        range(len(plan.folds)), key=lambda number: -plan.folds[number].nbytes * len(plan.folds[number].targets)
-    )
+    indexes = range(len(plan.folds))
+    order = sorted(indexes, key=lambda index: -plan.folds[index].nbytes * len(plan.folds[index].targets))
     futures: dict[int, Future[Folded]] = {}
-    for turn, number in enumerate(order):
+    for turn, index in enumerate(order):
         place = turn % len(devices)
-        chosen = pools[1 + place] if len(pools) > 1 else pool
-        futures[number] = chosen.submit(fold, plan.folds[number], devices[place])
-    return pools, [futures[number] for number in range(len(plan.folds))]
+        futures[index] = pools[place].submit(fold, plan.folds[index], devices[place])
+    return pools if on_cpu else [pool, *pools], [futures[index] for index in indexes]

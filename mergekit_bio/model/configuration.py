@@ -5,12 +5,11 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mergekit_bio.audio.config import AudioPrefixConfig
-from mergekit_bio.model.layout import MODEL_TYPE
-from mergekit_bio.model.registration import register
+from mergekit_bio.audio.layout import MODEL_TYPE
 
 
 class NatureLMAudioConfig(PreTrainedConfig):
-    """A plain Llama's configuration and the audio tower's, side by side; see :mod:`mergekit_bio.model.layout`.
+    """A plain Llama's configuration and the audio tower's, side by side; see :mod:`mergekit_bio.audio.layout`.
 
     Args:
         text_config: Llama's.
@@ -39,6 +38,3 @@ class NatureLMAudioConfig(PreTrainedConfig):
             CheckpointError: It is missing, incomplete or inconsistent.
         """
         return AudioPrefixConfig.from_dict(self.audio_config or {}, where="config.json: audio_config")
-
-
-register()

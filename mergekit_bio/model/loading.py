@@ -1,22 +1,21 @@
 """Loading a merged directory for use, strictly."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import transformers
 
 from mergekit_bio.audio.device import pick_device
+from mergekit_bio.audio.layout import MODEL_TYPE
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.errors import CheckpointError, EngineError, MissingPackageError
-from mergekit_bio.model.layout import MODEL_TYPE
-
-if TYPE_CHECKING:
-    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
-    from mergekit_bio.model.processing import NatureLMAudioProcessor
+from mergekit_bio.errors import CheckpointError
+from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+from mergekit_bio.model.processing import NatureLMAudioProcessor
 
 
 def load_model(
     source: str | Path, *, device: str = "auto"
-) -> "tuple[NatureLMAudioForConditionalGeneration, NatureLMAudioProcessor]":
+) -> tuple[NatureLMAudioForConditionalGeneration, NatureLMAudioProcessor]:
     """Load model and processor of a merged directory.
 
     Args:
@@ -29,18 +28,6 @@ def load_model(
     Raises:
         MergekitBioError: It is not there, has no audio tower, or its tensors are not exactly the model's.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError("transformers", "eval", "running a model") from error
-    try:
-        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
-        from mergekit_bio.model.processing import NatureLMAudioProcessor
-    except ImportError as error:
-        raise EngineError(
-            f"Transformers is installed, but does not work ({error.__cause__ or error}); see mergekit-bio doctor"
-        ) from error
-
     path = resolve(source).path
     if Checkpoint.open(path).config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """The merged model for Transformers: a plain Llama with the audio prefix in front."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.errors import PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.registration import register
 
 
 class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixin):
@@ -41,16 +41,26 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         self.audio_prefix = AudioPrefix(config.audio_prefix_config).float()
         self.post_init()
 
-    def get_audio_features(self, input_features: torch.Tensor) -> torch.Tensor:
-        """Filter banks ``[audios, frames, 128]`` -> prefixes ``[audios, n_prefix, hidden]``."""
-        return self.audio_prefix.project(self.audio_prefix.encode(input_features))
+    def get_audio_features(self, input_features: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Embed filter banks.
 
-    def embed(self, input_ids: torch.Tensor, input_features: torch.Tensor | None = None) -> torch.Tensor:
+        Args:
+            input_features: ``[audios, frames, 128]``, or a list of ``[frames, 128]`` where clips have several lengths.
+
+        Returns:
+            The prefix ``[n_prefix, hidden]`` of each audio.
+        """
+        return self.audio_prefix.embed(list(input_features))
+
+    def embed(
+        self, input_ids: torch.Tensor, input_features: torch.Tensor | Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Embed a prompt, with each audio's prefix where its placeholders stand.
 
         Args:
             input_ids: ``[prompts, tokens]``.
-            input_features: ``[audios, frames, 128]``, in the order of the placeholders.
+            input_features: ``[audios, frames, 128]``, or a list of ``[frames, 128]`` where clips have several lengths;
+                in the order of the placeholders.
 
         Returns:
             ``[prompts, tokens, hidden]``.
@@ -63,7 +73,7 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         if input_features is None:
             prefixes = embeds.new_empty(0)
         else:
-            prefixes = self.get_audio_features(input_features).to(embeds.device, embeds.dtype)
+            prefixes = torch.cat(self.get_audio_features(input_features)).to(embeds.device, embeds.dtype)
         if (expected := int(placeholders.sum()) * embeds.shape[-1]) != prefixes.numel():
             raise PromptError(
                 f"input_ids have {expected // embeds.shape[-1]} audio placeholders, but the audios' prefixes are "
@@ -81,7 +91,7 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        input_features: torch.Tensor | None = None,
+        input_features: torch.Tensor | Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As :meth:`transformers.LlamaForCausalLM.forward`, with the ``input_features`` of :meth:`embed`."""
@@ -114,7 +124,7 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         self,
         inputs: torch.Tensor | None = None,
         *args: Any,
-        input_features: torch.Tensor | None = None,
+        input_features: torch.Tensor | Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As Transformers' ``generate``; the audios are encoded once, whatever the number of beams or samples."""
@@ -123,6 +133,3 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
             inputs = input_ids
             kwargs["inputs_embeds"] = self.embed(input_ids, input_features)
         return super().generate(inputs, *args, **kwargs)
-
-
-register()

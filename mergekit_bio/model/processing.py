@@ -1,29 +1,19 @@
 """Prompts and audios to model inputs, for Transformers."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.audio.chat_template import processor_chat_template
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.config import SAMPLING_RATE, AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
-from mergekit_bio.audio.waveform import prepare
-from mergekit_bio.errors import PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import AUDIO_LEAD, PromptTokenizer, check_audio_count, render_prompt
-from mergekit_bio.model.registration import register
-
-# Llama 3's headers around every message; an audio part of a message becomes a slot, set as NatureLM-audio sets it.
-_CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] | trim }}{%- else %}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'audio' %}{{- '" + AUDIO_LEAD + "' }}{%- else %}{{- part['text'] }}{%- endif %}"
-    "{%- endfor %}{%- endif %}{{- '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import PromptTokenizer, check_audio_count, render_prompt
+from mergekit_bio.errors import AudioError, PromptError
 
 
 class NatureLMAudioProcessor(ProcessorMixin):
@@ -32,10 +22,12 @@ class NatureLMAudioProcessor(ProcessorMixin):
     Args:
         tokenizer: The base's.
         audio_token: The token that stands for audio in ``input_ids``.
-        clip_samples: Samples every audio is cut or padded to.
-        prefix_length: How many of those tokens an audio takes.
+        clip_samples: Samples that an audio is cut or padded to where it does not say otherwise: 10 s.
+        prefix_length: How many of those tokens such an audio takes.
         prompt_template: The prompt with ``{}`` for the instruction.
         sampling_rate: What every audio is resampled to.
+        audio_config: The tower's configuration, which says how many tokens a clip of another length takes; read from
+            the ``config.json`` beside ``processor_config.json``.
         chat_template: Accepted because Transformers hands it in; the audio model has its own.
     """
 
@@ -47,6 +39,7 @@ class NatureLMAudioProcessor(ProcessorMixin):
         prefix_length: int,
         prompt_template: str,
         sampling_rate: int = SAMPLING_RATE,
+        audio_config: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer)
@@ -55,6 +48,18 @@ class NatureLMAudioProcessor(ProcessorMixin):
         self.prefix_length = prefix_length
         self.prompt_template = prompt_template
         self.sampling_rate = sampling_rate
+        self.audio_config = audio_config
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As Transformers' own, with the tower's configuration: it stands once in a checkpoint, in ``config.json``."""
+        values, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "audio_config" not in values:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            values["audio_config"] = config.get("audio_config")
+        return values, rest
 
     @property
     def tokenize(self) -> PromptTokenizer:
@@ -76,8 +81,28 @@ class NatureLMAudioProcessor(ProcessorMixin):
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
+    def num_placeholders(self, clip: Clip) -> int:
+        """How many placeholders a clip takes: as many as its prefix has tokens.
+
+        Raises:
+            AudioError: The clip is too short for the tower, or of another length than this processor knows.
+        """
+        samples = len(clip.waveform)
+        if samples == self.clip_samples:
+            return self.prefix_length
+        if self.audio_config is None:
+            raise AudioError(f"a clip of {clip.seconds:g} s needs the processor's audio_config; load it with its model")
+        length = AudioPrefixConfig.from_dict(self.audio_config).prefix_length(samples)
+        if not length:
+            raise AudioError(f"a clip of {clip.seconds:g} s is too short for this model")
+        return length
+
     def render(self, instruction: str, *, num_audios: int = 1) -> str:
-        """The complete prompt for one instruction; see :func:`mergekit_bio.model.prompt.render_prompt`."""
+        """The complete prompt for one instruction, which gets a slot in front where it has none for one audio.
+
+        Raises:
+            PromptError: The instruction is empty, or its slots are not as many as the audios.
+        """
         return render_prompt(instruction, template=self.prompt_template, num_audios=num_audios)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
@@ -85,7 +110,7 @@ class NatureLMAudioProcessor(ProcessorMixin):
 
         It is not ``self.chat_template``, which would be saved over the tokenizer's.
         """
-        return super().apply_chat_template(conversation, chat_template or _CHAT_TEMPLATE, **kwargs)
+        return super().apply_chat_template(conversation, chat_template or processor_chat_template(), **kwargs)
 
     def __call__(
         self,
@@ -100,16 +125,18 @@ class NatureLMAudioProcessor(ProcessorMixin):
 
         Args:
             text: One complete prompt (of :meth:`render` or :meth:`apply_chat_template`) or several.
-            audio: The audios of all slots in order: arrays or tensors, ``[samples]`` or with channels. For several
-                prompts also a list of such lists, one a prompt. One audio may come without a list.
-            sampling_rate: Of all the audios; by default the model's, 16 kHz.
+            audio: The audios of all slots in order: arrays or tensors, ``[samples]`` or with channels, which are
+                heard as clips of 10 s; or :class:`mergekit_bio.audio.clip.Clip` of any length. For several prompts
+                also a list of such lists, one a prompt. One audio may come without a list.
+            sampling_rate: Of all the arrays; by default the model's, 16 kHz.
             return_tensors: ``"pt"``, the only kind.
             **kwargs: Options of Transformers' generic call that change nothing here: special tokens are never
                 added, and a batch is always padded on the left.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``[prompts, tokens]``, padded on the left; with audio,
-            ``input_features`` float32 ``[audios, frames, 128]``.
+            ``input_features`` float32 ``[audios, frames, 128]``, or a list of ``[frames, 128]`` where clips have
+            several lengths.
 
         Raises:
             PromptError: A prompt has another number of slots than it has audios.
@@ -120,20 +147,28 @@ class NatureLMAudioProcessor(ProcessorMixin):
         if unknown := kwargs.keys() - {"add_special_tokens", "padding", "padding_side", "images", "videos"}:
             raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
         prompts = [text] if isinstance(text, str) else list(text)
-        audios = _distribute(audio, prompts)
-        ids = [
-            self.tokenize(prompt, audio_lengths=[self.prefix_length] * len(own))
-            for prompt, own in zip(prompts, audios, strict=True)
+        # 1. Every prompt's audios, as clips.
+        clips = [
+            [self._clip(audio, sampling_rate) for audio in of_prompt] for of_prompt in _audios_by_prompt(audio, prompts)
         ]
-        inputs = dict(zip(("input_ids", "attention_mask"), self._pad_left(ids), strict=True))
-        flat = [clip for own in audios for clip in own]
-        if flat:
-            waveforms = [
-                prepare(clip, sampling_rate=sampling_rate or self.sampling_rate, clip_samples=self.clip_samples)
-                for clip in flat
-            ]
-            inputs["input_features"] = fbank(torch.stack(waveforms))
+        # 2. Token ids, with as many placeholders for a clip as its prefix has tokens.
+        ids = [
+            self.tokenize(prompt, audio_lengths=[self.num_placeholders(clip) for clip in of_prompt])
+            for prompt, of_prompt in zip(prompts, clips, strict=True)
+        ]
+        inputs: dict[str, Any] = dict(zip(("input_ids", "attention_mask"), self._pad_left(ids), strict=True))
+        # 3. What the tower reads. Clips of several lengths cannot be stacked, and are never padded to one another's.
+        features = [fbank(clip.waveform[None])[0] for of_prompt in clips for clip in of_prompt]
+        if features:
+            same = len({len(bank) for bank in features}) == 1
+            inputs["input_features"] = torch.stack(features) if same else features
         return BatchFeature(inputs)
+
+    def _clip(self, audio: Any, sampling_rate: int | None) -> Clip:
+        if isinstance(audio, Clip):
+            return audio
+        seconds = self.clip_samples / self.sampling_rate
+        return Clip.from_samples(audio, sampling_rate=sampling_rate or self.sampling_rate, seconds=seconds)
 
     def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         # Generation continues a row at its right end, so nothing may stand there. What the padding is does not
@@ -144,22 +179,23 @@ class NatureLMAudioProcessor(ProcessorMixin):
         return ids, mask
 
 
-def _distribute(audio: Any, prompts: list[str]) -> list[list[Any]]:
-    """Give every prompt its audios."""
+def _audios_by_prompt(audio: Any, prompts: list[str]) -> list[list[Any]]:
+    """Every prompt's audios, of one audio, a list for all prompts in order, or a list of lists.
+
+    Raises:
+        PromptError: They are not as many as the slots.
+    """
     slots = [prompt.count(AUDIO_SLOT) for prompt in prompts]
     if audio is None:
         audio = []
     elif not isinstance(audio, list | tuple):
         audio = [audio]
-    if audio and all(isinstance(own, list | tuple) for own in audio):
+    if audio and all(isinstance(of_prompt, list | tuple) for of_prompt in audio):
         if len(audio) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts came with {len(audio)} lists of audios")
-        for count, own in zip(slots, audio, strict=True):
-            check_audio_count(slots=count, audios=len(own))
-        return [list(own) for own in audio]
+        for count, of_prompt in zip(slots, audio, strict=True):
+            check_audio_count(slots=count, audios=len(of_prompt))
+        return [list(of_prompt) for of_prompt in audio]
     check_audio_count(slots=sum(slots), audios=len(audio))
     rest = iter(audio)
     return [[next(rest) for _ in range(count)] for count in slots]
-
-
-register()

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mergekit_bio.audio.config import SAMPLING_RATE
+from mergekit_bio.audio.chat_template import server_chat_template
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
-from mergekit_bio.serve.chat_template import chat_template
 from mergekit_bio.serve.settings import ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -54,24 +54,32 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from mergekit_bio.engine.vllm.plugin import worker_class
+
     first = next(iter(models.values()))
     longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
     defaults = {
         "--host": "127.0.0.1",
         "--served-model-name": list(models),
-        "--chat-template": chat_template(read_json(inside(first, "processor_config.json"))["audio_token"]),
+        "--chat-template": _chat_template(first),
         "--chat-template-content-format": "openai",
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
+        "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
+        "--worker-cls": worker_class(),
         "--worker-extension-cls": "mergekit_bio.engine.vllm.model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
     if len(models) > 1:
         defaults["--api-server-count"] = "1"  # one process decides whose weights are loaded
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}  # vLLM warns of a flag that comes twice
     ours = [
-        part for flag, value in defaults.items() for part in (flag, *([value] if isinstance(value, str) else value))
+        part
+        for flag, value in defaults.items()
+        if flag not in given
+        for part in (flag, *([value] if isinstance(value, str) else value))
     ]
     parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
     args = parser.parse_args(["--model", str(first), *ours, *flags])
@@ -107,7 +115,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     settings = replace(
         settings,
         models={name: str(path) for name, path in models.items()},
-        clip_seconds=_clip_seconds(next(iter(models.values()))),
+        prompt_template=prompt_template(args),
         allowed_local_media_path=args.allowed_local_media_path or None,
         allowed_media_domains=tuple(args.allowed_media_domains or ()),
     )
@@ -118,6 +126,7 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
         "VLLM_MEDIA_CONNECTOR": "mergekit_bio",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     }
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     signal.signal(signal.SIGINT, _interrupt)
@@ -130,6 +139,10 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _clip_seconds(checkpoint: Path) -> float:
-    samples: int = read_audio_model_config(checkpoint)["audio_config"]["clip_samples"]
-    return samples / SAMPLING_RATE
+def prompt_template(args: Any) -> str | None:
+    """What the chat template makes of one user's turn, with ``{}`` for it; None for a template that a flag gives."""
+    return LLAMA3_TEMPLATE if args.chat_template == _chat_template(Path(args.model)) else None
+
+
+def _chat_template(checkpoint: Path) -> str:
+    return server_chat_template(read_json(inside(checkpoint, "processor_config.json"))["audio_token"])

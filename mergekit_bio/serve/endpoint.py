@@ -3,12 +3,11 @@
 import asyncio
 import hashlib
 import json
-import math
 from typing import Any
 
-from mergekit_bio.audio.waveform import MIN_SECONDS
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
+from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.checkpoint.manifest import MANIFEST
-from mergekit_bio.engine.interface import Clip
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.online import answer
 from mergekit_bio.errors import AudioError, MergekitBioError
@@ -77,6 +76,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
     from vllm.exceptions import VLLMClientError
 
     settings: ServeSettings = state.mergekit_bio_settings
+    seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
     try:
         prompt = item.prompt()
         if len(item.audio_inputs) > _max_audios(state):
@@ -85,7 +85,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
             state.engine_client,
             state.mergekit_bio_tokenization,
             prompt=prompt,
-            clips=[await _clip(audio, settings) for audio in item.audio_inputs],
+            clips=[await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs],
             decoding=item.generation_config.decoding(default_tokens=settings.max_new_tokens),
         )
     except (MergekitBioError, VLLMClientError) as error:
@@ -96,7 +96,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
         finish_reason=generation.finish_reason,
         prompt_tokens=generation.prompt_tokens,
         tokens=len(generation.token_ids),
-        seconds=generation.timings.total,
+        seconds=generation.seconds,
     )
 
 
@@ -105,17 +105,13 @@ def _max_audios(state: Any) -> int:
     return limit
 
 
-async def _clip(audio: AudioInput, settings: ServeSettings) -> Clip:
+async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:
     def prepare(data: bytes) -> Clip:
-        import numpy as np
-
         samples, rate = decode(data, settings)
-        # The contract knows no shortest audio (beans-next's own check of a server sends a millisecond), and what is
-        # shorter than a clip is followed by silence anyway.
-        missing = math.ceil(MIN_SECONDS * rate) - len(samples)
-        if len(samples) and missing > 0:
-            samples = np.pad(samples, ((0, missing), (0, 0)))
-        return Clip.from_samples(samples, sampling_rate=rate)
+        # The contract knows no shortest audio: beans-next's own check of a server sends a millisecond.
+        if len(samples):
+            samples = pad_to_minimum(samples, rate)
+        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
 
     if audio.payload_type == "base64_wav":
         data = decode_base64(audio.data)
@@ -136,6 +132,7 @@ def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
     return {
         "name": "mergekit-bio",
         "model": model,
+        "prompt_template": settings.prompt_template,
         "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
         "audio_payload_types": payloads,
         "max_batch_size": settings.max_batch,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve.settings import ServeSettings
 
@@ -50,7 +51,7 @@ def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
                 raise AudioError(
                     f"the audio is {file.frames / file.samplerate:.0f} s long; at most {settings.max_audio_seconds:g} s"
                 )
-            heard = math.ceil((settings.clip_seconds + _MARGIN_SECONDS) * file.samplerate)
+            heard = math.ceil((CLIP_SECONDS + _MARGIN_SECONDS) * file.samplerate)
             return file.read(min(heard, max(file.frames, 0)), dtype="float64", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:
         raise AudioError("the data cannot be decoded as audio") from error

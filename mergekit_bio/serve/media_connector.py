@@ -1,4 +1,8 @@
-"""How vLLM's own endpoints get at audio that a client points to: by the rules of :mod:`mergekit_bio.serve.media`."""
+"""How vLLM's own endpoints get at audio that a client points to: by the rules of :mod:`mergekit_bio.serve.media`.
+
+A clip is 10 s long, unless a ``data:`` URL says otherwise: ``data:audio/wav;seconds=3;base64,...``. Parameters of the
+media type are RFC 2397's own, and vLLM's server passes over those that it does not know.
+"""
 
 import asyncio
 from typing import Any
@@ -6,6 +10,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
 from mergekit_bio.serve.settings import ServeSettings
@@ -23,9 +28,30 @@ class GuardedConnector(MediaConnector):
     async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         settings = ServeSettings.from_environment()
         try:
-            return await asyncio.to_thread(decode, await _bytes_of(url, settings), settings)
+            seconds = _seconds_of(url)
+            data = await _bytes_of(url, settings)
+            return await asyncio.to_thread(_clip, data, settings, seconds)
         except AudioError as error:
             raise VLLMValidationError(str(error), parameter="audio_url") from error
+
+
+def _clip(data: bytes, settings: ServeSettings, seconds: float) -> Clip:
+    samples, rate = decode(data, settings)
+    return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
+
+
+def _seconds_of(url: str) -> float:
+    """The length of the clip that a URL stands for."""
+    if url[:5].lower() != "data:":
+        return CLIP_SECONDS
+    for parameter in url[5:].partition(",")[0].split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "seconds":
+            try:
+                return float(value)
+            except ValueError:
+                raise AudioError(f"seconds={value[:20]!r} of the data URL is no number of seconds") from None
+    return CLIP_SECONDS
 
 
 async def _bytes_of(url: str, settings: ServeSettings) -> bytes:

@@ -4,10 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from mergekit_bio.audio.clip import CLIP_SECONDS
+from mergekit_bio.audio.layout import AUDIO_SLOT
+from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
+from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.errors import PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.outside_data import is_text
 
 SCHEMA = "predictions_v1"
@@ -43,10 +45,12 @@ class AudioInput(_Tolerant):
 
 
 class GenerationConfig(_Tolerant):
-    """What beans-next sends, ``max_tokens`` and ``temperature``, and Transformers' names for more; null is unset.
+    """What beans-next sends and, under Transformers' names, more; null is unset.
 
     Attributes:
         max_tokens: Tokens at most; ``max_new_tokens`` is another name for it, and wins.
+        max_length_seconds: What every audio is cut or padded to; 10 where it is unset. A benchmark's own setting, on
+            which the number of an audio's prefix tokens depends.
         do_sample: Whether to sample; where it is not said, a temperature above 0 says so, except for beams.
     """
 
@@ -60,6 +64,7 @@ class GenerationConfig(_Tolerant):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    max_length_seconds: Annotated[float, Field(strict=True, ge=MIN_SECONDS, le=CLIP_SECONDS)] | None = None
 
     def decoding(self, *, default_tokens: int) -> Decoding:
         """As an engine's settings."""

@@ -19,8 +19,9 @@ class ServeSettings:
         max_batch: Items in one ``/predict`` request.
         max_audio_seconds: Longer recordings are refused before they are decoded.
         max_audio_bytes: Larger files are refused.
-        clip_seconds: What the models hear of a recording: its beginning.
         max_new_tokens: What ``/predict`` generates where the request does not say.
+        prompt_template: What the chat template makes of one user's turn, with ``{}`` for it; None where a user gave a
+            chat template of their own.
         fetch_seconds: Time for one ``file_url``.
         allowed_local_media_path: The only folder that files are read from; None for none.
         allowed_media_domains: The only hosts that files are fetched from.
@@ -31,8 +32,8 @@ class ServeSettings:
     max_batch: int = 64
     max_audio_seconds: float = 600.0
     max_audio_bytes: int = 25 << 20
-    clip_seconds: float = 10.0
     max_new_tokens: int = 100
+    prompt_template: str | None = None
     fetch_seconds: float = 20.0
     allowed_local_media_path: str | None = None
     allowed_media_domains: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from mergekit_bio.audio.beats import GatedAttention, relative_buckets
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.names import is_tower_tensor
-from mergekit_bio.audio.prefix import AudioPrefix, token_padding
+from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.tower import needed_shapes, unused_shapes
 
 
@@ -134,19 +134,6 @@ def test_from_waveform_to_prefix(prefix: AudioPrefix, vectors: dict[str, torch.T
         assert (prefix(vectors["raw_wav"]) - vectors["prefix_f64in"]).abs().max() < 1e-5
 
 
-def test_true_padding_mask(prefix: AudioPrefix, vectors: dict[str, torch.Tensor]) -> None:
-    padding = torch.zeros(3, 160_000, dtype=torch.bool)
-    padding[2, 51_200:] = True
-
-    assert token_padding(padding, frames=998, tokens=496).equal(vectors["padmask_token_mask"].bool())
-    with torch.no_grad():
-        encoded = prefix.encode(vectors["fbank"], padding)
-        embedded = prefix.project(encoded)
-    assert (encoded[2:] - vectors["padmask_encoder_out_audio2"]).abs().max() < 2e-5
-    assert (embedded[2:] - vectors["padmask_prefix_audio2"]).abs().max() < 2e-5
-    assert (embedded[:2] - vectors["prefix"][:2]).abs().max() < 2e-5
-
-
 def test_bf16_stays_near_the_references_autocast(golden: Path, vectors: dict[str, torch.Tensor]) -> None:
     prefix = AudioPrefix.from_pretrained(golden / "naturelm-tiny").to(torch.bfloat16)
 
@@ -215,20 +202,11 @@ def test_prefix_length_goes_with_the_waveforms(seconds: int, tokens: int) -> Non
 
 
 @torch.no_grad()
-def test_refuses_what_is_shorter_than_a_window_and_what_is_only_padding() -> None:
+def test_refuses_what_is_shorter_than_a_window() -> None:
     prefix = random_prefix()
 
     with pytest.raises(ValueError, match="one window needs 17"):
         prefix(clips(1, 0.3))
-    with pytest.raises(ValueError, match="padding from end to end"):
-        prefix(clips(2), torch.tensor([[False], [True]]).expand(2, 160_000))
-
-
-@torch.no_grad()
-def test_no_padding_is_no_mask() -> None:
-    prefix = random_prefix()
-
-    assert prefix(clips(2), torch.zeros(2, 160_000, dtype=torch.bool)).equal(prefix(clips(2)))
 
 
 @torch.no_grad()
@@ -284,7 +262,7 @@ def test_attention_is_the_gated_softmax_written_out() -> None:
                 expected[clip, position, part] = torch.softmax(logits, 0) @ value
     expected = expected @ attention.out_proj.weight.T + attention.out_proj.bias
 
-    assert (attention(hidden, bias, None, None) - expected).abs().max() < 1e-12
+    assert (attention(hidden, bias, None) - expected).abs().max() < 1e-12
 
 
 COMPILED = """

@@ -65,6 +65,8 @@ def test_windows_and_hop_are_the_users(run: Run, recording, merged: Path) -> Non
 def test_a_windows_answer_is_the_processors_and_the_models(run: Run, recording, merged: Path) -> None:
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+    import mergekit_bio.model  # noqa: F401 -- registers the model
+
     path = recording("a.wav", seconds=3)
     _, out, _ = run(merged, path, "-p", QUESTION, "--max-new-tokens", 12, "--quiet")
 

@@ -24,8 +24,8 @@ from mergekit_bio.demo.species import HEARD, UNHEARD
 from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.recipe.shipped import copy_shipped
 from mergekit_bio.eval.records.predictions import read_predictions
-from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.evaluate import Run, evaluate
+from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.merging.merge import merge
 
@@ -161,7 +161,7 @@ def test_swapped_recordings_of_the_examples_are_heard(folder, tmp_path):
 
 
 def test_a_demo_that_is_interrupted_leaves_no_folder_in_the_way(tmp_path):
-    class Interrupted(Silence):
+    class Interrupted(SilentListener):
         def progress(self, description, total, unit):
             raise KeyboardInterrupt
 

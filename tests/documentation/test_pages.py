@@ -61,7 +61,7 @@ def _recipe_keys() -> set[str]:
 def _merge_keys() -> set[str]:
     from mergekit_bio.merging.request import MergeRequest
 
-    return set(MergeRequest.model_fields)
+    return {field.name for field in fields(MergeRequest)}
 
 
 def _manifest_keys() -> set[str]:

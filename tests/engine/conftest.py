@@ -10,9 +10,10 @@ from engine.widened_heads import widened_copy
 from safetensors.torch import load_file
 from tiny_naturelm import make_base, make_naturelm
 
-from mergekit_bio.engine.interface import Clip, Prompt
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
+from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.engine.transformers import TransformersEngine
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def golden_prompts(golden, vectors) -> dict[str, Prompt]:
     clips = [Clip(waveform.double()) for waveform in vectors["raw_wav"]]
     prompts = json.loads((golden / "vectors.json").read_text())["prompts"]
     return {
-        name: Prompt.from_text(
+        name: Prompt(
             prompt["prompt"].removeprefix(head).removesuffix(tail), [clips[n] for n in prompt["audio_indices"]]
         )
         for name, prompt in prompts.items()

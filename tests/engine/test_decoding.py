@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mergekit_bio.engine.decoding.beams import BeamSearch
 from mergekit_bio.engine.decoding.labels import build_trie, choose, log_sum_exp, score_labels
-from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.engine.sweep import _layer_order, _with_fused
-from mergekit_bio.errors import EngineError, PromptError
+from mergekit_bio.errors import EngineError
 
 WORDS, END = 3, 0
 
@@ -78,11 +78,10 @@ def test_label_scores_are_the_sums_of_their_tokens(seed):
         return [[language(tokens)[token] for token in options] for _, tokens, options in queries]
 
     root = build_trie(LABELS, encode)
-    ((*scores,),) = score_labels(root, LABELS, prompts=1, next_logprobs=next_logprobs)
-    assert [score.label for score in scores] == LABELS
-    for score in scores:
-        assert score.logprob == pytest.approx(language.logprob(encode(score.label)))
-        assert score.normalized == pytest.approx(score.logprob / len(score.label))
+    (scores,) = score_labels(root, LABELS, prompts=1, next_logprobs=next_logprobs)
+    assert list(scores) == LABELS
+    for label, logprob in scores.items():
+        assert logprob == pytest.approx(language.logprob(encode(label)))
     assert len(asked) == len(set(asked))  # what labels share is asked once
 
 
@@ -108,7 +107,7 @@ def test_a_choice_takes_the_likeliest_allowed_step(seed):
         sofar += best
         if not any(label.startswith(sofar) and label != sofar for label in LABELS):
             break
-    assert choice.label == sofar and list(choice.token_ids) == encode(sofar)
+    assert choice.label == sofar and list(choice.node.tokens) == encode(sofar)
     assert sum(choice.logprobs) == pytest.approx(logprob)
 
 
@@ -125,16 +124,6 @@ def test_bad_lists_are_refused(labels, message):
 def test_bad_settings_are_refused(settings):
     with pytest.raises(EngineError):
         Decoding(**settings)
-
-
-def test_a_prompt_has_text_around_every_audio(clips):
-    assert Prompt.from_text("What?", clips[:1]).pieces == ("<Audio>", "</Audio> What?")
-    assert Prompt.from_text("a<AudioHere><AudioHere>", clips[:2]).pieces == ("a", "", "")
-    for text, audios in (("a<AudioHere>", 2), ("a", 2), ("", 0), ("<AudioHere>", 0)):
-        with pytest.raises(PromptError):
-            Prompt.from_text(text, clips[:audios])
-    with pytest.raises(PromptError):
-        Prompt(("a",), tuple(clips[:1]))
 
 
 def test_fused_parameters_are_replaced_whole():

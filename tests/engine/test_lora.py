@@ -10,7 +10,7 @@ from tiny_naturelm import RANK
 
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.engine.transformers import TransformersEngine
-from mergekit_bio.engine.vllm.offline import sampling_params
+from mergekit_bio.engine.vllm.requests import sampling_params
 
 DECODING = Decoding(max_new_tokens=12)
 
@@ -37,7 +37,7 @@ def test_vllms_lora_beside_audio_equals_the_merge(tiny_sweep, adapter, clips):
 
     prompts = random_prompts(clips, 6, seed=4, words=(5, 30), audios=(1, 4))
     tokenization = engine.tokenization
-    params = sampling_params(DECODING, tokenization.eos_token_ids, tokenization.audio_token_id, seed=0)
+    params = sampling_params(DECODING, tokenization, seed=0)
     requests = [engine._request(prompt, room=12) for prompt in prompts]
     request = LoRARequest("adapter", 1, str(adapter))
     outputs = engine._llm.generate(requests, params, lora_request=request, use_tqdm=False)

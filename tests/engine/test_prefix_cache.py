@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.prefix_cache import PrefixCache, tower_digest
 
 
@@ -75,18 +76,24 @@ def test_a_later_run_reads_the_folder_and_another_tower_does_not(tower, clips, t
     assert changed.encoded == 3
 
 
+def kept(folder, clip):
+    """The file that keeps a clip's prefix."""
+    (file,) = folder.rglob(f"{clip.digest}.safetensors")
+    return file
+
+
 @pytest.mark.parametrize("harm", ["empty", "cut", "bit", "other clip", "garbage"])
 def test_a_damaged_file_is_made_again(tower, clips, tmp_path, harm):
     cache = PrefixCache(tower, folder=tmp_path, batch_size=1)
     (right,) = cache(clips[:1])
     cache(clips[1:2])
-    path = cache.path(clips[0])
+    path = kept(tmp_path, clips[0])
     sound = path.read_bytes()
     broken = {
         "empty": b"",
         "cut": sound[:-40],
         "bit": sound[:-1] + bytes([sound[-1] ^ 1]),
-        "other clip": cache.path(clips[1]).read_bytes(),
+        "other clip": kept(tmp_path, clips[1]).read_bytes(),
         "garbage": os.urandom(200),
     }[harm]
     path.write_bytes(broken)
@@ -101,7 +108,7 @@ FILL = """
 import sys, time, torch
 from pathlib import Path
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.engine.interface import Clip
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.prefix_cache import PrefixCache
 checkpoint, folder, waveforms, ready, other = sys.argv[1:]
 tower, clips = AudioPrefix.from_pretrained(checkpoint), [Clip(waveform) for waveform in torch.load(waveforms)]
@@ -131,7 +138,7 @@ def test_processes_share_a_folder(tower, clips, tiny_sweep, tmp_path, tmp_path_f
 def test_a_sweep_costs_the_tower_of_one_alpha(tiny_sweep, transformers_engine, tower, clips, monkeypatch):
     cache = PrefixCache(tower)
     monkeypatch.setattr(transformers_engine, "prefixes", cache)
-    prompts = [Prompt.from_text("Which?", [clip]) for clip in clips]
+    prompts = [Prompt("Which?", [clip]) for clip in clips]
     for alpha in (1.0, 0.0, 0.5):
         transformers_engine.load(tiny_sweep[alpha])
         transformers_engine.generate(prompts, Decoding(max_new_tokens=1))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.transformers import TransformersEngine
 
 DECODING = Decoding(max_new_tokens=8)
@@ -19,7 +20,7 @@ def prompts() -> list[Prompt]:
     generator = torch.Generator().manual_seed(3)
     clips = [Clip.from_samples(torch.rand(48_000, generator=generator) - 0.5, sampling_rate=16_000) for _ in range(3)]
     slot = "<Audio><AudioHere></Audio>"
-    return [Prompt.from_text(f"{slot * count} Who calls?", clips[:count]) for count in (0, 1, 3)]
+    return [Prompt(f"{slot * count} Who calls?", clips[:count]) for count in (0, 1, 3)]
 
 
 def answer(first: str, second: str) -> None:

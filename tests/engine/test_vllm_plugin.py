@@ -15,11 +15,11 @@ from mergekit_bio.errors import EngineError, MissingPackageError
 def prompts_of_all_kinds(clips):
     """Slots at either end, next to each other and none; pieces that would be other tokens if joined."""
     odd = [
-        Prompt(("", "?"), tuple(clips[:1])),
-        Prompt(("Label:", ""), tuple(clips[:1])),
-        Prompt(("<Aud", "io> mar", "sh wren"), tuple(clips[:2])),
-        Prompt(("a", "", "x"), tuple(clips[:2])),
-        Prompt(("no audio, <|eot_id|> special",)),
+        Prompt("<AudioHere>?", clips[:1]),
+        Prompt("Label:<AudioHere>", clips[:1]),
+        Prompt("<Aud<AudioHere>io> mar<AudioHere>sh wren", clips[:2]),
+        Prompt("a<AudioHere><AudioHere>x", clips[:2]),
+        Prompt("no audio, <|eot_id|> special"),
     ]
     return odd + random_prompts(clips, 20, seed=9)
 
@@ -46,11 +46,11 @@ def test_audio_at_another_rate_is_resampled_as_everywhere_else(vllm_engine, clip
     """Not with vLLM's own resampler, which has another filter."""
     from vllm import SamplingParams
 
-    from mergekit_bio.engine.interface import Clip
+    from mergekit_bio.audio.clip import Clip
 
     generator = torch.Generator().manual_seed(3)
     samples = (torch.rand(2 * 44100, 2, generator=generator) - 0.5).double()
-    ids = vllm_engine.tokenization.prompt_ids(Prompt.from_text("What?", clips[:1]), expanded=False)
+    ids = vllm_engine.tokenization.prompt_ids(Prompt("What?", clips[:1]), expanded=False)
     logprobs = []
     for audio in [(samples.numpy(), 44100), Clip.from_samples(samples, sampling_rate=44100).waveform.numpy()]:
         request = {"prompt_token_ids": ids, "multi_modal_data": {"audio": [audio]}}
@@ -65,7 +65,7 @@ def test_audio_at_another_rate_is_resampled_as_everywhere_else(vllm_engine, clip
         ([torch.zeros(16000).numpy()] * 2, "3 audio slots"),
         ([torch.zeros(100).numpy()], "too short"),
         ([torch.full((16000,), float("nan")).numpy()], "NaN"),
-        ([torch.zeros(5, 64)] * 3, "has 5 tokens"),
+        ([torch.zeros(30, 64)] * 3, "has 30 tokens"),
     ],
     ids=["number", "short", "NaN", "prefix"],
 )

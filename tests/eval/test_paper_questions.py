@@ -17,10 +17,10 @@ from mergekit_bio.eval.recipe.shipped import shipped_recipes
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
-from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
 from mergekit_bio.eval.run.evaluate import prepare_run
 from mergekit_bio.eval.run.plan import identified_cells, plan_run
+from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.eval.scoring.score import score
 
 COMMON = "What is the common name for the focal species in the audio?"
@@ -304,7 +304,7 @@ def test_a_label_that_cannot_be_chosen_is_named_before_anything_is_asked(beans_z
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(content | {"label_map": "names.csv", "decoding": "choice"}))
     heard = []
-    listener = Silence()
+    listener = SilentListener()
     listener.note = heard.append
     prepare_run(
         recipe=file, data=beans_zero("parquet"), out=tmp_path, engine="transformers", listener=listener, fetch=False

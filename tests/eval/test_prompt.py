@@ -21,14 +21,12 @@ from mergekit_bio.eval.run.questions import options, questions, show_prompts
 SLOT = "<Audio><AudioHere></Audio>"
 
 
-def words(prompt) -> str:
-    """The user's turn of a prompt."""
-    start, end = (
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+def rendered(instruction) -> str:
+    """As NatureLM-audio's own template has it."""
+    return (
+        f"<|start_header_id|>user<|end_header_id|>\n\n{instruction.text}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert prompt.text.startswith(start) and prompt.text.endswith(end)
-    return prompt.text.removeprefix(start).removesuffix(end)
 
 
 def dataset(labels: list[str], **changes) -> Dataset:
@@ -55,8 +53,8 @@ def test_prompts_of_the_published_experiments_are_theirs_up_to_the_shuffled_orde
         data = dataset([], name=cell.dataset, clips=clips, examples=clips)
         for row, question in zip(cell.predictions, questions(recipe, data, cell.query), strict=True):
             if row.prompt is not None:
-                assert split(question.prompt.text) == split(row.prompt)
-                assert question.prompt.clips == (row.id,)
+                assert split(rendered(question.instruction)) == split(row.prompt)
+                assert question.instruction.clips == (row.id,)
                 compared[cell.run, cell.query] += 1
     assert len(compared) == 11 and min(compared.values()) >= 20
 
@@ -90,25 +88,23 @@ def ask(query: str, clip: str = "clip0", seed: int = 0, **options):
 
 
 def test_the_clip_goes_in_front_unless_the_query_says_where():
-    assert words(ask("What is it?\n")) == f"{SLOT} What is it?"
-    assert words(ask(f"Audio: {SLOT}\nLabel:{{randomize}}")) == f"Audio: {SLOT}\nLabel:"
+    assert ask("What is it?\n").text == f"{SLOT} What is it?"
+    assert ask(f"Audio: {SLOT}\nLabel:{{randomize}}").text == f"Audio: {SLOT}\nLabel:"
     assert ask("Which?").query_slot == 0
 
 
 def test_species_are_listed_in_their_order_or_shuffled_for_every_clip():
-    assert words(ask("One of: {species_list}")) == f"{SLOT} One of: Coruro, Great Grig, Wild Boar, Crab-eating Frog"
-    orders = {words(ask("One of: {species_list}{randomize}", clip=f"c{number}")) for number in range(60)}
+    assert ask("One of: {species_list}").text == f"{SLOT} One of: Coruro, Great Grig, Wild Boar, Crab-eating Frog"
+    orders = {ask("One of: {species_list}{randomize}", clip=f"c{number}").text for number in range(60)}
     assert len(orders) > 15
 
 
 def test_descriptions_are_blocks_in_the_order_of_the_list():
-    text = words(
-        ask(
-            "{species_list}\n\n{examples}{randomize}",
-            species=("a", "b"),
-            descriptions={"a": "[chirps]", "b": "[clicks]"},
-        )
-    )
+    text = ask(
+        "{species_list}\n\n{examples}{randomize}",
+        species=("a", "b"),
+        descriptions={"a": "[chirps]", "b": "[clicks]"},
+    ).text
     names, *blocks = text.removeprefix(SLOT + " ").split("\n\n")
     assert blocks == [
         {"a": "Audio: [chirps]\nLabel: a", "b": "Audio: [clicks]\nLabel: b"}[name] for name in names.split(", ")
@@ -121,7 +117,7 @@ IN_CONTEXT = "One of: {species_list}\n\n{audio_examples}\n\nAudio: " + SLOT + "\
 
 def test_audio_examples_come_with_their_clips_in_order_and_the_query_clip_last():
     prompt = ask(IN_CONTEXT, clip="a0", species=("a", "b"), pool=POOL, n_examples=2)
-    blocks = words(prompt).split("\n\n")[1:]
+    blocks = prompt.text.split("\n\n")[1:]
     assert [block.split("Label: ")[1] for block in blocks[:-1]] == [clip[0] for clip in prompt.examples]
     assert sorted(clip[0] for clip in prompt.examples) == ["a", "a", "b", "b"]
     assert prompt.clips[-1] == "a0" and prompt.query_slot == 4
@@ -130,7 +126,7 @@ def test_audio_examples_come_with_their_clips_in_order_and_the_query_clip_last()
 
 def test_a_query_without_a_slot_of_its_own_hears_the_clip_first_and_then_the_examples():
     prompt = ask("Which?\n{audio_examples}", clip="a0", species=("a", "b"), pool=POOL, n_examples=1)
-    assert words(prompt).startswith(f"{SLOT} Which?\nAudio: {SLOT}\nLabel: ")
+    assert prompt.text.startswith(f"{SLOT} Which?\nAudio: {SLOT}\nLabel: ")
     assert prompt.clips[0] == "a0" and prompt.query_slot == 0
 
 
@@ -218,12 +214,12 @@ def test_a_wrong_flag_is_named(query, said):
 
 def test_braces_around_anything_else_are_text():
     assert flags('Answer as {"name": 1} {} {randomize}', "q") == {"randomize"}
-    assert words(ask('Answer as {"name": 1} {}')) == f'{SLOT} Answer as {{"name": 1}} {{}}'
+    assert ask('Answer as {"name": 1} {}').text == f'{SLOT} Answer as {{"name": 1}} {{}}'
 
 
 def test_without_queries_the_datasets_own_instruction_is_asked():
     prompt = instruction_prompt(clip="c", instruction=f"{SLOT} What is it?", task="classification", labels=300)
-    assert words(prompt) == f"{SLOT} What is it?" and prompt.clips == ("c",)
+    assert prompt.text == f"{SLOT} What is it?" and prompt.clips == ("c",)
 
 
 @pytest.mark.parametrize("name", ["enabirds", "hiceas", "rfcx", "gibbons", "dcase"])
@@ -233,7 +229,7 @@ def test_detection_with_more_than_eight_labels_gets_the_general_question(name):
         clip="c", instruction=f"{SLOT} Own.", task="detection", labels=len(component.labels or ())
     )
     general = f"{SLOT} What are the common names for the species in the audio, if any?"
-    assert words(prompt) == (f"{SLOT} Own." if name in ("hiceas", "gibbons") else general)
+    assert prompt.text == (f"{SLOT} Own." if name in ("hiceas", "gibbons") else general)
 
 
 def recipe(**changes) -> Recipe:
@@ -246,7 +242,7 @@ def test_a_limit_and_the_other_clips_do_not_change_a_clips_prompt():
     whole = list(questions(recipe(), data, 0))
     assert list(questions(recipe(), data, 0, 2)) == whole[:2]
     assert [question.clip.id for question in whole] == [clip.id for clip in data.clips]
-    assert "Here></Audio> b, a" in whole[0].prompt.text or "Here></Audio> a, b" in whole[0].prompt.text
+    assert "Here></Audio> b, a" in whole[0].instruction.text or "Here></Audio> a, b" in whole[0].instruction.text
 
 
 def test_another_seed_asks_otherwise():
@@ -277,7 +273,7 @@ def test_prompts_are_shown_without_decoding_a_recording(beans_zero):
         )
     )
     assert [(data.name, query, len(asked)) for data, query, asked in shown] == [("watkins", 0, 2), ("watkins", 1, 2)]
-    assert words(shown[0][2][0].prompt) == f"{SLOT} One of Walrus, Fin, Finback Whale?"
+    assert shown[0][2][0].instruction.text == f"{SLOT} One of Walrus, Fin, Finback Whale?"
     own = replace(recipe(data=str(beans_zero("parquet"))), queries=(), top_k_species=None)
     ((_, _, (question,)),) = show_prompts(own, 1)
-    assert words(question.prompt) == f"{SLOT} What is it, watkins?"
+    assert question.instruction.text == f"{SLOT} What is it, watkins?"

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.errors import OutputError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import read_label_map
 from mergekit_bio.eval.recipe.schema import (
     DatasetChoice,
     Generate,
-    Merge,
     Recipe,
     Species,
     load_recipe,
 )
 from mergekit_bio.eval.recipe.shipped import copy_shipped, find_label_map, find_recipe, shipped_recipes
 from mergekit_bio.eval.records.read import read_runs
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
+from mergekit_bio.merging.request import MergeRequest
 
 SWEEP = tuple(number / 10 for number in range(11))
 
@@ -60,8 +60,9 @@ def test_a_shipped_recipe_has_the_papers_settings(name):
 
 def test_the_first_recipe_names_every_key_with_its_type_and_default():
     text = shipped_recipes()["closed_set"].read_text()
-    for kind in (Recipe, Merge, Generate, DatasetChoice, Species):
-        for key in (field.name for field in fields(kind)):
+    run_decides = {"out", "overwrite", "text_only"}
+    for kind in (Recipe, MergeRequest, Generate, DatasetChoice, Species):
+        for key in {field.name for field in fields(kind)} - run_decides:
             assert re.search(rf"\b{key}:", text), key
 
 
@@ -150,6 +151,9 @@ def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):
         ("datasets: [watkins]\n", "mine.yaml:1: merge: give either merge or checkpoints"),
         (SMALL + "merge: {alphas: [0]}\n", "mine.yaml:3: merge: give either merge or checkpoints"),
         ("merge: {alphas: []}\ndatasets: [watkins]\n", "mine.yaml:1: merge.alphas:"),
+        ("merge: {alphas: q_proj=0.5}\ndatasets: [watkins]\n", "merge.alphas: a recipe's strengths are numbers"),
+        ("merge: {alphas: [0, 0]}\ndatasets: [watkins]\n", "merge.alphas: 0.00 is given twice"),
+        ("merge: {alphas: 0.5, out: here}\ndatasets: [watkins]\n", "mine.yaml:1: merge.out: the run decides"),
         ("merge: {alphas: [.nan]}\ndatasets: [watkins]\n", "merge.alphas[0]: input should be a finite number"),
         ("checkpoints: [m]\ndatasets:\n  - cbi\n  - watkin\n", "mine.yaml:4: datasets: unknown component 'watkin'"),
         ("checkpoints: [m]\ndatasets: [cbi, cbi]\n", "datasets: 'cbi' stands twice"),
@@ -229,7 +233,7 @@ def test_the_references_recipe_is_translated_and_said_to_be(tmp_path):
     loaded = load_recipe(write(tmp_path, REFERENCE))
     assert loaded.recipe == Recipe(
         name="mine",
-        merge=Merge(
+        merge=MergeRequest(
             base="meta-llama/Meta-Llama-3.1-8B-Instruct",
             adapter="EarthSpeciesProject/NatureLM-audio",
             alphas=(0.0, 0.5, 1.0),
@@ -272,9 +276,9 @@ def test_no_is_false_as_where_the_references_recipes_are_read(tmp_path, no):
             "mine.yaml:17: extende: unknown section; did you mean 'extended'?",
         ),
         (("user<|end", "system<|end"), "mine.yaml:8: model.prompt_template: only NatureLM-audio's own chat template"),
-        (("[0.0, 0.5, 1.0]", "half"), "mine.yaml:19: extended.lora_scales: input should be a valid array"),
+        (("[0.0, 0.5, 1.0]", "half"), "mine.yaml:19: extended.lora_scales: 'half' is not a number"),
         (("[unseen-family-cmn]", "[unseen-family]"), "extended.datasets: unknown component 'unseen-family'; did"),
-        (("1.0]", "x]"), "mine.yaml:19: extended.lora_scales[2]: input should be a valid number"),
+        (("1.0]", "x]"), "mine.yaml:19: extended.lora_scales[2]: 'x' is not a number"),
         (("{audio_examples}", "{audio_example}"), "mine.yaml:27: extended.queries[0]: unknown flag '{audio_example}'"),
         (("llama_path: meta", "llama_path: 3 #"), "mine.yaml:3: model.llama_path: input should be a valid string"),
         (("      description", "      descriptio"), "mine.yaml:22: extended.species[0].descriptio: unknown key; "),
@@ -285,7 +289,7 @@ def test_a_wrong_reference_recipe_is_one_line(tmp_path, change, said):
 
 
 def test_a_wrong_alpha_outside_of_a_sweep_is_named_where_it_stands(tmp_path):
-    said = "mine.yaml:2: generate.merging_alpha: input should be a valid number"
+    said = "mine.yaml:2: generate.merging_alpha: 'half' is not a number"
     assert said in refused(tmp_path, "model: {}\ngenerate: {merging_alpha: half}\n")
 
 

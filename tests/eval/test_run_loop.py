@@ -14,26 +14,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_evaluation
 from tiny_naturelm import make_base
 
 from eval import beans_zero_tool
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.engine import choice
 from mergekit_bio.errors import AlphaError, DatasetError, EngineError, RecipeError, RunError
 from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import read_record
-from mergekit_bio.eval.run.asking import Silence
 from mergekit_bio.eval.run.evaluate import Run, evaluate, prepare_run
+from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.merging.merge import merge
+from mergekit_bio.model.loading import load_model
 
 CPU = {"engine": "transformers", "engine_options": {"device": "cpu"}}
 FILES = [f"beans_zero_eval_recordings_query{query}_lora{alpha}.jsonl" for alpha in ("000", "100") for query in (0, 1)]
 
 
-class Listening(Silence):
+class Listening(SilentListener):
     """Remembers what it heard."""
 
     def __init__(self):
@@ -96,8 +100,6 @@ def test_alphas_and_queries_give_different_answers(run):
 def test_examples_are_heard_where_the_prompt_says(run, evaluation):
     """The same question through `mergekit-bio ask`'s way, which runs the model's own tower and its own prompt."""
     from mergekit_bio.listen.ask import Asker
-    from mergekit_bio.model.layout import LLAMA3_TEMPLATE
-    from mergekit_bio.model.loading import load_model
 
     head, tail = LLAMA3_TEMPLATE.split("{}")
     asker = Asker(*load_model(run.path / "checkpoints/alpha-1.00", device="cpu"), num_beams=1, max_new_tokens=6)
@@ -325,13 +327,19 @@ def test_the_shipped_recipes_run(run, tmp_path, name):
 class Servers:
     """A server that offers two checkpoints, answers with the model's name, and stops answering after a while."""
 
-    def __init__(self, answers: int):
+    def __init__(self, answers: int, template: str | None = None):
         self.left = answers
         servers, lock = self, threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply({"data": [{"id": name} for name in ("alpha-0.00", "alpha-1.00")], "model_revision": "r"})
+                self.reply(
+                    {
+                        "data": [{"id": name} for name in ("alpha-0.00", "alpha-1.00")],
+                        "model_revision": "r",
+                        "prompt_template": template,
+                    }
+                )
 
             def do_POST(self):
                 model = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
@@ -372,6 +380,34 @@ def test_a_server_that_dies_leaves_a_run_that_resumes(evaluation, tmp_path):
     for file, rows in by_id(done.path).items():
         assert {row.prediction for row in rows.values()} == {"alpha-0.00" if "lora000" in file else "alpha-1.00"}
     assert not (done.path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("template", "before", "after"), [("[{}] So:", "[", "] So:"), (None, "", "")])
+def test_a_servers_prompt_is_in_the_template_that_it_tells_or_as_it_was_sent(
+    evaluation, tmp_path, template, before, after
+):
+    pytest.importorskip("httpx", reason="httpx is not installed")
+    servers = Servers(answers=1000, template=template)
+    recipe = evaluation.variant("served", queries=["Which species is it?"], n_examples=None)
+    done = evaluate(recipe=recipe, out=tmp_path / "run", servers=[servers.url], limit=1)
+    servers.server.shutdown()
+    for file in done.path.glob("*.jsonl"):
+        (row,) = read_predictions(file)
+        assert row.prompt == f"{before}<Audio><AudioHere></Audio> Which species is it?{after}"
+
+
+def test_another_engine_is_a_class_and_a_line_of_the_table(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "ENGINES", {**choice.ENGINES, "parrot": "eval.parrot:Parrot"})
+    arguments = {"engine": "parrot", "servers": ["http://x"], "engine_options": {"volume": 11}}
+    done = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", **arguments)
+    for file, rows in by_id(done.path).items():
+        checkpoint = "alpha-0.00" if "lora000" in file else "alpha-1.00"
+        assert {row.prediction for row in rows.values()} == {f"{checkpoint} of http://x"} and len(rows) == CLIPS
+        assert all(row.prompt.startswith("Parrot, say: ") for row in rows.values())
+    assert {cell.identity["checkpoint"]["served"] for cell in done.record.cells} == {
+        "feathers of alpha-0.00",
+        "feathers of alpha-1.00",
+    }
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_merged(evaluation, tmp_path):
@@ -450,6 +486,43 @@ def test_vllm_gives_the_greedy_predictions_of_transformers(run, evaluation, tmp_
         }
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_checkpoint_is_asked_in_its_own_template_and_its_predictions_say_so(evaluation, tmp_path, engine):
+    """What stands in a prediction, given to the model as a whole, gets the answer that stands beside it."""
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+    template = "<|start_header_id|>system<|end_header_id|>\n\nGray wolf.<|eot_id|>Question: {}\nAnswer:"
+    adapter = tmp_path / "adapter"
+    shutil.copytree(evaluation.adapter, adapter)
+    config = json.loads((adapter / "config.json").read_text()) | {"prompt_template": template}
+    (adapter / "config.json").write_text(json.dumps(config))
+    merge = {"base": str(evaluation.base), "adapter": str(adapter), "alphas": [1.0]}
+    recipe = evaluation.variant("template", merge=merge, queries=["Which species is it?"], n_examples=None)
+    options = {"device": "cpu"} if engine == "transformers" else {"enforce_eager": True, "max_model_len": 1024}
+    done = evaluate(
+        recipe=recipe, out=tmp_path / "run", limit=4, engine=engine, engine_options=options | {"dtype": "float32"}
+    )
+    model, processor = load_model(tmp_path / "run/checkpoints/alpha-1.00", device="cpu")
+
+    def answer(prompt: str, recording: Path) -> tuple[list[int], int]:
+        samples, rate = soundfile.read(recording)
+        inputs = processor(prompt, audio=samples, sampling_rate=rate)
+        length = inputs["input_ids"].shape[1]
+        return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, length:].tolist(), length
+
+    (file,) = done.path.glob("*.jsonl")
+    rows = list(read_predictions(file))
+    in_llamas = []
+    instruction = "<Audio><AudioHere></Audio> Which species is it?"
+    for row in rows:
+        assert row.prompt == template.replace("{}", instruction)
+        assert (list(row.generated_ids), row.prompt_tokens) == answer(row.prompt, Path(row.audio))
+        in_llamas.append(
+            answer(LLAMA3_TEMPLATE.replace("{}", "<Audio><AudioHere></Audio> Which species is it?"), Path(row.audio))
+        )
+    assert in_llamas != [(list(row.generated_ids), row.prompt_tokens) for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for name in shipped_recipes() if not name.startswith("demo")}))
 def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, tmp_path, name):
@@ -479,9 +552,9 @@ def test_the_demos_recipes_give_the_same_predictions_with_vllm(tmp_path):
         copy_shipped(recipe, first)
     shutil.copytree(first, folders["vllm"])
     for engine, folder in folders.items():
-        with demo.shared_engine(engine, folder, Silence()) as slot:
+        with demo.shared_engine(engine, folder, SilentListener()) as slot:
             for recipe in demo.RECIPES:
-                demo.ask(recipe, folder, slot, Silence())
+                demo.ask(recipe, folder, slot, SilentListener())
     for recipe in demo.RECIPES:
         (file,) = (first / "runs" / recipe).glob("*.jsonl")
         wanted, found = (

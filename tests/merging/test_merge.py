@@ -18,6 +18,7 @@ from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging import fold
 from mergekit_bio.merging.merge import plan_merge
+from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.verify import verify
 
 COMPANIONS = {"README.md", "config.json", "merge.json"}
@@ -212,8 +213,8 @@ def test_transformers_loads_it_as_it_is(sources, tmp_path):
 
 def test_a_plan_reads_no_weight_and_imports_no_torch(sources):
     program = (
-        "import sys; from mergekit_bio.merging.merge import plan_merge\n"
-        "plan = plan_merge(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.5])\n"
+        "import sys; from mergekit_bio import MergeRequest; from mergekit_bio.merging.merge import plan_merge\n"
+        "plan = plan_merge(MergeRequest(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.5]))\n"
         "print(len(plan.folds), 'torch' in sys.modules)"
     )
     assert printed(program, *sources) == "16 False\n"
@@ -221,7 +222,7 @@ def test_a_plan_reads_no_weight_and_imports_no_torch(sources):
 
 def test_the_plan_accounts_for_every_byte(sources):
     for alphas in ([0.5], ["0:1:0.1"]):
-        plan = plan_merge(base=sources[0], adapter=sources[1], alphas=alphas)
+        plan = plan_merge(MergeRequest(base=sources[0], adapter=sources[1], alphas=alphas))
         held = sum(len(shard.header) + sum(copy.count for copy in shard.copies) for shard in plan.shards)
         assert held + plan.bytes_folded == plan.bytes_on_disk
         assert {fold.name for fold in plan.folds} == set(FOLDED)
@@ -232,8 +233,7 @@ import sys, threading, time, torch
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 import mergekit_bio
-from mergekit_bio.merging import api, fold, write, record
-from mergekit_bio.merging import card
+from mergekit_bio.merging import card, fold, merge, record, write
 import huggingface_hub.repocard
 before, peak, done = anonymous(), 0, threading.Event()
 def watch():

@@ -133,6 +133,22 @@ def test_an_incomplete_or_altered_directory_is_refused(merged, damage, complaint
     assert "\n" not in str(error.value) and str(merged) in str(error.value)
 
 
+def test_a_manifest_of_the_first_format_is_accepted_and_not_overwritten(pristine, merged):
+    """``merge1.json`` was written by a version that wrote that format. Its keys are kept, with this merge's values."""
+    first = json.loads((Path(__file__).parent / "merge1.json").read_text())
+    now = json.loads((merged / "merge.json").read_text())
+    document = {key: now.get(key) for key in first} | {"format": first["format"]}
+    for key in ("base", "adapters"):
+        theirs, ours = (manifest[key] if key == "adapters" else [manifest[key]] for manifest in (first, now))
+        kept = [{name: origin[name] for name in old} for old, origin in zip(theirs, ours, strict=True)]
+        document[key] = kept if key == "adapters" else kept[0]
+    (merged / "merge.json").write_text(json.dumps(document))
+    found = verify(merged, against_sources=True)
+    assert (found.companions, found.hashed, found.recomputed) == (0, 16, 16)
+    with pytest.raises(MergekitBioError, match=r"merge@1.* remove .* by hand"):
+        mergekit_bio.merge(base=pristine[0], adapter=pristine[1], alphas=[0.5], out=merged, overwrite=True)
+
+
 def test_other_sources_are_recognised(pristine, merged, tmp_path):
     (tmp_path / "other").mkdir()
     base, adapter = write_example(tmp_path / "other", seed=9)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mergekit_bio.audio.layout import merged_config
 from mergekit_bio.checkpoint.header import DTYPES
 from mergekit_bio.merging.merge import plan_merge
+from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.layout import merged_config
 from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
 
 LLAMA_8B: dict[str, Any] = {
@@ -80,7 +81,7 @@ def test_every_tensor_of_the_real_checkpoint_has_its_place(golden: Path, manifes
 
     write_sparse(tmp_path / "llama", llama, LLAMA_8B)
     write_sparse(tmp_path / "naturelm", {n: e for n, e in manifest.items() if n not in own}, real)
-    plan = plan_merge(base=tmp_path / "llama", adapter=tmp_path / "naturelm", alphas=[0.5])
+    plan = plan_merge(MergeRequest(base=tmp_path / "llama", adapter=tmp_path / "naturelm", alphas=[0.5]))
 
     written: Described = {}
     for shard in plan.shards:

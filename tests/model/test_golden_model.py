@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlamaForCausalLM
 
 import mergekit_bio
+import mergekit_bio.model
 
 ALPHAS = (0.0, 0.3, 0.5, 1.0)
 
@@ -119,7 +120,7 @@ def test_a_batch_of_different_prompts_gives_what_each_gives_alone(directories, v
 def test_a_fresh_process_needs_only_the_two_imports(directories, vectors, facts, tmp_path: Path) -> None:
     script = """
 import sys, torch
-import transformers, mergekit_bio
+import transformers, mergekit_bio.model
 from safetensors.torch import load_file
 given = load_file(sys.argv[2])
 processor = transformers.AutoProcessor.from_pretrained(sys.argv[1])

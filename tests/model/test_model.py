@@ -210,18 +210,23 @@ def test_strict_loading_names_the_tensor(merged: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import transformers, mergekit_bio",
-        "import mergekit_bio, transformers",
-        "import mergekit_bio.model.modeling, transformers",
+        "import transformers, mergekit_bio.model",
+        "import mergekit_bio.model, transformers",
         "import mergekit_bio.model.processing, transformers",
     ],
 )
-def test_any_import_order_registers(merged: Path, imports: str) -> None:
+def test_importing_the_models_package_registers_it(merged: Path, imports: str) -> None:
     script = f"{imports}\nprint(type(transformers.AutoConfig.from_pretrained({str(merged)!r})).__name__)"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.stdout.strip(), done.stderr) == ("NatureLMAudioConfig", "")
+
+
+def test_importing_the_package_leaves_python_s_imports_alone() -> None:
+    script = "import sys; before = list(sys.meta_path); import mergekit_bio; print(sys.meta_path == before)"
+
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "True"
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

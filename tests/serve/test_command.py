@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.errors import CheckpointError, EngineError
-from mergekit_bio.serve.command import find_models, parse_flags
+from mergekit_bio.serve.command import find_models, parse_flags, prompt_template
 
 
 def test_checkpoints_are_named_after_their_directories(sweep):
@@ -41,6 +42,8 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep):
     args = parse_flags(models, [*given, "--distributed-executor-backend", "ray"])
     assert (args.host, args.api_key, args.distributed_executor_backend) == ("0.0.0.0", ["k"], "ray")
     assert (args.tensor_parallel_size, args.data_parallel_size) == (2, 2)
+    assert prompt_template(args) == LLAMA3_TEMPLATE
+    assert prompt_template(parse_flags(models, ["--chat-template", "{{ messages }}"])) is None
     with pytest.raises(EngineError, match="--served-model-name"):
         parse_flags(models, ["--served-model-name", "frog"])
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve.requests_to_server import KEY, MAX_AUDIOS, encoded
 
-from mergekit_bio.engine.interface import Clip, Decoding, Prompt
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.interface import Decoding, Prompt
 
 A, B = "alpha-0.50", "alpha-1.00"
 QUESTION = "What is the common name for the focal species in the audio?"
@@ -50,7 +51,7 @@ def expected(engine, prompt) -> tuple[int, ...]:
 
 
 def test_text_alone_is_answered_as_transformers_does(client, engines):
-    assert answered(chat(client, QUESTION)) == expected(engines[A], Prompt((QUESTION,)))
+    assert answered(chat(client, QUESTION)) == expected(engines[A], Prompt(QUESTION))
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
@@ -62,7 +63,7 @@ def test_audio_in_chat_is_answered_as_transformers_does(client, engines, sounds,
 
     data = encoded(sounds[2], kind)
     heard, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
-    prompt = Prompt.from_text(QUESTION, [Clip.from_samples(heard, sampling_rate=rate)])
+    prompt = Prompt(QUESTION, [Clip.from_samples(heard, sampling_rate=rate)])
     content = [part(sounds[2], kind), {"type": "text", "text": QUESTION}]
     assert answered(chat(client, content)) == expected(engines[A], prompt)
 
@@ -70,16 +71,16 @@ def test_audio_in_chat_is_answered_as_transformers_does(client, engines, sounds,
 def test_six_audios_go_into_the_slots_of_the_text(client, engines, sounds):
     text = "".join(f"Audio: <Audio><AudioHere></Audio>\nLabel: {n}\n" for n in range(6)) + QUESTION
     content = [{"type": "text", "text": text}, *map(part, sounds)]
-    wanted = expected(engines[A], Prompt.from_text(text, list(map(clip, sounds))))
+    wanted = expected(engines[A], Prompt(text, list(map(clip, sounds))))
     assert answered(chat(client, content)) == wanted
     assert answered(chat(client, [*map(part, sounds), {"type": "text", "text": text}])) == wanted
-    assert wanted != expected(engines[A], Prompt.from_text(text, list(map(clip, sounds[::-1]))))
+    assert wanted != expected(engines[A], Prompt(text, list(map(clip, sounds[::-1]))))
 
 
 def test_a_data_url_is_an_audio_too(client, engines, sounds):
     url = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded(sounds[0])}"}}
     content = [url, {"type": "text", "text": QUESTION}]
-    assert answered(chat(client, content)) == expected(engines[A], Prompt.from_text(QUESTION, [clip(sounds[0])]))
+    assert answered(chat(client, content)) == expected(engines[A], Prompt(QUESTION, [clip(sounds[0])]))
 
 
 def test_streaming_gives_the_same_tokens(client, sounds):
@@ -143,7 +144,7 @@ def test_bad_audio_is_the_clients_error(client, content):
 def test_parallel_requests_for_two_models_get_their_own_models_answers(client, engines, sounds):
     questions = [f"{QUESTION} {n}" for n in range(4)]
     wanted = {
-        (model, n): expected(engines[model], Prompt.from_text(question, [clip(sounds[n])]))
+        (model, n): expected(engines[model], Prompt(question, [clip(sounds[n])]))
         for model in (A, B)
         for n, question in enumerate(questions)
     }
@@ -252,10 +253,10 @@ def test_predict_answers_as_transformers_does_beams_included(http, engines, soun
     wanted = [
         engines[A].generate([prompt], decoding)[0]
         for prompt, decoding in [
-            (Prompt.from_text(QUESTION, one), GREEDY),
-            (Prompt.from_text(icl, three), GREEDY),
-            (Prompt.from_text(icl, three), Decoding(max_new_tokens=8, num_beams=2)),
-            (Prompt((QUESTION,)), GREEDY),
+            (Prompt(QUESTION, one), GREEDY),
+            (Prompt(icl, three), GREEDY),
+            (Prompt(icl, three), Decoding(max_new_tokens=8, num_beams=2)),
+            (Prompt(QUESTION), GREEDY),
         ]
     ]
     assert [entry["sample_id"] for entry in body["responses"]] == ["one", "three", "beams", "text"]
@@ -270,7 +271,7 @@ def test_predict_answers_as_transformers_does_beams_included(http, engines, soun
 
 def test_predict_reaches_every_model_by_its_path(http, engines, sounds):
     for model in (A, B):
-        prompt = Prompt.from_text(QUESTION, [clip(sounds[3])])
+        prompt = Prompt(QUESTION, [clip(sounds[3])])
         (entry,) = predict(http, item(audios=[wav(sounds[3])]), path=f"/{model}/predict").json()["responses"]
         assert entry["predictions"] == [engines[model].generate([prompt], GREEDY)[0].text]
         assert http.get(f"/{model}/info").json()["model"] == model
@@ -378,9 +379,10 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
     client = HttpEngine([server.url], api_key=KEY, model=A)
     labels = ["marsh wren", "tree frog", "gray wolf"]
     text = "Audio: <Audio><AudioHere></Audio>\nLabel: marsh wren\n<Audio><AudioHere></Audio> Which?"
-    prompts = [Prompt.from_text(text, [clip(sounds[n]), clip(sounds[n + 1])]) for n in range(4)] + [Prompt(("Hello?",))]
+    prompts = [Prompt(text, [clip(sounds[n]), clip(sounds[n + 1])]) for n in range(4)] + [Prompt("Hello?")]
     for model in (B, A):
         client.load(server.sweep[model])
+        assert [*map(client.render, prompts)] == [*map(engines[model].render, prompts)]
         ours, wanted = client.generate(prompts, GREEDY), engines[model].generate(prompts, GREEDY)
         for one, other in zip(ours, wanted, strict=True):
             assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
@@ -388,6 +390,15 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
             assert (one.text, one.prompt_tokens) == (other.text.rstrip("\ufffd"), other.prompt_tokens)
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert {answer.text for answer in client.choose(prompts, labels)} <= set(labels)
+
+
+def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
+    def tokens(**body) -> list[int]:
+        return http.post("/tokenize", json=body).raise_for_status().json()["tokens"]
+
+    rendered = http.get("/info").json()["prompt_template"].replace("{}", "Who calls?")
+    _bos, *asked = tokens(messages=[{"role": "user", "content": "Who calls?"}])
+    assert asked == tokens(prompt=rendered, add_special_tokens=False)
 
 
 def test_info_and_health_are_what_the_contract_asks_for(http):

@@ -40,7 +40,8 @@ class BeamSearch:
         max_new_tokens: Where every beam ends.
         eos_token_ids: Tokens that end a beam.
         length_penalty: Exponent of the length that a finished hypothesis's log-probability is divided by.
-        early_stopping: See :class:`mergekit_bio.engine.interface.Decoding`.
+        early_stopping: Stop with ``num_beams`` finished hypotheses (True), when the running beams are unlikely to get
+            better (False), or when they cannot (``"never"``).
 
     Attributes:
         running: The beams to extend, best first; one, empty, at the beginning.
@@ -66,8 +67,11 @@ class BeamSearch:
 
     @property
     def width(self) -> int:
-        """How many extensions are looked at in a step; so many of each beam are enough for :meth:`advance`."""
-        return candidates(num_beams=self._num_beams, eos=len(self._eos))
+        """Extensions looked at in a step, so that ``num_beams`` that do not end are among them.
+
+        So many of each beam are enough for :meth:`advance`.
+        """
+        return max(2, 1 + len(self._eos)) * self._num_beams
 
     def advance(self, extensions: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Make one step.
@@ -75,6 +79,7 @@ class BeamSearch:
         Args:
             extensions: For each running beam its likeliest next tokens with their log-probabilities.
         """
+        # 1. Rank all extensions of all beams by their log-probability.
         ranked = sorted(
             (
                 beam.extended(*extension)
@@ -86,9 +91,11 @@ class BeamSearch:
         )[: self.width]
         length = len(ranked[0].token_ids)
         ended = [h.token_ids[-1] in self._eos or length == self._max_new_tokens for h in ranked]
+        # 2. Those that end are finished if they are among the best num_beams; a worse one that ends is dropped.
         ending = [h for h, end in zip(ranked[: self._num_beams], ended, strict=False) if end]
         scored = [Hypothesis(h.token_ids, h.logprobs, h.total, h.total / length**self._length_penalty) for h in ending]
         self.finished = sorted(self.finished + scored, key=lambda h: h.score, reverse=True)[: self._num_beams]
+        # 3. The best that do not end go on.
         self.running = [h for h, end in zip(ranked, ended, strict=True) if not end][: self._num_beams]
         self.done = not self.running or self._is_settled(length)
 
@@ -101,8 +108,3 @@ class BeamSearch:
         hopeful = self._early_stopping == "never" and self._length_penalty > 0
         best_length = self._max_new_tokens if hopeful else length
         return self.running[0].total / best_length**self._length_penalty <= self.finished[-1].score
-
-
-def candidates(*, num_beams: int, eos: int) -> int:
-    """Extensions looked at in a step, so that ``num_beams`` that do not end are among them."""
-    return max(2, 1 + eos) * num_beams

@@ -1,21 +1,35 @@
 """Answering from a closed list: the labels as a trie of tokens, walked by log-probabilities of next tokens."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from mergekit_bio.engine.interface import LabelScore
+from mergekit_bio.engine.interface import Generation
 from mergekit_bio.errors import EngineError
 
-#: Generated tokens that follow the prompt of that number, and the next tokens asked about.
-Query = tuple[int, tuple[int, ...], tuple[int, ...]]
-#: Answers each query with the natural log-probabilities of its tokens, in their order.
+
+class Query(NamedTuple):
+    """A question to the model: how likely are these next tokens?
+
+    Attributes:
+        prompt: The number of the prompt.
+        tokens: Generated tokens that follow it.
+        candidates: The next tokens that are asked about.
+    """
+
+    prompt: int
+    tokens: tuple[int, ...]
+    candidates: tuple[int, ...]
+
+
+#: Answers each query with the natural log-probabilities of its candidates, in their order.
 NextLogprobs = Callable[[Sequence[Query]], list[list[float]]]
 
 
 @dataclass
 class Node:
-    """Tokens that labels begin with.
+    """A place in the trie: the beginning of one or more labels.
 
     Attributes:
         tokens: The path from the root.
@@ -27,26 +41,31 @@ class Node:
     children: dict[int, "Node"] = field(default_factory=dict)
     label: str | None = None
 
-    @property
-    def is_fork(self) -> bool:
-        """Whether there is anything to decide."""
-        return len(self.children) + (self.label is not None) > 1
+    def inner(self) -> "Iterator[Node]":
+        """The nodes that have children, from here on, parents before their children."""
+        if self.children:
+            yield self
+            for child in self.children.values():
+                yield from child.inner()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Choice:
-    """The label a walk ended at.
+    """How far a prompt's walk down the trie is, and in the end the label that it chose.
 
     Attributes:
-        label: The label.
-        token_ids: Its tokens.
-        logprobs: Of each among the tokens allowed at its place; where the label is the beginning of another one,
-            the log-probability of ending there follows.
+        node: Where it stands.
+        logprobs: Of each token among the tokens that the list allows at its place; where the label is the beginning of
+            another one, the log-probability of ending there follows.
     """
 
-    label: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    node: Node
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The label."""
+        return self.node.label or ""
 
 
 def build_trie(labels: Sequence[str], encode: Callable[[str], list[int]]) -> Node:
@@ -83,38 +102,47 @@ def choose(root: Node, *, prompts: int, eos_token_ids: Sequence[int], next_logpr
         eos_token_ids: What ends an answer.
         next_logprobs: Asks the model.
     """
-    nodes = [root] * prompts
-    logprobs: list[list[float]] = [[] for _ in range(prompts)]
-    done: list[Choice | None] = [None] * prompts
-    while open_ := [n for n in range(prompts) if done[n] is None]:
-        asked = []
-        for n in open_:
-            while not nodes[n].is_fork and nodes[n].children:
-                nodes[n] = next(iter(nodes[n].children.values()))
-                logprobs[n].append(0.0)
-            if nodes[n].children:
-                asked.append(n)
-            else:
-                done[n] = Choice(nodes[n].label or "", nodes[n].tokens, tuple(logprobs[n]))
-        queries = [(n, nodes[n].tokens, _options(nodes[n], eos_token_ids)) for n in asked]
-        for n, found in zip(asked, next_logprobs(queries), strict=True):
-            children = list(nodes[n].children.values())
-            scores = found[: len(children)]
-            ends = nodes[n].label is not None
-            if ends:
-                scores = [*scores, log_sum_exp(found[len(children) :])]
-            best = max(range(len(scores)), key=scores.__getitem__)
-            logprobs[n].append(scores[best] - log_sum_exp(scores))
-            if ends and best == len(children):
-                done[n] = Choice(nodes[n].label or "", nodes[n].tokens, tuple(logprobs[n]))
-            else:
-                nodes[n] = children[best]
-    return [choice for choice in done if choice is not None]
+    choices = [Choice(root) for _ in range(prompts)]
+    walking = list(range(prompts))
+    while walking:
+        # 1. Where only one token can follow, it follows, with certainty. A label that nothing follows is the answer.
+        for prompt in walking:
+            choice = choices[prompt]
+            while len(choice.node.children) == 1 and choice.node.label is None:
+                (choice.node,) = choice.node.children.values()
+                choice.logprobs.append(0.0)
+        walking = [prompt for prompt in walking if choices[prompt].node.children]
+        # 2. Ask for all others at once how likely each way on is; and where a label ends, each end token.
+        queries = []
+        for prompt in walking:
+            node = choices[prompt].node
+            ends = tuple(eos_token_ids) if node.label is not None else ()
+            queries.append(Query(prompt, node.tokens, (*node.children, *ends)))
+        # 3. Take the likeliest way. Its log-probability is among the ways, not among the whole vocabulary.
+        still_walking = []
+        for prompt, logprobs in zip(walking, next_logprobs(queries), strict=True):
+            choice = choices[prompt]
+            children = list(choice.node.children.values())
+            ways = logprobs[: len(children)]
+            if choice.node.label is not None:
+                ways = [*ways, log_sum_exp(logprobs[len(children) :])]
+            best = max(range(len(ways)), key=ways.__getitem__)
+            choice.logprobs.append(ways[best] - log_sum_exp(ways))
+            if best < len(children):
+                choice.node = children[best]
+                still_walking.append(prompt)
+        walking = still_walking
+    return choices
+
+
+def choice_generation(choice: Choice, *, prompt_tokens: int, seconds: float) -> Generation:
+    """A choice as an engine's answer."""
+    return Generation(choice.label, choice.node.tokens, tuple(choice.logprobs), "stop", prompt_tokens, seconds)
 
 
 def score_labels(
     root: Node, labels: Sequence[str], *, prompts: int, next_logprobs: NextLogprobs
-) -> list[list[LabelScore]]:
+) -> list[dict[str, float]]:
     """Score every label for each prompt; what labels have in common is asked once.
 
     Args:
@@ -122,20 +150,23 @@ def score_labels(
         labels: The order of the result.
         prompts: How many there are.
         next_logprobs: Asks the model.
+
+    Returns:
+        For each prompt label -> the sum of its tokens' natural log-probabilities.
     """
-    inner = [node for node in _walk(root) if node.children]
-    queries = [(n, node.tokens, tuple(node.children)) for n in range(prompts) for node in inner]
+    inner = list(root.inner())
+    queries = [Query(prompt, node.tokens, tuple(node.children)) for prompt in range(prompts) for node in inner]
     answers = iter(next_logprobs(queries))
     result = []
     for _ in range(prompts):
-        sums = {root.tokens: 0.0}
-        scores: dict[str, LabelScore] = {}
-        for node in inner:  # parents come before their children
+        sums = {root.tokens: 0.0}  # tokens so far -> the sum of their log-probabilities
+        scores: dict[str, float] = {}
+        for node in inner:
             for child, logprob in zip(node.children.values(), next(answers), strict=True):
                 sums[child.tokens] = sums[node.tokens] + logprob
                 if child.label is not None:
-                    scores[child.label] = LabelScore(child.label, sums[child.tokens], len(child.tokens))
-        result.append([scores[label] for label in labels])
+                    scores[child.label] = sums[child.tokens]
+        result.append({label: scores[label] for label in labels})
     return result
 
 
@@ -143,14 +174,3 @@ def log_sum_exp(values: Sequence[float]) -> float:
     """``log(sum(exp(values)))``, without overflow."""
     top = max(values)
     return top + math.log(sum(math.exp(value - top) for value in values))
-
-
-def _options(node: Node, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    return (*node.children, *(eos_token_ids if node.label is not None else ()))
-
-
-def _walk(node: Node) -> list[Node]:
-    found = [node]
-    for child in node.children.values():
-        found += _walk(child)
-    return found

@@ -38,53 +38,68 @@ from vllm.multimodal.processing.processor import MultiModalProcessingResult, Pla
 from vllm.renderers import TokenizeParams
 from vllm.sequence import IntermediateTensors
 
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.fbank import fbank
+from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.prefix import AudioPrefix
+from mergekit_bio.audio.prompt import PromptTokenizer, check_audio_count
 from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
-from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.engine.vllm.log import left_out
 from mergekit_bio.errors import AudioError, PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
-from mergekit_bio.model.layout import AUDIO_SLOT
-from mergekit_bio.model.prompt import PromptTokenizer, check_audio_count
 
 #: Clips that go through the tower at once: bounds its memory, whatever vLLM schedules together.
 TOWER_BATCH = 16
 
 
-class AudioParser(MultiModalDataParser):
-    """Takes audios as arrays, ``(array, sampling rate)`` pairs, or precomputed prefixes ``[n_prefix, hidden]``.
+class ClipItems(AudioProcessorItems):
+    """The clips of a prompt; None for one that vLLM knows by its id and was not sent again."""
 
-    Arrays are prepared as everywhere in this package, resampler included, in float64; vLLM's own preparation would
-    use another filter, in float32. A float64 tensor of a clip's length is taken to be prepared: our engine hands the
-    same ones in again and again, and vLLM parses them each time, known or not.
+    def get_item_for_hash(self, index: int) -> Any:
+        clip = self.get(index)
+        return None if clip is None else clip.waveform.numpy()
+
+
+class AudioParser(MultiModalDataParser):
+    """Takes audios as clips, arrays, ``(array, sampling rate)`` pairs, or precomputed prefixes ``[n_prefix, hidden]``.
+
+    A clip is as long as it says. Arrays are made clips of the model's own length, 10 s, as everywhere in this package,
+    resampler included, in float64; vLLM's own preparation would use another filter, in float32. What is parsed stays
+    clips, for vLLM parses it once more where its cache lacks it.
     """
 
-    def __init__(self, *, clip_samples: int, sampling_rate: int, prefix_length: int, **kwargs: Any) -> None:
+    def __init__(self, *, config: AudioPrefixConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._clip_samples, self._sampling_rate, self._prefix_length = clip_samples, sampling_rate, prefix_length
+        self._config = config
 
-    def _parse_audio_data(self, data: Any) -> AudioEmbeddingItems | AudioProcessorItems | None:
+    def _parse_audio_data(self, data: Any) -> AudioEmbeddingItems | ClipItems | None:
         if data is None:
             return None
         if self.is_embeddings(data):
-            # A prefix of another length would shift every placeholder after it.
-            if wrong := [len(prefix) for prefix in data if len(prefix) != self._prefix_length]:
+            longest = self._config.prefix_length(self._config.clip_samples)
+            if wrong := [len(prefix) for prefix in data if not 1 <= len(prefix) <= longest]:
                 raise VLLMValidationError(
-                    f"an audio prefix has {wrong[0]} tokens; this model's have {self._prefix_length}", parameter="audio"
+                    f"an audio prefix has {wrong[0]} tokens; this model's have 1 to {longest}", parameter="audio"
                 )
             return AudioEmbeddingItems(data, self.expected_hidden_size)
         items = data if isinstance(data, list) and not _is_number(data) else [data]
-        return AudioProcessorItems([None if item is None else self._prepare(item) for item in items])
+        return ClipItems([None if item is None else self._clip(item) for item in items])
 
-    def _prepare(self, audio: Any) -> Any:
-        if isinstance(audio, torch.Tensor) and (audio.dtype, audio.shape) == (torch.float64, (self._clip_samples,)):
-            return audio.numpy()
-        samples, rate = audio if isinstance(audio, tuple) else (audio, self._sampling_rate)
+    def _clip(self, audio: Any) -> Clip:
+        if isinstance(audio, Clip):
+            if not self._config.prefix_length(len(audio.waveform)):
+                raise VLLMValidationError(
+                    f"a clip of {audio.seconds:g} s is too short for this model", parameter="audio"
+                )
+            return audio
+        samples, rate = audio if isinstance(audio, tuple) else (audio, self._config.sampling_rate)
+        seconds = self._config.clip_samples / self._config.sampling_rate
         try:
-            return prepare(samples, sampling_rate=round(rate), clip_samples=self._clip_samples).numpy()
+            return Clip.from_samples(samples, sampling_rate=round(rate), seconds=seconds)
         except AudioError as error:
             raise VLLMValidationError(f"the audio cannot be used: {error}", parameter="audio") from error
 
@@ -99,18 +114,9 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_hf_config(self) -> NatureLMAudioConfig:
         return self.ctx.get_hf_config(NatureLMAudioConfig)
 
-    @property
-    def prefix_length(self) -> int:
-        """Placeholders an audio takes."""
-        audio = self.get_hf_config().audio_prefix_config
-        return audio.prefix_length(audio.clip_samples)
-
     def get_data_parser(self) -> AudioParser:
-        audio = self.get_hf_config().audio_prefix_config
         return AudioParser(
-            clip_samples=audio.clip_samples,
-            sampling_rate=audio.sampling_rate,
-            prefix_length=self.prefix_length,
+            config=self.get_hf_config().audio_prefix_config,
             expected_hidden_size=self._get_expected_hidden_size(),
             allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
         )
@@ -119,7 +125,8 @@ class ProcessingInfo(BaseProcessingInfo):
         return {"audio": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"audio": self.prefix_length}
+        audio = self.get_hf_config().audio_prefix_config
+        return {"audio": audio.prefix_length(audio.clip_samples)}
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
         return {}
@@ -129,7 +136,7 @@ class ProcessingInfo(BaseProcessingInfo):
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
-    """The longest possible input, for memory profiling: every clip has the same length."""
+    """The longest possible input, for memory profiling: clips of 10 s."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return AUDIO_SLOT * mm_counts.get("audio", 0)
@@ -176,8 +183,7 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         # Not through vLLM's call of a processor: it would cast the features to Llama's dtype, and the tower is float32.
-        waveforms = torch.stack([torch.as_tensor(audio) for audio in hf_data["audio"]])
-        return BatchFeature({"input_features": fbank(waveforms)})
+        return BatchFeature({"input_features": [fbank(clip.waveform[None])[0] for clip in hf_data["audio"]]})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -190,12 +196,16 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         hf_processor_mm_kwargs: Mapping[str, Any],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        placeholder = self.info.get_hf_config().audio_token_id
-        return [
-            PromptReplacement(
-                modality="audio", target=[placeholder], replacement=[placeholder] * self.info.prefix_length
-            )
-        ]
+        config = self.info.get_hf_config()
+        placeholder, audio = config.audio_token_id, config.audio_prefix_config
+
+        def placeholders(item: int) -> list[int]:
+            audios = mm_items.get_items("audio", (AudioEmbeddingItems, ClipItems))
+            if isinstance(audios, AudioEmbeddingItems):
+                return [placeholder] * audios.get_feature_size(item)
+            return [placeholder] * audio.prefix_length(len(audios.get(item).waveform))
+
+        return [PromptReplacement(modality="audio", target=[placeholder], replacement=placeholders)]
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)
@@ -253,8 +263,8 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
         """Prefixes of the scheduled audios.
 
         Args:
-            **kwargs: ``input_features`` (float32 ``[audios, frames, 128]`` or a list) or ``audio_embeds`` (prefixes,
-                ``[audios, n_prefix, hidden]`` or a list).
+            **kwargs: ``input_features`` (float32 ``[audios, frames, 128]``, or a list where clips have several
+                lengths) or ``audio_embeds`` (prefixes, ``[audios, n_prefix, hidden]`` or a list likewise).
 
         Returns:
             ``[n_prefix, hidden]`` for each audio, in Llama's dtype.
@@ -263,11 +273,7 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
             return [embed.to(self._dtype) for embed in embeds]
         if (features := kwargs.get("input_features")) is None:
             return []
-        if not isinstance(features, torch.Tensor):
-            features = torch.stack(list(features))
-        tower = self.audio_prefix
-        prefixes = [tower.project(tower.encode(batch.float())) for batch in features.split(TOWER_BATCH)]
-        return list(torch.cat(prefixes).to(self._dtype).unbind())
+        return [prefix.to(self._dtype) for prefix in self.audio_prefix.embed(list(features), at_most=TOWER_BATCH)]
 
     def forward(
         self,
@@ -287,6 +293,13 @@ class NatureLMAudioForConditionalGeneration(nn.Module, SupportsMultiModal, Suppo
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors under their names on disk, all or some of them."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+#: vLLM expects a reload to bring every tensor, and warns of each layer and weight that it did not.
+_PARTIAL_RELOAD = {
+    "vllm.model_executor.model_loader.reload.layerwise": ("%s: Failed to load weights",),
+    "vllm.model_executor.model_loader.reload.inplace": ("Following weights were not loaded from checkpoint",),
+}
 
 
 class WeightReload:
@@ -313,5 +326,6 @@ class WeightReload:
                 digests[name] = tensor_sha256(tensor)
                 yield name, tensor
 
-        self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
+        with left_out(_PARTIAL_RELOAD):
+            self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
         return digests

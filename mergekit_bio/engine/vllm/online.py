@@ -4,10 +4,10 @@ import asyncio
 import uuid
 from typing import Any
 
-from mergekit_bio.engine.decoding.beams import BeamSearch, candidates
-from mergekit_bio.engine.interface import Clip, Decoding, Generation, Timings
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.engine.vllm.offline import MAX_LOGPROBS, likeliest, sampling_params
+from mergekit_bio.engine.vllm.requests import PromptBeams, generation, sampling_params
 from mergekit_bio.errors import EngineError, PromptError
 
 
@@ -30,7 +30,7 @@ async def answer(
     loop = asyncio.get_running_loop()
     start = loop.time()
     ids = tokenization.processor.tokenize(prompt)
-    length = len(ids) + len(clips) * (tokenization.processor.prefix_length - 1)
+    length = tokenization.prompt_length(ids, clips)
     limit = engine.model_config.max_model_len
     if length + decoding.max_new_tokens > limit:
         raise PromptError(
@@ -39,52 +39,15 @@ async def answer(
         )
     request: dict[str, Any] = {"prompt_token_ids": ids}
     if clips:
-        request["multi_modal_data"] = {"audio": [clip.waveform for clip in clips]}
+        request["multi_modal_data"] = {"audio": list(clips)}
         request["multi_modal_uuids"] = {"audio": [clip.digest for clip in clips]}
-    eos = decoding.eos_token_ids if decoding.eos_token_ids is not None else tokenization.eos_token_ids
-    placeholder = tokenization.audio_token_id
-    score = None
-    if decoding.num_beams == 1:
-        output = await _run(engine, request, sampling_params(decoding, eos, placeholder, seed=decoding.seed))
-        token_ids = tuple(output.outputs[0].token_ids)
-        logprobs = tuple(s[t].logprob for s, t in zip(output.outputs[0].logprobs, token_ids, strict=True))
-    else:
-        best = await _beams(engine, request, decoding, eos, placeholder)
-        token_ids, logprobs, score = best.token_ids, best.logprobs, best.score
-    return Generation(
-        text=tokenization.decode(token_ids),
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason="stop" if token_ids[-1] in eos else "length",
-        prompt_tokens=length,
-        timings=Timings(total=loop.time() - start),
-        score=score,
-    )
-
-
-async def _beams(
-    engine: Any, request: dict[str, Any], decoding: Decoding, eos: tuple[int, ...], placeholder: int
-) -> Any:
-    from vllm import SamplingParams
-
-    width = candidates(num_beams=decoding.num_beams, eos=len(eos))
-    if width >= MAX_LOGPROBS:
-        raise EngineError(f"{decoding.num_beams} beams are too many for {len(eos)} end tokens")
-    search = BeamSearch(
-        num_beams=decoding.num_beams,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_ids=eos,
-        length_penalty=decoding.length_penalty,
-        early_stopping=decoding.early_stopping,
-    )
-    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, logprobs=width + 1)
-    while not search.done:
-        steps = [
-            _run(engine, request | {"prompt_token_ids": [*request["prompt_token_ids"], *beam.token_ids]}, params)
-            for beam in search.running
-        ]
-        search.advance([likeliest(output, width, without=placeholder) for output in await asyncio.gather(*steps)])
-    return search.finished[0]
+    if decoding.num_beams > 1:
+        beams = PromptBeams(request, decoding, tokenization)
+        while not beams.done:
+            beams.advance(await asyncio.gather(*(_run(engine, step, beams.params) for step in beams.requests())))
+        return beams.generation(prompt_tokens=length, seconds=loop.time() - start)
+    output = await _run(engine, request, sampling_params(decoding, tokenization, seed=decoding.seed))
+    return generation(output, decoding, tokenization, prompt_tokens=length, seconds=loop.time() - start)
 
 
 async def _run(engine: Any, request: dict[str, Any], params: Any) -> Any:

@@ -1,7 +1,7 @@
 """Makes vLLM know the merged audio model: the entry point of ``vllm.general_plugins``."""
 
+from mergekit_bio.audio.layout import ARCHITECTURE
 from mergekit_bio.errors import EngineError, MissingPackageError
-from mergekit_bio.model.layout import ARCHITECTURE
 
 #: vLLM changes its model interface between releases; this is the one that ``model`` is written for.
 SUPPORTED_VLLM = "0.32"
@@ -12,14 +12,20 @@ _MODEL = "mergekit_bio.engine.vllm.model:NatureLMAudioForConditionalGeneration"
 def register() -> None:
     """Register the model with vLLM; called in each of vLLM's processes, and as often as one likes.
 
-    Nothing heavy is imported here: this runs for every model that vLLM serves in this environment. With another
-    release of vLLM the model is registered too, and says which release it needs once somebody asks for it.
+    With another release of vLLM the model is registered too, and says which release it needs once somebody asks for it.
     """
     from vllm import ModelRegistry
 
-    import mergekit_bio  # noqa: F401 -- registers the configuration with Transformers
+    import mergekit_bio.model  # noqa: F401 -- registers the configuration and the processor with Transformers
 
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)
+
+
+def worker_class() -> str:
+    """The name of the worker class that vLLM should run; ``"auto"`` leaves it to vLLM."""
+    from vllm.platforms import current_platform
+
+    return "mergekit_bio.engine.vllm.cpu_worker.QuietCPUWorker" if current_platform.is_cpu() else "auto"
 
 
 def require_vllm() -> None:

@@ -54,7 +54,7 @@ def objections(checkpoint: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, ValidationError):
-            of_option = {str(one["loc"][0]) if one["loc"] else "": one["msg"] for one in error.errors()}
+            of_option = {str(fault["loc"][0]) if fault["loc"] else "": fault["msg"] for fault in error.errors()}
             reason = "; ".join(f"{option}: {message}".removeprefix(": ") for option, message in of_option.items())
         elif isinstance(error, TypeError):
             reason = f"is every option of the type that it needs? ({error})"

@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bio.audio.recording import CLIP_SECONDS, read_beginning
+from mergekit_bio.audio.clip import CLIP_SECONDS
+from mergekit_bio.audio.recording import read_beginning
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips

@@ -42,7 +42,7 @@ class Dataset:
         clips: The rows that are asked, in the dataset's order.
         examples: The rows that in-context examples are drawn from.
         labels: The number of labels that the dataset has as a whole; None where nobody counts.
-        seconds: Recordings are cut here.
+        seconds: What every recording is cut or padded to before the model hears it.
         source: Where it came from, for the record.
         notes: What a user must be told about the data.
         recording: Clip id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.

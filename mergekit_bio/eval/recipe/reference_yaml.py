@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.eval.components import components
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
 from mergekit_bio.outside_data import Document, KeyPath, nearest
 
 SECTIONS = ("model", "generate", "extended")

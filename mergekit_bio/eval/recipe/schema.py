@@ -1,19 +1,21 @@
 """The recipe: what an evaluation run is made of, read from YAML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Len
 
-from mergekit_bio.errors import RecipeError
+from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
 from mergekit_bio.eval.recipe.reference_yaml import is_reference, reference_path, translated
 from mergekit_bio.eval.scoring.scorers import SCORERS
+from mergekit_bio.merging.alpha import parse_alphas
+from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.outside_data import FORBID_EXTRA, KeyPath, checked, dotted, nearest, read_yaml
 
 Text = Annotated[str, Len(1)]
@@ -25,21 +27,7 @@ LOWEST_TEMPERATURE = 0.01
 #: With the number of a clip added it is one that torch and vLLM take.
 HIGHEST_SEED = 2**62
 
-DEFAULT_BASE = "meta-llama/Llama-3.1-8B-Instruct"
-DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
 DEFAULT_DATA = "EarthSpeciesProject/BEANS-Zero"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Which checkpoints to make: one for each alpha."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    alphas: Annotated[tuple[float, ...], Len(1)]
-    base: Text = DEFAULT_BASE
-    adapter: Text = DEFAULT_ADAPTER
-    base_from_adapter: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +71,7 @@ class Recipe:
     Attributes:
         name: The run's name; the file's name without suffix.
         datasets: What is asked about.
-        merge: Checkpoints to make, xor ``checkpoints``.
+        merge: Checkpoints to make, xor ``checkpoints``. Its strengths are numbers, and the run decides where they go.
         checkpoints: Merged directories or hub ids.
         data: Where BEANS-Zero is: a hub id, a ``save_to_disk`` folder, or parquet or arrow files.
         streaming: Read ``data`` front to back without keeping it on the disk.
@@ -103,7 +91,7 @@ class Recipe:
 
     name: Text
     datasets: Annotated[tuple[DatasetChoice, ...], Len(1)]
-    merge: Merge | None = None
+    merge: MergeRequest | None = None
     checkpoints: tuple[Text, ...] = ()
     data: Text = DEFAULT_DATA
     streaming: bool = False
@@ -198,6 +186,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     if not recipe.targets:
         recipe, of_targets = _with_targets(recipe, of_reference=of_reference)
         notes += tuple(f"{file}: {note}" for note in of_targets)
+    if recipe.merge is not None:
+        recipe = replace(recipe, merge=_merge_of_a_run(recipe.merge, file.parent, where))
     recipe = _with_paths(recipe, file.parent)
     if data is not None:
         recipe = replace(recipe, data=_absolute_if_local(str(data), Path()))
@@ -255,14 +245,45 @@ def _in_folder(path: str, folder: Path) -> Path:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """With the paths of sources, checkpoints and data absolute."""
-    merge = recipe.merge
-    if merge is not None:
-        merge = replace(
-            merge, base=_absolute_if_local(merge.base, folder), adapter=_absolute_if_local(merge.adapter, folder)
-        )
+    """With the paths of checkpoints and data absolute."""
     checkpoints = tuple(_absolute_if_local(source, folder) for source in recipe.checkpoints)
-    return replace(recipe, merge=merge, checkpoints=checkpoints, data=_absolute_if_local(recipe.data, folder))
+    return replace(recipe, checkpoints=checkpoints, data=_absolute_if_local(recipe.data, folder))
+
+
+def _merge_of_a_run(merge: MergeRequest, folder: Path, where: Callable[..., str]) -> MergeRequest:
+    """A recipe's merge with its strengths as numbers and the paths of its sources absolute.
+
+    Raises:
+        RecipeError: A strength cannot be read or differs between modules, or a key is the run's own to decide.
+    """
+    for key in ("out", "overwrite", "text_only"):
+        if getattr(merge, key) != getattr(MergeRequest, key):
+            raise RecipeError(f"{where(('merge', key))}: the run decides this; leave it out")
+    path: KeyPath = ("merge", "alphas")
+    try:
+        if isinstance(merge.alphas, Sequence) and not isinstance(merge.alphas, str):
+            for index, alpha in enumerate(merge.alphas):  # by itself, so that the error tells which
+                path = ("merge", "alphas", index)
+                parse_alphas([alpha])
+        path = ("merge", "alphas")
+        strengths = merge.strengths
+        path = ("merge", "adapter")
+        adapters = merge.adapters
+    except MergekitBioError as error:
+        raise RecipeError(f"{where(path)}: {str(error).removeprefix('--alpha: ')}") from error
+    if any(strength.modules for strength in strengths):
+        raise RecipeError(
+            f"{where(('merge', 'alphas'))}: a recipe's strengths are numbers; merge by module first, and list what it "
+            "makes in checkpoints"
+        )
+    sources = [replace(entry, source=_absolute_if_local(str(entry.source), folder)) for entry in adapters]
+    plain = [entry.source if entry.alpha is None else entry for entry in sources]
+    return replace(
+        merge,
+        alphas=tuple(strength.default for strength in strengths),
+        base=_absolute_if_local(str(merge.base), folder),
+        adapter=plain[0] if len(plain) == 1 else tuple(plain),
+    )
 
 
 def _absolute_if_local(source: str, folder: Path) -> str:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
@@ -24,6 +25,9 @@ from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
+
+#: What decided predictions before an identity said so: every clip was 10 s long, whatever its component.
+_UNSAID = {"clip_seconds": CLIP_SECONDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +168,13 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
     before = {cell.file: cell for cell in started.cells}
     for cell in wanted.cells:
         known = before.get(cell.file)
+        if known is None:
+            continue
         # Through JSON, as the one on disk went: a tuple is a list there.
-        identity = json.loads(json.dumps(cell.identity))
-        if known is not None and known.identity != identity and _answered(path / cell.file):
-            changes = list(_changes(known.identity, identity))
+        identity = _UNSAID | json.loads(json.dumps(cell.identity))
+        answered_under = _UNSAID | known.identity
+        if answered_under != identity and _answered(path / cell.file):
+            changes = list(_changes(answered_under, identity))
             shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
                 f"{path}: started with another configuration: {shown}; restore it, or give another --out for a new run"

@@ -1,4 +1,4 @@
-"""The report on a terminal, 100 columns wide."""
+"""The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 SIGNIFICANCE = 0.05
-#: The two kinds of error, over two lines.
-RATES = {"out_of_set": "Out of\nset", "in_set_wrong": "In set,\nwrong"}
+#: The two kinds of error, over three lines.
+RATES = {"out_of_set": "Out\nof\nset", "in_set_wrong": "In\nset,\nwrong"}
 
 
 def print_report(report: Report, console: "Console") -> None:
@@ -42,15 +42,19 @@ def _table(sweep: Sweep) -> "Table":
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
+        padding=0,
     )
-    table.add_column(model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"), overflow="fold")
+    table.add_column(
+        model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"), overflow="fold", vertical="bottom"
+    )
     metrics = sweep.main_metrics
     for name in metrics:
-        table.add_column(TITLES[name], no_wrap=True, min_width=len("0.000 [.000, .000]="))
+        table.add_column(TITLES[name], no_wrap=True, vertical="bottom", min_width=len("0.000 [.000, .000]="))
     rates = [name for name in RATES if name in first.metrics]
     for name in rates:
-        table.add_column(RATES[name], justify="right")
+        table.add_column(RATES[name], justify="right", no_wrap=True)
     for item in sweep.scores:
         values = [_with_interval(sweep, item, name) for name in metrics]
         clips = "" if sweep.same_clips else f" ({len(item.ids)})"

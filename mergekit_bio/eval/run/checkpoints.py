@@ -11,11 +11,12 @@ from typing import Any
 
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
-from mergekit_bio.eval.recipe.schema import Merge, Recipe
+from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.merging.alpha import parse_alphas
+from mergekit_bio.merging.request import MergeRequest
 
 FOLDER = "checkpoints"
 
@@ -29,7 +30,7 @@ class RunCheckpoint:
 
     Attributes:
         name: What tables call it, different for each checkpoint of the run.
-        source: Its directory, its hub id, or for the http engine the name that the servers know it by.
+        source: Its directory, its hub id, or the name that servers know it by.
         alpha: The merge strength; None for a checkpoint not merged with one number.
         to_merge: Whether the recipe asks for it to be merged, if it is not there.
     """
@@ -89,7 +90,6 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
         RecipeError: A checkpoint is named twice.
     """
     if recipe.merge is not None:
-        strengths = parse_alphas(recipe.merge.alphas)
         checkpoints = [
             RunCheckpoint(
                 name=f"alpha {strength.label}",
@@ -97,7 +97,7 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
                 alpha=strength.default,
                 to_merge=not served,
             )
-            for strength in strengths
+            for strength in recipe.merge.strengths
             for folder in [f"alpha-{strength.label}"]
         ]
         if fetch and any(checkpoint.missing for checkpoint in checkpoints):
@@ -121,14 +121,14 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
     ]
 
 
-def _check_access(merge: Merge) -> None:
+def _check_access(merge: MergeRequest) -> None:
     """Ask for a small file of both sources: a licence not accepted is said before the data is fetched."""
     from huggingface_hub import utils
 
     bars = not utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
     try:
-        for source in (merge.base, merge.adapter):
+        for source in (merge.base, *(entry.source for entry in merge.adapters)):
             resolve(source, patterns=("*config.json",))
     except SourceError as error:
         raise SourceError(f"{error}; or give checkpoints merged before (--model DIR)") from None
@@ -142,8 +142,10 @@ def _sweep(source: str) -> list[str]:
     root = Path(source)
     if not root.is_dir() or (root / MANIFEST).is_file():
         return [source]
-    found = [(_alpha(path.parent), str(path.parent)) for path in sorted(root.glob(f"*/{MANIFEST}"))]
-    return [path for _, path in sorted(found, key=lambda item: (item[0] is None, item[0] or 0.0))] or [source]
+    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))]
+    alphas = {checkpoint: _alpha(checkpoint) for checkpoint in checkpoints}
+    checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
+    return [str(checkpoint) for checkpoint in checkpoints] or [source]
 
 
 def _alpha(directory: Path) -> float | None:
@@ -156,7 +158,7 @@ def _alpha(directory: Path) -> float | None:
 
 
 def merge_missing(
-    checkpoints: Sequence[RunCheckpoint], *, merge: Merge, out: Path, progress: ProgressBar
+    checkpoints: Sequence[RunCheckpoint], *, merge: MergeRequest, out: Path, progress: ProgressBar
 ) -> list[RunCheckpoint]:
     """Merge what is not there yet, all strengths in one pass.
 
@@ -181,20 +183,16 @@ def merge_missing(
         return []
     from mergekit_bio.merging.merge import carry_out, plan_merge
 
-    plan = plan_merge(
-        base=merge.base,
-        adapter=merge.adapter,
-        alphas=[checkpoint.alpha or 0.0 for checkpoint in missing],
-        base_from_adapter=merge.base_from_adapter,
-    )
-    if not plan.tower:
-        raise RecipeError(
-            f"merge.adapter: {merge.adapter} brings no audio tower, so its merges could not hear the clips"
-        )
     # Beside its place, because later strengths join those that are there.
     fresh = out / f"{FOLDER}.new"
+    alphas = [checkpoint.alpha or 0.0 for checkpoint in missing]
+    plan = plan_merge(replace(merge, alphas=alphas, out=fresh, overwrite=True))
+    if not plan.tower:
+        raise RecipeError(
+            f"merge.adapter: {_names(merge)[1]} brings no audio tower, so its merges could not hear the clips"
+        )
     with progress("merging", plan.bytes_on_disk, "bytes") as advance:
-        merged = carry_out(plan, out=fresh, overwrite=True, command="mergekit_bio.evaluate(...)", progress=advance)
+        merged = carry_out(plan, command="mergekit_bio.evaluate(...)", progress=advance)
     (out / FOLDER).mkdir(exist_ok=True)
     for checkpoint, made in zip(missing, merged, strict=True):
         made.path.rename(checkpoint.source)
@@ -202,16 +200,28 @@ def merge_missing(
     return missing
 
 
-def _check_sources(directory: Path, merge: Merge) -> None:
+def _names(merge: MergeRequest) -> tuple[str, ...]:
+    """The sources of a merge as its user named them, the base first."""
+    return (str(merge.base), *(str(entry.source) for entry in merge.adapters))
+
+
+def _check_sources(directory: Path, merge: MergeRequest) -> None:
+    """Refuse a checkpoint of an earlier start that was not merged as the recipe says now."""
     manifest = read_manifest(directory)
     origins = (manifest.base, *manifest.adapters)
     before = tuple(origin.source for origin in origins)
-    now = (merge.base, merge.adapter)
+    now = _names(merge)
     if len(before) != len(now) or not all(map(_same_source, origins, now)):
         raise RunError(
-            f"{directory}: was merged from {' and '.join(before)}, the recipe says {merge.base} and {merge.adapter}; "
+            f"{directory}: was merged from {' and '.join(before)}, the recipe says {' and '.join(now)}; "
             "give another --out for a new run"
         )
+    for key in ("dtype", "rounding", "seed"):
+        if getattr(manifest, key) != getattr(merge, key):
+            raise RunError(
+                f"{directory}: was merged with {key} {getattr(manifest, key)}, the recipe says {getattr(merge, key)}; "
+                "give another --out for a new run"
+            )
     if not merge.base_from_adapter and any(adapter.base_weights for adapter in manifest.adapters):
         raise RunError(
             f"{directory}: was merged with base_from_adapter, which the recipe does not say; give another --out for a "
@@ -240,17 +250,5 @@ def weights_identity(directory: Path) -> dict[str, Any]:
         return {"weights": fingerprint(Checkpoint.open(directory).tensors)}
     manifest = read_manifest(directory)
     lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(manifest.tensors.items()))
-    return {"merged_from": _sources(manifest), "folded": hashlib.sha256(lines.encode()).hexdigest()}
-
-
-def family(directory: Path) -> str:
-    """Equal for checkpoints that an engine can move between by replacing tensors: one sweep, or one directory."""
-    if not (directory / MANIFEST).is_file():
-        return str(directory)
-    manifest = read_manifest(directory)
-    return f"{_sources(manifest)} {manifest.dtype} {manifest.audio_prefix} {manifest.untied}"
-
-
-def _sources(manifest: Manifest) -> dict[str, Any]:
-    adapters = [adapter.fingerprint for adapter in manifest.adapters]
-    return {"base": manifest.base.fingerprint, "adapters": adapters}
+    sources = {"base": manifest.base.fingerprint, "adapters": [adapter.fingerprint for adapter in manifest.adapters]}
+    return {"merged_from": sources, "folded": hashlib.sha256(lines.encode()).hexdigest()}

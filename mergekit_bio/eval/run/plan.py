@@ -104,7 +104,7 @@ def plan_run(
             for query in query_numbers(recipe)
         ),
         max_audios=max(
-            len(question.prompt.clips)
+            len(question.instruction.clips)
             for dataset in datasets
             for query in query_numbers(recipe)
             for question in questions(recipe, dataset, query, 1)
@@ -135,8 +135,9 @@ def identified_cells(
         identity = {
             "checkpoint": weights[plan.checkpoint(cell)],
             "data": data[cell.dataset],
+            "clip_seconds": plan.dataset(cell).seconds,
             "query": cell.query_text,
-            "species": [[one.name, one.description] for one in recipe.species],
+            "species": [[species.name, species.description] for species in recipe.species],
             "top_k_species": recipe.top_k_species,
             "n_examples": recipe.n_examples,
             "seed": recipe.seed,

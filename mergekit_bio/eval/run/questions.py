@@ -1,4 +1,4 @@
-"""From a recipe and a dataset to the questions of a cell: one prompt for every clip."""
+"""From a recipe and a dataset to the questions of a cell: one instruction for every clip."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
 from mergekit_bio.eval.label_map import candidates
-from mergekit_bio.eval.prompt import Prompt, flags, instruction_prompt, query_prompt
+from mergekit_bio.eval.prompt import Instruction, flags, instruction_prompt, query_prompt
 from mergekit_bio.eval.recipe.schema import Recipe
 
 
@@ -15,7 +15,7 @@ class Question:
     """A clip and what is asked about it."""
 
     clip: Clip
-    prompt: Prompt
+    instruction: Instruction
 
 
 def query_numbers(recipe: Recipe) -> range:
@@ -26,8 +26,8 @@ def query_numbers(recipe: Recipe) -> range:
 def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = None) -> Iterator[Question]:
     """The questions of a query, in the dataset's order.
 
-    The prompt of a clip depends on the recipe's seed, the dataset, the query and the clip alone, so that a run with
-    a limit asks what the whole run asks, and every checkpoint is asked the same.
+    What is asked about a clip depends on the recipe's seed, the dataset, the query and the clip alone, so that a run
+    with a limit asks what the whole run asks, and every checkpoint is asked the same.
 
     Args:
         recipe: As loaded.
@@ -43,20 +43,20 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
     pool = _pool(dataset)
     for clip in dataset.clips[:limit]:
         if not recipe.queries:
-            prompt = instruction_prompt(
+            instruction = instruction_prompt(
                 clip=clip.id, instruction=clip.instruction or "", task=dataset.task, labels=dataset.labels
             )
         else:
-            prompt = query_prompt(
+            instruction = query_prompt(
                 query=recipe.queries[query],
                 clip=clip.id,
                 key=(recipe.seed, dataset.name, query),
                 species=species,
-                descriptions={one.name: one.description or "" for one in recipe.species},
+                descriptions={kind.name: kind.description or "" for kind in recipe.species},
                 pool=pool,
                 n_examples=recipe.n_examples,
             )
-        yield Question(clip, prompt)
+        yield Question(clip, instruction)
 
 
 def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -> None:

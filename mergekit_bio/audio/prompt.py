@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.errors import PromptError
-from mergekit_bio.model.layout import AUDIO_SLOT
 
 #: What NatureLM-audio puts in front of an instruction that has no slot. ``<Audio>`` and ``</Audio>`` are plain text.
 AUDIO_LEAD = f"<Audio>{AUDIO_SLOT}</Audio> "

@@ -18,7 +18,9 @@ LLAMA3_TEMPLATE = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 )
 
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+#: What the config of a Llama and that of the model around it both state. Where a config.json on the disk does not say
+#: which release wrote it, Transformers takes a tokenizer of 100,000 tokens for a faulty one of Mistral's, and warns.
+_OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 
 _LLAMA31_RESERVED = "<|reserved_special_token_0|>"
 _LOOKS_RESERVED = re.compile(r"reserved|unused|extra", re.IGNORECASE)
@@ -77,12 +79,12 @@ def merged_config(
     _, audio_token_id = _placeholder_within(text_config, tokenizer)
     dtype = dtype or text_config.get("dtype") or text_config.get("torch_dtype") or "float32"
     text = {key: value for key, value in text_config.items() if key not in ("dtype", "torch_dtype")}
-    token_ids = {key: text_config[key] for key in _TOKEN_IDS if text_config.get(key) is not None}
+    of_both = {key: text_config[key] for key in _OF_BOTH if text_config.get(key) is not None}
     return {
         "architectures": [ARCHITECTURE],
         "audio_config": _audio_config(text_config, naturelm_config).to_dict(),
         "audio_token_id": audio_token_id,
-        **token_ids,
+        **of_both,
         "dtype": dtype,
         "model_type": MODEL_TYPE,
         "text_config": text | {"architectures": ["LlamaForCausalLM"], "dtype": dtype},

@@ -1,8 +1,8 @@
 import pytest
 from audio.tiny import NATURELM_CONFIG
 
+from mergekit_bio.audio.layout import merged_config, placeholder_token, processor_config
 from mergekit_bio.errors import CheckpointError
-from mergekit_bio.model.layout import merged_config, placeholder_token, processor_config
 
 LLAMA = {
     "model_type": "llama",

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
+from mergekit_bio.audio.prompt import PromptTokenizer, render_prompt
 from mergekit_bio.errors import PromptError
-from mergekit_bio.model.layout import LLAMA3_TEMPLATE
-from mergekit_bio.model.prompt import PromptTokenizer, render_prompt
 
 # Bytes for tokens: every piece's ids are plain to see.
 BOS, AUDIO = 1000, 1001

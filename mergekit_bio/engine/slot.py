@@ -1,0 +1,87 @@
+"""The one engine of a run: started on the first checkpoint, moved to the next ones, closed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.interface import Engine, EngineSettings
+from mergekit_bio.engine.sweep import family
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mergekit_bio.audio.clip import Clip
+
+
+class EngineSlot:
+    """Holds one engine at a time; use as a context manager.
+
+    Args:
+        engine: Its class, of :func:`mergekit_bio.engine.choice.choose_engine`.
+        settings: What it is started with.
+
+    Attributes:
+        name: The engine's.
+
+    Raises:
+        EngineError: The engine has no such option.
+    """
+
+    def __init__(self, engine: type[Engine], settings: EngineSettings) -> None:
+        engine.set_environment(quiet=settings.quiet)
+        engine.check_options(settings.options)
+        self.name = engine.name
+        self._class, self._settings = engine, settings
+        self._engine: Engine | None = None
+        self._family: str | None = None
+        self._encoded_before = 0
+
+    def __enter__(self) -> "EngineSlot":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    @property
+    def encoded(self) -> int:
+        """Clips that went through an audio tower so far."""
+        prefixes = self._engine.prefixes if self._engine else None
+        return self._encoded_before + (prefixes.encoded if prefixes else 0)
+
+    def at(self, checkpoint: str | Path) -> Engine:
+        """The engine, on this checkpoint.
+
+        Args:
+            checkpoint: A directory or hub id, or the name that servers know it by.
+
+        Raises:
+            EngineError: It cannot run it.
+        """
+        if self._class.remote:
+            return self._at(str(checkpoint), family_of_it="")
+        path = resolve(checkpoint).path
+        return self._at(str(path), family_of_it=family(path))
+
+    def _at(self, checkpoint: str, *, family_of_it: str) -> Engine:
+        # Checkpoints of one family differ in a few tensors, which are replaced; any other needs an engine of its own.
+        if self._engine is not None and self._family == family_of_it:
+            self._engine.load(checkpoint)
+            return self._engine
+        self._close()
+        self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it
+        return self._engine
+
+    def revision(self, checkpoint: str) -> str:
+        """What tells the weights of a checkpoint from others, as servers say it."""
+        return self.at(checkpoint).load(checkpoint)
+
+    def encode(self, clips: "Sequence[Clip]") -> None:
+        """Have the prefixes of clips at hand, made in batches rather than one by one."""
+        if self._engine is not None and self._engine.prefixes is not None:
+            self._engine.prefixes(clips)
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._encoded_before = self.encoded
+            self._engine.close()
+        self._engine = None
