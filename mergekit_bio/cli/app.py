@@ -54,7 +54,7 @@ app.add_typer(recipes.app, name="recipes")
 app.command(context_settings={"ignore_unknown_options": True})(serve.serve)  # the rest are vLLM's flags
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line.
 
     Exit codes: 0 done, 1 an error of the user's (one line on stderr), 2 usage, 130 interrupted. A bug is a
@@ -63,20 +63,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch, which can do without, as merging does
     try:
-        app()  # exits by itself: when it is done, after wrong usage, on Ctrl-C, and when nobody reads its output
-    except SystemExit as ending:
-        if ending.code == INTERRUPTED:
-            print("interrupted", file=sys.stderr)
-        raise
-    except KeyboardInterrupt:  # outside of a command
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:  # wrong usage; what typer raises has its own way to print itself
+        error.show()  # type: ignore[attr-defined]
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except (MergekitBioError, OSError, ModuleNotFoundError) as error:
         message = _users_message(error)
         if message is None or os.environ.get("MERGEKIT_BIO_DEBUG"):
             raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    if code == INTERRUPTED:  # by an exception, or by typer, which turns Ctrl-C into this code
+        print("interrupted", file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

@@ -104,6 +104,7 @@ def test_a_server_serves_as_it_stands(command: Block, here: Path, monkeypatch: p
 made = pytest.mark.skipif(Path(sys.prefix) != MADE, reason="these tests were not started by `make test`")
 
 
+@pytest.mark.long
 @made
 def test_make_test_runs_as_it_stands() -> None:
     """It is what is running; pytest only collects, so that it ends."""

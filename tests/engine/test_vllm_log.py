@@ -96,6 +96,7 @@ def heard():
 
     messages: list[str] = []
     logger, ear = logging.getLogger("vllm.of.this.test"), Ear()
+    logger.setLevel(logging.WARNING)  # whatever level vLLM's own logger has in these tests
     logger.addHandler(ear)
     yield messages, logger
     logger.removeHandler(ear)
