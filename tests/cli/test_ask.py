@@ -105,7 +105,7 @@ def test_a_file_name_that_is_no_text_is_shown_escaped(recording, merged: Path, t
     path = recording("a.wav").rename(tmp_path / os.fsdecode(b"\xff.wav"))
     words = ["ask", merged, path, "-p", QUESTION, *map(str, SHORT), "--device", "cpu", *["--json"] * as_json]
     done = subprocess.run(
-        [sys.executable, "-c", "from mergekit_bio.cli.app import program; program()", *words],
+        [sys.executable, "-c", "from mergekit_bio.cli.app import main; main()", *words],
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True,
         text=True,

@@ -9,12 +9,12 @@ process = pytest.importorskip("process", reason="eval/ is not on the path")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 
-ALONE = "import time; held = b'1' * 200_000_000; time.sleep(1)"
+ALONE = "import time; held = b'1' * 200_000_000; time.sleep(3)"
 FORKED = """
 import os, time
 held = b'1' * 200_000_000
 child = os.fork()
-time.sleep(1)
+time.sleep(3)
 if child: os.waitpid(child, 0)
 """
 BOTH = """
@@ -23,14 +23,14 @@ held = b'1' * 200_000_000
 program = "held = b'1' * 200_000_000; print('held', flush=True); input()"
 with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
     child.stdout.readline()
-    time.sleep(1)
+    time.sleep(3)
     child.stdin.write(b"go on")
 """
 MAPPED = """
 import mmap, sys, time
 with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
     sum(mapping[::4096])
-    time.sleep(1)
+    time.sleep(3)
 """
 
 
