@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from mergekit_bio.audio import waveform
 from mergekit_bio.audio.waveform import prepare, resample, resample_blocks
 from mergekit_bio.errors import AudioError
 
@@ -34,6 +35,17 @@ def test_resampling_is_the_references_to_120_decibels(rate: int, signal: object)
 
     assert resampled.shape == expected.shape
     assert decibels(resampled - expected, expected) < -120
+
+
+@pytest.mark.parametrize("rate", [8000, 24_000, 32_000, 48_000, 96_000, 192_000, 384_000, 500_000])
+def test_how_many_samples_a_step_takes_changes_no_sample(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = torch.rand(rate // 2 + 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rate)) - 0.5
+
+    resampled = resample(samples, sampling_rate=rate)
+    monkeypatch.setattr(waveform, "_SAMPLES_A_STEP", 1)
+    block_by_block = resample(samples, sampling_rate=rate)
+
+    assert (resampled - block_by_block).abs().max() <= 1e-14
 
 
 @settings(max_examples=30, deadline=None)
