@@ -4,7 +4,6 @@ python eval/bench_resampling.py            # writes eval/results/resampling.md
 """
 
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,15 @@ SECONDS, ROUNDS = 10, 5
 RESULT = Path(__file__).parent / "results" / "resampling.md"
 #: Reads a recording in windows, as every command does, and prints the peak resident memory that this added, in bytes.
 READ = """
-import resource, sys
+import sys
 from pathlib import Path
 from mergekit_bio.audio.recording import read_windows
 import numpy, soundfile, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = kilobytes("VmRSS")
 windows = sum(1 for _ in read_windows(Path(sys.argv[1])))
-print(windows, peak() - before)
+print(windows, 1024 * (kilobytes("VmHWM") - before))
 """
 
 
@@ -50,11 +50,11 @@ def cpu_milliseconds(work: Callable[[], object]) -> float:
 
 def one_block_at_a_time(samples: torch.Tensor, rate: int) -> torch.Tensor:
     """The same filter as it was laid out before."""
-    least, waveform._SAMPLES_A_STEP = waveform._SAMPLES_A_STEP, 1
+    least, waveform._LEAST_STEP = waveform._LEAST_STEP, (1, 1)
     try:
         return waveform.resample(samples, sampling_rate=rate)
     finally:
-        waveform._SAMPLES_A_STEP = least
+        waveform._LEAST_STEP = least
 
 
 def memory_of_an_hour(rate: int) -> tuple[int, int]:
@@ -86,7 +86,6 @@ def main() -> None:
         rows.append(f"| {rate:,} Hz | {now:,.0f} | {kernels:,.0f} | {before:,.0f} | {peer:,.0f} |")
         print(rows[-1], flush=True)
     windows, added = memory_of_an_hour(384_000)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     RESULT.write_text(
         f"""# Resampling to 16 kHz
 
@@ -103,7 +102,7 @@ Machine: {machine.describe(RESULT.parent)}. Python {platform.python_version()}, 
 Reading an hour at 384,000 Hz in {windows} windows adds {added / 1e6:.0f} MB to the resident memory.
 """
     )
-    print(RESULT.read_text().splitlines()[-1], f"({own:.0f} MiB for this script)")
+    print(RESULT.read_text().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ _ROLLOFF = 0.9173473612080061
 _BETA = 12.984585247040012
 _TABLE = 8192
 
-#: Samples that a step of the resampler takes at least. A step of three samples, as the ratio of 48 kHz has it, is a
-#: convolution with one output, which is ten to seventy times slower for the same sums.
-_SAMPLES_A_STEP = 256
+#: Samples that a step of the resampler takes, and gives, at least. One step of the ratio of 48 kHz, three to one,
+#: would be a convolution with one output, twenty to seventy times slower for the same sums.
+_LEAST_STEP = (256, 64)
 
 
 def prepare(
@@ -111,7 +111,8 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
         return
     exact = Fraction(sampling_rate, SAMPLING_RATE)
     ratio = exact.limit_denominator(math.isqrt(int(2**23 / exact)))
-    repeats = max(1, _SAMPLES_A_STEP // ratio.numerator)
+    taken, given = _LEAST_STEP
+    repeats = max(1, taken // ratio.numerator, -(-given // ratio.denominator))
     old, new = repeats * ratio.numerator, repeats * ratio.denominator
     kernels = _kernels(old, new)
     reach = (kernels.shape[1] - old) // 2
