@@ -143,3 +143,21 @@ def test_imports_go_the_way_that_the_architecture_page_says(package: str, first:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
                 imported = part(node.module)
                 assert imported == importer or level[imported] > level[importer], f"{file} imports {node.module}"
+
+
+def test_vllm_is_imported_in_its_own_rooms_only() -> None:
+    def imported(file: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        return {name.partition(".")[0] for name in names}
+
+    package = ROOT / "mergekit_bio"
+    importers = {file.relative_to(package) for file in package.rglob("*.py") if "vllm" in imported(file)}
+    # `doctor` looks at what is installed.
+    assert {path.parts[:2] if path.parts[0] == "engine" else path.parts[:1] for path in importers} <= {
+        ("engine", "vllm"),
+        ("serve",),
+        ("diagnosis.py",),
+    }
+    assert Path("engine/vllm/offline.py") in importers
