@@ -162,13 +162,15 @@ def _compare_with_base(
     pairs = [(info, *_fit(name, info, base)) for name, copies in repeated.items() for info in copies]
     with ThreadPoolExecutor() as pool:
         differences = list(pool.map(lambda pair: rows_that_differ(pair[1], pair[2]), pairs))
+    first_copies: dict[str, TensorInfo] = {}
     overrides: dict[str, Override] = {}
     for (info, trimmed, target), rows in zip(pairs, differences, strict=True):
-        other = overrides.get(target.name)
-        if other is not None and rows_that_differ(trimmed, other.tensor):
-            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {other.stored.name}, its second name")
-        if rows:
-            overrides.setdefault(target.name, Override(info, trimmed, rows))
+        first = first_copies.setdefault(target.name, trimmed)
+        if first is not trimmed:  # one tensor under two names: both must say the same, equal to the base or not
+            if rows_that_differ(trimmed, first):
+                raise AdapterError(f"{info.file}: tensor {info.name}: differs from {first.name}, its second name")
+        elif rows:
+            overrides[target.name] = Override(info, trimmed, rows)
     notes = []
     if equal := len({target.name for _, _, target in pairs}) - len(overrides):
         what = "input embedding" if repeated.keys() == {_EMBEDDING} else f"{equal} tensors"

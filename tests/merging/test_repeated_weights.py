@@ -117,6 +117,8 @@ def test_copies_of_the_base_change_nothing(base, published, adapter, tmp_path, v
 def test_a_merge_without_what_nothing_reads_loads_in_transformers_without_a_word(base, adapter, tmp_path, caplog):
     from transformers import AutoModelForMultimodalLM
 
+    import mergekit_bio.model
+
     folder = adapter(lambda tensors: VARIANTS["no predictor and no positions"](tensors, {}))
     (without,) = mergekit_bio.merge(base=base, adapter=folder, alphas=[1], out=tmp_path / "without", device="cpu")
     _, loading = AutoModelForMultimodalLM.from_pretrained(without.path, output_loading_info=True)
@@ -137,6 +139,10 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "two names with other values": (
         lambda tensors: changed_rows(changed_rows(tensors) | {EMBEDDING: tensors[ALIAS]}, EMBEDDING, (9,)),
         r"differs from .*, its second name",
+    ),
+    "two names of which one is the base's": (
+        lambda tensors: changed_rows(tensors | {EMBEDDING: tensors[ALIAS]}, EMBEDDING),
+        r"llama_model.*embed_tokens\.weight: differs from llama_embed_tokens\.weight, its second name",
     ),
     "an embedding of another width": (
         lambda tensors: tensors | {ALIAS: torch.zeros(263, 16).bfloat16()},
