@@ -163,7 +163,9 @@ def to_yaml(data: Any) -> str:
 
     def text_node(representer: Any, text: str) -> Any:
         plain = _scalar_kind(text) == "str" and not re.match(r"[-+.\d=~]|[yYnN]$", text)
-        return representer.represent_scalar(_YAML + "str", text, style=None if plain else "'")
+        # Only between double quotation marks are the line breaks of YAML 1.1 escaped; elsewhere they are folded.
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None if plain else "'"
+        return representer.represent_scalar(_YAML + "str", text, style=style)
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

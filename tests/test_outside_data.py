@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergekit_bio.errors import RecipeError
@@ -46,6 +46,8 @@ def values(excluded: str) -> st.SearchStrategy:
 
 
 @given(values(""))
+@example("\x85")
+@example(["a\u2028b", {"-": "\u2029 "}])
 def test_what_is_written_is_read_back(value):
     assert read(to_yaml(value)) == value
 
