@@ -1,5 +1,9 @@
 """Where the audio models run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from mergekit_bio.errors import EngineError
 
 
@@ -24,3 +28,23 @@ def pick_device(name: str) -> str:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise EngineError(f"--device {name}: not usable here ({reason}); try --device cpu") from error
     return name
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep a GPU from computing float32 products and convolutions in TF32, which has 10 of float32's 23 bits.
+
+    By default PyTorch does so for convolutions, and vLLM can be told to do so for products. What was set before is
+    set again when the block ends.
+    """
+    import torch
+
+    settings: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

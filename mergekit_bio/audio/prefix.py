@@ -9,6 +9,7 @@ from torch import nn
 
 from mergekit_bio.audio.beats import Beats
 from mergekit_bio.audio.config import AudioPrefixConfig
+from mergekit_bio.audio.device import full_float32
 from mergekit_bio.audio.fbank import fbank
 from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.audio.qformer import QFormer
@@ -57,6 +58,7 @@ class AudioPrefix(nn.Module):
         prefix.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return prefix.eval()
 
+    @full_float32()
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Embed clips. Zeros at the end of a short one are heard as silence, as NatureLM-audio does.
 
@@ -72,6 +74,7 @@ class AudioPrefix(nn.Module):
         """
         return self.project(self.encode(self.features(waveform)))
 
+    @full_float32()
     def embed(self, features: Sequence[torch.Tensor], *, at_most: int | None = None) -> list[torch.Tensor]:
         """Embed clips of any lengths; those of one length go through the tower together.
 

@@ -210,8 +210,9 @@ class Engine(Protocol):
             handed to the model, all equal to what merge.json records. Of servers, what they call their revision.
 
         Raises:
-            EngineError: The checkpoint is not of the same sweep, or its tensors are not what its manifest says.
+            EngineError: The checkpoint is not of the same sweep, or its tensors cannot be read or are not what its
+                manifest says. The engine is on its old checkpoint, or closed if that cannot be read again.
         """
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory; nothing where that is done."""

@@ -65,7 +65,11 @@ class EngineSlot:
     def _at(self, checkpoint: str, *, family_of_it: str) -> Engine:
         # Checkpoints of one family differ in a few tensors, which are replaced; any other needs an engine of its own.
         if self._engine is not None and self._family == family_of_it:
-            self._engine.load(checkpoint)
+            try:
+                self._engine.load(checkpoint)
+            except BaseException:
+                self._close()  # it may be closed already; whoever asks next gets one that starts anew
+                raise
             return self._engine
         self._close()
         self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,12 @@ class Difference:
     names: tuple[str, ...]
     digests: Mapping[str, str]
 
-    def check(self, loaded: Mapping[str, str]) -> str:
+    def check(self, loaded: Mapping[str, str], failure: str | None = None) -> str:
         """Compare what a model was given with what it should have been given.
 
         Args:
             loaded: sha256 of each tensor handed to the model.
+            failure: Why not all of them were.
 
         Returns:
             The fingerprint of what was loaded.
@@ -41,6 +43,8 @@ class Difference:
         Raises:
             EngineError: A tensor is missing, or its bytes are not the recorded ones.
         """
+        if failure is not None:
+            raise EngineError(f"{self.target}: its weights could not be loaded ({failure})")
         if missing := sorted(set(self.names) - loaded.keys()):
             raise EngineError(f"{self.target}: {missing[0]} was not loaded; restart the engine on this checkpoint")
         for name, digest in self.digests.items():
@@ -97,6 +101,39 @@ def difference(current: Path, target: Path) -> Difference:
         names=tuple(names),
         digests={name: new.tensors[name].sha256 for name in names if name in new.tensors},
     )
+
+
+def replace_weights(
+    change: Difference,
+    current: Path,
+    replace: Callable[[Path, Sequence[str]], Sequence[tuple[Mapping[str, str], str | None]]],
+    close: Callable[[], None],
+) -> str:
+    """Move an engine to another checkpoint of its sweep: whatever happens, it never runs a mix of the two.
+
+    Args:
+        change: Of :func:`difference`.
+        current: What the engine runs.
+        replace: Replaces tensors by those of a directory; gives the arguments of :meth:`Difference.check`, for every
+            worker.
+        close: Closes the engine.
+
+    Returns:
+        The fingerprint of what was loaded.
+
+    Raises:
+        EngineError: A tensor could not be read, or its bytes are not the recorded ones. The engine is on ``current``
+            as before, or closed where that could not be read again either.
+    """
+    try:
+        return {change.check(*loaded) for loaded in replace(change.target, change.names)}.pop()
+    except BaseException:  # Ctrl-C too
+        restored = False
+        with suppress(Exception):  # the first failure is the one to tell
+            restored = all(failure is None for _, failure in replace(current, change.names))
+        if not restored:
+            close()
+        raise
 
 
 def _with_fused(names: set[str]) -> set[str]:

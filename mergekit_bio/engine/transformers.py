@@ -20,9 +20,9 @@ from mergekit_bio.engine.interface import (
     check_options,
 )
 from mergekit_bio.engine.prefix_cache import PrefixCache
-from mergekit_bio.engine.sweep import difference
+from mergekit_bio.engine.sweep import difference, replace_weights
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
+from mergekit_bio.errors import EngineError, MergekitBioError, MissingPackageError, PromptError
 
 if TYPE_CHECKING:
     import torch
@@ -146,11 +146,7 @@ class TransformersEngine:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
-        try:
-            fingerprint = change.check(self._replace(target, change.names))
-        except EngineError:
-            self._replace(self.checkpoint, change.names)  # back to what was sound
-            raise
+        fingerprint = replace_weights(change, self.checkpoint, self._replace, self.close)
         self.checkpoint = target
         return fingerprint
 
@@ -210,14 +206,17 @@ class TransformersEngine:
 
         return ask
 
-    def _replace(self, checkpoint: Path, names: Sequence[str]) -> dict[str, str]:
-        source, parameters = Checkpoint.open(checkpoint), dict(self._model.named_parameters())
-        digests = {}
-        for name in names:
-            tensor = source.read(name)
-            digests[name] = tensor_sha256(tensor)
-            parameters[name].data.copy_(tensor)
-        return digests
+    def _replace(self, checkpoint: Path, names: Sequence[str]) -> list[tuple[dict[str, str], str | None]]:
+        parameters, digests = dict(self._model.named_parameters()), {}
+        try:
+            source = Checkpoint.open(checkpoint)
+            for name in names:
+                tensor = source.read(name)
+                digests[name] = tensor_sha256(tensor)
+                parameters[name].data.copy_(tensor)
+        except (OSError, MergekitBioError) as error:
+            return [(digests, str(error))]
+        return [(digests, None)]
 
     def _generate(
         self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], decoding: Decoding, *, seed: int

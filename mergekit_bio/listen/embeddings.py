@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mergekit_bio.audio.device import full_float32
 from mergekit_bio.audio.recording import read_windows
 from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.errors import OutputError
@@ -85,7 +86,7 @@ class EmbeddingWriter:
         while clips := list(islice(windows, _BATCH)):
             if self.recordings[-1:] != [str(recording)]:
                 self.recordings.append(str(recording))
-            with torch.inference_mode():
+            with torch.inference_mode(), full_float32():
                 encoded = prefix.encode(prefix.features(torch.stack([clip.waveform for clip in clips]).to(device)))
                 embedded = prefix.project(encoded)
             lengths = [config.beats.num_tokens(round((clip.end - clip.start) * config.sampling_rate)) for clip in clips]

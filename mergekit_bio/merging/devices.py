@@ -45,8 +45,6 @@ def compute_devices(name: str) -> "list[torch.device]":
         devices = [torch.device(pick_device(name))]
     if devices[0].type not in ("cpu", "cuda"):
         raise MergekitBioError(f"--device {name}: merging computes on cpu and cuda only; try --device cpu")
-    # float32 products in float32: TF32 would keep 10 of a delta's 23 bits.
-    torch.backends.cuda.matmul.allow_tf32 = False
     return devices
 
 

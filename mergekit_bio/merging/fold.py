@@ -121,8 +121,9 @@ class _BlockWorker:
         self._unwritten: list[tuple[int, int, torch.Tensor]] = []  # arguments of Write; on a CPU none
 
     def begin(self, job: _Job) -> None:
-        """Turn to another tensor."""
+        """Turn to another tensor. What one that failed has left is forgotten."""
         self._job = job
+        self._unwritten.clear()
         self.sums = [ErrorSums.zeros(self._device) for _ in job.fold.targets]
         self._probe = torch.zeros((), dtype=torch.float64, device=self._device)
         if self._cuda:

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event, Lock, local
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.audio.device import full_float32
 from mergekit_bio.checkpoint.clone import copy_range, link_or_copy, reflink, write_exactly
 from mergekit_bio.merging.devices import compute_devices
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, OutputShard
@@ -71,6 +72,7 @@ def execute(
             # 2. Start folding.
             if plan.folds:
                 devices = compute_devices(plan.request.device)
+                afterwards.enter_context(full_float32())
                 afterwards.enter_context(_thread_count_kept())
                 pools, folding = _start_folding(plan, root, devices, pool, advance)
             meanwhile()

@@ -147,9 +147,11 @@ class Guard:
         if change.names:
             try:
                 for loaded in await _replace(engine, target, change.names):
-                    change.check(loaded)
+                    change.check(*loaded)
             except EngineError:
-                await _replace(engine, self._loaded, change.names)  # back to what was sound
+                for _, failure in await _replace(engine, self._loaded, change.names):  # back to what was sound
+                    if failure is not None:
+                        raise EngineError(f"{failure}; the server holds a mix of two checkpoints: restart it") from None
                 raise
         self._loaded = target
         # A prefix computed with other weights would be silently wrong.
@@ -161,8 +163,10 @@ class Guard:
         served.base_model_paths = sorted(served.base_model_paths, key=lambda path: bool(path.name != model))
 
 
-async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
-    answers: list[dict[str, str]] = await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
+async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[tuple[dict[str, str], str | None]]:
+    answers: list[tuple[dict[str, str], str | None]] = await engine.collective_rpc(
+        "reload_tensors", args=(str(checkpoint), list(names))
+    )
     return answers
 
 

@@ -1,15 +1,20 @@
 """A running engine moves between the alphas of a sweep and is then what a fresh one would be."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from engine.starting import merge_sweep, start_vllm
 from engine.test_engines_random import assert_same_generations, random_prompts
 from tiny_naturelm import make_base, make_naturelm
 
-from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.engine.interface import Decoding, EngineSettings, Prompt
+from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.engine.sweep import difference
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.errors import CheckpointError, EngineError
@@ -97,7 +102,62 @@ def test_an_engine_needs_room_for_the_prompt(vllm_engine, clips):
         vllm_engine.generate([Prompt("a<AudioHere>" * 7, clips[:1] * 7)], DECODING)
 
 
-def test_a_second_engine_in_the_process_works(tiny_sweep, prompts, fresh):
+class FailingReads:
+    """Reading a checkpoint's tensors fails as a disk fails: from the n-th read on, in the folders that are named."""
+
+    def __init__(self, monkeypatch):
+        self.left: dict[Path, int] = {}
+        read = Checkpoint.read
+
+        def failing(checkpoint, name):
+            if checkpoint.root in self.left:
+                self.left[checkpoint.root] -= 1
+                if self.left[checkpoint.root] < 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(checkpoint, name)
+
+        monkeypatch.setattr(Checkpoint, "read", failing)
+
+
+@pytest.fixture
+def failing_reads(monkeypatch) -> FailingReads:
+    return FailingReads(monkeypatch)
+
+
+@pytest.mark.parametrize("read_well", [0, 1, 6])
+def test_an_error_while_loading_leaves_the_weights_of_before(
+    read_well, tiny_sweep, transformers_engine, prompts, fresh, failing_reads
+):
+    failing_reads.left[tiny_sweep[1.0]] = read_well
+    with pytest.raises(EngineError, match=r"alpha-1\.00: its weights could not be loaded \(.*Input/output error\)"):
+        transformers_engine.load(tiny_sweep[1.0])
+    assert transformers_engine.checkpoint == tiny_sweep[0.5]
+    assert_same_generations(transformers_engine.generate(prompts, DECODING), fresh[0.5])
+
+
+def test_after_an_error_a_slot_answers_from_the_right_weights(tiny_sweep, prompts, fresh, failing_reads):
+    with EngineSlot(TransformersEngine, EngineSettings(options={"device": "cpu"})) as slot:
+        slot.at(tiny_sweep[0.5])
+        failing_reads.left |= {tiny_sweep[1.0]: 6, tiny_sweep[0.5]: 3}  # nor can it go back
+        with pytest.raises(EngineError, match=r"alpha-1\.00: its weights could not be loaded"):
+            slot.at(tiny_sweep[1.0])
+        failing_reads.left.clear()
+        assert_same_generations(slot.at(tiny_sweep[0.5]).generate(prompts, DECODING), fresh[0.5])
+        assert_same_generations(slot.at(tiny_sweep[1.0]).generate(prompts, DECODING), fresh[1.0], tolerance=1e-6)
+
+
+def test_a_second_engine_in_the_process_works_and_survives_errors_while_loading(
+    tiny_sweep, prompts, fresh, failing_reads
+):
     engine = start_vllm(tiny_sweep[1.0], structured_outputs_config={"backend": "guidance"})
     assert_same_generations(engine.generate(prompts[:2], DECODING), fresh[1.0][:2])
+    for read_well in (1, 6):  # in the middle of a fused parameter; in the second layer
+        failing_reads.left[tiny_sweep[0.0]] = read_well
+        with pytest.raises(EngineError, match=r"alpha-0\.00: its weights could not be loaded \(.*Input/output error\)"):
+            engine.load(tiny_sweep[0.0])
+        assert_same_generations(engine.generate(prompts, DECODING), fresh[1.0])
+    failing_reads.left.clear()
+    engine.load(tiny_sweep[0.0])
+    assert_same_generations(engine.generate(prompts, DECODING), fresh[0.0])
     engine.close()
+    engine.close()  # nothing more to do

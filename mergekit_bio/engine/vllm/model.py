@@ -49,7 +49,7 @@ from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.engine.vllm.log import left_out
-from mergekit_bio.errors import AudioError, PromptError
+from mergekit_bio.errors import AudioError, MergekitBioError, PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
 
 #: Clips that go through the tower at once: bounds its memory, whatever vLLM schedules together.
@@ -305,7 +305,7 @@ _PARTIAL_RELOAD = {
 class WeightReload:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), called through ``collective_rpc``."""
 
-    def reload_tensors(self, directory: str, names: list[str]) -> dict[str, str]:
+    def reload_tensors(self, directory: str, names: list[str]) -> tuple[dict[str, str], str | None]:
         """Replace some of the model's weights by those of a checkpoint.
 
         vLLM's own reload takes care of fused, sharded and prepacked parameters.
@@ -315,17 +315,25 @@ class WeightReload:
             names: The tensors to replace, by their names on disk; of a fused parameter, all parts.
 
         Returns:
-            The sha256 of each tensor's bytes, as they were handed to the model in this worker.
+            The sha256 of each tensor's bytes, as they were handed to the model in this worker; and, where one could not
+            be read, why. Then the model holds tensors of both checkpoints.
         """
-        checkpoint = Checkpoint.open(Path(directory))
         digests: dict[str, str] = {}
+        failure: str | None = None
 
+        # An error must not leave the generator: vLLM's reload takes the layers away before it asks for their weights,
+        # and gives them back when the weights end.
         def read() -> Iterator[tuple[str, torch.Tensor]]:
-            for name in names:
-                tensor = checkpoint.read(name)
-                digests[name] = tensor_sha256(tensor)
-                yield name, tensor
+            nonlocal failure
+            try:
+                checkpoint = Checkpoint.open(Path(directory))
+                for name in names:
+                    tensor = checkpoint.read(name)
+                    digests[name] = tensor_sha256(tensor)
+                    yield name, tensor
+            except (OSError, MergekitBioError) as error:
+                failure = str(error)
 
         with left_out(_PARTIAL_RELOAD):
             self.model_runner.reload_weights(weights_iterator=read())  # type: ignore[attr-defined]
-        return digests
+        return digests, failure

@@ -17,7 +17,7 @@ from mergekit_bio.engine.interface import (
     Prompt,
 )
 from mergekit_bio.engine.prefix_cache import PrefixCache
-from mergekit_bio.engine.sweep import difference
+from mergekit_bio.engine.sweep import difference, replace_weights
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
 from mergekit_bio.engine.vllm.requests import (
@@ -199,15 +199,9 @@ class VllmEngine:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
         target = resolve(checkpoint).path
         change = difference(self.checkpoint, target)
-        try:
-            fingerprints = {change.check(loaded) for loaded in self._replace(target, change.names)}
-        except EngineError:
-            self._replace(self.checkpoint, change.names)  # back to what was sound
-            raise
-        finally:
-            self._reset_caches()
+        fingerprint = replace_weights(change, self.checkpoint, self._replace, self.close)
         self.checkpoint = target
-        return fingerprints.pop()
+        return fingerprint
 
     def close(self) -> None:
         """Stop vLLM and free its memory.
@@ -219,6 +213,8 @@ class VllmEngine:
 
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        if self not in self._running:
+            return
         self._running.discard(self)
         to_stop, self._to_stop = self._to_stop, []
         del self._llm
@@ -230,12 +226,14 @@ class VllmEngine:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def _replace(self, checkpoint: Path, names: Sequence[str]) -> list[dict[str, str]]:
+    def _replace(self, checkpoint: Path, names: Sequence[str]) -> list[tuple[dict[str, str], str | None]]:
         """Replace tensors in every worker; each reads them whole and says what it read."""
         if not names:
-            return [{}]
-        answers: list[dict[str, str]] = self._llm.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
-        return answers
+            return [({}, None)]
+        try:
+            return [*self._llm.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))]
+        finally:
+            self._reset_caches()
 
     def _reset_caches(self) -> None:
         """Forget everything computed with other weights: a block of the prefix cache kept would be silently wrong."""
