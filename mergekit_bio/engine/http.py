@@ -1,16 +1,17 @@
-"""Any number of servers as one engine: prompts over OpenAI's chat API, to whoever has room."""
+"""Any number of servers as one engine: each prompt goes to whoever has room."""
 
 import asyncio
 import base64
 import io
 import math
 import random
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prompt import render_prompt
@@ -22,6 +23,8 @@ from mergekit_bio.engine.interface import (
     check_options,
 )
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
+
+T = TypeVar("T")
 
 #: Answers that another try, or another server, may better.
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -36,19 +39,24 @@ class Retries:
         first_wait: Seconds before the second try; doubled from then on, and drawn at random below that.
         longest_wait: Seconds at most.
         given_up_after: Failures in a row after which a server is left alone for good.
+        patience: A prompt that takes so many times longer than any answer did so far is asked at another server too,
+            as soon as one has room; a server that lost such a race has failed.
     """
 
     attempts: int = 8
     first_wait: float = 0.5
     longest_wait: float = 30.0
     given_up_after: int = 5
+    patience: float = 3.0
 
 
 class HttpEngine:
     """Servers of ``mergekit-bio serve``, which put a text's ``<AudioHere>`` slots and its audios together.
 
     Every server has a bounded number of requests under way; the next prompt goes to the server with the most room. A
-    prompt whose server fails is tried again, elsewhere if there is an elsewhere.
+    prompt whose server fails or is slow is tried again, elsewhere if there is an elsewhere. Several threads may ask at
+    once: they share the room, so that the end of one call and the beginning of the next keep the servers busy
+    together.
 
     Args:
         servers: Their addresses, such as ``http://127.0.0.1:8000``.
@@ -108,7 +116,13 @@ class HttpEngine:
         self._servers = [server.rstrip("/").removesuffix("/v1") for server in servers]
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries or Retries()
-        offered = [asyncio.run(self._models(server)) for server in self._servers]
+        # Connections and counts belong to one event loop. Whoever asks waits for it, from whichever thread.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="http engine", daemon=True).start()
+        self._room = _Room(self._servers, concurrency=concurrency, given_up_after=self._retries.given_up_after)
+        self._client: Any = None
+        self._most_beams = 1
+        offered = [self._wait_for(self._models(server)) for server in self._servers]
         common = [name for name in offered[0] if all(name in names for names in offered)]
         if model is not None and model not in common:
             raise EngineError(
@@ -128,25 +142,32 @@ class HttpEngine:
         """Answer prompts, over all servers at once.
 
         Raises:
-            EngineError: Beams or end tokens are asked for, which the API does not have, or no server answers any more.
+            EngineError: The servers have no beam search that wide, or end tokens are asked for, which they do not
+                take, or no server answers any more.
             PromptError: A server refuses a prompt.
         """
-        if decoding.num_beams > 1:
-            raise EngineError("servers do not search with beams over OpenAI's API; take num_beams 1, or --engine vllm")
         if decoding.eos_token_ids is not None:
             raise EngineError("servers end with the end tokens of their own model; leave eos_token_ids out")
-        bodies = [
-            self._body(prompt)
-            | {
-                "max_tokens": decoding.max_new_tokens,
-                "temperature": decoding.temperature,
-                "top_p": decoding.top_p,
-                **({"top_k": decoding.top_k} if decoding.top_k else {}),
-                "seed": decoding.seed + n,
-            }
-            for n, prompt in enumerate(prompts)
-        ]
-        return asyncio.run(self._answer_all(bodies))
+        if decoding.num_beams > self._most_beams:
+            raise EngineError(
+                f"not every server says that it searches with {decoding.num_beams} beams; take num_beams "
+                f"{self._most_beams}, or --engine vllm"
+            )
+        if decoding.num_beams > 1:
+            return self._answer_all([_beam_question(self._model, prompt, decoding) for prompt in prompts])
+        settings = {
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            **({"top_k": decoding.top_k} if decoding.top_k else {}),
+        }
+        seeds = range(decoding.seed, decoding.seed + len(prompts))
+        return self._answer_all(
+            [
+                _chat_question(self._model, prompt, settings | {"seed": seed})
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+        )
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """Answer each prompt with one of the labels; the server constrains the answer.
@@ -155,12 +176,8 @@ class HttpEngine:
         labels another one may win. Its log-probabilities are those of the tokens among the whole vocabulary.
         """
         longest = max((len(label.encode()) for label in labels), default=0)
-        bodies = [
-            self._body(prompt)
-            | {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
-            for prompt in prompts
-        ]
-        return asyncio.run(self._answer_all(bodies))
+        settings = {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
+        return self._answer_all([_chat_question(self._model, prompt, settings) for prompt in prompts])
 
     def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
         """OpenAI's chat API does not score given answers: raises EngineError."""
@@ -174,36 +191,40 @@ class HttpEngine:
         name = Path(checkpoint).name
         if name not in self._offered:
             raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
-        told = [asyncio.run(self._get(f"{server}/{name}/info")) for server in self._servers]
+        told = [self._wait_for(self._get(f"{server}/{name}/info")) for server in self._servers]
         revisions = {str(info.get("model_revision")) for info in told}
         if len(revisions) > 1:
             raise EngineError(f"the servers have different checkpoints called {name}; serve the same one everywhere")
         templates = {str(info.get("prompt_template")) for info in told}
         template = templates.pop() if len(templates) == 1 else ""
         self._model, self._template = name, template if template.count("{}") == 1 else "{}"
+        most_beams = [info.get("max_num_beams") for info in told]
+        self._most_beams = min(beams if isinstance(beams, int) else 1 for beams in most_beams)
         return revisions.pop()
 
     def close(self) -> None:
-        """Nothing to free: the servers stay."""
+        """Close the connections; the servers stay."""
+        if self._loop.is_running():
+            if self._client is not None:
+                self._wait_for(self._client.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _body(self, prompt: Prompt) -> dict[str, Any]:
-        audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
-        text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
-        content = [{"type": "text", "text": text}, *audios] if audios else text
-        return {
-            "model": self._model,
-            "messages": [{"role": "user", "content": content}],
-            "logprobs": True,
-            "return_token_ids": True,
-        }
+    def _wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: nobody waits for the answers any more
+            future.cancel()
+            raise
 
-    async def _answer_all(self, bodies: list[dict[str, Any]]) -> list[Generation]:
-        import httpx
+    def _answer_all(self, questions: "Sequence[_Question]") -> list[Generation]:
+        async def answer_all() -> list[Generation]:
+            import httpx
 
-        pool = _Pool(self._servers, concurrency=self._concurrency, given_up_after=self._retries.given_up_after)
-        limits = httpx.Limits(max_connections=self._concurrency * len(self._servers))
-        async with httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits) as client:
-            tasks = [asyncio.create_task(self._answer(client, pool, body)) for body in bodies]
+            if self._client is None:
+                limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # _Room bounds them
+                self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
+            tasks = [asyncio.create_task(self._answer(question)) for question in questions]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
@@ -211,33 +232,86 @@ class HttpEngine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, client: Any, pool: "_Pool", body: dict[str, Any]) -> Generation:
-        import httpx
+        return self._wait_for(answer_all())
 
+    async def _answer(self, question: "_Question") -> Generation:
+        """Ask until somebody answers."""
         reason = ""
         for attempt in range(self._retries.attempts):
             if attempt:
                 longest = min(self._retries.longest_wait, self._retries.first_wait * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(0, longest))
-            server, failures_before = await pool.acquire()
-            failed = True
-            try:
-                start = time.perf_counter()
-                response = await client.post(f"{server}/v1/chat/completions", json=body)
-                seconds = time.perf_counter() - start
-                if response.status_code == 200:
-                    generation = _generation(response.json(), seconds)
-                    failed = False
-                    return generation
-                if response.status_code not in _RETRIED:
-                    failed = False
-                    _raise_refusal(server, response)
-                reason = f"{server} answered with status {response.status_code}"
-            except (httpx.TransportError, httpx.DecodingError, ValueError) as error:
-                reason = f"{server} failed: {type(error).__name__} {error}".rstrip()
-            finally:
-                pool.release(server, failures_before, failed=failed)
+            answered = await self._race(question)
+            if isinstance(answered, Generation):
+                return answered
+            reason = answered
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
+
+    async def _race(self, question: "_Question") -> "Generation | str":
+        """Ask one server, and others too where it takes suspiciously long.
+
+        Returns:
+            The first answer; where there is none, why the last server failed.
+        """
+        # 1. One server. Only now is the audio put into a request: no more of them are held than are under way.
+        turn: _Turn | None = await self._room.acquire()
+        asked: set[str] = set()
+        asked_at = time.perf_counter()
+        racing: set[asyncio.Task[Generation | str]] = set()
+        outcome: Generation | str = ""
+        try:
+            while turn or racing:
+                if turn:
+                    asked.add(turn.server)
+                    racing.add(asyncio.create_task(self._ask(turn, question)))
+                done, racing = await asyncio.wait(racing, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    outcome = task.result()
+                    if isinstance(outcome, Generation):
+                        return outcome
+                # 2. Another one, where this prompt has taken much longer than any answer did.
+                usual = self._room.longest_answer
+                slow = usual and time.perf_counter() - asked_at > max(1.0, self._retries.patience * usual)
+                turn = self._room.take(asked) if racing and slow else None
+            return outcome
+        finally:
+            for task in racing:
+                task.cancel()
+            await asyncio.gather(*racing, return_exceptions=True)
+
+    async def _ask(self, turn: "_Turn", question: "_Question") -> "Generation | str":
+        """Ask one server.
+
+        Returns:
+            Its answer; a text says why there is none.
+
+        Raises:
+            PromptError: It refuses the prompt.
+            EngineError: It refuses us.
+        """
+        import httpx
+
+        server, failed, seconds = turn.server, True, 0.0
+        try:
+            body = await asyncio.to_thread(question.body)
+            start = time.perf_counter()
+            response = await self._client.post(server + question.path, json=body)
+            seconds = time.perf_counter() - start
+            if response.status_code == 200:
+                generation = question.read(response.json(), server, seconds)
+                failed = False
+                return generation
+            if response.status_code not in _RETRIED:
+                failed = False
+                _raise_refusal(server, response)
+            return f"{server} answered with status {response.status_code}"
+        except PromptError:
+            failed = False
+            raise
+        except (httpx.TransportError, httpx.DecodingError, ValueError) as error:
+            return f"{server} failed: {type(error).__name__} {error}".rstrip()
+        finally:
+            self._room.release(turn, failed=failed, seconds=seconds)
 
     async def _models(self, server: str) -> list[str]:
         document = await self._get(f"{server}/v1/models")
@@ -259,49 +333,149 @@ class HttpEngine:
         return document
 
 
-class _Pool:
-    """Servers with a bounded number of requests each."""
+@dataclass(frozen=True)
+class _Turn:
+    """Leave to ask a server one thing."""
+
+    server: str
+    failures_before: int
+
+
+class _Room:
+    """Servers with a bounded number of requests each.
+
+    Attributes:
+        longest_answer: Seconds of the answer that took longest so far.
+    """
 
     def __init__(self, servers: Sequence[str], *, concurrency: int, given_up_after: int) -> None:
-        self._room = dict.fromkeys(servers, concurrency)
+        self.longest_answer = 0.0
+        self._free = dict.fromkeys(servers, concurrency)
         self._failures = dict.fromkeys(servers, 0)
         self._given_up_after = given_up_after
-        self._changed = asyncio.Condition()
-        self._notifying: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
-    async def acquire(self) -> tuple[str, int]:
+    async def acquire(self) -> _Turn:
         """Wait for room at a server that works.
-
-        Returns:
-            The server and its failures in a row until now; both are for :meth:`release`.
 
         Raises:
             EngineError: None does any more.
         """
-        async with self._changed:
-            while True:
-                alive = [server for server in self._room if self._failures[server] < self._given_up_after]
-                if not alive:
-                    raise EngineError("every server has stopped answering; restart them and resume the run")
-                if free := [server for server in alive if self._room[server]]:
-                    # The one that failed least, then the one with the most room.
-                    best = min(free, key=lambda server: (self._failures[server], -self._room[server]))
-                    self._room[best] -= 1
-                    return best, self._failures[best]
-                await self._changed.wait()
+        while True:
+            if all(failures >= self._given_up_after for failures in self._failures.values()):
+                raise EngineError("every server has stopped answering; restart them and resume the run")
+            if turn := self.take():
+                return turn
+            self._changed.clear()
+            await self._changed.wait()
 
-    def release(self, server: str, failures_before: int, *, failed: bool) -> None:
+    def take(self, but: Set[str] = frozenset()) -> _Turn | None:
+        """Room at a server that works and is none of some, if there is any at the moment."""
+        alive = [server for server in self._free if self._failures[server] < self._given_up_after]
+        free = [server for server in alive if self._free[server] and server not in but]
+        if not free:
+            return None
+        # The one that failed least, then the one with the most room.
+        server = min(free, key=lambda server: (self._failures[server], -self._free[server]))
+        self._free[server] -= 1
+        return _Turn(server, self._failures[server])
+
+    def release(self, turn: _Turn, *, failed: bool, seconds: float) -> None:
         """Give room back."""
-        self._room[server] += 1
+        self._free[turn.server] += 1
+        self.longest_answer = max(self.longest_answer, 0.0 if failed else seconds)
         # What was under way together and failed together failed once.
-        self._failures[server] = max(self._failures[server], failures_before + 1) if failed else 0
-        task = asyncio.get_running_loop().create_task(self._notify())
-        self._notifying.add(task)  # or it might be collected before it ran
-        task.add_done_callback(self._notifying.discard)
+        now = self._failures[turn.server]
+        self._failures[turn.server] = max(now, turn.failures_before + 1) if failed else 0
+        self._changed.set()
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+
+@dataclass(frozen=True)
+class _Question:
+    """What a server is asked.
+
+    Attributes:
+        path: Of the address.
+        body: Makes the request.
+        read: Reads the answer, given the server's name and the seconds that it took; raises ValueError where it is
+            none, and PromptError where the server cannot answer the prompt.
+    """
+
+    path: str
+    body: Callable[[], dict[str, Any]]
+    read: Callable[[Any, str, float], Generation]
+
+
+def _chat_question(model: str, prompt: Prompt, settings: dict[str, Any]) -> _Question:
+    """A prompt over OpenAI's chat API."""
+
+    def body() -> dict[str, Any]:
+        audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
+        text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
+        content = [{"type": "text", "text": text}, *audios] if audios else text
+        messages = [{"role": "user", "content": content}]
+        return {"model": model, "messages": messages, "logprobs": True, "return_token_ids": True} | settings
+
+    def read(document: Any, server: str, seconds: float) -> Generation:
+        try:
+            (choice,) = document["choices"]
+            entries = (choice.get("logprobs") or {}).get("content") or []
+            logprobs = tuple(float(entry["logprob"]) for entry in entries)
+            ids = tuple(choice.get("token_ids") or ())
+            return Generation(
+                text=choice["message"]["content"] or "",
+                token_ids=ids,
+                logprobs=logprobs or (math.nan,) * len(ids),
+                finish_reason="length" if choice["finish_reason"] == "length" else "stop",
+                prompt_tokens=document["usage"]["prompt_tokens"],
+                seconds=seconds,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError("the answer is no completion") from error
+
+    return _Question("/v1/chat/completions", body, read)
+
+
+def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> _Question:
+    """A prompt over predictions_v1, where our servers search with beams. Its answers tell no tokens."""
+
+    if len({clip.seconds for clip in prompt.audios}) > 1:
+        raise PromptError("servers search with beams only where all audios of a prompt are of one length")
+
+    def body() -> dict[str, Any]:
+        text = render_prompt(prompt.text, template="{}", num_audios=len(prompt.audios))
+        config = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "num_beams": decoding.num_beams,
+            "length_penalty": decoding.length_penalty,
+            "early_stopping": decoding.early_stopping,
+            **({"max_length_seconds": prompt.audios[0].seconds} if prompt.audios else {}),
+        }
+        item = {
+            "sample_id": "0",
+            "messages": [{"role": "user", "content": text}],
+            "audio_inputs": [{"payload_type": "base64_wav", "data": _wav(clip)} for clip in prompt.audios],
+            "generation_config": config,
+        }
+        return {"schema_version": "predictions_v1", "requests": [item]}
+
+    def read(document: Any, server: str, seconds: float) -> Generation:
+        try:
+            (response,) = document["responses"]
+            if response.get("error"):
+                raise PromptError(f"{server} refuses the prompt: {response['error']}")
+            return Generation(
+                text=response["predictions"][0],
+                token_ids=(),
+                logprobs=(),
+                finish_reason="length" if response["finish_reason"] == "length" else "stop",
+                prompt_tokens=response["usage"]["prompt_tokens"],
+                seconds=seconds,
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError("the answer is no response of predictions_v1") from error
+
+    return _Question(f"/{model}/predict", body, read)
 
 
 def _raise_refusal(server: str, response: Any) -> NoReturn:
@@ -315,40 +489,25 @@ def _raise_refusal(server: str, response: Any) -> NoReturn:
     raise EngineError(f"{server} answered with status {response.status_code}: {message}")
 
 
-def _generation(document: dict[str, Any], seconds: float) -> Generation:
-    """Read a completion.
-
-    Raises:
-        ValueError: It is none.
-    """
-    try:
-        (choice,) = document["choices"]
-        entries = (choice.get("logprobs") or {}).get("content") or []
-        logprobs = tuple(float(entry["logprob"]) for entry in entries)
-        ids = tuple(choice.get("token_ids") or ())
-        return Generation(
-            text=choice["message"]["content"] or "",
-            token_ids=ids,
-            logprobs=logprobs or (math.nan,) * len(ids),
-            finish_reason="length" if choice["finish_reason"] == "length" else "stop",
-            prompt_tokens=document["usage"]["prompt_tokens"],
-            seconds=seconds,
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError("the answer is no completion") from error
-
-
 def _url(clip: Clip) -> str:
-    """A prepared clip as a ``data:`` URL of a file that loses nothing (64-bit floats).
+    """A prepared clip as a ``data:`` URL.
 
     A server of ours would take it for the beginning of 10 s; the parameter says how long the clip is. Another server
     passes over the parameter and hears the clip as it is here: cut and padded.
     """
+    return f"data:audio/wav;seconds={clip.seconds};base64,{_wav(clip)}"
+
+
+def _wav(clip: Clip) -> str:
+    """A prepared clip as a WAV file in base64: 16-bit samples where all of them are, else 32-bit floats."""
     import soundfile
 
     from mergekit_bio.audio.config import SAMPLING_RATE
 
+    scaled = clip.waveform * 32768
+    pcm16 = bool(((scaled.round() == scaled) & (scaled.abs() < 32768)).all())
+    samples = scaled.short() if pcm16 else clip.waveform.float()
     file = io.BytesIO()
-    soundfile.write(file, clip.waveform.numpy(), SAMPLING_RATE, format="WAV", subtype="DOUBLE")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f"data:audio/wav;seconds={clip.seconds};base64,{data}"
+    subtype = "PCM_16" if pcm16 else "FLOAT"
+    soundfile.write(file, samples.numpy(), SAMPLING_RATE, format="WAV", subtype=subtype)
+    return base64.b64encode(file.getvalue()).decode()

@@ -13,7 +13,16 @@ from mergekit_bio.engine.vllm.online import answer
 from mergekit_bio.errors import AudioError, MergekitBioError
 from mergekit_bio.serve.guard import MODEL_KEY
 from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
-from mergekit_bio.serve.predictions import SCHEMA, AudioInput, BadRequest, Item, failure, read_requests, success
+from mergekit_bio.serve.predictions import (
+    MAX_BEAMS,
+    SCHEMA,
+    AudioInput,
+    BadRequest,
+    Item,
+    failure,
+    read_requests,
+    success,
+)
 from mergekit_bio.serve.settings import ServeSettings
 
 #: Nobody is there to read it; nginx's status for that.
@@ -138,6 +147,7 @@ def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
         "max_batch_size": settings.max_batch,
         "supports_batching": True,
         "schema_versions": [SCHEMA],
+        "max_num_beams": MAX_BEAMS,
     }
 
 

@@ -13,6 +13,7 @@ from mergekit_bio.errors import PromptError
 from mergekit_bio.outside_data import is_text
 
 SCHEMA = "predictions_v1"
+MAX_BEAMS = 16
 
 
 def _check_text(value: str) -> str:
@@ -56,7 +57,7 @@ class GenerationConfig(_Tolerant):
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=16)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = None
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     early_stopping: bool | Literal["never"] | None = None
     do_sample: bool | None = None

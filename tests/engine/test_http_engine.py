@@ -1,13 +1,20 @@
 """The http engine against servers that answer, stumble, refuse and die."""
 
+import base64
 import http.server
+import io
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import soundfile
+import torch
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.http import HttpEngine, Retries
+from mergekit_bio.engine.http import _url as url_of
 from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.errors import EngineError, PromptError
 
@@ -20,7 +27,7 @@ class Echo:
     A script's entries are statuses, or ``"drop"`` to close the connection without an answer.
     """
 
-    def __init__(self, script=(), *, dies_after=None, models=("m",), delay=0.0):
+    def __init__(self, script=(), *, dies_after=None, models=("m",), delay=0.0, held: threading.Event | None = None):
         self.answered, self.busiest = [], 0
         script, echo, lock, state = list(script), self, threading.Lock(), {"now": 0, "seen": 0}
 
@@ -37,6 +44,8 @@ class Echo:
                     step = script.pop(0) if script else 200
                     dead = dies_after is not None and state["seen"] > dies_after
                 time.sleep(delay)
+                if held is not None:
+                    held.wait()
                 with lock:
                     state["now"] -= 1
                 text = body["messages"][0]["content"]
@@ -101,6 +110,47 @@ def test_a_server_that_dies_in_the_middle_loses_nothing():
     engine = HttpEngine([dying.url, other.url], concurrency=4, retries=QUICK)
     assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
     assert len(dying.answered) == 7 and len(other.answered) == len(PROMPTS) - 7
+
+
+def test_a_server_that_never_answers_holds_nobody_up():
+    end = threading.Event()
+    hanging, other = Echo(held=end), Echo()
+    engine = HttpEngine([hanging.url, other.url], concurrency=4, retries=QUICK)
+    assert texts(engine.generate(PROMPTS, Decoding())) == TEXTS
+    assert hanging.answered == [] and len(other.answered) == len(PROMPTS)
+    end.set()
+
+
+def test_calls_of_several_threads_share_the_servers_room():
+    server = Echo(delay=0.01)
+    engine = HttpEngine([server.url], concurrency=3)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(engine.generate, PROMPTS[start::4], Decoding()) for start in range(4)]
+    assert [texts(call.result()) for call in calls] == [TEXTS[start::4] for start in range(4)]
+    assert server.busiest <= 3
+
+
+@pytest.mark.parametrize(("bits", "bytes_a_sample"), [(16, 2), (24, 4)])
+def test_a_clip_travels_as_it_is_heard(bits, bytes_a_sample):
+    """Samples of 16 bits, a file's at 16 kHz, arrive to the bit; others as float32."""
+    whole = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (48_000,), generator=torch.manual_seed(0))
+    clip = Clip.from_samples(whole.double() / 2 ** (bits - 1), sampling_rate=16_000, seconds=3.0)
+    head, data = url_of(clip).split(",")
+    assert head == "data:audio/wav;seconds=3.0;base64"
+    file = base64.b64decode(data)
+    assert len(file) < 48_000 * bytes_a_sample + 200
+    arrived, rate = soundfile.read(io.BytesIO(file))
+    assert Clip.from_samples(arrived, sampling_rate=rate, seconds=3.0).digest == clip.digest
+
+
+def test_what_no_16_bits_hold_arrives_as_float32():
+    loud = Clip.from_samples(torch.full((16_000,), 1.5).double(), sampling_rate=16_000, seconds=1.0)
+    odd = Clip.from_samples(
+        torch.rand(16_000, generator=torch.manual_seed(0)).double(), sampling_rate=16_000, seconds=1.0
+    )
+    for clip in (loud, odd):
+        arrived, _ = soundfile.read(io.BytesIO(base64.b64decode(url_of(clip).split(",")[1])))
+        assert (torch.from_numpy(arrived) - clip.waveform).abs().max() <= 2**-25
 
 
 def test_when_all_die_it_says_so():

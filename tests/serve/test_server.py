@@ -389,6 +389,10 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
             assert (one.text, one.prompt_tokens) == (other.text.rstrip("\ufffd"), other.prompt_tokens)
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert {answer.text for answer in client.choose(prompts, labels)} <= set(labels)
+        beams = Decoding(max_new_tokens=8, num_beams=2, length_penalty=0.5)
+        for one, other in zip(client.generate(prompts, beams), engines[model].generate(prompts, beams), strict=True):
+            assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+            assert one.prompt_tokens == other.prompt_tokens
 
 
 def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
