@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
+from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.checkpoint.digest import tensor_bytes, tensor_sha256
 
 if TYPE_CHECKING:
@@ -73,6 +74,22 @@ class PrefixCache:
 
         device = pick_device(device)
         return cls(AudioPrefix.from_pretrained(directory).to(device), folder=folder)
+
+    def reserve_memory(self) -> tuple[int, int] | None:
+        """Have the tower's largest batch run once, so that the GPU memory that it needs is taken.
+
+        Returns:
+            Bytes of its GPU that are free then, and all that it has; None where the tower is not on a GPU.
+        """
+        import torch
+
+        device = next(self._tower.parameters()).device
+        if device.type != "cuda":
+            return None
+        samples = round(CLIP_SECONDS * SAMPLING_RATE)
+        with torch.inference_mode():
+            self._tower(torch.zeros(self._batch_size, samples, dtype=torch.float64, device=device))
+        return torch.cuda.mem_get_info(device)
 
     def __call__(self, clips: Sequence[Clip]) -> "list[torch.Tensor]":
         """Prefixes of clips.

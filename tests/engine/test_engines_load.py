@@ -14,6 +14,7 @@ from tiny_naturelm import make_base, make_naturelm
 
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.engine.interface import Decoding, EngineSettings, Prompt
+from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.engine.sweep import difference
 from mergekit_bio.engine.transformers import TransformersEngine
@@ -149,7 +150,13 @@ def test_after_an_error_a_slot_answers_from_the_right_weights(tiny_sweep, prompt
 def test_a_second_engine_in_the_process_works_and_survives_errors_while_loading(
     tiny_sweep, prompts, fresh, failing_reads
 ):
-    engine = start_vllm(tiny_sweep[1.0], structured_outputs_config={"backend": "guidance"})
+    engine = start_vllm(
+        tiny_sweep[1.0],
+        prefixes=PrefixCache.of_checkpoint(tiny_sweep[1.0], device="cpu"),
+        structured_outputs_config={"backend": "guidance"},
+    )
+    # Whoever brings prefixes has a tower; vLLM needs none.
+    assert engine._llm.apply_model(lambda model: sum(part.numel() for part in model.audio_prefix.parameters())) == [0]
     assert_same_generations(engine.generate(prompts[:2], DECODING), fresh[1.0][:2])
     for read_well in (1, 6):  # in the middle of a fused parameter; in the second layer
         failing_reads.left[tiny_sweep[0.0]] = read_well

@@ -1,5 +1,6 @@
 """The fast engine: vLLM in this process, with Transformers' beam search on top."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,22 @@ _ENVIRONMENT = {
 }
 
 
+#: What vLLM takes of a GPU's memory where it is alone, and the bytes to leave for its process's CUDA context.
+_USUAL_SHARE, _CONTEXT_BYTES = 0.92, 1 << 30
+
+
+def gpu_share(*, free: int, total: int) -> float:
+    """The share of a GPU's memory for vLLM, where a tower has taken some already.
+
+    vLLM counts its share of the whole memory, whoever has the rest, and does not start where less is free.
+
+    Args:
+        free: Bytes that are free once the tower has all that it needs.
+        total: Bytes of the GPU.
+    """
+    return math.floor(1000 * max(0.0, min(_USUAL_SHARE, (free - _CONTEXT_BYTES) / total))) / 1000
+
+
 class VllmEngine:
     """Continuous batching and prefix caching; on GPUs, also tensor parallel and on Ray.
 
@@ -56,11 +73,11 @@ class VllmEngine:
         dtype: Of Llama and its cache; ``"auto"`` takes the checkpoint's.
         max_model_len: Longest prompt and answer together; by default what fits the model and 16384.
         max_audios: Most audios in a prompt.
-        prefixes: Where audio prefixes come from; by default vLLM runs the tower.
+        prefixes: Where audio prefixes come from: then vLLM does not load the tower. By default vLLM runs it.
         **vllm_options: More arguments of ``vllm.LLM``, such as ``tensor_parallel_size`` or ``enforce_eager``.
 
     Attributes:
-        prefixes: Where audio prefixes come from; may be changed between calls.
+        prefixes: Where audio prefixes come from; may be set between calls.
 
     Raises:
         EngineError: vLLM cannot run the checkpoint, or not with these options.
@@ -99,7 +116,7 @@ class VllmEngine:
 
         from vllm.engine.arg_utils import EngineArgs
 
-        known = {"dtype", "max_model_len", "max_audios"} | {field.name for field in fields(EngineArgs)}
+        known = {"dtype", "device", "max_model_len", "max_audios"} | {field.name for field in fields(EngineArgs)}
         if unknown := next((option for option in options if option not in known), None):
             raise EngineError(
                 f"--engine-option {unknown}: the {cls.name} engine has no such option; it takes the arguments of "
@@ -108,10 +125,16 @@ class VllmEngine:
 
     @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
-        """Start it on a checkpoint, with a prefix cache in front of its tower."""
-        directory = resolve(checkpoint).path
-        prefixes = PrefixCache.of_checkpoint(directory, folder=settings.prefixes)
-        return cls(directory, prefixes=prefixes, **{"max_audios": settings.max_audios, **settings.options})
+        """Start it on a checkpoint, with a prefix cache in front of its tower, which runs on the option ``device``."""
+        directory, options = resolve(checkpoint).path, {"max_audios": settings.max_audios, **settings.options}
+        prefixes = PrefixCache.of_checkpoint(directory, device=options.pop("device", "auto"), folder=settings.prefixes)
+        # The tower takes its memory first, so that vLLM can be told what is left.
+        if (memory := prefixes.reserve_memory()) and not options.keys() & {
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+        }:
+            options["gpu_memory_utilization"] = gpu_share(free=memory[0], total=memory[1])
+        return cls(directory, prefixes=prefixes, **options)
 
     def __init__(
         self,
@@ -142,7 +165,7 @@ class VllmEngine:
                 str(self.checkpoint),
                 dtype=dtype,
                 max_model_len=self._max_len,
-                limit_mm_per_prompt={"audio": max_audios},
+                limit_mm_per_prompt={"audio": max_audios if prefixes is None else 0},  # 0: prefixes only, no tower
                 enable_mm_embeds=True,
                 max_logprobs=MAX_LOGPROBS,
                 worker_extension_cls=_EXTENSION,
