@@ -132,15 +132,15 @@ def _show_prompts(recipe: str, data: str | None, number: int, output: Output) ->
         for note in dataset.notes if query == 0 else ():
             output.note(f"note: {note}")
         for question in questions:
-            clip, instruction = question.clip, question.instruction
+            row, instruction = question.row, question.instruction
             # No checkpoint is at hand, which could have a template of its own.
             prompt = render_prompt(instruction.text, template=LLAMA3_TEMPLATE, num_audios=len(instruction.clips))
             shown.append(
                 {
                     "dataset": dataset.name,
                     "query": query,
-                    "id": clip.id,
-                    "label": clip.label,
+                    "id": row.id,
+                    "label": row.label,
                     "prompt": prompt,
                     "audios": [*instruction.clips],
                 }

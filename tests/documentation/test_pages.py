@@ -43,7 +43,7 @@ def test_a_csv_block_describes_recordings(block: Block, here: Path) -> None:
     from mergekit_bio.eval.data.audio_folder import open_audio_folder
 
     write_audio_folder(here / "folder", block.text)
-    assert open_audio_folder(here / "folder", name="folder", task="classification").clips
+    assert open_audio_folder(here / "folder", name="folder", task="classification").asked
 
 
 def test_every_block_says_what_it_is() -> None:

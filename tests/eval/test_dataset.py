@@ -25,9 +25,9 @@ def recipe(data, **changes) -> Recipe:
 )
 def test_every_form_of_the_data_gives_the_same_clips_and_recordings(beans_zero, kind, streaming):
     dataset = open_component(components()["watkins"], source=str(beans_zero(kind)), streaming=streaming)
-    assert [clip.id for clip in dataset.clips] == ["watkins-0", "watkins-1", "watkins-2"]
-    assert [clip.label for clip in dataset.clips] == ["Walrus", "Fin, Finback Whale", "Walrus"]
-    assert dataset.clips[0].instruction == "<Audio><AudioHere></Audio> What is it, watkins?"
+    assert [row.id for row in dataset.asked] == ["watkins-0", "watkins-1", "watkins-2"]
+    assert [row.label for row in dataset.asked] == ["Walrus", "Fin, Finback Whale", "Walrus"]
+    assert dataset.asked[0].instruction == "<Audio><AudioHere></Audio> What is it, watkins?"
     # Front to back, back to front: a stream begins again.
     for number in (0, 1, 2, 1):
         samples, rate = dataset.audio(f"watkins-{number}")
@@ -50,10 +50,10 @@ def test_only_the_species_asked_for_are_kept(beans_zero):
     data = beans_zero("parquet")
     choice = DatasetChoice(name="unseen-family-cmn")
     top = open_dataset(choice, recipe(data, top_k_species=2))
-    assert {clip.label for clip in top.clips} == {"Spotted Elachura", "Dall's Porpoise"} and len(top.clips) == 9
-    assert len(open_dataset(choice, recipe(data, top_k_species=1000)).clips) == 11
+    assert {row.label for row in top.asked} == {"Spotted Elachura", "Dall's Porpoise"} and len(top.asked) == 9
+    assert len(open_dataset(choice, recipe(data, top_k_species=1000)).asked) == 11
     named = open_dataset(choice, recipe(data, species=(Species(name="Coruro"),)))
-    assert len(named.clips) == len(named.examples) == 2
+    assert len(named.asked) == len(named.examples) == 2
     with pytest.raises(DatasetError, match=r"no clip of the species 'Coruru'; did you mean 'Coruro'\?"):
         open_dataset(choice, recipe(data, species=(Species(name="Coruru"),)))
 
@@ -101,8 +101,8 @@ def folder(tmp_path):
 def test_a_folder_of_recordings_with_csv(folder):
     (folder / "metadata.csv").write_text("file_name,label,split\n0.wav,wren,test\n1.wav,owl,examples\n2.wav,owl,\n")
     dataset = open_audio_folder(folder, name="mine", task="classification")
-    assert [(clip.id, clip.label) for clip in dataset.clips] == [("0.wav", "wren"), ("2.wav", "owl")]
-    assert [clip.id for clip in dataset.examples] == ["1.wav"]
+    assert [(row.id, row.label) for row in dataset.asked] == [("0.wav", "wren"), ("2.wav", "owl")]
+    assert [row.id for row in dataset.examples] == ["1.wav"]
     samples, rate = dataset.audio("2.wav")
     assert samples.shape == (RATE, 2) and rate == RATE and np.allclose(samples, 0.2)
 
@@ -111,7 +111,7 @@ def test_a_folder_of_recordings_with_jsonl_draws_examples_from_what_is_asked(fol
     rows = [{"file_name": f"{number}.wav", "label": "öwl\u2028x"} for number in range(2)]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     dataset = open_audio_folder(folder, name="mine", task="detection")
-    assert dataset.clips == dataset.examples and dataset.clips[0].label == "öwl\u2028x"
+    assert dataset.asked == dataset.examples and dataset.asked[0].label == "öwl\u2028x"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_folder_of_recordings_with_jsonl_draws_examples_from_what_is_asked(fol
 def test_white_space_around_a_value_of_the_metadata_does_not_count(folder, name, text):
     (folder / name).write_text(text)
     dataset = open_audio_folder(folder, name="mine", task="classification")
-    assert [(clip.id, clip.label) for clip in dataset.clips] == [
+    assert [(row.id, row.label) for row in dataset.asked] == [
         ("0.wav", "Quillia borealis"),
         ("1.wav", "Quillia borealis"),
     ]
@@ -150,20 +150,20 @@ def test_labels_that_scoring_could_not_tell_apart_are_named(folder, task, labels
 
 def test_no_label_of_a_detection_may_be_written_in_any_case(folder):
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,None\n1.wav,none\n2.wav,wren\n")
-    assert len(open_audio_folder(folder, name="mine", task="detection").clips) == 3
+    assert len(open_audio_folder(folder, name="mine", task="detection").asked) == 3
 
 
 def test_captions_may_differ_in_case(folder):
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,a wren\n1.wav,A wren.\n")
-    assert len(open_audio_folder(folder, name="mine", task="captioning").clips) == 2
+    assert len(open_audio_folder(folder, name="mine", task="captioning").asked) == 2
 
 
 def test_the_fingerprint_follows_labels_and_recordings(folder):
     (folder / "metadata.csv").write_text("file_name,label\n0.wav,wren\n1.wav,owl\n")
     first = open_audio_folder(folder, name="mine", task="classification")
     assert first.fingerprint() == open_audio_folder(folder, name="other", task="classification").fingerprint()
-    clips = (replace(first.clips[0], label="owl"), first.clips[1])
-    assert replace(first, clips=clips, examples=clips).fingerprint() != first.fingerprint()
+    rows = (replace(first.asked[0], label="owl"), first.asked[1])
+    assert replace(first, asked=rows, examples=rows).fingerprint() != first.fingerprint()
     before = first.fingerprint()
     soundfile.write(folder / "0.wav", np.zeros(RATE), RATE)
     assert first.fingerprint() != before

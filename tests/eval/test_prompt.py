@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mergekit_bio.errors import DatasetError, PromptError, RecipeError
 from mergekit_bio.eval.components import components
-from mergekit_bio.eval.data.dataset import Clip, Dataset
+from mergekit_bio.eval.data.dataset import Dataset, DatasetRow
 from mergekit_bio.eval.prompt import flags, instruction_prompt, query_prompt, shuffled
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe, load_recipe
 from mergekit_bio.eval.recipe.shipped import shipped_recipes
@@ -30,9 +30,9 @@ def rendered(instruction) -> str:
 
 
 def dataset(labels: list[str], **changes) -> Dataset:
-    clips = tuple(Clip(id=f"clip{number}", label=label) for number, label in enumerate(labels))
+    rows = tuple(DatasetRow(id=f"clip{number}", label=label) for number, label in enumerate(labels))
     values = {
-        "name": "d", "task": "classification", "clips": clips, "examples": clips, "labels": len(set(labels)),
+        "name": "d", "task": "classification", "asked": rows, "examples": rows, "labels": len(set(labels)),
         "seconds": 10.0, "source": "made up", "recording": lambda clip_id: None,
     }  # fmt: skip
     return Dataset(**(values | changes))
@@ -49,8 +49,8 @@ def test_prompts_of_the_published_experiments_are_theirs_up_to_the_shuffled_orde
     compared = Counter()
     for cell in read_runs([published]):
         recipe = load_recipe(shipped_recipes()[EXPERIMENTS.get(cell.run, cell.run)]).recipe
-        clips = tuple(Clip(id=row.id, label=row.label) for row in cell.predictions)
-        data = dataset([], name=cell.dataset, clips=clips, examples=clips)
+        rows = tuple(DatasetRow(id=row.id, label=row.label) for row in cell.predictions)
+        data = dataset([], name=cell.dataset, asked=rows, examples=rows)
         for row, question in zip(cell.predictions, questions(recipe, data, cell.query), strict=True):
             if row.prompt is not None:
                 assert split(rendered(question.instruction)) == split(row.prompt)
@@ -241,7 +241,7 @@ def test_a_limit_and_the_other_clips_do_not_change_a_clips_prompt():
     data = dataset(["a", "b", "a", "b", "b", "c"])
     whole = list(questions(recipe(), data, 0))
     assert list(questions(recipe(), data, 0, 2)) == whole[:2]
-    assert [question.clip.id for question in whole] == [clip.id for clip in data.clips]
+    assert [question.row.id for question in whole] == [row.id for row in data.asked]
     assert "Here></Audio> b, a" in whole[0].instruction.text or "Here></Audio> a, b" in whole[0].instruction.text
 
 

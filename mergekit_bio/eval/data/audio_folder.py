@@ -9,7 +9,7 @@ from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.recording import read_beginning
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
-from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
 from mergekit_bio.eval.scoring.matching import label_set, normalised
 from mergekit_bio.outside_data import is_text, read_rows
 
@@ -41,39 +41,39 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         raise DatasetError(f"{folder}: no metadata.csv or metadata.jsonl in it; it needs the columns file_name,label")
     if len(metadata) > 1:
         raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
-    asked: list[Clip] = []
-    examples: list[Clip] = []
-    for where, row in _rows(metadata[0]):
-        split = row.get("split") or ""
+    asked: list[DatasetRow] = []
+    examples: list[DatasetRow] = []
+    for where, values in _rows(metadata[0]):
+        split = values.get("split") or ""
         if split not in EXAMPLES + ASKED:
             raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
-        (examples if split in EXAMPLES else asked).append(_clip(folder, where, row))
-    unique_clips([*asked, *examples], str(metadata[0]))
+        (examples if split in EXAMPLES else asked).append(_row(folder, where, values))
+    unique_rows([*asked, *examples], str(metadata[0]))
     if task != "captioning":
-        _distinct_labels([clip.label for clip in (*asked, *examples)], several=task == "detection", file=metadata[0])
-    clips = unique_clips(asked, f"{metadata[0]} (rows that are asked)")
+        _distinct_labels([row.label for row in (*asked, *examples)], several=task == "detection", file=metadata[0])
+    unique = unique_rows(asked, f"{metadata[0]} (rows that are asked)")
     return Dataset(
         name=name,
         task=task,
-        clips=clips,
-        examples=tuple(examples) or clips,
-        labels=len({clip.label for clip in clips}),
+        asked=unique,
+        examples=tuple(examples) or unique,
+        labels=len({row.label for row in unique}),
         seconds=CLIP_SECONDS,
         source=str(folder),
-        recording=partial(_recording, {clip.id: clip.path for clip in (*asked, *examples) if clip.path}),
+        recording=partial(_recording, {row.id: row.path for row in (*asked, *examples) if row.path}),
     )
 
 
-def _clip(folder: Path, where: str, row: dict[str, str]) -> Clip:
+def _row(folder: Path, where: str, values: dict[str, str]) -> DatasetRow:
     for column in REQUIRED:
-        if not row.get(column):
+        if not values.get(column):
             raise DatasetError(f"{where}: no {column}")
-    path = folder / row["file_name"]
-    if "\0" in row["file_name"] or not path.resolve().is_relative_to(folder.resolve()):
-        raise DatasetError(f"{where}: '{row['file_name']}' is outside the folder")
+    path = folder / values["file_name"]
+    if "\0" in values["file_name"] or not path.resolve().is_relative_to(folder.resolve()):
+        raise DatasetError(f"{where}: '{values['file_name']}' is outside the folder")
     if not path.is_file():
-        raise DatasetError(f"{where}: the recording '{row['file_name']}' does not exist")
-    return Clip(id=row["file_name"], label=row["label"], path=path)
+        raise DatasetError(f"{where}: the recording '{values['file_name']}' does not exist")
+    return DatasetRow(id=values["file_name"], label=values["label"], path=path)
 
 
 def _distinct_labels(labels: Sequence[str], *, several: bool, file: Path) -> None:
@@ -114,6 +114,6 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def _recording(paths: dict[str, Path], clip_id: str) -> "tuple[np.ndarray, int]":
-    samples, rate = read_beginning(paths[clip_id], seconds=CLIP_SECONDS)
-    return checked_samples(samples, str(paths[clip_id])), rate
+def _recording(paths: dict[str, Path], row_id: str) -> "tuple[np.ndarray, int]":
+    samples, rate = read_beginning(paths[row_id], seconds=CLIP_SECONDS)
+    return checked_samples(samples, str(paths[row_id])), rate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.errors import DatasetError, MissingPackageError
 from mergekit_bio.eval.components import Component
-from mergekit_bio.eval.data.dataset import Clip, Dataset, checked_samples, unique_clips
+from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
 from mergekit_bio.outside_data import parse_json
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def open_component(component: Component, *, source: str, streaming: bool = False
             rows = _Stream(component.name, source)
         else:
             rows = _Table(_table(component.name, source))
-        clips = [_clip(row, source) for row in rows.texts()]
+        asked = [_row(values, source) for values in rows.texts()]
     return Dataset(
         name=component.name,
         task=component.task,
-        clips=(kept := unique_clips(clips, f"{source}: component {component.name}")),
+        asked=(kept := unique_rows(asked, f"{source}: component {component.name}")),
         examples=kept,
         labels=None if component.labels is None else len(component.labels),
         seconds=component.duration,
@@ -60,33 +60,33 @@ def open_component(component: Component, *, source: str, streaming: bool = False
     )
 
 
-def _clip(row: dict[str, Any], source: str) -> Clip:
+def _row(values: dict[str, Any], source: str) -> DatasetRow:
     for column in ("id", "output", "instruction"):
-        if not isinstance(row[column], str):
-            raise DatasetError(f"{source}: row {row['id']!r}: the column '{column}' holds {row[column]!r}, not a text")
-    return Clip(id=row["id"], label=row["output"], instruction=row["instruction"])
+        if not isinstance(value := values[column], str):
+            raise DatasetError(f"{source}: row {values['id']!r}: the column '{column}' holds {value!r}, not a text")
+    return DatasetRow(id=values["id"], label=values["output"], instruction=values["instruction"])
 
 
-def _differences(component: Component, clips: tuple[Clip, ...]) -> Iterator[str]:
+def _differences(component: Component, rows: tuple[DatasetRow, ...]) -> Iterator[str]:
     """How the rows differ from what the component should hold."""
-    if len(clips) != component.rows:
+    if len(rows) != component.rows:
         yield (
-            f"{component.name}: {len(clips)} clips, the benchmark has {component.rows}: figures cannot be compared"
+            f"{component.name}: {len(rows)} clips, the benchmark has {component.rows}: figures cannot be compared"
             " with published ones"
         )
     if component.labels is not None:
         several = component.task == "detection"
-        labels = {part for clip in clips for part in (clip.label.split(", ") if several else [clip.label])}
+        labels = {part for row in rows for part in (row.label.split(", ") if several else [row.label])}
         unknown = sorted(labels - set(component.labels))
         if unknown:
             yield f"{component.name}: {len(unknown)} label(s) the benchmark does not have: {', '.join(unknown[:3])}"
 
 
-def _recording(rows: "_Table | _Stream", source: str, clip_id: str) -> "tuple[np.ndarray, int]":
+def _recording(rows: "_Table | _Stream", source: str, row_id: str) -> "tuple[np.ndarray, int]":
     """Samples, float64 [samples], and their rate in Hz, which the row's metadata states."""
-    where = f"{source}: row '{clip_id}'"
+    where = f"{source}: row '{row_id}'"
     with _one_line_errors(source):
-        row = rows.audio(clip_id)
+        row = rows.audio(row_id)
     rate = parse_json(row["metadata"] or "{}", source=f"{where}: metadata", error=DatasetError).get("sample_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
         raise DatasetError(f"{where}: the metadata states no sample_rate")
@@ -103,8 +103,8 @@ class _Table:
     def texts(self) -> Iterator[dict[str, Any]]:
         return iter(self._table.with_format(None).select_columns([*TEXT_COLUMNS]))
 
-    def audio(self, clip_id: str) -> dict[str, Any]:
-        return dict(self._table[self._index[clip_id]])
+    def audio(self, row_id: str) -> dict[str, Any]:
+        return dict(self._table[self._index[row_id]])
 
 
 class _Stream:
@@ -117,14 +117,14 @@ class _Stream:
     def texts(self) -> Iterator[dict[str, Any]]:
         return _streamed(self._source, self._component, TEXT_COLUMNS)
 
-    def audio(self, clip_id: str) -> dict[str, Any]:
+    def audio(self, row_id: str) -> dict[str, Any]:
         """Read on until the clip comes; once more from the beginning if it has gone by."""
         for rows in (self._rows, _streamed(self._source, self._component, AUDIO_COLUMNS)):
             self._rows = rows
             for row in rows:
-                if row["id"] == clip_id:
+                if row["id"] == row_id:
                     return row
-        raise DatasetError(f"{self._source}: the row '{clip_id}' is gone")
+        raise DatasetError(f"{self._source}: the row '{row_id}' is gone")
 
 
 def _streamed(source: str, component: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Clips to be asked about: one dataset's rows, their recordings decoded when they are needed."""
+"""One dataset's rows, which are asked about; their recordings are decoded when they are needed."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class DatasetRow:
     """One row of a dataset, without its recording.
 
     Attributes:
@@ -35,31 +35,31 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The clips of one dataset.
+    """The rows of one dataset.
 
     Attributes:
         name: The component, or the name of the local folder.
-        clips: The rows that are asked, in the dataset's order.
+        asked: The rows that are asked about, in the dataset's order.
         examples: The rows that in-context examples are drawn from.
         labels: The number of labels that the dataset has as a whole; None where nobody counts.
         seconds: What every recording is cut or padded to before the model hears it.
         source: Where it came from, for the record.
         notes: What a user must be told about the data.
-        recording: Clip id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
+        recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
     """
 
     name: str
     task: Task
-    clips: tuple[Clip, ...]
-    examples: tuple[Clip, ...]
+    asked: tuple[DatasetRow, ...]
+    examples: tuple[DatasetRow, ...]
     labels: int | None
     seconds: float
     source: str
     recording: Callable[[str], "tuple[np.ndarray, int]"]
     notes: tuple[str, ...] = ()
 
-    def audio(self, clip_id: str) -> "tuple[np.ndarray, int]":
-        """The recording of a clip, cut at the dataset's longest duration.
+    def audio(self, row_id: str) -> "tuple[np.ndarray, int]":
+        """The recording of a row, cut at the dataset's longest duration.
 
         Returns:
             Samples, float64 [samples] or [samples, channels], and their rate in Hz.
@@ -68,28 +68,28 @@ class Dataset:
             DatasetError: The row has no usable recording.
             AudioError: The file cannot be decoded.
         """
-        samples, rate = self.recording(clip_id)
+        samples, rate = self.recording(row_id)
         return samples[: round(self.seconds * rate)], rate
 
     def fingerprint(self) -> str:
         """SHA-256 over ids, labels, instructions and, for local data, the recordings' bytes."""
         digest = hashlib.sha256()
-        for clip in sorted({*self.clips, *self.examples}, key=lambda clip: clip.id):
-            for part in (clip.id, clip.label, clip.instruction or ""):
+        for row in sorted({*self.asked, *self.examples}, key=lambda row: row.id):
+            for part in (row.id, row.label, row.instruction or ""):
                 digest.update(part.encode() + b"\0")
-            if clip.path is not None:
-                with clip.path.open("rb") as file:
+            if row.path is not None:
+                with row.path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return f"sha256:{digest.hexdigest()}"
 
     def species(self, top: int) -> list[str]:
         """The most frequent labels, the most frequent first, equals by name."""
-        counts = Counter(clip.label for clip in self.clips)
+        counts = Counter(row.label for row in self.asked)
         return sorted(counts, key=lambda label: (-counts[label], label))[:top]
 
 
 def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
-    """Open one of a recipe's datasets and keep the clips that the recipe asks about.
+    """Open one of a recipe's datasets and keep the rows that the recipe asks about.
 
     Only the rows' texts are read; recordings are decoded when ``audio`` asks for them.
 
@@ -109,15 +109,15 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
     wanted = species_asked(dataset, recipe)
     if not wanted:
         return dataset
-    present = {clip.label for clip in dataset.clips}
+    present = {row.label for row in dataset.asked}
     for name in wanted:
         if name not in present:
             raise DatasetError(f"{dataset.name}: no clip of the species '{name}'{nearest(name, sorted(present))}")
     kept = set(wanted)
     return replace(
         dataset,
-        clips=tuple(clip for clip in dataset.clips if clip.label in kept),
-        examples=tuple(clip for clip in dataset.examples if clip.label in kept),
+        asked=tuple(row for row in dataset.asked if row.label in kept),
+        examples=tuple(row for row in dataset.examples if row.label in kept),
     )
 
 
@@ -128,19 +128,19 @@ def species_asked(dataset: Dataset, recipe: Recipe) -> list[str]:
     return [] if recipe.top_k_species is None else dataset.species(recipe.top_k_species)
 
 
-def unique_clips(clips: Sequence[Clip], where: str) -> tuple[Clip, ...]:
-    """The clips, once their ids are found to differ.
+def unique_rows(rows: Sequence[DatasetRow], where: str) -> tuple[DatasetRow, ...]:
+    """The rows, once their ids are found to differ.
 
     Raises:
         DatasetError: There is none, or two share an id.
     """
-    if not clips:
+    if not rows:
         raise DatasetError(f"{where}: no clip in it")
-    ids = Counter(clip.id for clip in clips)
+    ids = Counter(row.id for row in rows)
     twice = next((key for key, count in ids.items() if count > 1), None)
     if twice is not None:
         raise DatasetError(f"{where}: the id '{twice}' stands in {ids[twice]} rows")
-    return tuple(clips)
+    return tuple(rows)
 
 
 def checked_samples(samples: Any, where: str) -> "np.ndarray":

@@ -45,7 +45,7 @@ def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: Progre
                 todo = [
                     (place, question)
                     for place, question in enumerate(questions(plan.recipe, dataset, cell.query, plan.limit))
-                    if question.clip.id not in writer.done
+                    if question.row.id not in writer.done
                 ]
                 done = (cell.rows or 0) - len(todo)
                 if not todo:
@@ -163,13 +163,13 @@ def _answers(
 
 
 def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -> Prediction:
-    clip = question.clip
+    row = question.row
     text, generation, label_logprobs = answer
     logprob = sum(generation.logprobs) if generation else math.nan
     return Prediction(
         prediction=text,
-        label=clip.label,
-        id=clip.id,
+        label=row.label,
+        id=row.id,
         dataset_name=cell.dataset,
         prompt=asked,
         lora_scale=cell.alpha,
@@ -178,5 +178,5 @@ def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -
         logprob=logprob if math.isfinite(logprob) else None,
         example_ids=question.instruction.examples or None,
         choice_logprobs=label_logprobs,
-        audio=None if clip.path is None else str(clip.path),
+        audio=None if row.path is None else str(row.path),
     )

@@ -131,7 +131,7 @@ def prepare_run(
     # Generated answers are scored later, and the report tells of missing names; options are chosen among now.
     for dataset in plan.datasets if resolved.decoding != "generate" else ():
         for query in query_numbers(resolved):
-            target, labels = resolved.target(query, dataset.name), [clip.label for clip in dataset.clips]
+            target, labels = resolved.target(query, dataset.name), [row.label for row in dataset.asked]
             missing = missing_names(labels, target=target, names=resolved.label_map)
             if missing:
                 listener.note(f"note: {dataset.name}, query {query}: {missing}")

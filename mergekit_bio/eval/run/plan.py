@@ -94,7 +94,7 @@ def plan_run(
                 task=dataset.task,
                 query=query,
                 checkpoint=checkpoint.name,
-                rows=len(dataset.clips[:limit]),
+                rows=len(dataset.asked[:limit]),
                 alpha=checkpoint.alpha,
                 target=recipe.target(query, dataset.name),
                 query_text=recipe.queries[query] if recipe.queries else None,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit_bio.errors import DatasetError
-from mergekit_bio.eval.data.dataset import Clip, Dataset, open_dataset, species_asked
+from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, open_dataset, species_asked
 from mergekit_bio.eval.label_map import candidates
 from mergekit_bio.eval.prompt import Instruction, flags, instruction_prompt, query_prompt
 from mergekit_bio.eval.recipe.schema import Recipe
@@ -12,9 +12,9 @@ from mergekit_bio.eval.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Question:
-    """A clip and what is asked about it."""
+    """A row of a dataset and what is asked about it."""
 
-    clip: Clip
+    row: DatasetRow
     instruction: Instruction
 
 
@@ -41,22 +41,22 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
     """
     species = species_asked(dataset, recipe)
     pool = _pool(dataset)
-    for clip in dataset.clips[:limit]:
+    for row in dataset.asked[:limit]:
         if not recipe.queries:
             instruction = instruction_prompt(
-                clip=clip.id, instruction=clip.instruction or "", task=dataset.task, labels=dataset.labels
+                clip=row.id, instruction=row.instruction or "", task=dataset.task, labels=dataset.labels
             )
         else:
             instruction = query_prompt(
                 query=recipe.queries[query],
-                clip=clip.id,
+                clip=row.id,
                 key=(recipe.seed, dataset.name, query),
                 species=species,
                 descriptions={kind.name: kind.description or "" for kind in recipe.species},
                 pool=pool,
                 n_examples=recipe.n_examples,
             )
-        yield Question(clip, instruction)
+        yield Question(row, instruction)
 
 
 def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -> None:
@@ -67,7 +67,7 @@ def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -
     """
     if not any("audio_examples" in flags(query, recipe.name) for query in recipe.queries):
         return
-    pool, asked = _pool(dataset), {clip.id for clip in dataset.clips[:limit]}
+    pool, asked = _pool(dataset), {row.id for row in dataset.asked[:limit]}
     for name in species_asked(dataset, recipe):
         clips = pool.get(name, [])
         itself = 0 if asked.isdisjoint(clips) else 1
@@ -82,8 +82,8 @@ def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -
 def _pool(dataset: Dataset) -> dict[str, list[str]]:
     """Species -> ids of the clips that may serve as examples."""
     pool: dict[str, list[str]] = {}
-    for clip in dataset.examples:
-        pool.setdefault(clip.label, []).append(clip.id)
+    for row in dataset.examples:
+        pool.setdefault(row.label, []).append(row.id)
     return pool
 
 
@@ -94,7 +94,7 @@ def options(recipe: Recipe, dataset: Dataset, query: int) -> list[str]:
         RecipeError: The recipe's label map has none of the clips' labels.
     """
     target = recipe.target(query, dataset.name)
-    labels = (clip.label for clip in dataset.clips)
+    labels = (row.label for row in dataset.asked)
     return candidates(labels, target=target, names=recipe.label_map, where=f"{recipe.name}, {dataset.name}")
 
 
