@@ -29,7 +29,7 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         folder: Holds the recordings and one of ``METADATA`` with the columns ``file_name`` (relative to the folder),
             ``label`` and, if wanted, ``split``: "examples" (or "train") sets a row apart for in-context examples.
             Without such rows examples are drawn from the rows that are asked.
-        name: The dataset's name.
+        name: What the dataset is called.
         task: How its answers are scored.
 
     Raises:
@@ -48,9 +48,9 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         if split not in EXAMPLES + ASKED:
             raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
         (examples if split in EXAMPLES else asked).append(_row(folder, where, values))
-    unique_rows([*asked, *examples], str(metadata[0]))
+    rows = unique_rows([*asked, *examples], str(metadata[0]))
     if task != "captioning":
-        _distinct_labels([row.label for row in (*asked, *examples)], several=task == "detection", file=metadata[0])
+        _check_distinct_labels(rows, task, metadata[0])
     unique = unique_rows(asked, f"{metadata[0]} (rows that are asked)")
     return Dataset(
         name=name,
@@ -60,7 +60,7 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         labels=len({row.label for row in unique}),
         seconds=CLIP_SECONDS,
         source=str(folder),
-        recording=partial(_recording, {row.id: row.path for row in (*asked, *examples) if row.path}),
+        recording=partial(_recording, {row.id: row.path for row in rows if row.path}),
     )
 
 
@@ -76,25 +76,17 @@ def _row(folder: Path, where: str, values: dict[str, str]) -> DatasetRow:
     return DatasetRow(id=values["file_name"], label=values["label"], path=path)
 
 
-def _distinct_labels(labels: Sequence[str], *, several: bool, file: Path) -> None:
-    """Refuse labels that an answer could be both of.
-
-    Args:
-        labels: Of all rows.
-        several: Whether they are lists.
-        file: For the error.
-
-    Raises:
-        DatasetError: It names the two.
-    """
+def _check_distinct_labels(rows: Sequence[DatasetRow], task: Task, file: Path) -> None:
+    """Refuse two labels that one answer could be both of."""
     known: dict[str, str] = {}
-    for label in (part for text in labels for part in (sorted(label_set(text)) if several else [text])):
-        first = known.setdefault(normalised(label), label)
-        if first != label:
-            raise DatasetError(
-                f"{file}: the labels {first!r} and {label!r} differ only in case, white space, quotation marks or dots;"
-                " write one of them"
-            )
+    for row in rows:
+        for label in sorted(label_set(row.label)) if task == "detection" else [row.label]:
+            first = known.setdefault(normalised(label), label)
+            if first != label:
+                raise DatasetError(
+                    f"{file}: the labels {first!r} and {label!r} differ only in case, white space, quotation marks or "
+                    "dots; write one of them"
+                )
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +21,8 @@ CONFIGURATION, SPLIT = "BEANS-Zero", "test"
 #: Everything about a row that is asked before its recording is.
 TEXT_COLUMNS = ("id", "dataset_name", "instruction", "output")
 AUDIO_COLUMNS = ("id", "dataset_name", "audio", "metadata")
+#: Row id -> the row's ``AUDIO_COLUMNS``.
+FindRow = Callable[[str], dict[str, Any]]
 
 
 def open_component(component: Component, *, source: str, streaming: bool = False) -> Dataset:
@@ -40,23 +42,25 @@ def open_component(component: Component, *, source: str, streaming: bool = False
     """
     if find_spec("datasets") is None:
         raise MissingPackageError("datasets", "eval", "reading BEANS-Zero")
-    rows: _Table | _Stream
     with _one_line_errors(source):
-        if streaming and not _arrow_files(source):
-            rows = _Stream(component.name, source)
+        if streaming and not _files(source, "arrow"):
+            texts: Iterable[dict[str, Any]] = _streamed(source, component.name, TEXT_COLUMNS)
+            find = _front_to_back(source, component.name)
         else:
-            rows = _Table(_table(component.name, source))
-        asked = [_row(values, source) for values in rows.texts()]
+            table = _table(source, component.name)
+            texts = table.select_columns([*TEXT_COLUMNS])
+            find = _in_any_order(table)
+        asked = unique_rows([_row(values, source) for values in texts], f"{source}: component {component.name}")
     return Dataset(
         name=component.name,
         task=component.task,
-        asked=(kept := unique_rows(asked, f"{source}: component {component.name}")),
-        examples=kept,
+        asked=asked,
+        examples=asked,
         labels=None if component.labels is None else len(component.labels),
         seconds=component.duration,
         source=source,
-        recording=partial(_recording, rows, source),
-        notes=tuple(_differences(component, kept)),
+        recording=partial(_recording, find, source),
+        notes=tuple(_differences(component, asked)),
     )
 
 
@@ -82,94 +86,75 @@ def _differences(component: Component, rows: tuple[DatasetRow, ...]) -> Iterator
             yield f"{component.name}: {len(unknown)} label(s) the benchmark does not have: {', '.join(unknown[:3])}"
 
 
-def _recording(rows: "_Table | _Stream", source: str, row_id: str) -> "tuple[np.ndarray, int]":
+def _recording(find: FindRow, source: str, row_id: str) -> "tuple[np.ndarray, int]":
     """Samples, float64 [samples], and their rate in Hz, which the row's metadata states."""
     where = f"{source}: row '{row_id}'"
     with _one_line_errors(source):
-        row = rows.audio(row_id)
+        row = find(row_id)
     rate = parse_json(row["metadata"] or "{}", source=f"{where}: metadata", error=DatasetError).get("sample_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
         raise DatasetError(f"{where}: the metadata states no sample_rate")
     return checked_samples(row["audio"], where), int(rate)
 
 
-class _Table:
-    """The rows of a component in a memory-mapped table: recordings in any order."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table.with_format("numpy", columns=["audio"], output_all_columns=True)
-        self._index = {key: index for index, key in enumerate(table["id"])}
-
-    def texts(self) -> Iterator[dict[str, Any]]:
-        return iter(self._table.with_format(None).select_columns([*TEXT_COLUMNS]))
-
-    def audio(self, row_id: str) -> dict[str, Any]:
-        return dict(self._table[self._index[row_id]])
+def _in_any_order(table: Any) -> FindRow:
+    """Rows of a memory-mapped table."""
+    rows = table.with_format("numpy", columns=["audio"], output_all_columns=True)
+    index = {row_id: number for number, row_id in enumerate(table["id"])}
+    return lambda row_id: dict(rows[index[row_id]])
 
 
-class _Stream:
-    """The rows of a component as they come: recordings front to back."""
+def _front_to_back(source: str, component: str) -> FindRow:
+    """Rows of a stream: it is read on until the row comes, once more from the beginning if that has gone by."""
+    rows: Iterator[dict[str, Any]] = iter(())
 
-    def __init__(self, component: str, source: str) -> None:
-        self._component, self._source = component, source
-        self._rows: Iterator[dict[str, Any]] = iter(())
-
-    def texts(self) -> Iterator[dict[str, Any]]:
-        return _streamed(self._source, self._component, TEXT_COLUMNS)
-
-    def audio(self, row_id: str) -> dict[str, Any]:
-        """Read on until the clip comes; once more from the beginning if it has gone by."""
-        for rows in (self._rows, _streamed(self._source, self._component, AUDIO_COLUMNS)):
-            self._rows = rows
+    def find(row_id: str) -> dict[str, Any]:
+        nonlocal rows
+        for again in (rows, _streamed(source, component, AUDIO_COLUMNS)):
+            rows = again
             for row in rows:
                 if row["id"] == row_id:
                     return row
-        raise DatasetError(f"{self._source}: the row '{row_id}' is gone")
+        raise DatasetError(f"{source}: the row '{row_id}' is gone")
+
+    return find
 
 
-def _streamed(source: str, component: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _streamed(source: str, component: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The rows of a component from the Hub or from parquet files, read row group by row group."""
     from datasets import load_dataset
 
     files = _files(source, "parquet")
     where = {"path": "parquet", "data_files": files} if files else {"path": source, "name": CONFIGURATION}
-    rows = load_dataset(
+    yield from load_dataset(
         **where,
         split="train" if files else SPLIT,
         streaming=True,
         filters=[("dataset_name", "==", component)],
         columns=list(columns),
     )
-    yield from rows
 
 
-def _table(component: str, source: str) -> Any:
+def _table(source: str, component: str) -> Any:
     """The rows of a component as a ``datasets.Dataset`` on this disk."""
     import datasets
 
-    columns = sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS})
-    if arrow := _arrow_files(source):
+    columns = tuple(sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS}))
+    if arrow := _files(source, "arrow"):
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in arrow])
         missing = set(columns) - set(table.column_names)
         if missing:
             raise DatasetError(f"{source}: no column '{min(missing)}'; BEANS-Zero has {', '.join(columns)}")
         kept = [index for index, name in enumerate(table.data.column("dataset_name").to_pylist()) if name == component]
-        return table.select(kept).select_columns(columns)
+        return table.select(kept).select_columns([*columns])
     # Cached under the function and its arguments: the second run reads nothing from the source.
+    arguments = {"source": source, "component": component, "columns": columns}
     try:
-        return datasets.Dataset.from_generator(_rows, gen_kwargs={"source": source, "component": component})
+        return datasets.Dataset.from_generator(_streamed, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):
             raise DatasetError(f"{source}: component {component}: no clip in it") from None
         raise
-
-
-def _rows(source: str, component: str) -> Iterator[dict[str, Any]]:
-    return _streamed(source, component, sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS}))
-
-
-def _arrow_files(source: str) -> list[str]:
-    return _files(source, "arrow")
 
 
 def _files(source: str, suffix: str) -> list[str]:
@@ -188,7 +173,7 @@ def _one_line_errors(source: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     local = Path(source).exists()
-    if local and not _files(source, "parquet") and not _arrow_files(source):
+    if local and not _files(source, "parquet") and not _files(source, "arrow"):
         raise DatasetError(f"{source}: no parquet or arrow file in it")
     try:
         with _quiet(bars=not local and sys.stderr.isatty()):

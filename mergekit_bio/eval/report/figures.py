@@ -63,6 +63,8 @@ FALLBACK_FONTS = (
 )  # fmt: skip
 #: Bytes of a file's name without its suffix; file systems take 255 at most, some of them 143.
 LONGEST_NAME = 120
+#: Opens a progress bar, given a description and a total.
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 #: Labels of a confusion matrix are written out up to this many, its counts up to a third of that.
 MOST_LABELS = 60
 
@@ -96,18 +98,8 @@ class _Drawing:
     sweep: Sweep | None = None
 
 
-def draw_figures(
-    report: Report,
-    folder: Path,
-    *,
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
-) -> list[Figure]:
-    """Draw everything that the report has the cells for.
-
-    Args:
-        report: Scored and compared cells.
-        folder: Made when missing.
-        progress: Opens a progress bar, given a description and a total.
+def draw_figures(report: Report, folder: Path, *, progress: ProgressBar) -> list[Figure]:
+    """Draw everything that the report has the cells for, into a folder that is made when missing.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -138,10 +130,8 @@ def _file_names(drawings: Sequence[_Drawing]) -> list[str]:
     """For each figure a name without suffix that any file system takes and no other figure has."""
     names: dict[str, str] = {}  # as file systems compare them, some of which ignore case
     for drawing in drawings:
-        whole = f"{drawing.kind}_" + "".join(c if c.isalnum() or c in "-." else "_" for c in drawing.title).replace(
-            "__", "_"
-        )
-        stem = whole.encode()
+        title = "".join(c if c.isalnum() or c in "-." else "_" for c in drawing.title).replace("__", "_")
+        stem = f"{drawing.kind}_{title}".encode()
         if len(stem) > LONGEST_NAME:
             stem = stem[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(stem).hexdigest()[:8].encode()
         name = first = stem.decode(errors="ignore")
@@ -194,10 +184,8 @@ def _drawings(report: Report) -> Iterator[_Drawing]:
                 yield _Drawing(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
         title = run if run == dataset else f"{run}, {dataset}"
-        by_target: dict[Target, list[Sweep]] = {target: [] for target in NAMES}
-        for sweep in members:
-            if sweep.cell.task == "classification":
-                by_target[sweep.cell.target].append(sweep)
+        asked = [sweep for sweep in members if sweep.cell.task == "classification"]
+        by_target = {target: [sweep for sweep in asked if sweep.cell.target == target] for target in NAMES}
         yield from _names_drawings(title, by_target)
         for target, wordings in by_target.items():
             if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):

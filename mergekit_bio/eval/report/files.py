@@ -2,8 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,8 @@ from mergekit_bio.errors import OutputError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.run_directory import RECORD_NAME
 from mergekit_bio.eval.report.build import Report, to_document
-from mergekit_bio.eval.report.figures import draw_figures
+from mergekit_bio.eval.report.figures import ProgressBar, draw_figures
 from mergekit_bio.eval.report.page import render_page
-
-_HEADERS = {
-    "scores.csv": "run dataset query checkpoint alpha scorer clips figure value low high majority random",
-    "comparisons.csv": "run dataset query figure test clips best checkpoint alpha difference low high p p_adjusted",
-    "predictions.csv": "run dataset query checkpoint alpha id prediction answer target correct",
-}
 
 
 def default_folder(runs: list[Path]) -> Path:
@@ -27,15 +20,8 @@ def default_folder(runs: list[Path]) -> Path:
     return runs[0] / "report" if len(runs) == 1 and (runs[0] / RECORD_NAME).is_file() else Path("report")
 
 
-def write_report(
-    report: Report, folder: Path, *, progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-) -> list[Path]:
+def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list[Path]:
     """Write report.html, scores.json, three CSV files and figures/ (PNG and PDF); what is there is replaced.
-
-    Args:
-        report: What to write.
-        folder: Made when missing.
-        progress: Opens a progress bar, given a description and a total.
 
     Returns:
         The files, the page first.
@@ -50,23 +36,16 @@ def write_report(
         page.write_text(render_page(report, figures, folder=folder), encoding="utf-8")
         document = folder / "scores.json"
         document.write_text(json.dumps(to_document(report), indent=1, ensure_ascii=False), encoding="utf-8")
-        tables = [_write_csv(folder / name, rows) for name, rows in _tables(report).items()]
+        tables = [_write_csv(folder / name, header, rows(report)) for name, (header, rows) in _TABLES.items()]
     except OSError as error:
         raise OutputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     return [page, document, *tables, *(file for figure in figures for file in figure.files)]
 
 
-def _write_csv(path: Path, rows: Iterator[list[Any]]) -> Path:
+def _write_csv(path: Path, header: str, rows: Iterator[list[Any]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_HEADERS[path.name].split())
-        writer.writerows(rows)
+        csv.writer(file).writerows([header.split(), *rows])
     return path
-
-
-def _tables(report: Report) -> dict[str, Iterator[list[Any]]]:
-    rows = (_score_rows(report), _comparison_rows(report), _prediction_rows(report))
-    return dict(zip(_HEADERS, rows, strict=True))
 
 
 def _key(cell: Cell) -> list[Any]:
@@ -100,3 +79,14 @@ def _prediction_rows(report: Report) -> Iterator[list[Any]]:
             ):
                 cell = item.cell
                 yield [*_key(cell), cell.checkpoint, cell.alpha, row.id, row.prediction, answer, target, int(correct)]
+
+
+_TABLES = {
+    "scores.csv": (
+        "run dataset query checkpoint alpha scorer clips figure value low high majority random", _score_rows
+    ),
+    "comparisons.csv": (
+        "run dataset query figure test clips best checkpoint alpha difference low high p p_adjusted", _comparison_rows
+    ),
+    "predictions.csv": ("run dataset query checkpoint alpha id prediction answer target correct", _prediction_rows),
+}  # fmt: skip

@@ -3,13 +3,15 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix, hstack
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from mergekit_bio.eval.label_map import NO_TARGET
 from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, NO_MATCH, Match
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -24,22 +26,19 @@ def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
         targets: The n true labels.
         answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
     """
-    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
-
-    weighted = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
+    precision, recall, f1, _ = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
+    macro = partial(f1_score, targets, answers, average="macro", zero_division=0)
     right = sum(
         answer != NO_MATCH and answer in [part.strip() for part in target.split(",")]
         for target, answer in zip(targets, answers, strict=True)
     )
     return {
         "accuracy": float(accuracy_score(targets, answers)),
-        "f1_weighted": float(weighted[2]),
-        "f1_macro": float(f1_score(targets, answers, average="macro", zero_division=0)),
-        "f1_macro_true": float(
-            f1_score(targets, answers, average="macro", zero_division=0, labels=sorted(set(targets)))
-        ),
-        "precision_weighted": float(weighted[0]),
-        "recall_weighted": float(weighted[1]),
+        "f1_weighted": float(f1),
+        "f1_macro": float(macro()),
+        "f1_macro_true": float(macro(labels=sorted(set(targets)))),
+        "precision_weighted": float(precision),
+        "recall_weighted": float(recall),
         "top1": right / len(targets),
     }
 
@@ -78,11 +77,7 @@ def baselines(targets: Sequence[str]) -> dict[str, float]:
 def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[str, float | None]:
     """How the texts met the labels: exactly, within the limit, beyond it; and how often the nearest was a tie."""
     inexact = [match for match in matches if match.edits]
-    tied = [
-        (match, target)
-        for match, target in zip(matches, targets, strict=True)
-        if match.edits and len(match.nearest) > 1
-    ]
+    tied = [pair for pair in zip(matches, targets, strict=True) if pair[0].edits and len(pair[0].nearest) > 1]
     return {
         "exact": len(matches) - len(inexact),
         "near": sum(match.edits <= MAX_EDITS for match in inexact),
@@ -95,13 +90,11 @@ def match_counts(*, matches: Sequence[Match], targets: Sequence[str]) -> dict[st
     }
 
 
-def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], "np.ndarray"]:
+def confusion(*, targets: Sequence[str], answers: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Rows and columns, and counts, int64 [labels, labels].
 
     The targets come first, sorted, then what else was answered: labels of clips that are not here, no label last.
     """
-    from sklearn.metrics import confusion_matrix
-
     labels = sorted(set(targets))
     labels += sorted(set(answers) - set(labels), key=lambda label: (label in (NO_LABEL, NO_MATCH), label))
     with warnings.catch_warnings():
@@ -121,35 +114,24 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     Returns:
         scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong.
     """
-    import numpy as np
-    from scipy.sparse import csr_matrix, hstack
-
     classes = dict.fromkeys([*sorted(set(targets)), *sorted(set(answers))])
-    position = {label: index for index, label in enumerate(classes)}
+    column = {label: index for index, label in enumerate(classes)}
+    rows, known = np.arange(len(targets)), set(labels)
 
-    def one_hot(values: Sequence[str], where: Sequence[bool]) -> Any:
-        rows = [row for row, wanted in enumerate(where) if wanted]
-        columns = [position[values[row]] for row in rows]
-        return csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(values), len(position)))
+    def one_hot(values: Sequence[str], weights: np.ndarray) -> Any:
+        columns = [column[value] for value in values]
+        return csr_matrix((weights, (rows, columns)), shape=(len(rows), len(column)))
 
-    def column(where: Sequence[bool]) -> Any:
-        return csr_matrix(np.asarray(where, dtype=np.float64)[:, None])
-
-    everywhere = [True] * len(targets)
-    known = set(labels)
-    return hstack(
-        [
-            one_hot(targets, everywhere),
-            one_hot(answers, everywhere),
-            one_hot(targets, [target == answer for target, answer in zip(targets, answers, strict=True)]),
-            column([text not in known for text in listed]),
-            column([text in known and text != target for target, text in zip(targets, listed, strict=True)]),
-        ],
-        format="csr",
-    )
+    everywhere = np.ones(len(rows))
+    right = np.array([target == answer for target, answer in zip(targets, answers, strict=True)], dtype=np.float64)
+    errors = [
+        (text not in known, text in known and text != target) for target, text in zip(targets, listed, strict=True)
+    ]
+    parts = [one_hot(targets, everywhere), one_hot(answers, everywhere), one_hot(targets, right)]
+    return hstack([*parts, csr_matrix(np.array(errors, dtype=np.float64))], format="csr")
 
 
-def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+def resampled_metrics(sums: np.ndarray) -> Mapping[str, np.ndarray]:
     """The metrics that get an interval, from sums of ``indicators``.
 
     Args:
@@ -158,8 +140,6 @@ def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
     Returns:
         float64 [resamples] each, equal to ``metrics`` of the resample.
     """
-    import numpy as np
-
     classes = (sums.shape[1] - 2) // 3
     true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))
     clips = true.sum(axis=1)

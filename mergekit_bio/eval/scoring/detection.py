@@ -1,10 +1,10 @@
 """The metrics of a detection cell: several labels a clip, or none."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy.sparse import csr_matrix
 
 
 def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> Any:
@@ -17,9 +17,6 @@ def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset
     Returns:
         scipy CSR matrix float64 [n, 3 * K + 1].
     """
-    import numpy as np
-    from scipy.sparse import csr_matrix
-
     labels = sorted(frozenset().union(*targets))
     true, answered = (
         np.array([[label in row for label in labels] for row in rows], dtype=np.float64).reshape(len(rows), len(labels))
@@ -28,7 +25,7 @@ def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset
     return csr_matrix(np.hstack([true, answered, true * answered, np.ones((len(true), 1))]))
 
 
-def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
+def resampled_metrics(sums: np.ndarray) -> Mapping[str, np.ndarray]:
     """Metrics from sums of ``indicators``; all averages are macro over the classes that occur in the targets.
 
     ``map`` is scikit-learn's average precision with the yes or no answers as scores: at the one threshold precision
@@ -41,13 +38,11 @@ def resampled_metrics(sums: "np.ndarray") -> Mapping[str, "np.ndarray"]:
     Returns:
         float64 [resamples] each.
     """
-    import numpy as np
-
     classes = (sums.shape[1] - 1) // 3
     true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))
     clips = sums[:, -1:]
 
-    def ratio(part: "np.ndarray", whole: "np.ndarray") -> "np.ndarray":
+    def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
 
     precision, recall = ratio(hit, answered), ratio(hit, true)

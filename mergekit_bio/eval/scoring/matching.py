@@ -37,7 +37,7 @@ class Match:
 
 
 def given_text(row: Prediction, dataset: str) -> str:
-    """The answer as it was given; for zf-indiv a bare number as the label that it means."""
+    """The answer as it was given; for zf-indiv as :func:`birds_counted` says it."""
     return birds_counted(row.prediction) if dataset == "zf-indiv" else row.prediction
 
 
@@ -56,14 +56,7 @@ def nearest_labels(texts: Sequence[str], labels: Iterable[str]) -> list[Match]:
     """Match every text, cut at the end-of-text token, against the labels.
 
     Ties are broken by the labels' sorted order, "None" before all; the reference takes whichever comes first in a
-    Python set.
-
-    Args:
-        texts: n answers.
-        labels: The candidates; at least one.
-
-    Returns:
-        n matches.
+    Python set. There must be a label.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist

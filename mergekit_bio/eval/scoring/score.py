@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from scipy.sparse import csr_matrix
+
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.label_map import candidates, missing_names, target_text
 from mergekit_bio.eval.records.cell import Cell
@@ -100,18 +103,14 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Sco
 
     # 3. Two error breakdowns: the paper's, which reads an answer as a list of labels, and that of the matched labels.
     metrics = classification.metrics(targets=targets, answers=answers)
-    metrics["out_of_set"], metrics["in_set_wrong"] = classification.error_rates(
-        targets=targets, answers=matched.listed, labels=labels
-    )
-    metrics["out_of_set_matched"], metrics["in_set_wrong_matched"] = classification.error_rates(
-        targets=targets, answers=answers, labels=labels
-    )
+    for suffix, texts in (("", matched.listed), ("_matched", answers)):
+        rates = classification.error_rates(targets=targets, answers=texts, labels=labels)
+        metrics[f"out_of_set{suffix}"], metrics[f"in_set_wrong{suffix}"] = rates
 
     # 4. What a reader must be told: labels without a name, and a label that a scorer takes for "no label".
     where = f"{cell.run}, {cell.dataset}, query {cell.query}"
     notes = []
-    missing = missing_names(sweep_labels, target=cell.target, names=cell.names)
-    if missing:
+    if missing := missing_names(sweep_labels, target=cell.target, names=cell.names):
         notes.append(f"{where}: {missing}")
     if NO_LABEL in labels and rules.label_none:
         does = f"the scorer {scorer} {rules.label_none}"
@@ -155,9 +154,6 @@ def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
 
 def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     """A sentence a clip; see ``score`` for the arguments."""
-    import numpy as np
-    from scipy.sparse import csr_matrix
-
     # 1. A value for every clip and metric; SPICE only where its program is.
     references, captions = [row.label for row in cell.predictions], [row.prediction for row in cell.predictions]
     words = SCORERS[scorer].caption_words
@@ -175,7 +171,7 @@ def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
         columns["spider"] = [(first / 10 + second) / 2 for first, second in zip(*columns.values(), strict=True)]
 
     # 2. Every metric is a mean over clips: the last indicator counts them.
-    def means(sums: "np.ndarray") -> dict[str, "np.ndarray"]:
+    def means(sums: np.ndarray) -> dict[str, np.ndarray]:
         return {name: sums[:, index] / sums[:, -1] for index, name in enumerate(columns)}
 
     return Score(

@@ -1,19 +1,21 @@
 """How sure a metric is: bootstrap over clips, exact McNemar, the paired bootstrap, and what a plateau is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy.stats import binomtest
 
 RESAMPLES = 2000
 LEVEL = 0.95
 
 #: From sums over clips, [..., columns], to named metrics, [...] each.
-Statistic = Callable[["np.ndarray"], Mapping[str, "np.ndarray"]]
+Statistic = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
-def bootstrap(*, indicators: Any, statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES) -> "dict[str, Any]":
+def bootstrap(
+    *, indicators: Any, statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, np.ndarray]:
     """Resample the clips with replacement and compute the metrics of every resample (Efron 1979).
 
     Every metric of ours depends on the clips through sums of per-clip indicators only (hits, true and predicted
@@ -23,23 +25,17 @@ def bootstrap(*, indicators: Any, statistic: Statistic, seed: int = 0, resamples
     Args:
         indicators: scipy sparse matrix, float64 [clips, columns].
         statistic: Maps sums [resamples, columns] to metrics [resamples].
-        seed: Of the resampling.
-        resamples: Number of resamples.
 
     Returns:
         For each metric its values, float64 [resamples].
     """
-    import numpy as np
-
     # float64 sums of whole numbers are exact, whatever the order.
     sums = np.concatenate([weights @ indicators for weights in _weights(indicators.shape[0], seed, resamples)])
     return {name: np.asarray(values, dtype=np.float64) for name, values in statistic(sums).items()}
 
 
-def _weights(clips: int, seed: int, resamples: int) -> "Iterator[np.ndarray]":
+def _weights(clips: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
     """How often each clip is drawn: float64 [up to a few hundred resamples, clips], about 16 MB at a time."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // clips)
     for start in range(0, resamples, chunk):
@@ -48,10 +44,8 @@ def _weights(clips: int, seed: int, resamples: int) -> "Iterator[np.ndarray]":
         yield np.bincount(drawn.ravel(), minlength=size * clips).reshape(size, clips).astype(np.float64)
 
 
-def percentile_interval(values: "np.ndarray", level: float = LEVEL) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """The central interval that holds ``level`` of the resampled values (the percentile method)."""
-    import numpy as np
-
     return float(np.quantile(values, (1 - level) / 2)), float(np.quantile(values, (1 + level) / 2))
 
 
@@ -62,13 +56,11 @@ def mcnemar_exact(*, only_first: int, only_second: int) -> float:
         only_first: Clips that only the first has right.
         only_second: Clips that only the second has right.
     """
-    from scipy.stats import binomtest
-
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
-def paired_bootstrap(first: "np.ndarray", second: "np.ndarray") -> tuple[float, float, float]:
+def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
     """Compare a metric of two cells that were resampled alike.
 
     Args:
