@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
 from mergekit_bio.errors import CheckpointError
+from mergekit_bio.outside_data import nearest
 
 #: Samples a second that the tower is made for, and mel bins of the filter bank it reads (BEATs, Chen et al. 2022).
 SAMPLING_RATE = 16_000
@@ -78,11 +80,8 @@ class _Strict:
         if not isinstance(values, dict):
             raise CheckpointError(f"{where} must be an object, not {values!r}")
         fields = {field.name: field.type for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(values.keys() - fields.keys()):
-            raise CheckpointError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}")
-        if missing := sorted(fields.keys() - values.keys()):
-            raise CheckpointError(f"{where} lacks the key {missing[0]!r}")
-        return cls(**{name: _value(values[name], kind, f"{where}.{name}") for name, kind in fields.items()})
+        _refuse_unknown(values, fields, where)
+        return cls(**{name: _value(values, name, kind, where) for name, kind in fields.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON-serialisable values."""
@@ -122,7 +121,7 @@ class BeatsConfig(_Strict):
     layer_norm_eps: float
 
     def __post_init__(self) -> None:
-        _require_positive(self, "beats", optional={"num_labels"})
+        _require_positive(self, "beats", optional=("num_labels",))
         _require_divisible("beats.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _require_divisible("beats.hidden_size", self.hidden_size, "conv_groups", self.conv_groups)
         _require_divisible("beats.num_buckets", self.num_buckets, "4 (two directions, near and far)", 4)
@@ -209,32 +208,29 @@ class AudioPrefixConfig(_Strict):
         Raises:
             CheckpointError: A key that the tower needs is missing, unknown, of the wrong type or unsupported.
         """
-        beats = _object(config, "beats_cfg", "config.json")
-        known = {*_BEATS_NAMES.values(), *_FIXED_BEATS, *_UNUSED_BEATS, "finetuned_model"}
-        if unknown := sorted(beats.keys() - known):
-            raise CheckpointError(f"config.json: beats_cfg has the unknown key {unknown[0]!r}")
-        _require_fixed(beats, _FIXED_BEATS, "config.json: beats_cfg")
+        # 1. What is another network, or nothing that we know, is refused.
+        where = "config.json: beats_cfg"
+        beats = _value(config, "beats_cfg", dict, "config.json")
+        _refuse_unknown(beats, {*_BEATS_NAMES.values(), *_FIXED_BEATS, *_UNUSED_BEATS, "finetuned_model"}, where)
+        _require_fixed(beats, _FIXED_BEATS, where)
         _require_fixed(config, _FIXED_NATURELM, "config.json")
+        bert = _value({"audio_qformer_cfg": {}} | config, "audio_qformer_cfg", dict, "config.json")
+        _refuse_unknown(bert, _BERT_BASE, "config.json: audio_qformer_cfg")
 
-        sizes = {ours: _number(beats, theirs, int, "config.json: beats_cfg") for ours, theirs in _BEATS_NAMES.items()}
-        if not _number(beats, "finetuned_model", bool, "config.json: beats_cfg"):
+        # 2. Our names, and what NatureLM-audio's code knows and its config.json does not say.
+        sizes = {ours: _value(beats, theirs, int, where) for ours, theirs in _BEATS_NAMES.items()}
+        if not _value(beats, "finetuned_model", bool, where):
             sizes["num_labels"] = 0
-        qformer = _BERT_BASE | (
-            _object(config, "audio_qformer_cfg", "config.json") if "audio_qformer_cfg" in config else {}
-        )
-        if unknown := sorted(qformer.keys() - _BERT_BASE.keys()):
-            raise CheckpointError(f"config.json: audio_qformer_cfg has the unknown key {unknown[0]!r}")
-
+        qformer = {
+            "hidden_size": sizes["hidden_size"],
+            "num_hidden_layers": _QFORMER_LAYERS,
+            "num_queries": _value(config, "num_audio_query_token", int, "config.json"),
+            "num_positions": _BERT_POSITIONS,
+        }
         return cls.from_dict(
             {
                 "beats": sizes | {"layer_norm_eps": 1e-5},
-                "qformer": qformer
-                | {
-                    "hidden_size": sizes["hidden_size"],
-                    "num_hidden_layers": _QFORMER_LAYERS,
-                    "num_queries": _number(config, "num_audio_query_token", int, "config.json"),
-                    "num_positions": _BERT_POSITIONS,
-                },
+                "qformer": _BERT_BASE | bert | qformer,
                 "window": _tokens(config, "second_per_window"),
                 "stride": _tokens(config, "second_stride"),
                 "hidden_size": hidden_size,
@@ -253,31 +249,26 @@ class AudioPrefixConfig(_Strict):
         return self.num_windows(samples) * self.qformer.num_queries
 
 
-def _value(value: Any, kind: Any, where: str) -> Any:
-    if isinstance(kind, type) and issubclass(kind, _Strict):
-        return kind.from_dict(value, where=where)
+def _value(values: dict[str, Any], key: str, kind: Any, where: str) -> Any:
+    if key not in values:
+        raise CheckpointError(f"{where} lacks the key {key!r}")
+    value = values[key]
+    if issubclass(kind, _Strict):
+        return kind.from_dict(value, where=f"{where}.{key}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:  # not isinstance: True is an int
-        raise CheckpointError(f"{where} must be of type {kind.__name__}, not {value!r}")
+        raise CheckpointError(f"{where}.{key} must be of type {kind.__name__}, not {value!r}")
     return value
 
 
-def _number(values: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    if key not in values:
-        raise CheckpointError(f"{where} lacks the key {key!r}")
-    return _value(values[key], kind, f"{where}.{key}")
-
-
-def _object(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = values.get(key)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must hold the object {key!r}, not {value!r}")
-    return value
+def _refuse_unknown(values: dict[str, Any], known: Collection[str], where: str) -> None:
+    if unknown := sorted(values.keys() - set(known)):
+        raise CheckpointError(f"{where} has the unknown key {unknown[0]!r}{nearest(unknown[0], sorted(known))}")
 
 
 def _tokens(config: dict[str, Any], key: str) -> int:
-    seconds = _number(config, key, float, "config.json")
+    seconds = _value(config, key, float, "config.json")
     if not 0 < seconds < math.inf:
         raise CheckpointError(f"config.json.{key} must be above 0 seconds, not {seconds}")
     return round(_WHISPER_FRAMES_IN_30_S * seconds / 30)
@@ -285,13 +276,11 @@ def _tokens(config: dict[str, Any], key: str) -> int:
 
 def _require_fixed(values: dict[str, Any], fixed: dict[str, Any], where: str) -> None:
     for key, supported in fixed.items():
-        if key not in values:
-            raise CheckpointError(f"{where} lacks the key {key!r}")
-        if values[key] != supported or type(values[key]) is not type(supported):
+        if _value(values, key, type(supported), where) != supported:
             raise CheckpointError(f"{where}.{key} is {values[key]!r}; only {supported!r} is supported")
 
 
-def _require_positive(config: _Strict, where: str, optional: frozenset[str] | set[str] = frozenset()) -> None:
+def _require_positive(config: _Strict, where: str, optional: Collection[str] = ()) -> None:
     for name, value in vars(config).items():
         if isinstance(value, int | float) and not (0 < value < math.inf or (name in optional and value == 0)):
             raise CheckpointError(f"{where}.{name} must be above 0, not {value}")

@@ -56,9 +56,11 @@ def read_windows(path: str | Path, *, window: float = CLIP_SECONDS, hop: float |
     """
     hop = window if hop is None else hop
     check_windows(window=window, hop=hop)
-    for start, samples in _cut(_read_16k(Path(path)), round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE)):
-        waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
-        yield Clip(waveform, start=start / SAMPLING_RATE, end=(start + samples.numel()) / SAMPLING_RATE)
+    with _opened(Path(path)) as file:
+        blocks = resample_blocks(_decode(file), sampling_rate=file.samplerate)
+        for start, samples in _cut(blocks, round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE)):
+            waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
+            yield Clip(waveform, start=start / SAMPLING_RATE, end=(start + samples.numel()) / SAMPLING_RATE)
 
 
 def check_windows(*, window: float, hop: float | None) -> None:
@@ -111,12 +113,6 @@ def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[t
         if total - start < MIN_SECONDS * SAMPLING_RATE:
             start = max(0, total - window)
         yield start, held[start - held_from :]
-
-
-def _read_16k(path: Path) -> "Iterator[torch.Tensor]":
-    """Decode to mono at 16 kHz, about a clip at a time."""
-    with _opened(path) as file:
-        yield from resample_blocks(_decode(file), sampling_rate=file.samplerate)
 
 
 @contextmanager

@@ -26,71 +26,61 @@ def needed_shapes(config: AudioPrefixConfig) -> dict[str, tuple[int, ...]]:
 
     Kept without torch, so that a merge can be planned before torch is imported.
     """
-    return dict(_shapes(config))
+    return dict(_needed(config))
 
 
 def unused_shapes(config: AudioPrefixConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of what a checkpoint may hold besides, and the tower does not read."""
     beats = config.beats
-    shapes: dict[str, tuple[int, ...]] = {POSITION_IDS: (1, config.qformer.num_positions)}
-    if beats.num_labels:
-        shapes |= {
-            f"{PREDICTOR}.weight": (beats.num_labels, beats.hidden_size),
-            f"{PREDICTOR}.bias": (beats.num_labels,),
-        }
-    return shapes
+    predictor = dict(_with_bias(PREDICTOR, beats.num_labels, beats.hidden_size)) if beats.num_labels else {}
+    return {POSITION_IDS: (1, config.qformer.num_positions), **predictor}
 
 
-def _shapes(config: AudioPrefixConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _needed(config: AudioPrefixConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     beats, qformer = config.beats, config.qformer
     wide, heads = beats.hidden_size, beats.num_attention_heads
     # BEATs: patches, the convolutional position embedding, the layers.
     yield "beats.patch_embedding.weight", (beats.patch_dim, 1, beats.patch_size, beats.patch_size)
-    yield from _norm("beats.layer_norm", beats.patch_dim)
-    yield from _linear("beats.post_extract_proj", wide, beats.patch_dim)
+    yield from _with_bias("beats.layer_norm", beats.patch_dim)
+    yield from _with_bias("beats.post_extract_proj", wide, beats.patch_dim)
     yield "beats.encoder.pos_conv.0.bias", (wide,)
     yield "beats.encoder.pos_conv.0.weight_g", (1, 1, beats.conv_kernel)
     yield "beats.encoder.pos_conv.0.weight_v", (wide, wide // beats.conv_groups, beats.conv_kernel)
-    yield from _norm("beats.encoder.layer_norm", wide)
+    yield from _with_bias("beats.encoder.layer_norm", wide)
     for number in range(beats.num_hidden_layers):
         layer = f"beats.encoder.layers.{number}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{layer}.self_attn.{projection}", wide, wide)
-        yield from _linear(f"{layer}.self_attn.grep_linear", 8, wide // heads)
+            yield from _with_bias(f"{layer}.self_attn.{projection}", wide, wide)
+        yield from _with_bias(f"{layer}.self_attn.grep_linear", 8, wide // heads)
         yield f"{layer}.self_attn.grep_a", (1, heads, 1, 1)
         if number == 0:  # all layers share it
             yield f"{layer}.self_attn.relative_attention_bias.weight", (beats.num_buckets, heads)
-        yield from _norm(f"{layer}.self_attn_layer_norm", wide)
-        yield from _linear(f"{layer}.fc1", beats.intermediate_size, wide)
-        yield from _linear(f"{layer}.fc2", wide, beats.intermediate_size)
-        yield from _norm(f"{layer}.final_layer_norm", wide)
-    yield from _norm("ln_audio", wide)
+        yield from _with_bias(f"{layer}.self_attn_layer_norm", wide)
+        yield from _with_bias(f"{layer}.fc1", beats.intermediate_size, wide)
+        yield from _with_bias(f"{layer}.fc2", wide, beats.intermediate_size)
+        yield from _with_bias(f"{layer}.final_layer_norm", wide)
+    yield from _with_bias("ln_audio", wide)
     # The Q-Former: queries that attend to themselves and to a window of BEATs' tokens.
     width = qformer.hidden_size
     yield "audio_query_tokens", (1, qformer.num_queries, width)
-    yield from _norm("audio_Qformer.bert.embeddings.LayerNorm", width)
+    yield from _with_bias("audio_Qformer.bert.embeddings.LayerNorm", width)
     for number in range(qformer.num_hidden_layers):
         layer = f"audio_Qformer.bert.encoder.layer.{number}"
         for attention, context in (("attention", width), ("crossattention", wide)):
-            yield from _linear(f"{layer}.{attention}.self.query", width, width)
-            yield from _linear(f"{layer}.{attention}.self.key", width, context)
-            yield from _linear(f"{layer}.{attention}.self.value", width, context)
-            yield from _linear(f"{layer}.{attention}.output.dense", width, width)
-            yield from _norm(f"{layer}.{attention}.output.LayerNorm", width)
-        yield from _linear(f"{layer}.intermediate_query.dense", qformer.intermediate_size, width)
-        yield from _linear(f"{layer}.output_query.dense", width, qformer.intermediate_size)
-        yield from _norm(f"{layer}.output_query.LayerNorm", width)
-    yield from _linear("audio_llama_proj", config.hidden_size, width)
+            for projection, read in (("query", width), ("key", context), ("value", context)):
+                yield from _with_bias(f"{layer}.{attention}.self.{projection}", width, read)
+            yield from _with_bias(f"{layer}.{attention}.output.dense", width, width)
+            yield from _with_bias(f"{layer}.{attention}.output.LayerNorm", width)
+        yield from _with_bias(f"{layer}.intermediate_query.dense", qformer.intermediate_size, width)
+        yield from _with_bias(f"{layer}.output_query.dense", width, qformer.intermediate_size)
+        yield from _with_bias(f"{layer}.output_query.LayerNorm", width)
+    yield from _with_bias("audio_llama_proj", config.hidden_size, width)
 
 
-def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (rows, columns)
-    yield f"{name}.bias", (rows,)
-
-
-def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
+def _with_bias(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of a linear layer or a layer norm."""
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
 
 
 def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, where: Path) -> None:
@@ -98,7 +88,7 @@ def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, wh
 
     Args:
         tensors: What is there, by its original name; second names of shared tensors left out.
-        config: What it must fit.
+        config: What they must fit.
         where: The checkpoint, for messages.
 
     Raises:
@@ -110,10 +100,11 @@ def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, wh
     if unknown := sorted(tensors.keys() - needed.keys() - unused.keys()):
         raise CheckpointError(f"{where}: holds {_several(unknown)}, unknown to the audio tower of this version")
     for name, shape in (needed | unused).items():
-        tensor = tensors.get(name)
-        if tensor is not None and tensor.shape != shape:
+        if (tensor := tensors.get(name)) is None:
+            continue
+        if tensor.shape != shape:
             raise CheckpointError(f"{where}: {name} has the shape {tensor.shape}, but config.json asks for {shape}")
-        if tensor is not None and name in needed and tensor.dtype not in FLOATS:
+        if name in needed and tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{where}: {name} is {tensor.dtype}; the audio tower computes with {', '.join(FLOATS)}"
             )
@@ -143,11 +134,7 @@ def tower_config(checkpoint: "Checkpoint") -> AudioPrefixConfig:
 
 
 def tower_tensors(checkpoint: "Checkpoint", config: AudioPrefixConfig) -> "dict[str, torch.Tensor]":
-    """Read what the tower computes with, by its original names.
-
-    Args:
-        checkpoint: A merged directory or an original NatureLM-audio checkpoint.
-        config: What it must fit.
+    """Read what the tower computes with, by its original names, of a merged directory or an original checkpoint.
 
     Raises:
         CheckpointError: A tensor is unknown, missing or of another shape, or a second name of a shared tensor

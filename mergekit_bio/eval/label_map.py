@@ -44,16 +44,7 @@ def read_label_map(path: Path) -> dict[str, str]:
 
 
 def target_text(label: str, *, target: Target, names: Mapping[str, str]) -> str:
-    """The right answer for a clip: the label, its scientific name, or ``"scientific : label"``.
-
-    Args:
-        label: The clip's label.
-        target: Which of the three.
-        names: The label map.
-
-    Returns:
-        The text; ``NO_TARGET`` where the map has no such label.
-    """
+    """The right answer for a clip with this label; ``NO_TARGET`` where it takes a name that the map lacks."""
     if target == "label":
         return label
     if label not in names:
@@ -62,16 +53,10 @@ def target_text(label: str, *, target: Target, names: Mapping[str, str]) -> str:
 
 
 def candidates(labels: Iterable[str], *, target: Target, names: Mapping[str, str], where: str) -> list[str]:
-    """The answers that can be right: the targets of the labels, each once, sorted.
-
-    Args:
-        labels: Of the clips, at least one.
-        target: See ``target_text``.
-        names: The label map.
-        where: The cell, for the error.
+    """The answers that can be right: the targets of the labels (at least one), each once, sorted.
 
     Raises:
-        RecipeError: The map has none of the labels.
+        RecipeError: The map has none of the labels; ``where`` says of which cell.
     """
     labels = set(labels)
     texts = {target_text(label, target=target, names=names) for label in labels} - {NO_TARGET}
@@ -84,19 +69,11 @@ def candidates(labels: Iterable[str], *, target: Target, names: Mapping[str, str
 
 
 def missing_names(labels: Sequence[str], *, target: Target, names: Mapping[str, str]) -> str | None:
-    """What a user must be told about labels that have no target; None where each has one.
-
-    Args:
-        labels: One for each clip.
-        target: See ``target_text``.
-        names: The label map.
-    """
-    if target == "label":
+    """What a user must be told about labels, one for each clip, that have no target; None where each has one."""
+    clips = [] if target == "label" else [label for label in labels if label not in names]
+    if not clips:
         return None
-    clips = [label for label in labels if label not in names]
     missing = sorted(set(clips))
-    if not missing:
-        return None
     shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
     return (
         f"no scientific name for {len(missing)} of {len(set(labels))} labels ({shown}): every answer about their clips "

@@ -53,9 +53,5 @@ def paper_names(component: str) -> Path:
 
 
 def targets_in_words(targets: Sequence[Target | None]) -> str:
-    """Say what queries are scored against: "query 0 against the label, query 1 against the scientific name".
-
-    Args:
-        targets: Of ``paper_target``, one a query.
-    """
+    """Say what queries are scored against: "query 0 against the label, query 1 against the scientific name"."""
     return ", ".join(f"query {number} against {_WORDS[target]}" for number, target in enumerate(targets))

@@ -43,11 +43,7 @@ class Instruction:
 
 
 def flags(query: str, where: str) -> set[str]:
-    """The flags that a query uses.
-
-    Args:
-        query: As in the recipe. Braces around anything but a word are text.
-        where: For the error.
+    """The flags that a query uses. Braces around anything but a word are text.
 
     Raises:
         RecipeError: A flag is unknown or can be used once only, or the query has more than one audio slot.
@@ -78,14 +74,7 @@ def shuffled(items: Sequence[T], *key: object) -> list[T]:
 
 
 def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int | None) -> Instruction:
-    """What a recipe without queries asks: the dataset's own instruction.
-
-    Args:
-        clip: The id of the clip.
-        instruction: The dataset's instruction, its audio slot included.
-        task: The dataset's task.
-        labels: The number of its labels.
-    """
+    """What a recipe without queries asks: the dataset's own instruction, unless it would list too many labels."""
     if task == "detection" and (labels or 0) > MOST_LABELS_IN_INSTRUCTION:
         instruction = GENERAL_DETECTION_QUESTION
     if AUDIO_SLOT not in instruction:
@@ -126,16 +115,12 @@ def query_prompt(
     if AUDIO_SLOT not in query:
         # As the reference does, before the flags: examples do not count as the clip's own slot.
         query = AUDIO_LEAD + query
-    blocks: list[str] = []
-    example_ids: list[str] = []
-    if "{audio_examples}" in query:
-        examples = _drawn(order, pool or {}, n_examples, clip, key)
-        blocks = [f"Audio: {AUDIO_LEAD.strip()}\nLabel: {name}" for name, _ in examples]
-        example_ids = [example for _, example in examples]
+    examples = _drawn(order, pool or {}, n_examples, clip, key) if "{audio_examples}" in query else []
+    example_ids = [example for _, example in examples]
     texts = {
         "species_list": ", ".join(order),
         "examples": "\n\n".join(f"Audio: {(descriptions or {}).get(name)}\nLabel: {name}" for name in order),
-        "audio_examples": "\n\n".join(blocks),
+        "audio_examples": "\n\n".join(f"Audio: {AUDIO_LEAD.strip()}\nLabel: {name}" for name, _ in examples),
         "randomize": "",
     }
     # In one pass: what a flag brings in is text, flags and all.

@@ -91,23 +91,21 @@ class EmbeddingWriter:
                 embedded = prefix.project(encoded)
             lengths = [config.beats.num_tokens(round((clip.end - clip.start) * config.sampling_rate)) for clip in clips]
             pooled = torch.stack([row[:length].mean(0) for row, length in zip(encoded, lengths, strict=True)])
-            self._append("prefix", embedded.float().cpu().numpy())
-            self._append("encoder", pooled.float().cpu().numpy())
-            self._append("recording", torch.full((len(clips),), len(self.recordings) - 1).numpy())
-            self._append("start", torch.tensor([clip.start for clip in clips], dtype=torch.float64).numpy())
-            self._append("end", torch.tensor([clip.end for clip in clips], dtype=torch.float64).numpy())
-
-    def _append(self, name: str, rows: "np.ndarray") -> None:
-        if name not in self._columns:
-            self._columns[name] = _Column((self.folder / name).open("w+b"))
-        self._columns[name].append(rows)
+            rows = {
+                "prefix": embedded.float(),
+                "encoder": pooled.float(),
+                "recording": torch.full((len(clips),), len(self.recordings) - 1),
+                "start": torch.tensor([clip.start for clip in clips], dtype=torch.float64),
+                "end": torch.tensor([clip.end for clip in clips], dtype=torch.float64),
+            }
+            for name, values in rows.items():
+                if name not in self._columns:
+                    self._columns[name] = _Column((self.folder / name).open("w+b"))
+                self._columns[name].append(values.cpu().numpy())
 
     def write(self, file: Path) -> None:
         """Write everything collected so far into ``file``, in the format its name says."""
-        if file.suffix == ".npz":
-            self._write_npz(file)
-        else:
-            self._write_safetensors(file)
+        (self._write_npz if file.suffix == ".npz" else self._write_safetensors)(file)
 
     def close(self) -> None:
         """Let go of the scratch files."""

@@ -129,7 +129,6 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
     ) -> Any:
         """As Transformers' ``generate``; the audios are encoded once, whatever the number of beams or samples."""
         if input_features is not None:
-            input_ids = kwargs.pop("input_ids") if inputs is None else inputs
-            inputs = input_ids
-            kwargs["inputs_embeds"] = self.embed(input_ids, input_features)
+            inputs = kwargs.pop("input_ids") if inputs is None else inputs
+            kwargs["inputs_embeds"] = self.embed(inputs, input_features)
         return super().generate(inputs, *args, **kwargs)

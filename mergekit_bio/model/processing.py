@@ -1,10 +1,12 @@
 """Prompts and audios to model inputs, for Transformers."""
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from mergekit_bio.audio.chat_template import processor_chat_template
@@ -147,18 +149,24 @@ class NatureLMAudioProcessor(ProcessorMixin):
         if unknown := kwargs.keys() - {"add_special_tokens", "padding", "padding_side", "images", "videos"}:
             raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
         prompts = [text] if isinstance(text, str) else list(text)
-        # 1. Every prompt's audios, as clips.
-        clips = [
-            [self._clip(audio, sampling_rate) for audio in of_prompt] for of_prompt in _audios_by_prompt(audio, prompts)
-        ]
-        # 2. Token ids, with as many placeholders for a clip as its prefix has tokens.
-        ids = [
-            self.tokenize(prompt, audio_lengths=[self.num_placeholders(clip) for clip in of_prompt])
-            for prompt, of_prompt in zip(prompts, clips, strict=True)
-        ]
-        inputs: dict[str, Any] = dict(zip(("input_ids", "attention_mask"), self._pad_left(ids), strict=True))
-        # 3. What the tower reads. Clips of several lengths cannot be stacked, and are never padded to one another's.
-        features = [fbank(clip.waveform[None])[0] for of_prompt in clips for clip in of_prompt]
+        ids: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
+        for prompt, of_prompt in zip(prompts, _audios_by_prompt(audio, prompts), strict=True):
+            # 1. The prompt's audios, as clips, and what the tower reads of each.
+            clips = [self._clip(audio, sampling_rate) for audio in of_prompt]
+            features += [fbank(clip.waveform[None])[0] for clip in clips]
+            # 2. Token ids, with as many placeholders for a clip as its prefix has tokens.
+            ids.append(
+                torch.tensor(self.tokenize(prompt, audio_lengths=[self.num_placeholders(clip) for clip in clips]))
+            )
+        # 3. Generation continues a prompt at its right end, so that a shorter one is padded on the left. What the
+        #    padding is does not matter: the mask hides it.
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        inputs: dict[str, Any] = {
+            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+        }
+        # 4. Clips of several lengths cannot be stacked, and are never padded to one another's.
         if features:
             same = len({len(bank) for bank in features}) == 1
             inputs["input_features"] = torch.stack(features) if same else features
@@ -170,14 +178,6 @@ class NatureLMAudioProcessor(ProcessorMixin):
         seconds = self.clip_samples / self.sampling_rate
         return Clip.from_samples(audio, sampling_rate=sampling_rate or self.sampling_rate, seconds=seconds)
 
-    def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        # Generation continues a row at its right end, so nothing may stand there. What the padding is does not
-        # matter: the mask hides it.
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return ids, mask
-
 
 def _audios_by_prompt(audio: Any, prompts: list[str]) -> list[list[Any]]:
     """Every prompt's audios, of one audio, a list for all prompts in order, or a list of lists.
@@ -186,10 +186,8 @@ def _audios_by_prompt(audio: Any, prompts: list[str]) -> list[list[Any]]:
         PromptError: They are not as many as the slots.
     """
     slots = [prompt.count(AUDIO_SLOT) for prompt in prompts]
-    if audio is None:
-        audio = []
-    elif not isinstance(audio, list | tuple):
-        audio = [audio]
+    if not isinstance(audio, list | tuple):
+        audio = [] if audio is None else [audio]
     if audio and all(isinstance(of_prompt, list | tuple) for of_prompt in audio):
         if len(audio) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts came with {len(audio)} lists of audios")

@@ -15,13 +15,11 @@ from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.settings import PLUGIN, ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
 MAX_AUDIOS = 16
 MAX_MODEL_LEN = 16384
-
-_PLUGIN = "mergekit_bio"
 
 
 def find_models(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
@@ -122,8 +120,8 @@ def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: 
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ |= settings.to_environment() | {
         # vLLM adds routes only for plugins that are named here.
-        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, _PLUGIN])),
-        "VLLM_MEDIA_CONNECTOR": "mergekit_bio",
+        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, PLUGIN])),
+        "VLLM_MEDIA_CONNECTOR": PLUGIN,
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     }
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout

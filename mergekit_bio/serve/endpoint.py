@@ -5,14 +5,19 @@ import hashlib
 import json
 from typing import Any
 
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMClientError
+
+import mergekit_bio.serve.media_connector  # noqa: F401 -- registers it with vLLM
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
-from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.online import answer
 from mergekit_bio.errors import AudioError, MergekitBioError
 from mergekit_bio.serve.guard import MODEL_KEY
-from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
+from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
 from mergekit_bio.serve.predictions import (
     MAX_BEAMS,
     SCHEMA,
@@ -23,7 +28,7 @@ from mergekit_bio.serve.predictions import (
     read_requests,
     success,
 )
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.settings import PLUGIN, ServeSettings
 
 #: Nobody is there to read it; nginx's status for that.
 _GONE = 499
@@ -32,16 +37,11 @@ _GONE = 499
 class PredictionsEndpoint:
     """The predictions_v1 contract on vLLM's port. vLLM makes it and calls its two methods."""
 
-    name = "mergekit_bio"
+    name = PLUGIN
     required_tasks = ("generate",)
 
-    def attach_router(self, app: Any) -> None:
+    def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
-        from fastapi import Request, Response
-        from fastapi.responses import JSONResponse
-        from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-
-        import mergekit_bio.serve.media_connector  # noqa: F401 -- registers it with vLLM
 
         async def predict(request: Request) -> Response:
             state = request.app.state
@@ -61,9 +61,6 @@ class PredictionsEndpoint:
         async def info(request: Request) -> JSONResponse:
             return JSONResponse(_info(request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]))
 
-        # FastAPI reads annotations by name, and these names are local.
-        predict.__annotations__ = {"request": Request, "return": Response}
-        info.__annotations__ = {"request": Request, "return": JSONResponse}
         app.add_api_route("/predict", predict, methods=["POST"])
         app.add_api_route("/info", info, methods=["GET"])
 
@@ -74,7 +71,7 @@ class PredictionsEndpoint:
         state.mergekit_bio_tokenization = Tokenization.from_checkpoint(settings.directory(settings.default_model))
 
 
-async def _respond_to_all(items: list[tuple[str, Item | str]], request: Any) -> list[dict[str, Any]]:
+async def _respond_to_all(items: list[tuple[str, Item | str]], request: Request) -> list[dict[str, Any]]:
     return await asyncio.gather(*(_respond(request.app.state, *item) for item in items))
 
 
@@ -82,14 +79,13 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
     """Answer one item; whatever is wrong with it stays its own."""
     if isinstance(item, str):
         return failure(sample_id, item)
-    from vllm.exceptions import VLLMClientError
-
     settings: ServeSettings = state.mergekit_bio_settings
     seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
     try:
         prompt = item.prompt()
-        if len(item.audio_inputs) > _max_audios(state):
-            return failure(sample_id, f"at most {_max_audios(state)} audios may be provided in one prompt")
+        most = state.vllm_config.model_config.multimodal_config.get_limit_per_prompt("audio")
+        if len(item.audio_inputs) > most:
+            return failure(sample_id, f"at most {most} audios may be provided in one prompt")
         generation = await answer(
             state.engine_client,
             state.mergekit_bio_tokenization,
@@ -99,29 +95,10 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
         )
     except (MergekitBioError, VLLMClientError) as error:
         return failure(sample_id, str(error))
-    return success(
-        sample_id,
-        text=generation.text,
-        finish_reason=generation.finish_reason,
-        prompt_tokens=generation.prompt_tokens,
-        tokens=len(generation.token_ids),
-        seconds=generation.seconds,
-    )
-
-
-def _max_audios(state: Any) -> int:
-    limit: int = state.vllm_config.model_config.multimodal_config.get_limit_per_prompt("audio")
-    return limit
+    return success(sample_id, generation)
 
 
 async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:
-    def prepare(data: bytes) -> Clip:
-        samples, rate = decode(data, settings)
-        # The contract knows no shortest audio: beans-next's own check of a server sends a millisecond.
-        if len(samples):
-            samples = pad_to_minimum(samples, rate)
-        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
-
     if audio.payload_type == "base64_wav":
         data = decode_base64(audio.data)
     elif audio.payload_type == "file_path":
@@ -130,7 +107,8 @@ async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -
         data = await fetch(audio.data, settings)
     if not data:
         raise AudioError("the audio is empty")
-    return await asyncio.to_thread(prepare, data)
+    # The contract knows no shortest audio: beans-next's own check of a server sends a millisecond.
+    return await read_clip(data, settings, seconds=seconds, shortest=False)
 
 
 def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
@@ -151,7 +129,5 @@ def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
     }
 
 
-def _error(status: int, message: str) -> Any:
-    from fastapi.responses import JSONResponse
-
+def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status)

@@ -1,4 +1,4 @@
-"""The door of the server: keys, body size, and which weights a request needs."""
+"""What every request passes before vLLM sees it: keys, body size, and the weights that it needs."""
 
 import asyncio
 import hashlib
@@ -7,16 +7,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mergekit_bio.errors import EngineError, MergekitBioError
 from mergekit_bio.outside_data import is_text
+from mergekit_bio.serve.loaded_model import LoadedModel
 from mergekit_bio.serve.settings import ServeSettings
-from mergekit_bio.serve.turnstile import Turnstile
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Answered without a key: nothing here tells or does more than "the server is up".
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
@@ -37,17 +39,17 @@ class Guard:
     """ASGI middleware, outermost; vLLM makes it (``--middleware``).
 
     With several models, a request waits until the weights it names are loaded (see
-    :class:`mergekit_bio.serve.turnstile.Turnstile`). ``/NAME/predict`` and its kin choose a model by path, for
+    :class:`mergekit_bio.serve.loaded_model.LoadedModel`). ``/NAME/predict`` and its kin choose a model by path, for
     clients of a contract that has no field for it.
     """
 
-    def __init__(self, app: "ASGIApp") -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._settings = ServeSettings.from_environment()
         self._loaded = self._settings.directory(self._settings.default_model)
-        self._turnstile: Turnstile | None = None
+        self._loaded_model: LoadedModel | None = None
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
@@ -61,8 +63,8 @@ class Guard:
             return
         body = await self._body(scope, receive)
         if body is None:
-            limit = self._settings.max_body_bytes
-            await _refuse(scope, receive, send, 413, f"the request is larger than {limit} bytes")
+            message = f"the request is larger than {self._settings.max_body_bytes} bytes"
+            await _refuse(scope, receive, send, 413, message)
             return
         flaw = None if scope["path"] == "/predict" else _flaw(body)  # that one answers item by item
         if flaw is not None:
@@ -72,20 +74,20 @@ class Guard:
         if len(self._settings.models) == 1:
             await self._answer(scope, replay, send)
             return
-        if self._turnstile is None:
+        if self._loaded_model is None:
             state = scope["app"].state
-            self._turnstile = Turnstile(self._settings.default_model, lambda model: self._switch(state, model))
+            self._loaded_model = LoadedModel(self._settings.default_model, lambda model: self._switch(state, model))
         try:
-            async with self._turnstile.use(self._model(scope, body)):
+            async with self._loaded_model.use(self._model(scope, body)):
                 await self._answer(scope, replay, send)
         except MergekitBioError as error:  # of the switch: answering turns its own into answers
             await _refuse(scope, receive, send, 503, str(error))
 
-    async def _answer(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and let go of it when the engine stops: it would wait for tokens for ever."""
         engine, started = scope["app"].state.engine_client, False
 
-        async def tell(message: "Message") -> None:
+        async def tell(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
@@ -102,14 +104,14 @@ class Guard:
         elif not started:  # whatever went wrong in a request while the engine stops is the stopping
             await _refuse(scope, receive, send, 503, "the server is stopping")
 
-    def _route(self, scope: "Scope") -> "Scope":
+    def _route(self, scope: Scope) -> Scope:
         first, _, rest = scope["path"].removeprefix("/").partition("/")
         if first in self._settings.models and f"/{rest}" in _PER_MODEL:
             path = f"/{rest}"
             return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: first}
         return {**scope, MODEL_KEY: self._settings.default_model}
 
-    def _model(self, scope: "Scope", body: bytes) -> str:
+    def _model(self, scope: Scope, body: bytes) -> str:
         if scope["path"] not in _PER_MODEL:
             try:
                 document = json.loads(body)
@@ -121,22 +123,19 @@ class Guard:
         model: str = scope[MODEL_KEY]
         return model
 
-    async def _body(self, scope: "Scope", receive: "Receive") -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None if it is too large."""
         limit = self._settings.max_body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             return None
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return bytes(body)  # the client has gone
-            body += message.get("body", b"")
-            if len(body) > limit:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+        with suppress(ClientDisconnect):
+            async for chunk in Request(scope, receive).stream():
+                body += chunk
+                if len(body) > limit:
+                    return None
+        return bytes(body)
 
     async def _switch(self, state: Any, model: str) -> None:
         from mergekit_bio.engine.sweep import difference
@@ -163,11 +162,9 @@ class Guard:
         served.base_model_paths = sorted(served.base_model_paths, key=lambda path: bool(path.name != model))
 
 
-async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> list[tuple[dict[str, str], str | None]]:
-    answers: list[tuple[dict[str, str], str | None]] = await engine.collective_rpc(
-        "reload_tensors", args=(str(checkpoint), list(names))
-    )
-    return answers
+async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> Any:
+    """Load these tensors of a checkpoint; returns what each worker then holds, and what went wrong."""
+    return await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
 
 
 def _flaw(body: bytes) -> str | None:
@@ -191,7 +188,7 @@ def _flaw(body: bytes) -> str | None:
     return None
 
 
-def _has_key(scope: "Scope") -> bool:
+def _has_key(scope: Scope) -> bool:
     keys = [key for key in scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
     if not keys or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
         return True
@@ -202,20 +199,18 @@ def _has_key(scope: "Scope") -> bool:
     return scheme.lower() == b"bearer" and any(matches)
 
 
-async def _refuse(scope: "Scope", receive: "Receive", send: "Send", status: int, message: str) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    from starlette.responses import JSONResponse
-
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
     await JSONResponse({"error": error}, status, headers={"connection": "close"})(scope, receive, send)
 
 
-def _replay(body: bytes, receive: "Receive") -> "Receive":
+def _replay(body: bytes, receive: Receive) -> Receive:
     sent = False
 
-    async def replay() -> "Message":
+    async def replay() -> Message:
         nonlocal sent
         if sent:
             return await receive()

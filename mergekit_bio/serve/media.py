@@ -1,5 +1,6 @@
 """Audio that a client points to: read and fetched only from where the server's owner allows."""
 
+import asyncio
 import binascii
 import io
 import ipaddress
@@ -10,7 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mergekit_bio.audio.clip import CLIP_SECONDS
+import aiohttp
+import soundfile
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
+from mergekit_bio.audio.waveform import check_channels, check_rate, pad_to_minimum
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve.settings import ServeSettings
 
@@ -22,14 +29,32 @@ _UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
+async def read_clip(data: bytes, settings: ServeSettings, *, seconds: float, shortest: bool = True) -> Clip:
+    """An audio file as a clip; decoded and resampled on another thread.
+
+    Args:
+        data: The file.
+        settings: For its limits.
+        seconds: The clip's length.
+        shortest: Whether an audio of less than 0.5 s is refused, instead of being heard with silence behind it.
+
+    Raises:
+        AudioError: As :func:`decode`, or there is no clip of this length.
+    """
+
+    def prepare() -> Clip:
+        samples, rate = decode(data, settings)
+        if len(samples) and not shortest:
+            samples = pad_to_minimum(samples, rate)
+        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
+
+    return await asyncio.to_thread(prepare)
+
+
 def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
     """Decode the beginning of an audio file: what a model hears of it, and a little more for the resampler.
 
     The rest stays encoded: a compressed file may hold a thousand times its size.
-
-    Args:
-        data: The file: wav, flac, ogg, mp3, ...
-        settings: For its limits.
 
     Returns:
         float64 ``[samples, channels]`` and the sampling rate.
@@ -37,10 +62,6 @@ def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
     Raises:
         AudioError: It is no audio, too large, too long, or of an impossible rate or number of channels.
     """
-    import soundfile
-
-    from mergekit_bio.audio.waveform import check_channels, check_rate
-
     if len(data) > settings.max_audio_bytes:
         raise AudioError(f"the audio file is larger than {settings.max_audio_bytes} bytes")
     try:
@@ -58,11 +79,7 @@ def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
 
 
 def decode_base64(data: str) -> bytes:
-    """Decode base64, strictly.
-
-    Raises:
-        AudioError: It is none.
-    """
+    """Decode base64, strictly; raise AudioError for what is none."""
     try:
         return binascii.a2b_base64(data.encode("ascii"), strict_mode=True)
     except (ValueError, UnicodeEncodeError) as error:
@@ -102,11 +119,8 @@ async def fetch(url: str, settings: ServeSettings) -> bytes:
     Raises:
         AudioError: The address is not allowed, does not answer in time, or sends too much.
     """
-    import aiohttp
-    from yarl import URL
-
     host = allowed_host(url, settings.allowed_media_domains)
-    connector = aiohttp.TCPConnector(resolver=_public_resolver(), use_dns_cache=False)
+    connector = aiohttp.TCPConnector(resolver=PublicResolver(), use_dns_cache=False)
     timeout = aiohttp.ClientTimeout(total=settings.fetch_seconds)
     try:
         target = URL(url)
@@ -169,32 +183,15 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _public_resolver() -> Any:
-    from aiohttp.abc import AbstractResolver
+class PublicResolver(AbstractResolver):
+    """Looks up hosts and refuses the ones with any address that is not public."""
 
-    class PublicResolver(AbstractResolver):
-        """Looks up hosts and refuses the ones with any address that is not public."""
+    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[Any]:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        addresses = [(entry[0], str(entry[4][0])) for entry in found]
+        if not addresses or not all(is_public(address) for _, address in addresses):
+            raise OSError("not a public address")
+        known = {"hostname": host, "port": port, "proto": 0, "flags": socket.AI_NUMERICHOST}
+        return [{**known, "host": address, "family": kind} for kind, address in addresses]
 
-        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[Any]:
-            import asyncio
-
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-            addresses = [(entry[0], str(entry[4][0])) for entry in found]
-            if not addresses or not all(is_public(address) for _, address in addresses):
-                raise OSError("not a public address")
-            return [
-                {
-                    "hostname": host,
-                    "host": address,
-                    "port": port,
-                    "family": kind,
-                    "proto": 0,
-                    "flags": socket.AI_NUMERICHOST,
-                }
-                for kind, address in addresses
-            ]
-
-        async def close(self) -> None:
-            pass
-
-    return PublicResolver()
+    async def close(self) -> None: ...

@@ -6,19 +6,18 @@ media type are RFC 2397's own, and vLLM's server passes over those that it does 
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
+from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import AudioError
-from mergekit_bio.serve.media import decode, decode_base64, fetch, read_local
-from mergekit_bio.serve.settings import ServeSettings
-
-NAME = "mergekit_bio"
+from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
+from mergekit_bio.serve.settings import PLUGIN, ServeSettings
 
 
-@MEDIA_CONNECTOR_REGISTRY.register(NAME)
+@MEDIA_CONNECTOR_REGISTRY.register(PLUGIN)
 class GuardedConnector(MediaConnector):
     """Reads ``data:``, ``file:`` and http(s) URLs; whatever is wrong with one is the client's error."""
 
@@ -29,15 +28,9 @@ class GuardedConnector(MediaConnector):
         settings = ServeSettings.from_environment()
         try:
             seconds = _seconds_of(url)
-            data = await _bytes_of(url, settings)
-            return await asyncio.to_thread(_clip, data, settings, seconds)
+            return await read_clip(await _bytes_of(url, settings), settings, seconds=seconds)
         except AudioError as error:
             raise VLLMValidationError(str(error), parameter="audio_url") from error
-
-
-def _clip(data: bytes, settings: ServeSettings, seconds: float) -> Clip:
-    samples, rate = decode(data, settings)
-    return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
 
 
 def _seconds_of(url: str) -> float:
@@ -55,8 +48,6 @@ def _seconds_of(url: str) -> float:
 
 
 async def _bytes_of(url: str, settings: ServeSettings) -> bytes:
-    from urllib.parse import unquote, urlsplit
-
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         if not comma or not head.lower().endswith(";base64"):

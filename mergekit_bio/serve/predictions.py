@@ -8,7 +8,7 @@ from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.audio.waveform import MIN_SECONDS
-from mergekit_bio.engine.interface import Decoding
+from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.errors import PromptError
 from mergekit_bio.outside_data import is_text
 
@@ -116,12 +116,7 @@ class Item(_Tolerant):
 
 
 class BadRequest(Exception):
-    """A request that is refused as a whole.
-
-    Args:
-        status: HTTP status.
-        message: What is wrong.
-    """
+    """A request that is refused as a whole, with an HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -163,17 +158,15 @@ def _item(document: dict[str, Any]) -> Item | str:
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def success(
-    sample_id: str, *, text: str, finish_reason: str, prompt_tokens: int, tokens: int, seconds: float
-) -> dict[str, Any]:
+def success(sample_id: str, generation: Generation) -> dict[str, Any]:
     """A response item with an answer."""
     return {
         "sample_id": sample_id,
-        "predictions": [text],
+        "predictions": [generation.text],
         "error": None,
-        "finish_reason": finish_reason,
-        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": tokens},
-        "latency_sec": seconds,
+        "finish_reason": generation.finish_reason,
+        "usage": {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.token_ids)},
+        "latency_sec": generation.seconds,
     }
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 VARIABLE = "MERGEKIT_BIO_SERVE"
+#: What vLLM knows this package's routes and its way to audio by (``pyproject.toml``).
+PLUGIN = "mergekit_bio"
 
 
 @dataclass(frozen=True)

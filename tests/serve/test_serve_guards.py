@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve import media
+from mergekit_bio.serve.loaded_model import LoadedModel
 from mergekit_bio.serve.media import allowed_host, decode, decode_base64, fetch, is_public, read_local
 from mergekit_bio.serve.settings import ServeSettings
-from mergekit_bio.serve.turnstile import Turnstile
 
 SETTINGS = ServeSettings(models={"a": "/nowhere"})
 
@@ -218,7 +218,7 @@ def test_settings_survive_the_environment(monkeypatch):
     assert settings.default_model == "b"
 
 
-def test_the_turnstile_never_mixes_models_and_starves_none():
+def test_loading_models_by_turns_never_mixes_models_and_starves_none():
     order: list[str] = []
     inside: set[str] = set()
     loaded = ["a"]
@@ -228,8 +228,8 @@ def test_the_turnstile_never_mixes_models_and_starves_none():
         await asyncio.sleep(0.001)
         loaded[:] = [model]
 
-    async def visit(turnstile, model, number):
-        async with turnstile.use(model):
+    async def visit(in_turn, model, number):
+        async with in_turn.use(model):
             assert loaded == [model] and inside <= {model}
             inside.add(model)
             order.append(f"{model}{number}")
@@ -237,8 +237,8 @@ def test_the_turnstile_never_mixes_models_and_starves_none():
             inside.discard(model)
 
     async def run():
-        turnstile = Turnstile("a", switch)
-        visits = [visit(turnstile, model, n) for n, model in enumerate("aababbabcacb")]
+        in_turn = LoadedModel("a", switch)
+        visits = [visit(in_turn, model, n) for n, model in enumerate("aababbabcacb")]
         await asyncio.wait_for(asyncio.gather(*visits), 10)
 
     asyncio.run(run())
@@ -253,18 +253,18 @@ def test_a_failed_switch_is_tried_again_and_a_cancelled_wait_leaves_no_trace():
             raise error
 
     async def run():
-        turnstile = Turnstile("a", switch)
+        in_turn = LoadedModel("a", switch)
         with pytest.raises(RuntimeError):
-            async with turnstile.use("b"):
+            async with in_turn.use("b"):
                 pass
-        async with turnstile.use("b"):
-            waiting = asyncio.create_task(turnstile.use("c").__aenter__())
+        async with in_turn.use("b"):
+            waiting = asyncio.create_task(in_turn.use("c").__aenter__())
             await asyncio.sleep(0.01)
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
-            async with asyncio.timeout(1), turnstile.use("b"):
+            async with asyncio.timeout(1), in_turn.use("b"):
                 pass
-        async with asyncio.timeout(1), turnstile.use("a"):
+        async with asyncio.timeout(1), in_turn.use("a"):
             pass
 
     asyncio.run(run())

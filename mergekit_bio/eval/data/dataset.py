@@ -59,10 +59,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def audio(self, row_id: str) -> "tuple[np.ndarray, int]":
-        """The recording of a row, cut at the dataset's longest duration.
-
-        Returns:
-            Samples, float64 [samples] or [samples, channels], and their rate in Hz.
+        """The recording of a row, cut at the dataset's longest duration; samples and rate as ``recording`` gives them.
 
         Raises:
             DatasetError: The row has no usable recording.
@@ -129,26 +126,17 @@ def species_asked(dataset: Dataset, recipe: Recipe) -> list[str]:
 
 
 def unique_rows(rows: Sequence[DatasetRow], where: str) -> tuple[DatasetRow, ...]:
-    """The rows, once their ids are found to differ.
-
-    Raises:
-        DatasetError: There is none, or two share an id.
-    """
+    """The rows; DatasetError where there is none, or two share an id."""
     if not rows:
         raise DatasetError(f"{where}: no clip in it")
-    ids = Counter(row.id for row in rows)
-    twice = next((key for key, count in ids.items() if count > 1), None)
-    if twice is not None:
-        raise DatasetError(f"{where}: the id '{twice}' stands in {ids[twice]} rows")
+    ((row_id, count),) = Counter(row.id for row in rows).most_common(1)
+    if count > 1:
+        raise DatasetError(f"{where}: the id '{row_id}' stands in {count} rows")
     return tuple(rows)
 
 
 def checked_samples(samples: Any, where: str) -> "np.ndarray":
-    """Samples as float64, once they are found to be some and finite.
-
-    Raises:
-        DatasetError: They are not.
-    """
+    """Samples as float64; DatasetError where there is none, or one is not finite."""
     import numpy as np
 
     values = np.asarray(samples, dtype=np.float64)

@@ -8,17 +8,10 @@ from mergekit_bio.outside_data import Document, KeyPath, nearest
 
 SECTIONS = ("model", "generate", "extended")
 _EXTENDED = ("datasets", "queries", "lora_scales", "species", "top_k_species", "n_examples")
-#: min_length has no effect there either: the prompt's length is subtracted from it when embeddings are given.
-_GENERATE = (
-    "max_new_tokens",
-    "num_beams",
-    "do_sample",
-    "min_length",
-    "temperature",
-    "repetition_penalty",
-    "length_penalty",
-    "merging_alpha",
-)
+#: Keys of generation that mean the same there, and all that there are. min_length has no effect there either: the
+#: prompt's length is subtracted from it when embeddings are given.
+_SHARED = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
+_GENERATE = (*_SHARED, "do_sample", "min_length", "temperature", "merging_alpha")
 _MOVED: dict[KeyPath, KeyPath] = {
     ("merge", "alphas"): ("extended", "lora_scales"),
     ("merge", "base"): ("model", "llama_path"),
@@ -34,10 +27,7 @@ def is_reference(data: dict[str, Any]) -> bool:
 
 
 def translated(document: Document) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Translate.
-
-    Args:
-        document: A mapping for which ``is_reference`` holds.
+    """Translate a document for which ``is_reference`` holds.
 
     Returns:
         The mapping that a recipe of ours would be, and what the user should be told.
@@ -45,29 +35,34 @@ def translated(document: Document) -> tuple[dict[str, Any], tuple[str, ...]]:
     Raises:
         RecipeError: A section or key is unknown, or asks for what we do not do.
     """
-    data = document.data
-    sections = {name: _section(document, name) for name in SECTIONS}
-    for key in data:
-        if key not in SECTIONS:
-            raise document.problem((key,), f"unknown section{nearest(key, SECTIONS)}")
-    model, generate, extended = (sections[name] for name in SECTIONS)
-    _known(document, "generate", _GENERATE)
-    _known(document, "extended", _EXTENDED)
+    # 1. Known sections of known keys. What the model section says else is the checkpoint's to know.
+    model, generate, extended = (_section(document, name) for name in SECTIONS)
+    _check_known(document, (), SECTIONS, "section")
+    _check_known(document, ("generate",), _GENERATE, "key")
+    _check_known(document, ("extended",), _EXTENDED, "key")
     template = model.get("prompt_template")
     if template is not None and template != LLAMA3_TEMPLATE:
         raise document.problem(
             ("model", "prompt_template"), "only NatureLM-audio's own chat template can be asked with"
         )
+
+    # 2. The same under our names. Without sampling the reference ignores its temperature.
     datasets = extended.get("datasets", [_ALL])
+    ours = {key: generate[key] for key in _SHARED if key in generate}
+    if generate.get("do_sample"):
+        ours["temperature"] = generate.get("temperature", 1.0)
+    merge = {"alphas": extended.get("lora_scales", [generate.get("merging_alpha", 1.0)])}
+    for key, theirs in (("base", "llama_path"), ("adapter", "ckpt")):
+        if model.get(theirs) is not None:
+            merge[key] = model[theirs]
     recipe = {
-        "merge": {
-            "alphas": extended.get("lora_scales", [generate.get("merging_alpha", 1.0)]),
-            **_renamed(model, {"llama_path": "base", "ckpt": "adapter"}),
-        },
+        "merge": merge,
         "datasets": list(components()) if datasets == [_ALL] else datasets,
-        "generate": _generate(generate),
+        "generate": ours,
         **{key: value for key, value in extended.items() if key not in ("datasets", "lora_scales")},
     }
+
+    # 3. What was passed over.
     ignored = sorted(set(model) - {"llama_path", "ckpt", "prompt_template"})
     notes = [f"{document.source}: the reference's format, translated (`mergekit-bio recipes show` prints it)"]
     if ignored:
@@ -92,20 +87,8 @@ def _section(document: Document, name: str) -> dict[str, Any]:
     return section
 
 
-def _known(document: Document, section: str, keys: tuple[str, ...]) -> None:
-    for key in document.data.get(section) or {}:
-        if key not in keys:
-            raise document.problem((section, key), f"unknown key{nearest(key, keys)}")
-
-
-def _renamed(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {ours: section[theirs] for theirs, ours in names.items() if section.get(theirs) is not None}
-
-
-def _generate(section: dict[str, Any]) -> dict[str, Any]:
-    kept = ("max_new_tokens", "num_beams", "repetition_penalty", "length_penalty")
-    ours = {key: section[key] for key in kept if key in section}
-    # Without sampling the reference ignores its temperature.
-    if section.get("do_sample"):
-        ours["temperature"] = section.get("temperature", 1.0)
-    return ours
+def _check_known(document: Document, path: KeyPath, known: tuple[str, ...], kind: str) -> None:
+    values = document.data.get(path[0]) or {} if path else document.data
+    for key in values:
+        if key not in known:
+            raise document.problem((*path, key), f"unknown {kind}{nearest(key, known)}")

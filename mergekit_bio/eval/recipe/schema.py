@@ -188,20 +188,15 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
         notes += tuple(f"{file}: {note}" for note in of_targets)
     if recipe.merge is not None:
         recipe = replace(recipe, merge=_merge_of_a_run(recipe.merge, file.parent, where))
-    recipe = _with_paths(recipe, file.parent)
-    if data is not None:
-        recipe = replace(recipe, data=_absolute_if_local(str(data), Path()))
-    return LoadedRecipe(recipe=recipe, notes=notes)
+    checkpoints = tuple(_absolute_if_local(source, file.parent) for source in recipe.checkpoints)
+    place = _absolute_if_local(recipe.data, file.parent) if data is None else _absolute_if_local(str(data), Path())
+    return LoadedRecipe(recipe=replace(recipe, checkpoints=checkpoints, data=place), notes=notes)
 
 
 def _with_targets(recipe: Recipe, *, of_reference: bool) -> tuple[Recipe, list[str]]:
-    """A recipe without targets, with those of the paper's questions and the names they take, and notes about them.
-
-    Args:
-        recipe: As read.
-        of_reference: The file cannot say targets, so that its user is told of every one; in a recipe of ours none means
-            the label, and what is something else is told.
-    """
+    """A recipe without targets, with those of the paper's questions and the names they take, and notes about them."""
+    # A file of the reference cannot say targets, so that its user is told of every one. In a recipe of ours none means
+    # the label, and what is something else is told.
     notes, needed = [], []
     for component, targets in recipe.paper_targets.items():
         names = ""
@@ -227,35 +222,24 @@ def _with_targets(recipe: Recipe, *, of_reference: bool) -> tuple[Recipe, list[s
 
 def _dataset_mappings(datasets: Any, folder: Path) -> Any:
     """``[watkins, {path: frogs/}]`` as mappings; whatever is something else is left for the validation to refuse."""
-    if not isinstance(datasets, list):
-        return datasets
-    mappings = []
-    for choice in datasets:
+
+    def mapping(choice: Any) -> Any:
         if isinstance(choice, str):
-            choice = {"name": choice}
-        elif isinstance(choice, dict) and isinstance(choice.get("path"), str):
-            path = str(_in_folder(choice["path"], folder))
-            choice = {"name": Path(path).name, **choice, "path": path}
-        mappings.append(choice)
-    return mappings
+            return {"name": choice}
+        if isinstance(choice, dict) and isinstance(choice.get("path"), str):
+            path = _in_folder(choice["path"], folder)
+            return {"name": path.name, **choice, "path": str(path)}
+        return choice
+
+    return [mapping(choice) for choice in datasets] if isinstance(datasets, list) else datasets
 
 
 def _in_folder(path: str, folder: Path) -> Path:
     return (folder / Path(path).expanduser()).resolve()
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """With the paths of checkpoints and data absolute."""
-    checkpoints = tuple(_absolute_if_local(source, folder) for source in recipe.checkpoints)
-    return replace(recipe, checkpoints=checkpoints, data=_absolute_if_local(recipe.data, folder))
-
-
 def _merge_of_a_run(merge: MergeRequest, folder: Path, where: Callable[..., str]) -> MergeRequest:
-    """A recipe's merge with its strengths as numbers and the paths of its sources absolute.
-
-    Raises:
-        RecipeError: A strength cannot be read or differs between modules, or a key is the run's own to decide.
-    """
+    """A recipe's merge with its strengths as numbers and the paths of its sources absolute."""
     for key in ("out", "overwrite", "text_only"):
         if getattr(merge, key) != getattr(MergeRequest, key):
             raise RecipeError(f"{where(('merge', key))}: the run decides this; leave it out")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 
-class Turnstile:
+class LoadedModel:
     """Lets requests for the same model in together, and changes the model when nobody is inside.
 
     First come, first served: a request waits behind an earlier one for another model, so no model starves.
