@@ -52,11 +52,12 @@ def copy_shipped(name: str, destination: str | Path) -> list[Path]:
         RecipeError: There is no such recipe.
         OutputError: A file is there already, or cannot be written.
     """
-    source = shipped_recipes().get(name)
-    if source is None:
-        raise RecipeError(f"{name}: no such recipe{nearest(name, list(shipped_recipes()))}")
-    into_folder = str(destination).endswith("/") or Path(destination).is_dir()
-    target = Path(destination, source.name) if into_folder else Path(destination)
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(f"{name}: no such recipe{nearest(name, list(shipped))}")
+    source, target = shipped[name], Path(destination)
+    if str(destination).endswith("/") or target.is_dir():
+        target /= source.name
     copies = {target: source}
     label_map = read_yaml(source, error=RecipeError).data.get("label_map")
     if label_map is not None:

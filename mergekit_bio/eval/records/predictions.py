@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar
@@ -68,10 +69,6 @@ _REFERENCE_KEYS = _KEYS[:6]
 def parse_line(line: bytes, where: str) -> Prediction:
     """Read one line of a predictions file; keys that are not ours are ignored.
 
-    Args:
-        line: One JSON object, UTF-8.
-        where: The file and line number, for the error.
-
     Raises:
         RunError: The line is not JSON, lacks a required key, or a value has the wrong type.
     """
@@ -120,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise RunError(f"{path}: cannot be read ({error}); is the file complete?") from None
 
 
-class PredictionWriter:
+class PredictionWriter(AbstractContextManager["PredictionWriter"]):
     """Appends predictions to a file such that a kill at any moment loses at most the line being written.
 
     Opening an existing file cuts off an unfinished last line and reads the ids that are done.
@@ -139,16 +136,10 @@ class PredictionWriter:
         self.path = path
         self.done: set[str] = set()
         if path.exists():
-            self._cut_unfinished_line()
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
             self.done = {row.id for row in read_predictions(path)}
         self._file = path.open("ab", buffering=0)
-
-    def _cut_unfinished_line(self) -> None:
-        with self.path.open("r+b") as file:
-            content = file.read()
-            end = content.rfind(b"\n") + 1
-            if end < len(content):
-                file.truncate(end)
 
     def append(self, prediction: Prediction) -> None:
         """Write one row through to the file system.
@@ -175,9 +166,6 @@ class PredictionWriter:
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
-
-    def __enter__(self) -> "PredictionWriter":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

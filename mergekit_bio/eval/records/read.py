@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.components import components
@@ -54,16 +55,11 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
     # 2. Names that differ, and the order of the report: runs as given, then dataset, query and alpha.
     cells = _with_distinct_names([*by_file.values()])
     order = {name: index for index, name in enumerate(dict.fromkeys(cell.run for cell in cells))}
-    return sorted(
-        cells,
-        key=lambda cell: (
-            order[cell.run],
-            cell.sweep,
-            cell.alpha is None,
-            cell.alpha or 0.0,
-            cell.checkpoint,
-        ),
-    )
+
+    def place(cell: Cell) -> tuple[Any, ...]:
+        return order[cell.run], cell.sweep, cell.alpha is None, cell.alpha or 0.0, cell.checkpoint
+
+    return sorted(cells, key=place)
 
 
 def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
@@ -95,10 +91,8 @@ def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
     elif files := [file for file in sorted(path.iterdir()) if _PUBLISHED_NAME.fullmatch(file.name)]:
         yield from _published(files, names)
     else:
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir() and any(
-                file.name == RECORD_NAME or _PUBLISHED_NAME.fullmatch(file.name) for file in folder.iterdir()
-            ):
+        for folder in filter(Path.is_dir, sorted(path.iterdir())):
+            if any(file.name == RECORD_NAME or _PUBLISHED_NAME.fullmatch(file.name) for file in folder.iterdir()):
                 yield from _cells_at(folder, names)
 
 
@@ -129,11 +123,10 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         predictions = _by_id(read_predictions(file))
         asked = _question(predictions)
         target = paper_target(dataset, query=asked, number=query)
-        component = components().get(dataset)
         cell = Cell(
             file=file.name,
             dataset=dataset,
-            task=component.task if component else "classification",
+            task=components()[dataset].task if dataset in components() else "classification",
             query=query,
             checkpoint=f"alpha {alpha:.2f}",
             rows=None,

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -84,7 +85,7 @@ def read_record(directory: Path) -> RunRecord:
     return record
 
 
-class RunDirectory:
+class RunDirectory(AbstractContextManager["RunDirectory"]):
     """A run being written by this process, and by no other.
 
     Use as a context manager. ``record`` is on disk before the first prediction; cells that the directory holds from
@@ -119,9 +120,6 @@ class RunDirectory:
             self._lock.close()
             raise
 
-    def __enter__(self) -> "RunDirectory":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
@@ -131,13 +129,11 @@ class RunDirectory:
 
     def add_seconds(self, cell: Cell, seconds: float) -> None:
         """Add to the time spent on a cell."""
-        self.record = replace(
-            self.record,
-            cells=tuple(
-                replace(known, seconds=known.seconds + seconds) if known.file == cell.file else known
-                for known in self.record.cells
-            ),
+        cells = (
+            replace(known, seconds=known.seconds + seconds) if known.file == cell.file else known
+            for known in self.record.cells
         )
+        self.record = replace(self.record, cells=tuple(cells))
         self._write()
 
     def note(self, values: Mapping[str, Any]) -> None:
@@ -167,13 +163,14 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
     started = read_record(path)
     before = {cell.file: cell for cell in started.cells}
     for cell in wanted.cells:
-        known = before.get(cell.file)
-        if known is None:
+        if cell.file not in before:
             continue
         # Through JSON, as the one on disk went: a tuple is a list there.
         identity = _UNSAID | json.loads(json.dumps(cell.identity))
-        answered_under = _UNSAID | known.identity
-        if answered_under != identity and _answered(path / cell.file):
+        answered_under = _UNSAID | before[cell.file].identity
+        file = path / cell.file
+        # What failed before its first answer may be started otherwise.
+        if answered_under != identity and file.exists() and read_predictions(file):
             changes = list(_changes(answered_under, identity))
             shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
@@ -196,11 +193,6 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
     )
 
 
-def _answered(file: Path) -> bool:
-    """Whether a predictions file holds an answer: what failed before the first may be started otherwise."""
-    return file.exists() and bool(read_predictions(file))
-
-
 def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
     """Every key that differs, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -208,9 +200,6 @@ def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]
             if before.get(key) != now.get(key) or (key in before) != (key in now):
                 yield from _changes(before.get(key), now.get(key), (*path, key))
     else:
-        yield f"{dotted(path)} was {_short(before)} and is now {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+        shown = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+        was, is_now = (text if len(text) <= 60 else text[:57] + "..." for text in shown)
+        yield f"{dotted(path)} was {was} and is now {is_now}"

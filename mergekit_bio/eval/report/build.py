@@ -203,7 +203,7 @@ def to_document(report: Report) -> dict[str, Any]:
 
 
 def _sweep_document(sweep: Sweep) -> dict[str, Any]:
-    cell, first = sweep.cell, sweep.scores[0]
+    cell = sweep.cell
     gains = {name: gain for name in sweep.main_metrics if (gain := sweep.improvement(name))}
     return {
         "run": cell.run,
@@ -212,7 +212,7 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "query": cell.query,
         "query_text": cell.query_text,
         "target": cell.target,
-        "scorer": first.scorer,
+        "scorer": sweep.scores[0].scorer,
         "clips": len(sweep.clips),
         "clips_shared": len(shared_clips(sweep.scores)),
         "labels": len(sweep.labels) if cell.task == "classification" else None,
@@ -228,7 +228,11 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
             }
             for item in sweep.scores
         ],
-        "comparisons": [_comparison_document(comparison) for comparison in sweep.comparisons],
+        # The files have always called a metric a figure, and programs read them.
+        "comparisons": [
+            {"figure" if key == "metric" else key: value for key, value in asdict(comparison).items()}
+            for comparison in sweep.comparisons
+        ],
         "best_over_full_strength": {
             name: {
                 "best_alpha": best.cell.alpha,
@@ -239,9 +243,3 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
             for name, (best, full, gain) in gains.items()
         },
     }
-
-
-def _comparison_document(comparison: Comparison) -> dict[str, Any]:
-    values = asdict(comparison)
-    # The files have always called a metric a figure, and programs read them.
-    return {"figure": values.pop("metric"), **values}

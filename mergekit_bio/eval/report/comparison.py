@@ -76,11 +76,9 @@ def distinct_alphas(scores: Sequence[Score]) -> bool:
 
 
 def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
-    """Every main metric, over the clips that all cells have; nothing where there is no such clip, or one cell.
+    """Every main metric of a sweep's cells, in the order of alpha, over the clips that all of them have.
 
-    Args:
-        scores: The cells of a sweep, in the order of alpha.
-        seed: Of the bootstrap.
+    Nothing where there is no such clip, or one cell.
     """
     # 1. Pairing needs the same clips in the same order. The rows of every cell are ordered by id already.
     shared = shared_clips(scores)
@@ -94,12 +92,9 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         samples = [item.samples for item in scores]
         metrics = [item.metrics for item in scores]
     else:
-        kept = [item.indicators[rows] for item, rows in zip(scores, kept_rows, strict=True)]
-        samples = [
-            bootstrap(indicators=part, statistic=item.statistic, seed=seed)
-            for item, part in zip(scores, kept, strict=True)
-        ]
-        sums = [item.statistic(part.sum(axis=0).A) for item, part in zip(scores, kept, strict=True)]
+        pairs = [(item.statistic, item.indicators[rows]) for item, rows in zip(scores, kept_rows, strict=True)]
+        samples = [bootstrap(indicators=part, statistic=statistic, seed=seed) for statistic, part in pairs]
+        sums = [statistic(part.sum(axis=0).A) for statistic, part in pairs]
         metrics = [{name: float(value[0]) for name, value in values.items()} for values in sums]
 
     alphas = [item.cell.alpha or 0.0 for item in scores]

@@ -74,14 +74,12 @@ class Figure:
     """A drawn figure.
 
     Attributes:
-        name: Its file name without suffix.
         caption: What it shows; what a figure of one sweep shares with the others of that sweep is not repeated.
         sweep: The sweep that it is about; None where it compares several.
         png: The picture.
         files: The PNG and the PDF.
     """
 
-    name: str
     caption: str
     sweep: Sweep | None
     png: bytes
@@ -155,7 +153,7 @@ def _save(folder: Path, name: str, drawing: _Drawing) -> Figure:
     caption = f"{_KINDS[drawing.kind]}: {rest}" if rest else _KINDS[drawing.kind]
     if drawing.sweep and drawing.kind in ("sweep", "errors") and not drawing.sweep.same_clips:
         caption += " (each over its own clips)"
-    return Figure(name=name, caption=caption, sweep=drawing.sweep, png=files[0].read_bytes(), files=files)
+    return Figure(caption=caption, sweep=drawing.sweep, png=files[0].read_bytes(), files=files)
 
 
 #: The targets, as readers of figures call them.

@@ -23,12 +23,7 @@ AUDIO_SECONDS = 30
 
 
 def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> str:
-    """The page's HTML.
-
-    Args:
-        report: Scored and compared cells.
-        figures: They go into the page as PNG.
-        folder: Where the page will stand; recordings too many to be embedded are linked from there.
+    """The page's HTML, figures in it; recordings too many to be embedded are linked from ``folder``, where it stands.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
