@@ -24,14 +24,7 @@ class Beats(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, fbank: torch.Tensor) -> torch.Tensor:
-        """Encode filter banks.
-
-        Args:
-            fbank: ``[batch, frames, mel bins]``.
-
-        Returns:
-            ``[batch, tokens, hidden]``, tokens time-major with frequency fastest.
-        """
+        """``[batch, frames, mel bins]`` -> ``[batch, tokens, hidden]``, tokens time-major with frequency fastest."""
         patches = self.patch_embedding(fbank[:, None]).flatten(2).transpose(1, 2)
         encoded: torch.Tensor = self.encoder(self.post_extract_proj(self.layer_norm(patches)))
         return encoded
@@ -145,15 +138,11 @@ class GatedAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.num_buckets, self._heads)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor, scratch: torch.Tensor | None) -> torch.Tensor:
-        """Attend.
+        """``[batch, tokens, hidden]`` -> the same shape.
 
         Args:
-            hidden: ``[batch, tokens, hidden]``.
             bias: ``[heads, tokens, tokens]``, query before key.
             scratch: Memory for one clip's gated bias, ``[1, heads, tokens, tokens]``; None to allocate it.
-
-        Returns:
-            The shape of ``hidden``.
         """
         query, key, value = (
             projection(hidden).unflatten(-1, (self._heads, -1)).transpose(1, 2)

@@ -52,10 +52,8 @@ def processor_chat_template() -> str:
 def server_chat_template(placeholder: str) -> str:
     """The Jinja template of the server: with BOS, and refusing what does not fit together.
 
-    Slots that are not as many as the audios are refused, and so is the placeholder.
-
-    Args:
-        placeholder: The text of the token that stands for audio in ``input_ids``.
+    Slots that are not as many as the audios are refused, and so is the text of the token that stands for audio in
+    ``input_ids``, the ``placeholder``.
     """
     checks = _CHECKS.replace("SLOT", AUDIO_SLOT).replace("PLACEHOLDER", json.dumps(placeholder))
     return "{{- bos_token }}" + checks + processor_chat_template()

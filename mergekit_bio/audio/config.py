@@ -68,11 +68,7 @@ class _Strict:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "audio_config") -> Self:
-        """Read what :meth:`to_dict` wrote.
-
-        Args:
-            values: The JSON object.
-            where: How to call it in an error.
+        """Read what :meth:`to_dict` wrote; an error says ``where`` it stands.
 
         Raises:
             CheckpointError: A key is missing or unknown, or a value is of the wrong type or makes no sense.
@@ -95,12 +91,9 @@ class BeatsConfig(_Strict):
     Attributes:
         patch_size: Side of a patch, in frames and in mel bins.
         patch_dim: Width of a patch's embedding.
-        hidden_size: Width of the encoder.
-        intermediate_size: Width of the feed-forward layers.
+        hidden_size: Width of the encoder; ``intermediate_size`` that of its feed-forward layers.
         num_hidden_layers: Encoder layers; they also set the residual scale ``(2 * layers) ** 0.25`` (deep norm).
-        num_attention_heads: Heads of self-attention.
-        conv_kernel: Taps of the convolutional position embedding.
-        conv_groups: Groups of that convolution.
+        conv_kernel: Taps of the convolutional position embedding; ``conv_groups`` its groups.
         num_buckets: Rows of the relative position embedding.
         max_distance: Offset, in tokens, from which on the last bucket is used.
         num_labels: Classes of the classifier that a fine-tuned BEATs carries and nothing here uses; 0 without one.
@@ -142,13 +135,10 @@ class QFormerConfig(_Strict):
     """The window-level Q-Former (BLIP-2, Li et al. 2023; SALMONN, Tang et al. 2024).
 
     Attributes:
-        hidden_size: Width of the queries.
-        intermediate_size: Width of the query feed-forward layers.
+        hidden_size: Width of the queries; ``intermediate_size`` that of their feed-forward layers.
         num_hidden_layers: Layers; each has self-attention, cross-attention and a feed-forward layer.
-        num_attention_heads: Heads of both attentions.
         num_queries: Prefix tokens a window.
         num_positions: Length of the position buffer that the checkpoint carries and nothing uses.
-        layer_norm_eps: Epsilon of its layer norms.
     """
 
     hidden_size: int
@@ -169,7 +159,6 @@ class AudioPrefixConfig(_Strict):
     """The whole tower, from samples to the embeddings that Llama reads.
 
     Attributes:
-        beats: The encoder.
         qformer: What turns a window of encoder tokens into prefix tokens.
         window: Encoder tokens a window.
         stride: Encoder tokens from one window to the next.
@@ -195,15 +184,11 @@ class AudioPrefixConfig(_Strict):
 
     @classmethod
     def from_naturelm(cls, config: dict[str, Any], *, hidden_size: int) -> Self:
-        """Read an original NatureLM-audio ``config.json``.
+        """Read an original NatureLM-audio ``config.json``, for a Llama of width ``hidden_size``.
 
         Keys about Llama, LoRA, training and generation are none of the tower's business and are passed over.
         The Q-Former is as wide as BEATs; its heads, feed-forward width and epsilon are bert-base's unless
         ``audio_qformer_cfg`` gives them (NatureLM-audio hard-codes them).
-
-        Args:
-            config: The parsed ``config.json``.
-            hidden_size: Llama's width.
 
         Raises:
             CheckpointError: A key that the tower needs is missing, unknown, of the wrong type or unsupported.

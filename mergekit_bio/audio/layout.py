@@ -29,10 +29,8 @@ _LOOKS_RESERVED = re.compile(r"reserved|unused|extra", re.IGNORECASE)
 def placeholder_token(tokenizer: dict[str, Any]) -> tuple[str, int]:
     """The token that stands, prefix-length times, for an audio in ``input_ids``.
 
-    It must be inside the vocabulary (vLLM refuses ids beyond it) and mean nothing to Llama: a reserved special token.
-
-    Args:
-        tokenizer: The parsed ``tokenizer.json``.
+    It must be inside the vocabulary (vLLM refuses ids beyond it) and mean nothing to Llama: a reserved special token of
+    ``tokenizer.json``.
 
     Returns:
         Its text and id: ``<|reserved_special_token_0|>`` in Llama 3.1, else the first special token whose name

@@ -99,14 +99,7 @@ class AudioPrefix(nn.Module):
         return fbank(waveform)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Run BEATs alone.
-
-        Args:
-            features: ``[batch, frames, 128]``, of :func:`mergekit_bio.audio.fbank.fbank`.
-
-        Returns:
-            ``[batch, tokens, encoder hidden]``.
-        """
+        """BEATs alone: filter banks ``[batch, frames, 128]`` to ``[batch, tokens, encoder hidden]``."""
         encoded: torch.Tensor = self.beats(features.to(self.audio_query_tokens.dtype))
         return encoded
 
@@ -123,11 +116,8 @@ class AudioPrefix(nn.Module):
 def equally_long(tensors: Sequence[torch.Tensor], *, at_most: int) -> Iterator[list[int]]:
     """Indices of tensors in batches of one length, so that each batch can be stacked.
 
-    A clip is never padded to the length of its neighbours: the tower would hear the padding as silence.
-
-    Args:
-        tensors: Any, equal in all but their first axis.
-        at_most: Tensors a batch.
+    A clip is never padded to the length of its neighbours: the tower would hear the padding as silence. The tensors are
+    equal in all but their first axis; a batch has ``at_most`` of them.
     """
     by_length: dict[int, list[int]] = {}
     for n, tensor in enumerate(tensors):

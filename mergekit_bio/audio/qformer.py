@@ -26,15 +26,7 @@ class QFormer(nn.Module):
         )
 
     def forward(self, queries: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Let every window's queries read it.
-
-        Args:
-            queries: ``[1, queries, hidden]``.
-            windows: ``[windows, tokens, encoder hidden]``.
-
-        Returns:
-            ``[windows, queries, hidden]``.
-        """
+        """``[1, queries, hidden]`` and ``[windows, tokens, encoder hidden]`` -> ``[windows, queries, hidden]``."""
         hidden: torch.Tensor = self.bert["embeddings"]["LayerNorm"](queries).expand(len(windows), -1, -1)
         for layer in self.bert["encoder"]["layer"]:
             hidden = layer(hidden, windows)

@@ -180,11 +180,8 @@ def check_channels(channels: int) -> None:
 def pad_to_minimum(samples: "np.ndarray[Any, Any]", sampling_rate: int) -> "np.ndarray[Any, Any]":
     """Put silence behind a recording of less than 0.5 s, which :func:`prepare` would refuse.
 
-    It changes nothing about what is heard: every clip is followed by silence up to its length.
-
-    Args:
-        samples: ``[samples]``, or ``[samples, channels]``.
-        sampling_rate: Samples a second.
+    It changes nothing about what is heard: every clip is followed by silence up to its length. ``samples`` are
+    ``[samples]``, or ``[samples, channels]``.
     """
     import numpy as np
 

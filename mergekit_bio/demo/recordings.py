@@ -20,13 +20,8 @@ def write_recordings(
 ) -> None:
     """Record ``each`` calls of every species into a new folder.
 
-    Args:
-        folder: Made, with ``metadata.csv`` (file_name, label) and 16-bit wav files of 10 s at 16 kHz.
-        species: Who calls.
-        each: Recordings of every one.
-        seed: Decides what they sound like.
-        label: Which name is the label.
-        progress: Called with 1 for each recording.
+    It gets ``metadata.csv`` (file_name, label: the name that ``label`` says) and 16-bit wav files of 10 s at 16 kHz,
+    whose sound ``seed`` decides. ``progress`` is called with 1 for each.
     """
     import numpy as np
     import soundfile

@@ -56,7 +56,7 @@ class Species:
         genus: Its genus in the common name, a key of ``GENERA``.
         phrase: How its call is phrased, one of ``PHRASES``.
         voice: What its notes are made of.
-        heard: Whether fine-tuning did.
+        heard: Whether it was heard in fine-tuning.
     """
 
     common: str

@@ -43,12 +43,7 @@ def find_models(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
-    """vLLM's own arguments, with defaults that suit the model and keep the server private; flags win over them.
-
-    Args:
-        models: Of :func:`find_models`.
-        flags: As on the command line.
-    """
+    """vLLM's own arguments, with defaults that suit the model and keep the server private; flags win over them."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -271,7 +271,7 @@ def asked(cells: list[Cell], *queries: tuple[int, str]) -> list[Cell]:
 
 
 def figure_names(cells: list[Cell]) -> list[str]:
-    return figures._file_names([*figures._drawings(build_report(cells, scorer="exact"))])
+    return figures._file_names([*figures._figures(build_report(cells, scorer="exact"))])
 
 
 def test_the_files_listed_are_those_on_the_disk_with_two_runs_of_two_targets(make_run, tmp_path):
@@ -369,7 +369,7 @@ def test_checkpoints_without_an_alpha_are_compared_by_name(make_run):
     assert sweep.comparison("accuracy").best == "acme/better"
     assert [row.checkpoint for row in sweep.comparison("accuracy").against] == ["acme/base", "acme/tuned"]
     assert "best at acme/better" in sentences(sweep)[0] and sweep.improvement("accuracy") is None
-    assert [drawing.kind for drawing in figures._drawings(Report(sweeps=(sweep,)))] == ["errors", "confusion"]
+    assert [figure.kind for figure in figures._figures(Report(sweeps=(sweep,)))] == ["errors", "confusion"]
 
 
 def test_the_report_of_one_run_of_ours_goes_into_it(make_run, tmp_path):

@@ -5,17 +5,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
 
 from mergekit_bio.errors import DatasetError, MissingPackageError
 from mergekit_bio.eval.components import Component
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
 from mergekit_bio.outside_data import parse_json
 
-if TYPE_CHECKING:
+try:
+    import datasets
     import numpy as np
+    import pyarrow
+except ImportError:
+    raise MissingPackageError("datasets", "eval", "reading BEANS-Zero") from None
 
 CONFIGURATION, SPLIT = "BEANS-Zero", "test"
 #: Everything about a row that is asked before its recording is.
@@ -38,10 +43,7 @@ def open_component(component: Component, *, source: str, streaming: bool = False
 
     Raises:
         DatasetError: The data cannot be had, or is not of BEANS-Zero's schema.
-        MissingPackageError: ``datasets`` is not installed.
     """
-    if find_spec("datasets") is None:
-        raise MissingPackageError("datasets", "eval", "reading BEANS-Zero")
     with _one_line_errors(source):
         if streaming and not _files(source, "arrow"):
             texts: Iterable[dict[str, Any]] = _streamed(source, component.name, TEXT_COLUMNS)
@@ -86,7 +88,7 @@ def _differences(component: Component, rows: tuple[DatasetRow, ...]) -> Iterator
             yield f"{component.name}: {len(unknown)} label(s) the benchmark does not have: {', '.join(unknown[:3])}"
 
 
-def _recording(find: FindRow, source: str, row_id: str) -> "tuple[np.ndarray, int]":
+def _recording(find: FindRow, source: str, row_id: str) -> tuple[np.ndarray, int]:
     """Samples, float64 [samples], and their rate in Hz, which the row's metadata states."""
     where = f"{source}: row '{row_id}'"
     with _one_line_errors(source):
@@ -122,11 +124,9 @@ def _front_to_back(source: str, component: str) -> FindRow:
 
 def _streamed(source: str, component: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The rows of a component from the Hub or from parquet files, read row group by row group."""
-    from datasets import load_dataset
-
     files = _files(source, "parquet")
     where = {"path": "parquet", "data_files": files} if files else {"path": source, "name": CONFIGURATION}
-    yield from load_dataset(
+    yield from datasets.load_dataset(
         **where,
         split="train" if files else SPLIT,
         streaming=True,
@@ -137,8 +137,6 @@ def _streamed(source: str, component: str, columns: tuple[str, ...]) -> Iterator
 
 def _table(source: str, component: str) -> Any:
     """The rows of a component as a ``datasets.Dataset`` on this disk."""
-    import datasets
-
     columns = tuple(sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS}))
     if arrow := _files(source, "arrow"):
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in arrow])
@@ -168,10 +166,6 @@ def _files(source: str, suffix: str) -> list[str]:
 @contextmanager
 def _one_line_errors(source: str) -> Iterator[None]:
     """What ``datasets``, pyarrow and the Hub raise, as one line."""
-    import datasets
-    import pyarrow
-    from huggingface_hub.errors import HfHubHTTPError
-
     local = Path(source).exists()
     if local and not _files(source, "parquet") and not _files(source, "arrow"):
         raise DatasetError(f"{source}: no parquet or arrow file in it")
@@ -191,8 +185,6 @@ def _one_line_errors(source: str) -> Iterator[None]:
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
     """The libraries' warnings and, unless ``bars``, their progress bars kept from the terminal."""
-    import datasets
-
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     shown = not datasets.are_progress_bars_disabled()

@@ -20,15 +20,12 @@ class Cell:
 
     Attributes:
         file: The name of its predictions file, in the run directory.
-        dataset: The dataset's name.
-        task: How its answers are scored.
         query: The number of the query in the recipe.
         checkpoint: What tables call the checkpoint.
         rows: The number of clips that the complete cell has; None if nobody says.
         identity: All that decides the predictions, nested by key. A file is only continued under an equal one. Empty
             in a plan, which has not looked at weights and recordings.
         alpha: The merge strength; None for a checkpoint not merged with one number.
-        target: What the right answer is.
         query_text: The query as in the recipe; None where the dataset has its own instruction.
         seconds: Time spent on the cell so far.
         run: Name of the run or of the published experiment.

@@ -120,13 +120,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 class PredictionWriter(AbstractContextManager["PredictionWriter"]):
     """Appends predictions to a file such that a kill at any moment loses at most the line being written.
 
-    Opening an existing file cuts off an unfinished last line and reads the ids that are done.
-
-    Args:
-        path: The file; made when missing.
-
-    Attributes:
-        done: The ids of the rows that the file holds.
+    The file is made when missing. Opening an existing one cuts off an unfinished last line and reads the ids that are
+    ``done``.
 
     Raises:
         RunError: The file is damaged before its last line.

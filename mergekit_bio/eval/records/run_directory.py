@@ -37,8 +37,7 @@ class RunRecord:
 
     Attributes:
         name: The recipe's name.
-        recipe: The recipe as resolved.
-        scorer: The scorer that the recipe asks for.
+        recipe: As resolved.
         label_map: label -> scientific name, where a target needs it.
         environment: Versions, hashes, engine settings, timings: whatever a reader may want to know.
         format: Version of this layout.
@@ -88,12 +87,8 @@ def read_record(directory: Path) -> RunRecord:
 class RunDirectory(AbstractContextManager["RunDirectory"]):
     """A run being written by this process, and by no other.
 
-    Use as a context manager. ``record`` is on disk before the first prediction; cells that the directory holds from
-    an earlier start are kept, and continued where the record asks for them again.
-
-    Args:
-        path: The directory; made when missing.
-        record: What is to be run.
+    Use as a context manager. The directory is made when missing, and ``record`` is on disk before the first prediction.
+    Cells that the directory holds from an earlier start are kept, and continued where the record asks for them again.
 
     Raises:
         RunError: Another process writes the run, or it was answered under another configuration (the error names the

@@ -19,8 +19,6 @@ class Against:
     """One cell of a sweep against the best one.
 
     Attributes:
-        checkpoint: The cell's.
-        alpha: Its merge strength, if it has one.
         difference: Its metric minus the best one's, with the 95% interval of the paired bootstrap.
         p: Two-sided.
         p_adjusted: Holm-adjusted for the number of cells compared.
@@ -40,7 +38,6 @@ class Comparison:
     """A sweep against its best cell, paired clip by clip.
 
     Attributes:
-        metric: What is compared.
         test: "McNemar exact" or "paired bootstrap".
         clips: The number of clips that all cells of the sweep have.
         best: The checkpoint with the highest metric (the first such).

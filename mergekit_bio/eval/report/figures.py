@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -69,31 +69,29 @@ ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]
 MOST_LABELS = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawn figure.
+    """A figure; ``kind`` and ``title`` make its file name.
 
     Attributes:
-        caption: What it shows; what a figure of one sweep shares with the others of that sweep is not repeated.
+        kind: A key of ``_KINDS``.
+        draw: Draws it.
         sweep: The sweep that it is about; None where it compares several.
-        png: The picture.
-        files: The PNG and the PDF.
+        files: The PNG and the PDF, once it is drawn.
     """
-
-    caption: str
-    sweep: Sweep | None
-    png: bytes
-    files: tuple[Path, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    """A figure that is still to be drawn; ``kind`` and ``title`` make its file name."""
 
     kind: str
     title: str
     draw: "Callable[[], Canvas]"
     sweep: Sweep | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def caption(self) -> str:
+        """What it shows; what a figure of one sweep shares with the others of that sweep is not repeated."""
+        rest = self.title.removeprefix(self.sweep.title).removeprefix(", ") if self.sweep else self.title
+        several = self.sweep and self.kind in ("sweep", "errors") and not self.sweep.same_clips
+        return _KINDS[self.kind] + (f": {rest}" if rest else "") + (" (each over its own clips)" if several else "")
 
 
 def draw_figures(report: Report, folder: Path, *, progress: ProgressBar) -> list[Figure]:
@@ -107,13 +105,12 @@ def draw_figures(report: Report, folder: Path, *, progress: ProgressBar) -> list
     except ImportError:
         raise MissingPackageError("matplotlib", "eval", "drawing figures") from None
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = list(_drawings(report))
-    figures = []
-    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(drawings)) as advance:
-        for name, drawing in zip(_file_names(drawings), drawings, strict=True):
-            figures.append(_save(folder, name, drawing))
+    planned, drawn = list(_figures(report)), []
+    with matplotlib.rc_context(STYLE | {"font.family": _fonts()}), progress("drawing", len(planned)) as advance:
+        for name, figure in zip(_file_names(planned), planned, strict=True):
+            drawn.append(replace(figure, files=_save(figure.draw(), folder / name)))
             advance(1)
-    return figures
+    return drawn
 
 
 def _fonts() -> list[str]:
@@ -124,12 +121,12 @@ def _fonts() -> list[str]:
     return [*STYLE["font.sans-serif"], *(name for name in FALLBACK_FONTS if name in installed)]
 
 
-def _file_names(drawings: Sequence[_Drawing]) -> list[str]:
+def _file_names(figures: Sequence[Figure]) -> list[str]:
     """For each figure a name without suffix that any file system takes and no other figure has."""
     names: dict[str, str] = {}  # as file systems compare them, some of which ignore case
-    for drawing in drawings:
-        title = "".join(c if c.isalnum() or c in "-." else "_" for c in drawing.title).replace("__", "_")
-        stem = f"{drawing.kind}_{title}".encode()
+    for figure in figures:
+        title = "".join(c if c.isalnum() or c in "-." else "_" for c in figure.title).replace("__", "_")
+        stem = f"{figure.kind}_{title}".encode()
         if len(stem) > LONGEST_NAME:
             stem = stem[: LONGEST_NAME - 9] + b"-" + hashlib.sha256(stem).hexdigest()[:8].encode()
         name = first = stem.decode(errors="ignore")
@@ -141,19 +138,14 @@ def _file_names(drawings: Sequence[_Drawing]) -> list[str]:
     return [*names.values()]
 
 
-def _save(folder: Path, name: str, drawing: _Drawing) -> Figure:
-    canvas = drawing.draw()
-    files = tuple(folder / f"{name}.{suffix}" for suffix in ("png", "pdf"))
+def _save(canvas: "Canvas", stem: Path) -> tuple[Path, Path]:
+    files = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands there; the page has the letter
         for file in files:
             # Without a date the same report gives the same bytes.
             canvas.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
-    rest = drawing.title.removeprefix(drawing.sweep.title).removeprefix(", ") if drawing.sweep else drawing.title
-    caption = f"{_KINDS[drawing.kind]}: {rest}" if rest else _KINDS[drawing.kind]
-    if drawing.sweep and drawing.kind in ("sweep", "errors") and not drawing.sweep.same_clips:
-        caption += " (each over its own clips)"
-    return Figure(caption=caption, sweep=drawing.sweep, png=files[0].read_bytes(), files=files)
+    return files
 
 
 #: The targets, as readers of figures call them.
@@ -168,37 +160,37 @@ _KINDS = {
 }
 
 
-def _drawings(report: Report) -> Iterator[_Drawing]:
+def _figures(report: Report) -> Iterator[Figure]:
     """Every figure there is something for."""
     for sweep in report.sweeps:
         if sweep.by_alpha and len(sweep.scores) > 1:
-            yield _Drawing(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
+            yield Figure(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
         if sweep.cell.task == "classification":
             if len(sweep.scores) > 1:
-                yield _Drawing(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
+                yield Figure(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_metrics[0])
             if best is not None:
                 title = f"{sweep.title}, {best.cell.checkpoint}"
-                yield _Drawing(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
+                yield Figure(kind="confusion", title=title, draw=partial(_draw_confusion, best), sweep=sweep)
     for (run, dataset), members in groupby(report.sweeps, key=lambda sweep: (sweep.cell.run, sweep.cell.dataset)):
         title = run if run == dataset else f"{run}, {dataset}"
         asked = [sweep for sweep in members if sweep.cell.task == "classification"]
         by_target = {target: [sweep for sweep in asked if sweep.cell.target == target] for target in NAMES}
-        yield from _names_drawings(title, by_target)
+        yield from _names_figures(title, by_target)
         for target, wordings in by_target.items():
             if len(wordings) > 1 and all(len(sweep.scores) == 1 for sweep in wordings) and _same_clips(wordings):
-                yield _Drawing(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
-    yield from _run_drawings(report)
+                yield Figure(kind="wordings", title=_of_target(title, target), draw=partial(_draw_wordings, wordings))
+    yield from _run_figures(report)
 
 
-def _names_drawings(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[_Drawing]:
+def _names_figures(title: str, by_target: Mapping[Target, Sequence[Sweep]]) -> Iterator[Figure]:
     """The three targets of one question; of several wordings the first of each, the second of each, and so on."""
     curves = ([sweep for sweep in sweeps if sweep.by_alpha and len(sweep.scores) > 1] for sweeps in by_target.values())
     together = [sweeps for sweeps in zip(*curves, strict=False) if _same_clips(sweeps)]
     for sweeps in together:
         queries = ", queries " + ", ".join(str(sweep.cell.query) for sweep in sweeps) if len(together) > 1 else ""
         named = dict(zip(by_target, sweeps, strict=True))
-        yield _Drawing(kind="names", title=title + queries, draw=partial(_draw_names, named))
+        yield Figure(kind="names", title=title + queries, draw=partial(_draw_names, named))
 
 
 def _of_target(title: str, target: Target) -> str:
@@ -211,7 +203,7 @@ def _same_clips(sweeps: Sequence[Sweep]) -> bool:
     return len({item.ids for sweep in sweeps for item in sweep.scores}) == 1
 
 
-def _run_drawings(report: Report) -> Iterator[_Drawing]:
+def _run_figures(report: Report) -> Iterator[Figure]:
     """Runs that asked about the same clips, laid over one another (in-context examples or none, for one)."""
     alike: dict[Any, list[Sweep]] = {}
     for sweep in report.sweeps:
@@ -222,7 +214,7 @@ def _run_drawings(report: Report) -> Iterator[_Drawing]:
     titles = Counter((dataset, target) for dataset, target, _ in together)
     for (dataset, target, clips), sweeps in together.items():
         number = f", {len(clips)} clips" if titles[dataset, target] > 1 else ""
-        yield _Drawing(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
+        yield Figure(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
 
 
 def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True) -> Any:

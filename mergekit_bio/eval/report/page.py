@@ -36,7 +36,9 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
-    pictures = [(figure.sweep, figure.caption, base64.b64encode(figure.png).decode()) for figure in figures]
+    pictures = [
+        (figure.sweep, figure.caption, base64.b64encode(figure.files[0].read_bytes()).decode()) for figure in figures
+    ]
     return template.render(
         title=", ".join(runs),
         scorers={name: SCORERS[name].description for name in report.scorers},

@@ -22,13 +22,11 @@ class Score:
     """What a scorer says about a cell.
 
     Attributes:
-        scorer: Its name.
         ids: The clips, in the order of the following three.
         targets: The right answers; ``NO_TARGET`` where a label has no scientific name.
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
             and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
-        metrics: Name -> value.
         intervals: 95% bootstrap interval of the metrics that have one.
         baselines: What majority and random answers get, named after the metric they belong to (classification).
         matching: How the texts met the labels (classification, scorers that go by edit distance).
@@ -58,7 +56,6 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
     """Score a cell.
 
     Args:
-        cell: Its predictions and what they should be.
         scorer: One of ``SCORERS``.
         labels: The labels of all clips that any cell of the sweep has, so that a cell with few clips is given no easier
             list to match with; by default those of the cell.
