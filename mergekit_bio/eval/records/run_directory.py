@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -100,20 +100,19 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK_NAME).open("wb")
+            lock = (path / LOCK_NAME).open("wb")
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunError(f"{path}: another process is writing this run; wait for it or give another --out") from None
-        try:
+        with ExitStack() as stack:  # whatever goes wrong below lets go of the lock
+            stack.enter_context(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                message = "another process is writing this run; wait for it or give another --out"
+                raise RunError(f"{path}: {message}") from None
             self.record = _continued(path, record) if (path / RECORD_NAME).exists() else record
             self._write()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = stack.pop_all()
 
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
