@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.audio.prefix import AudioPrefix
-from mergekit_bio.audio.tower import unused_shapes
+from mergekit_bio.audio.tower import POSITION_IDS, unused_shapes
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, RANK = 64, 2, 2, 1, 32, 128, 4
 
@@ -39,8 +39,8 @@ BEATS = {
     "encoder_embed_dim": 32,
     "encoder_ffn_embed_dim": 64,
     "encoder_layerdrop": 0.0,
-    "encoder_layers": 1,
-    "finetuned_model": False,
+    "encoder_layers": 2,
+    "finetuned_model": True,
     "gru_rel_pos": True,
     "input_patch_size": 16,
     "layer_norm_first": False,
@@ -75,9 +75,23 @@ CORPUS = [
 ]
 
 
-def make_base(folder: Path, *, seed: int = 0) -> Path:
+def audio_config() -> AudioPrefixConfig:
+    return AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN)
+
+
+def random_prefix(seed: int = 1) -> AudioPrefix:
+    """A tower in which every parameter matters."""
+    torch.manual_seed(seed)
+    prefix = AudioPrefix(audio_config()).eval()
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return prefix
+
+
+def make_base(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A Llama with a Llama-3-like tokenizer."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(folder)
     eos = [SPECIAL.index(name) + vocab_size - len(SPECIAL) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     bos = vocab_size - len(SPECIAL)
@@ -96,7 +110,7 @@ def make_base(folder: Path, *, seed: int = 0) -> Path:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": vocab_size,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -124,6 +138,7 @@ def make_base(folder: Path, *, seed: int = 0) -> Path:
             f"{layer}.mlp.up_proj.weight": weight(FFN, HIDDEN),
             f"{layer}.mlp.down_proj.weight": weight(HIDDEN, FFN),
         }
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -136,13 +151,7 @@ def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None) -> P
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(NATURELM))
-    torch.manual_seed(seed)
-    config = AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN)
-    tower = AudioPrefix(config)
-    tensors = {
-        name: tensor if not tensor.is_floating_point() or tensor.ndim < 2 else torch.randn_like(tensor) * 0.3
-        for name, tensor in tower.state_dict().items()
-    }
+    tensors = dict(random_prefix(seed).state_dict())
     widths = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
     for n in range(LAYERS):
         for kind, width in widths.items():
@@ -152,8 +161,8 @@ def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None) -> P
             tensors[f"{module}.lora_B.default.weight"] = torch.randn(width, RANK) * 0.3
     if base is not None:
         tensors = {name: t.bfloat16() if ".lora_" in name else t for name, t in tensors.items()}
-        tensors |= {name: torch.ones(shape) for name, shape in unused_shapes(config).items()}
-        tensors["audio_Qformer.bert.embeddings.position_ids"] = torch.arange(config.qformer.num_positions)[None]
+        tensors |= {name: torch.ones(shape) for name, shape in unused_shapes(audio_config()).items()}
+        tensors[POSITION_IDS] = torch.arange(audio_config().qformer.num_positions)[None]
         embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
         tensors["llama_embed_tokens.weight"] = torch.cat([embedding, torch.randn(1, HIDDEN).to(embedding.dtype)])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -94,13 +94,14 @@ def published_models(golden: Path, hub_cache: Path) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small merged model with ears, bf16 Llama and float32 tower; its sources lie beside it."""
-    from audio.tiny import write_base, write_naturelm
+    import torch
+    from tiny_naturelm import make_base, make_naturelm
 
     import mergekit_bio
 
     root = tmp_path_factory.mktemp("merged")
-    write_base(root / "llama")
-    write_naturelm(root / "naturelm")
+    make_base(root / "llama", dtype=torch.bfloat16)
+    make_naturelm(root / "naturelm")
     (result,) = mergekit_bio.merge(
         base=root / "llama", adapter=root / "naturelm", alphas=[0.5], out=root / "alpha-0.50", device="cpu"
     )

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from audio.tiny import NATURELM_CONFIG, audio_config
+from tiny_naturelm import NATURELM, audio_config
 
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.errors import CheckpointError
@@ -18,7 +18,7 @@ def without(config: dict, *path: str) -> dict:
 
 
 def with_beats(**changes: object) -> dict:
-    return NATURELM_CONFIG | {"beats_cfg": NATURELM_CONFIG["beats_cfg"] | changes}
+    return NATURELM | {"beats_cfg": NATURELM["beats_cfg"] | changes}
 
 
 def test_round_trips_through_json() -> None:
@@ -50,9 +50,9 @@ def test_prefix_lengths_are_the_references() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (without(NATURELM_CONFIG, "beats_cfg"), "'beats_cfg'"),
-        (without(NATURELM_CONFIG, "beats_cfg", "num_buckets"), "beats_cfg lacks the key 'num_buckets'"),
-        (without(NATURELM_CONFIG, "second_per_window"), "'second_per_window'"),
+        (without(NATURELM, "beats_cfg"), "'beats_cfg'"),
+        (without(NATURELM, "beats_cfg", "num_buckets"), "beats_cfg lacks the key 'num_buckets'"),
+        (without(NATURELM, "second_per_window"), "'second_per_window'"),
         (with_beats(dropuot=0.1), "unknown key 'dropuot'"),
         (with_beats(encoder_layers="12"), "encoder_layers must be of type int, not '12'"),
         (with_beats(encoder_layers=True), "must be of type int"),
@@ -61,12 +61,12 @@ def test_prefix_lengths_are_the_references() -> None:
         (with_beats(encoder_attention_heads=5), "not divisible"),
         (with_beats(num_buckets=0), "num_buckets must be above 0"),
         (with_beats(max_distance=8), "max_distance"),
-        (NATURELM_CONFIG | {"window_level_Qformer": False}, "window_level_Qformer"),
-        (NATURELM_CONFIG | {"second_per_window": float("nan")}, "second_per_window"),
-        (NATURELM_CONFIG | {"second_stride": 0}, "second_stride"),
-        (NATURELM_CONFIG | {"num_audio_query_token": 0}, "num_queries must be above 0"),
-        (NATURELM_CONFIG | {"audio_qformer_cfg": {"heads": 4}}, "unknown key 'heads'"),
-        (NATURELM_CONFIG | {"audio_qformer_cfg": None}, "audio_qformer_cfg"),
+        (NATURELM | {"window_level_Qformer": False}, "window_level_Qformer"),
+        (NATURELM | {"second_per_window": float("nan")}, "second_per_window"),
+        (NATURELM | {"second_stride": 0}, "second_stride"),
+        (NATURELM | {"num_audio_query_token": 0}, "num_queries must be above 0"),
+        (NATURELM | {"audio_qformer_cfg": {"heads": 4}}, "unknown key 'heads'"),
+        (NATURELM | {"audio_qformer_cfg": None}, "audio_qformer_cfg"),
     ],
 )
 def test_names_what_is_wrong_in_an_original_config(config: dict, message: str) -> None:

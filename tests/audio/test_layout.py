@@ -1,5 +1,5 @@
 import pytest
-from audio.tiny import NATURELM_CONFIG
+from tiny_naturelm import NATURELM
 
 from mergekit_bio.audio.layout import merged_config, placeholder_token, processor_config
 from mergekit_bio.errors import CheckpointError
@@ -26,7 +26,7 @@ LLAMA3 = tokenizer(
 
 
 def test_the_config_holds_a_complete_llama_and_a_complete_tower() -> None:
-    config = merged_config(text_config=LLAMA, naturelm_config=NATURELM_CONFIG, tokenizer=LLAMA3)
+    config = merged_config(text_config=LLAMA, naturelm_config=NATURELM, tokenizer=LLAMA3)
 
     assert config["model_type"] == "naturelm_audio"
     assert config["architectures"] == ["NatureLMAudioForConditionalGeneration"]
@@ -44,20 +44,20 @@ def test_the_config_holds_a_complete_llama_and_a_complete_tower() -> None:
 
 
 def test_another_dtype_is_recorded() -> None:
-    config = merged_config(text_config=LLAMA, naturelm_config=NATURELM_CONFIG, tokenizer=LLAMA3, dtype="float32")
+    config = merged_config(text_config=LLAMA, naturelm_config=NATURELM, tokenizer=LLAMA3, dtype="float32")
 
     assert config["dtype"] == config["text_config"]["dtype"] == "float32"
 
 
 def test_the_processor_knows_slot_length_and_template() -> None:
-    config = processor_config(text_config=LLAMA, naturelm_config=NATURELM_CONFIG, tokenizer=LLAMA3)
+    config = processor_config(text_config=LLAMA, naturelm_config=NATURELM, tokenizer=LLAMA3)
 
     assert config == {
         "audio_token": "<|reserved_special_token_0|>",
         "clip_samples": 160_000,
         "prefix_length": 29,
         "processor_class": "NatureLMAudioProcessor",
-        "prompt_template": NATURELM_CONFIG["prompt_template"],
+        "prompt_template": NATURELM["prompt_template"],
         "sampling_rate": 16_000,
     }
 
@@ -69,10 +69,10 @@ def test_another_tokenizers_first_reserved_token_serves() -> None:
 @pytest.mark.parametrize(
     ("text_config", "naturelm_config", "tokens", "message"),
     [
-        (LLAMA | {"model_type": "qwen2"}, NATURELM_CONFIG, LLAMA3, "'qwen2'"),
-        (LLAMA, NATURELM_CONFIG, tokenizer("<s>", "</s>"), "no reserved special token"),
-        (LLAMA | {"vocab_size": 128_002}, NATURELM_CONFIG, LLAMA3, "vocab_size 128002"),
-        (LLAMA | {"hidden_size": None}, NATURELM_CONFIG, LLAMA3, "hidden_size"),
+        (LLAMA | {"model_type": "qwen2"}, NATURELM, LLAMA3, "'qwen2'"),
+        (LLAMA, NATURELM, tokenizer("<s>", "</s>"), "no reserved special token"),
+        (LLAMA | {"vocab_size": 128_002}, NATURELM, LLAMA3, "vocab_size 128002"),
+        (LLAMA | {"hidden_size": None}, NATURELM, LLAMA3, "hidden_size"),
         (LLAMA, {}, LLAMA3, "beats_cfg"),
     ],
 )
@@ -85,6 +85,4 @@ def test_refuses_sources_that_do_not_go_together(text_config, naturelm_config, t
 @pytest.mark.parametrize("template", ["no place", "{} and {}", 7])
 def test_refuses_a_template_without_exactly_one_place(template: object) -> None:
     with pytest.raises(CheckpointError, match="prompt_template"):
-        processor_config(
-            text_config=LLAMA, naturelm_config=NATURELM_CONFIG | {"prompt_template": template}, tokenizer=LLAMA3
-        )
+        processor_config(text_config=LLAMA, naturelm_config=NATURELM | {"prompt_template": template}, tokenizer=LLAMA3)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from audio.tiny import audio_config, random_prefix
 from safetensors.torch import load_file
+from tiny_naturelm import HIDDEN, audio_config, random_prefix
 from torch import nn
 from transformers import audio_utils
 
@@ -197,7 +197,7 @@ def test_a_clips_prefix_does_not_depend_on_its_neighbours() -> None:
 def test_prefix_length_goes_with_the_waveforms(seconds: int, tokens: int) -> None:
     prefix = random_prefix()
 
-    assert prefix(clips(1, seconds)).shape == (1, tokens, 32)
+    assert prefix(clips(1, seconds)).shape == (1, tokens, HIDDEN)
     assert prefix.config.prefix_length(seconds * 16_000) == tokens
 
 
@@ -244,12 +244,12 @@ def test_attention_is_the_gated_softmax_written_out() -> None:
     torch.manual_seed(3)
     attention = GatedAttention(config, has_bias=False).double()
     attention.grep_a.copy_(torch.randn(1, 2, 1, 1))
-    hidden, bias = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
+    hidden, bias = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 5, 5, dtype=torch.float64)
 
-    expected = torch.empty(2, 5, 24, dtype=torch.float64)
+    expected = torch.empty(2, 5, 32, dtype=torch.float64)
     for clip in range(2):
         for head in range(2):
-            part = slice(12 * head, 12 * head + 12)
+            part = slice(16 * head, 16 * head + 16)
             query, key, value = (
                 (hidden[clip] @ p.weight.T + p.bias)[:, part]
                 for p in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -258,7 +258,7 @@ def test_attention_is_the_gated_softmax_written_out() -> None:
                 eight = attention.grep_linear.weight @ query[position] + attention.grep_linear.bias
                 a, b = torch.sigmoid(eight[:4].sum()), torch.sigmoid(eight[4:].sum())
                 gate = a * (b * attention.grep_a[0, head, 0, 0] - 1) + 2
-                logits = key @ query[position] / math.sqrt(12) + gate * bias[head, position]
+                logits = key @ query[position] / math.sqrt(16) + gate * bias[head, position]
                 expected[clip, position, part] = torch.softmax(logits, 0) @ value
     expected = expected @ attention.out_proj.weight.T + attention.out_proj.bias
 
@@ -267,7 +267,7 @@ def test_attention_is_the_gated_softmax_written_out() -> None:
 
 COMPILED = """
 import torch
-from audio.tiny import random_prefix
+from tiny_naturelm import random_prefix
 prefix = random_prefix()
 features = prefix.features(torch.randn(2, 160_000, generator=torch.Generator().manual_seed(0)) * 0.1)
 with torch.no_grad():
@@ -280,7 +280,7 @@ with torch.no_grad():
 def test_compiles() -> None:
     """In a process of its own: in the tests' the compiler is off, for vLLM's sake."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "eval")
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1e-5

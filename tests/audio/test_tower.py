@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from audio.tiny import random_prefix, write_base, write_naturelm
 from safetensors.torch import load_file, save_file
+from tiny_naturelm import make_base, make_naturelm, random_prefix
 
 from mergekit_bio.audio.names import alias_of, is_tower_tensor, merged_name
 from mergekit_bio.audio.prefix import AudioPrefix
@@ -18,8 +18,7 @@ ALIAS = BIAS.replace("layers.0", "layers.1")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    write_naturelm(tmp_path / "naturelm")
-    return tmp_path / "naturelm"
+    return make_naturelm(tmp_path / "naturelm")
 
 
 def change(checkpoint: Path, **tensors: torch.Tensor | None) -> None:
@@ -78,7 +77,7 @@ def test_a_true_copy_of_the_shared_bias_is_accepted(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_a_tower_is_said_to_have_none(tmp_path: Path) -> None:
-    write_base(tmp_path)
+    make_base(tmp_path)
 
     with pytest.raises(CheckpointError, match="has no audio tower"):
         AudioPrefix.from_pretrained(tmp_path)

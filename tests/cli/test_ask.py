@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from audio.tiny import write_base
+from tiny_naturelm import make_base
 
 from mergekit_bio.audio.device import pick_device
 from mergekit_bio.errors import EngineError
@@ -201,7 +201,7 @@ def test_mistakes_get_one_clear_line(
 
 
 def test_a_model_without_ears_is_refused(run: Run, recording, tmp_path: Path) -> None:
-    write_base(tmp_path / "llama")
+    make_base(tmp_path / "llama")
 
     code, _, err = run(tmp_path / "llama", recording("a.wav"), "-p", QUESTION)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audio.tiny import write_base, write_naturelm
 from hub.server import Hub, running_hub
 from hub_cache import ADAPTER, BASE, put_in_cache
+from tiny_naturelm import make_base, make_naturelm
 
 from mergekit_bio import diagnosis
 from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
@@ -72,7 +72,7 @@ def findings(home: Path, **options: str) -> dict[str, dict[str, str]]:
 
 def fill_cache(home: Path, *, without_weights: str | None = None) -> None:
     """Lay small models where the hub's client would have put the real ones."""
-    for repo, write in ((BASE, write_base), (ADAPTER, write_naturelm)):
+    for repo, write in ((BASE, make_base), (ADAPTER, make_naturelm)):
         source = home / "sources" / repo.replace("/", "--")
         source.parent.mkdir(exist_ok=True)
         write(source)
@@ -174,7 +174,7 @@ def test_models_in_the_cache_need_no_hub(hub: Hub, beside: Path, tmp_path: Path)
 
 def test_a_folder_with_the_name_of_a_model_wins_over_the_hub(beside: Path, tmp_path: Path) -> None:
     (tmp_path / BASE).parent.mkdir()
-    write_base(tmp_path / BASE)
+    make_base(tmp_path / BASE)
     found = findings(tmp_path, endpoint=closed_port(), PYTHONPATH=str(beside))
 
     assert (found[BASE]["state"], found[BASE]["detail"]) == ("ok", f"at hand: {BASE}")

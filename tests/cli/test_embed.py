@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio.tiny import write_base
 from safetensors import safe_open
+from tiny_naturelm import make_base
 
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.recording import read_windows
@@ -131,7 +131,7 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(
 
 
 def test_a_model_without_ears_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
-    write_base(tmp_path / "llama")
+    make_base(tmp_path / "llama")
 
     code, _, err = run(tmp_path / "llama", folder / "a.wav", "--out", tmp_path / "e.npz")
 

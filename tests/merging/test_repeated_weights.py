@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from audio.tiny import write_base, write_naturelm
 from merging.oracle import read_tensors
 from merging.refusal import refused
 from safetensors.torch import load_file, save_file
+from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
 from mergekit_bio.audio.prefix import AudioPrefix
@@ -25,16 +25,13 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    write_base(folder)
-    return folder
+    return make_base(tmp_path_factory.mktemp("base") / "llama", dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def published(base: Path) -> Path:
     """A small checkpoint in the published layout."""
-    write_naturelm(base.with_name("naturelm"), base=base)
-    return base.with_name("naturelm")
+    return make_naturelm(base.with_name("naturelm"), base=base)
 
 
 @pytest.fixture
@@ -80,7 +77,7 @@ VARIANTS: dict[str, Callable[[Tensors, Tensors], Tensors]] = {
     "as published": lambda tensors, base: tensors,
     "the embedding in float32": lambda tensors, base: tensors | {ALIAS: tensors[ALIAS].float()},
     "the embedding in float16": lambda tensors, base: tensors | {ALIAS: tensors[ALIAS].half()},
-    "another [PAD] row": lambda tensors, base: changed_rows(tensors, rows=(262,)),
+    "another [PAD] row": lambda tensors, base: changed_rows(tensors, rows=(327,)),
     "no [PAD] row": lambda tensors, base: tensors | {ALIAS: base["model.embed_tokens.weight"]},
     "two names": lambda tensors, base: tensors | {EMBEDDING: tensors[ALIAS].clone()},
     "the other name": lambda tensors, base: {EMBEDDING if name == ALIAS else name: t for name, t in tensors.items()},
@@ -134,7 +131,7 @@ def changed_rows(tensors: Tensors, name: str = ALIAS, rows: tuple[int, ...] = (7
 REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "another embedding": (
         changed_rows,
-        r"llama_embed_tokens\.weight: differs from .* in 2 of 262 rows, the first is row 7; .*--base-from-adapter",
+        r"llama_embed_tokens\.weight: differs from .* in 2 of 327 rows, the first is row 7; .*--base-from-adapter",
     ),
     "two names with other values": (
         lambda tensors: changed_rows(changed_rows(tensors) | {EMBEDDING: tensors[ALIAS]}, EMBEDDING, (9,)),
@@ -145,11 +142,11 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         r"llama_model.*embed_tokens\.weight: differs from llama_embed_tokens\.weight, its second name",
     ),
     "an embedding of another width": (
-        lambda tensors: tensors | {ALIAS: torch.zeros(263, 16).bfloat16()},
-        r"llama_embed_tokens\.weight: is BF16 \[263, 16\], but model\.embed_tokens\.weight of the base .*\[262, 32\]",
+        lambda tensors: tensors | {ALIAS: torch.zeros(328, 16).bfloat16()},
+        r"llama_embed_tokens\.weight: is BF16 \[328, 16\], but model\.embed_tokens\.weight of the base .*\[327, 64\]",
     ),
     "an embedding of whole numbers": (
-        lambda tensors: tensors | {ALIAS: torch.zeros(263, 32, dtype=torch.int8)},
+        lambda tensors: tensors | {ALIAS: torch.zeros(328, 64, dtype=torch.int8)},
         r"llama_embed_tokens\.weight: is I8",
     ),
     "a tensor that the base has not": (
@@ -204,7 +201,7 @@ def test_a_tower_of_another_width_is_refused_and_left_out_where_that_is_asked(ba
 
     folder = adapter(narrower)
     words = ["merge", "--base", base, "--adapter", folder, "--alpha", "0.5", "--out", tmp_path / "out"]
-    message = "audio_llama_proj.weight: gives embeddings of width 16, but the base .* has hidden_size 32"
+    message = "audio_llama_proj.weight: gives embeddings of width 16, but the base .* has hidden_size 64"
     assert re.search(message, refused(*words, watch=tmp_path))
     mergekit_bio.merge(base=base, adapter=folder, alphas=[0.5], out=tmp_path / "out", text_only=True, device="cpu")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from audio.tiny import PLACEHOLDER
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
@@ -90,7 +89,7 @@ def test_the_prefix_stands_where_the_slot_is(model: Any, processor: Any, merged:
     inputs = processor("ab<AudioHere>c", audio=audio())
 
     ids = inputs["input_ids"][0]
-    assert (ids == PLACEHOLDER).nonzero().flatten().tolist() == list(range(3, 32))
+    assert (ids == model.config.audio_token_id).nonzero().flatten().tolist() == list(range(3, 32))
     embeds = model.embed(**{key: inputs[key] for key in ("input_ids", "input_features")})
     from mergekit_bio.audio.waveform import prepare
 
@@ -164,7 +163,10 @@ def test_a_typed_placeholder_breaks_nothing(processor: Any, model: Any) -> None:
     with pytest.raises(PromptError, match="write <AudioHere> instead"):
         processor("<|reserved_special_token_0|> <AudioHere>", audio=audio())
     with pytest.raises(PromptError, match="1 audio placeholders"):
-        model(torch.tensor([[256, PLACEHOLDER]]), input_features=torch.zeros(1, 998, 128))
+        model(
+            torch.tensor([[model.config.bos_token_id, model.config.audio_token_id]]),
+            input_features=torch.zeros(1, 998, 128),
+        )
 
 
 def test_any_sampling_rate_and_a_flat_list_of_audios(processor: Any) -> None:
