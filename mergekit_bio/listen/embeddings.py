@@ -3,13 +3,12 @@
 import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from mergekit_bio.audio.device import full_float32
 from mergekit_bio.audio.recording import read_windows
@@ -123,14 +122,11 @@ class EmbeddingWriter:
     def _write_npz(self, file: Path) -> None:
         import numpy as np
 
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, column in self._columns.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as out:
-                    header = {"descr": column.dtype, "fortran_order": False, "shape": column.shape}
-                    np.lib.format.write_array_header_1_0(out, header)
-                    column.copy_to(out)
-            with archive.open("recordings.npy", "w") as out:
-                np.lib.format.write_array(out, np.array(self.recordings))
+        arrays: dict[str, Any] = {}
+        for name, column in self._columns.items():
+            column.rows.flush()
+            arrays[name] = np.memmap(column.rows, column.dtype, mode="r", shape=column.shape)
+        np.savez(file, recordings=np.array(self.recordings), **arrays)  # which copies them piece by piece
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class Guard:
             message = f"the request is larger than {self._settings.max_body_bytes} bytes"
             await _refuse(scope, receive, send, 413, message)
             return
-        flaw = None if scope["path"] == "/predict" else _flaw(body)  # that one answers item by item
+        # /predict answers item by item, and the model of such a path is known.
+        document, flaw = (None, None) if scope["path"] == "/predict" else _read(body)
         if flaw is not None:
             await _refuse(scope, receive, send, 400, f"the request holds {flaw}")
             return
@@ -78,7 +79,7 @@ class Guard:
             state = scope["app"].state
             self._loaded_model = LoadedModel(self._settings.default_model, lambda model: self._switch(state, model))
         try:
-            async with self._loaded_model.use(self._model(scope, body)):
+            async with self._loaded_model.use(self._model(scope, document)):
                 await self._answer(scope, replay, send)
         except MergekitBioError as error:  # of the switch: answering turns its own into answers
             await _refuse(scope, receive, send, 503, str(error))
@@ -111,16 +112,9 @@ class Guard:
             return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: first}
         return {**scope, MODEL_KEY: self._settings.default_model}
 
-    def _model(self, scope: Scope, body: bytes) -> str:
-        if scope["path"] not in _PER_MODEL:
-            try:
-                document = json.loads(body)
-            except (ValueError, RecursionError):
-                document = None  # vLLM will say what is wrong with it
-            name = document.get("model") if isinstance(document, dict) else None
-            if isinstance(name, str) and name in self._settings.models:
-                return name
-        model: str = scope[MODEL_KEY]
+    def _model(self, scope: Scope, document: Any) -> str:
+        name = document.get("model") if isinstance(document, dict) and scope["path"] not in _PER_MODEL else None
+        model: str = name if isinstance(name, str) and name in self._settings.models else scope[MODEL_KEY]
         return model
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -167,8 +161,8 @@ async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> Any:
     return await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
 
 
-def _flaw(body: bytes) -> str | None:
-    """What JSON can write, but vLLM can neither tokenize, nor hand to its other processes, nor send back."""
+def _read(body: bytes) -> tuple[Any, str | None]:
+    """A body's JSON, and what in it vLLM can neither tokenize, nor hand to its other processes, nor send back."""
     longest = 0
 
     def integer(digits: str) -> int:
@@ -180,12 +174,12 @@ def _flaw(body: bytes) -> str | None:
     try:
         document = json.loads(body, parse_int=integer)
     except (ValueError, RecursionError):
-        return None  # no JSON: vLLM will say so
+        return None, None  # no JSON: vLLM will say so
     if longest > 64:
-        return "an integer of more than 64 bits"
+        return document, "an integer of more than 64 bits"
     if _SURROGATE.search(body) and not is_text(json.dumps(document, ensure_ascii=False)):
-        return "half of a surrogate pair, which is no text"
-    return None
+        return document, "half of a surrogate pair, which is no text"
+    return document, None
 
 
 def _has_key(scope: Scope) -> bool:

@@ -69,18 +69,15 @@ class GenerationConfig(_Tolerant):
 
     def decoding(self, *, default_tokens: int) -> Decoding:
         """As an engine's settings."""
-        num_beams = self.num_beams or 1
         temperature = 1.0 if self.temperature is None else self.temperature
-        sample = self.do_sample if self.do_sample is not None else self.temperature is not None and num_beams == 1
+        sample = self.do_sample
+        if sample is None:
+            sample = self.temperature is not None and self.num_beams in (None, 1)
+        same = {"num_beams", "length_penalty", "early_stopping", "top_p", "top_k", "seed"}
         return Decoding(
             max_new_tokens=self.max_new_tokens or self.max_tokens or default_tokens,
-            num_beams=num_beams,
-            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
-            early_stopping=self.early_stopping or False,
             temperature=temperature if sample else 0.0,
-            top_p=self.top_p or 1.0,
-            top_k=self.top_k or 0,
-            seed=self.seed or 0,
+            **self.model_dump(include=same, exclude_none=True),
         )
 
 

@@ -119,11 +119,29 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         name = _PUBLISHED_NAME.fullmatch(file.name)
         if not name:
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
-        dataset, query, alpha = name["dataset"], int(name["query"]), int(name["hundredths"]) / 100
+        run, dataset, query = file.resolve().parent.name, name["dataset"], int(name["query"])
+        alpha = int(name["hundredths"]) / 100
         predictions = _by_id(read_predictions(file))
+        notes = []
+
+        # 1. What is right: the paper knows it for its own questions, for every other one it is the label.
         asked = _question(predictions)
         target = paper_target(dataset, query=asked, number=query)
-        cell = Cell(
+        if dataset in NAMED_COMPONENTS and target is None:
+            shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
+            notes.append(f"none of the paper's questions ({shown}); scored against the label")
+
+        # 2. The scientific names that this takes: those given, else those beside the file, else the paper's.
+        named: Mapping[str, str] = {}
+        if target in ("scientific", "combined"):
+            named = _names_beside(file.parent, dataset) if names is None else names
+            if not named:
+                of_paper = paper_names(dataset)
+                named = read_label_map(of_paper)
+                notes.append(
+                    f"no list of scientific names beside the files; the paper's is used (labels/{of_paper.name})"
+                )
+        yield Cell(
             file=file.name,
             dataset=dataset,
             task=components()[dataset].task if dataset in components() else "classification",
@@ -132,29 +150,12 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
             rows=None,
             alpha=alpha,
             target=target or "label",
-            run=file.resolve().parent.name,
+            run=run,
             folder=file.parent,
             predictions=predictions,
+            names=named,
+            notes=tuple(f"{run}, {dataset}, query {query}: {note}" for note in notes),
         )
-        if dataset in NAMED_COMPONENTS and target is None:
-            shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
-            cell = _with_note(cell, f"none of the paper's questions ({shown}); scored against the label")
-        yield cell if cell.target == "label" else _with_names(cell, names)
-
-
-def _with_note(cell: Cell, note: str) -> Cell:
-    """A cell with a note that holds for its whole sweep."""
-    return replace(cell, notes=(*cell.notes, f"{cell.run}, {cell.dataset}, query {cell.query}: {note}"))
-
-
-def _with_names(cell: Cell, names: Mapping[str, str] | None) -> Cell:
-    """A published cell with the given names, else those beside its file, else the paper's."""
-    names = _names_beside(cell.folder, cell.dataset) if names is None else names
-    if names:
-        return replace(cell, names=names)
-    file = paper_names(cell.dataset)
-    note = f"no list of scientific names beside the files; the paper's is used (labels/{file.name})"
-    return _with_note(replace(cell, names=read_label_map(file)), note)
 
 
 def _question(rows: tuple[Prediction, ...]) -> str | None:

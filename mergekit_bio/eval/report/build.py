@@ -149,14 +149,19 @@ class Report:
     waiting: tuple[Cell, ...] = ()
 
     @property
+    def scores(self) -> list[Score]:
+        """The scores of all sweeps."""
+        return [item for sweep in self.sweeps for item in sweep.scores]
+
+    @property
     def scorers(self) -> list[str]:
         """The scorers used; more than one only where runs ask for different ones."""
-        return list(dict.fromkeys(item.scorer for sweep in self.sweeps for item in sweep.scores))
+        return list(dict.fromkeys(item.scorer for item in self.scores))
 
     @property
     def notes(self) -> list[str]:
         """What a reader must be told, each once."""
-        of_scores = [note for sweep in self.sweeps for item in sweep.scores for note in item.notes]
+        of_scores = [note for item in self.scores for note in item.notes]
         of_sweeps = [note for sweep in self.sweeps if (note := sweep.clips_note)]
         return list(dict.fromkeys([*of_scores, *of_sweeps, *self._waiting_notes()]))
 

@@ -48,20 +48,12 @@ def _write_csv(path: Path, header: str, rows: Iterator[list[Any]]) -> Path:
     return path
 
 
-def _key(cell: Cell) -> list[Any]:
-    return [cell.run, cell.dataset, cell.query]
-
-
 def _score_rows(report: Report) -> Iterator[list[Any]]:
-    for sweep in report.sweeps:
-        for item in sweep.scores:
-            for name, value in item.metrics.items():
-                cell = item.cell
-                baselines = [item.baselines.get(f"{name}_{kind}") for kind in ("majority", "random")]
-                yield [
-                    *_key(cell), cell.checkpoint, cell.alpha, item.scorer, len(item.ids), name, value,
-                    *item.intervals.get(name, (None, None)), *baselines,
-                ]  # fmt: skip
+    for item in report.scores:
+        for name, value in item.metrics.items():
+            baselines = [item.baselines.get(f"{name}_{kind}") for kind in ("majority", "random")]
+            interval = item.intervals.get(name, (None, None))
+            yield [*_of_cell(item.cell), item.scorer, len(item.ids), name, value, *interval, *baselines]
 
 
 def _comparison_rows(report: Report) -> Iterator[list[Any]]:
@@ -72,13 +64,18 @@ def _comparison_rows(report: Report) -> Iterator[list[Any]]:
 
 
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
-    for sweep in report.sweeps:
-        for item in sweep.scores:
-            for row, answer, target, correct in zip(
-                item.cell.predictions, item.answers, item.targets, item.correct, strict=True
-            ):
-                cell = item.cell
-                yield [*_key(cell), cell.checkpoint, cell.alpha, row.id, row.prediction, answer, target, int(correct)]
+    for item in report.scores:
+        rows = zip(item.cell.predictions, item.answers, item.targets, item.correct, strict=True)
+        for row, answer, target, correct in rows:
+            yield [*_of_cell(item.cell), row.id, row.prediction, answer, target, int(correct)]
+
+
+def _key(cell: Cell) -> list[Any]:
+    return [cell.run, cell.dataset, cell.query]
+
+
+def _of_cell(cell: Cell) -> list[Any]:
+    return [*_key(cell), cell.checkpoint, cell.alpha]
 
 
 _TABLES = {
