@@ -1,14 +1,13 @@
 """Embeddings of recordings, written to one file however many there are."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.device import full_float32
 from mergekit_bio.audio.recording import read_windows
@@ -29,24 +28,6 @@ _SAFETENSORS_DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 
 
 @dataclass
-class _Column:
-    """One array that grows by rows, on disk."""
-
-    rows: IO[bytes]
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-
-    def append(self, rows: "np.ndarray") -> None:
-        self.dtype = rows.dtype.str
-        self.shape = ((self.shape[0] if self.shape else 0) + len(rows), *rows.shape[1:])
-        self.rows.write(rows.tobytes())
-
-    def copy_to(self, file: IO[bytes]) -> None:
-        self.rows.seek(0)
-        shutil.copyfileobj(self.rows, file)
-
-
-@dataclass
 class EmbeddingWriter:
     """Collects the embeddings of clips; :func:`open_embeddings` makes one.
 
@@ -64,12 +45,9 @@ class EmbeddingWriter:
 
     folder: Path
     recordings: list[str] = field(default_factory=list)
-    _columns: dict[str, _Column] = field(default_factory=dict)
-
-    @property
-    def clips(self) -> int:
-        """How many there are so far."""
-        return self._columns["recording"].shape[0] if self._columns else 0
+    clips: int = 0
+    #: Name -> an array without rows, of the column's type and width. Its rows are in a file of this name.
+    _columns: "dict[str, np.ndarray]" = field(default_factory=dict)
 
     def add(self, prefix: "AudioPrefix", recording: Path, *, window: float, hop: float | None = None) -> None:
         """Embed one recording, a few windows at a time.
@@ -98,35 +76,29 @@ class EmbeddingWriter:
                 "end": torch.tensor([clip.end for clip in clips], dtype=torch.float64),
             }
             for name, values in rows.items():
-                if name not in self._columns:
-                    self._columns[name] = _Column((self.folder / name).open("w+b"))
-                self._columns[name].append(values.cpu().numpy())
+                array = values.cpu().numpy()
+                self._columns[name] = array[:0]
+                with (self.folder / name).open("ab") as column:
+                    array.tofile(column)
+            self.clips += len(clips)
 
     def write(self, file: Path) -> None:
         """Write everything collected so far into ``file``, in the format its name says."""
-        (self._write_npz if file.suffix == ".npz" else self._write_safetensors)(file)
-
-    def close(self) -> None:
-        """Let go of the scratch files."""
-        for column in self._columns.values():
-            column.rows.close()
-
-    def _write_safetensors(self, file: Path) -> None:
-        # The library wants every array in memory; here the columns follow the header one by one.
-        tensors = [(name, _SAFETENSORS_DTYPES[column.dtype], column.shape) for name, column in self._columns.items()]
-        with file.open("wb") as out:
-            out.write(build_header(tensors, {"recordings": json.dumps(self.recordings)}))
-            for column in self._columns.values():
-                column.copy_to(out)
-
-    def _write_npz(self, file: Path) -> None:
         import numpy as np
 
-        arrays: dict[str, Any] = {}
-        for name, column in self._columns.items():
-            column.rows.flush()
-            arrays[name] = np.memmap(column.rows, column.dtype, mode="r", shape=column.shape)
-        np.savez(file, recordings=np.array(self.recordings), **arrays)  # which copies them piece by piece
+        # Mapped, and written one after the other: all of them need not fit into memory.
+        arrays: dict[str, Any] = {
+            name: np.memmap(self.folder / name, empty.dtype, mode="r").reshape(-1, *empty.shape[1:])
+            for name, empty in self._columns.items()
+        }
+        if file.suffix == ".npz":
+            np.savez(file, recordings=np.array(self.recordings), **arrays)
+            return
+        tensors = [(name, _SAFETENSORS_DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
+        with file.open("wb") as out:
+            out.write(build_header(tensors, {"recordings": json.dumps(self.recordings)}))
+            for array in arrays.values():
+                array.tofile(out)
 
 
 @contextmanager
@@ -143,10 +115,8 @@ def open_embeddings(file: Path, *, overwrite: bool = False) -> Iterator[Embeddin
     if not file.parent.is_dir():
         raise OutputError(f"{file.parent}: no such folder")
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=file.parent) as folder,
-            closing(EmbeddingWriter(Path(folder))) as writer,
-        ):
+        with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=file.parent) as folder:
+            writer = EmbeddingWriter(Path(folder))
             yield writer
             whole = Path(folder, file.name)
             writer.write(whole)

@@ -55,6 +55,10 @@ class Comparison:
     against: tuple[Against, ...]
     plateau: tuple[float, float] | None
 
+    def p_adjusted(self, checkpoint: str) -> float | None:
+        """Of a cell against the best; None for the best itself."""
+        return next((row.p_adjusted for row in self.against if row.checkpoint == checkpoint), None)
+
 
 def clips_of(item: Score) -> frozenset[tuple[str, str]]:
     """The clips of a cell, by id and right answer: labels may have been corrected between two cells."""

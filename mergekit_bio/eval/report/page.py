@@ -56,23 +56,19 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
     first = sweep.scores[0]
     clips = [] if sweep.same_clips else ["Clips"]
     baselines = sweep.baselines
-    adjusted = {
-        name: {row.checkpoint: row.p_adjusted for row in comparison.against}
-        for name in metrics
-        if (comparison := sweep.comparison(name))
-    }
+    compared = {name: comparison for name in metrics if (comparison := sweep.comparison(name))}
 
     def cells(item: Any) -> list[str]:
         texts = []
         for name in metrics:
             low, high = item.intervals[name]
             texts.append(f"{item.metrics[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
-            if name in adjusted:
-                p = adjusted[name].get(item.cell.checkpoint)
+            if name in compared:
+                p = compared[name].p_adjusted(item.cell.checkpoint)
                 texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
         return texts + [f"{item.metrics[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
 
-    header = [text for name in metrics for text in (TITLES[name], *(["p"] if name in adjusted else []))]
+    header = [text for name in metrics for text in (TITLES[name], *(["p"] if name in compared else []))]
     blank = [""] * (len(rates) + len(clips))
     return {
         "title": sweep.title,
@@ -84,7 +80,7 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
         "baselines": [
             (
                 kind,
-                [t for n in metrics for t in (f"{baselines[f'{n}_{kind}']:.3f}", *[""] * (n in adjusted))] + blank,
+                [t for n in metrics for t in (f"{baselines[f'{n}_{kind}']:.3f}", *[""] * (n in compared))] + blank,
             )
             for kind in ("majority", "random")
             if baselines

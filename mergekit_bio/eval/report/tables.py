@@ -91,10 +91,8 @@ def mark(sweep: Sweep, item: Score, metric: str) -> str:
     comparison = sweep.comparison(metric)
     if comparison is None:
         return " "
-    if item.cell.checkpoint == comparison.best:
-        return "*"
-    against = next(row for row in comparison.against if row.checkpoint == item.cell.checkpoint)
-    return "=" if against.p_adjusted >= SIGNIFICANCE else " "
+    p = comparison.p_adjusted(item.cell.checkpoint)
+    return "*" if p is None else "=" if p >= SIGNIFICANCE else " "
 
 
 def sentences(sweep: Sweep) -> list[str]:
