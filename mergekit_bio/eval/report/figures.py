@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.label_map import Target
 from mergekit_bio.eval.records.cell import Cell
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "osD^vP"
+ALPHA_AXIS: dict[str, Any] = {"xlabel": "merge strength alpha", "ylim": (0, None)}
 GREY = "#6e6e6e"
 
 STYLE: dict[str, Any] = {
@@ -35,6 +38,7 @@ STYLE: dict[str, Any] = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
     "axes.titlesize": 9,
+    "axes.titlelocation": "left",
     "axes.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -230,21 +234,8 @@ def _curve(axes: "Axes", scores: Sequence[Score], metric: str, label: str, order
     alphas = [item.cell.alpha or 0.0 for item in scores]
     low, high = zip(*(item.intervals[metric] for item in scores), strict=True)
     axes.fill_between(alphas, low, high, color=colour, alpha=0.16, linewidth=0)
-    axes.plot(
-        alphas,
-        [item.metrics[metric] for item in scores],
-        color=colour,
-        marker=MARKERS[order % len(MARKERS)],
-        markerfacecolor="white",
-        markeredgewidth=1.3,
-        label=label,
-    )
-
-
-def _alpha_axis(axes: "Axes", title: str) -> None:
-    axes.set_xlabel("merge strength alpha")
-    axes.set_title(title, loc="left")
-    axes.set_ylim(bottom=0)
+    values, marker = [item.metrics[metric] for item in scores], MARKERS[order % len(MARKERS)]
+    axes.plot(alphas, values, color=colour, marker=marker, markerfacecolor="white", markeredgewidth=1.3, label=label)
 
 
 def _baselines(axes: "Axes", sweep: Sweep, metric: str) -> None:
@@ -261,7 +252,7 @@ def draw_against_alpha(axes: "Axes", sweep: Sweep, metric: str) -> None:
         axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
     _curve(axes, sweep.scores, metric, "value, 95% interval")
     _baselines(axes, sweep, metric)
-    _alpha_axis(axes, TITLES[metric])
+    axes.set(title=TITLES[metric], **ALPHA_AXIS)
 
 
 def _draw_sweep(sweep: Sweep) -> "Canvas":
@@ -288,9 +279,7 @@ def _draw_errors(sweep: Sweep) -> "Canvas":
     axes.set_xticks(places, [model(sweep, item) for item in sweep.scores])
     if not sweep.by_alpha:
         axes.tick_params(axis="x", rotation=30)
-    axes.set_xlabel("merge strength alpha" if sweep.by_alpha else "")
-    axes.set_ylabel("share of the clips")
-    axes.set_ylim(0, 1)
+    axes.set(xlabel=ALPHA_AXIS["xlabel"] if sweep.by_alpha else "", ylabel="share of the clips", ylim=(0, 1))
     axes.grid(axis="x", visible=False)
     canvas.legend(loc="outside upper center", ncols=2)
     return canvas
@@ -301,13 +290,13 @@ def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
     canvas, (left, right) = _subplots(1, 2, figsize=(6.6, 2.7))
     for order, (target, word) in enumerate(NAMES.items()):
         _curve(left, named[target].scores, "accuracy", word, order)
-    _alpha_axis(left, "Accuracy")
+    left.set(title="Accuracy", **ALPHA_AXIS)
     left.legend(loc="upper left")
     values = [
         {item.cell.alpha: item.metrics["accuracy"] for item in named[target].scores if item.cell.alpha is not None}
         for target in NAMES
     ]
-    alphas = sorted(set.intersection(*(set(part) for part in values)))
+    alphas = sorted(set.intersection(*map(set, values)))
     trained = [(values[0][alpha] + values[1][alpha]) / 2 for alpha in alphas]
     combined = [values[2][alpha] for alpha in alphas]
     right.plot(trained, combined, color=GREY, linewidth=1)
@@ -318,24 +307,20 @@ def _draw_names(named: Mapping[Target, Sweep]) -> "Canvas":
     limit = max(trained + combined) * 1.05 or 1
     right.plot([0, limit], [0, limit], color=GREY, linewidth=0.8, dashes=(1, 1.5))
     right.set(xlabel="accuracy on the training tasks (mean)", ylabel="accuracy on combined names")
-    right.set_title("Combined against trained", loc="left")
+    right.set(title="Combined against trained")
     return canvas
 
 
 def _draw_wordings(sweeps: Sequence[Sweep]) -> "Canvas":
     scores = [sweep.scores[0] for sweep in sweeps]
     canvas, axes = _subplots(figsize=(1.2 + 1.3 * len(scores), 2.6))
-    values = [item.metrics["accuracy"] for item in scores]
-    low, high = zip(*(item.intervals["accuracy"] for item in scores), strict=True)
-    errors = [
-        [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)],
-        [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)],
-    ]
+    values = np.array([item.metrics["accuracy"] for item in scores])
+    low, high = np.array([item.intervals["accuracy"] for item in scores]).T
+    errors = np.clip([values - low, high - values], 0, None)
     names = [_wording(item.cell) for item in scores]
     axes.bar(names, values, yerr=errors, width=0.6, color=SKY, edgecolor="black", linewidth=0.6, capsize=3)
     _baselines(axes, sweeps[0], "accuracy")
-    axes.set_ylabel("Accuracy")
-    axes.set_ylim(0, 1)
+    axes.set(ylabel="Accuracy", ylim=(0, 1))
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper right")
     return canvas
@@ -354,7 +339,7 @@ def _draw_runs(sweeps: Sequence[Sweep]) -> "Canvas":
     for axes, name in zip(grid[0], names, strict=True):
         for order, sweep in enumerate(sweeps):
             _curve(axes, sweep.scores, name, textwrap.fill(sweep.title, 48), order)
-        _alpha_axis(axes, TITLES[name])
+        axes.set(title=TITLES[name], **ALPHA_AXIS)
     canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return canvas
 
@@ -385,8 +370,7 @@ def _draw_confusion(item: Score) -> "Canvas":
         axes.set_xticks(range(len(columns)), columns, rotation=90 if widest * len(columns) > 24 else 0, fontsize=size)
         axes.set_yticks(range(len(rows)), rows, fontsize=size)
     else:
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     if len(labels) <= MOST_LABELS // 3:
         for row, column in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
