@@ -171,13 +171,8 @@ class GatedAttention(nn.Module):
 def relative_buckets(offset: torch.Tensor, *, num_buckets: int, max_distance: int) -> torch.Tensor:
     """T5's bidirectional buckets (Raffel et al. 2020): exact near by, logarithmic further off, one half a direction.
 
-    Args:
-        offset: int64, key position minus query position, any shape.
-        num_buckets: Buckets in all.
-        max_distance: Offset from which on the last bucket of a direction is used.
-
-    Returns:
-        int64 bucket of every offset.
+    Offsets are int64, key position minus query position, of any shape. From ``max_distance`` on the last bucket of a
+    direction is used.
     """
     half = num_buckets // 2
     near = half // 2

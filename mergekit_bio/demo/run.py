@@ -90,7 +90,6 @@ class Point:
     """One strength of the curve.
 
     Attributes:
-        alpha: The strength.
         accuracy: Recipe -> (value, low, high): exact answers, with the 95% interval over clips.
         in_set: Share of the answers to ``demo``, the closed set, that are on its list.
     """

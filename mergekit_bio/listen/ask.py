@@ -23,9 +23,7 @@ class Answer:
 
     Attributes:
         recordings: The files it was asked about, in the order of the prompt's slots.
-        start: Where in the recording its window begins, in seconds.
-        end: Where it ends, in seconds.
-        text: The answer.
+        start: Where in the recording its window begins, in seconds, and ``end`` where it ends.
     """
 
     recordings: tuple[str, ...]
@@ -36,14 +34,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asker:
-    """A model with the way it is asked: beams or greedy, and how long it may talk.
-
-    Attributes:
-        model: The merged model.
-        processor: Its processor.
-        num_beams: 1 for greedy decoding.
-        max_new_tokens: Tokens an answer may have.
-    """
+    """A model with the way it is asked: how many beams (1 is greedy), and how many tokens an answer may have."""
 
     model: "NatureLMAudioForConditionalGeneration"
     processor: "NatureLMAudioProcessor"

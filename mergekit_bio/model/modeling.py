@@ -42,14 +42,7 @@ class NatureLMAudioForConditionalGeneration(LlamaPreTrainedModel, GenerationMixi
         self.post_init()
 
     def get_audio_features(self, input_features: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Embed filter banks.
-
-        Args:
-            input_features: ``[audios, frames, 128]``, or a list of ``[frames, 128]`` where clips have several lengths.
-
-        Returns:
-            The prefix ``[n_prefix, hidden]`` of each audio.
-        """
+        """The prefix ``[n_prefix, hidden]`` of each audio, of the filter banks that :meth:`embed` takes."""
         return self.audio_prefix.embed(list(input_features))
 
     def embed(

@@ -180,11 +180,7 @@ class NatureLMAudioProcessor(ProcessorMixin):
 
 
 def _audios_by_prompt(audio: Any, prompts: list[str]) -> list[list[Any]]:
-    """Every prompt's audios, of one audio, a list for all prompts in order, or a list of lists.
-
-    Raises:
-        PromptError: They are not as many as the slots.
-    """
+    """Every prompt's audios, of one, a list for all prompts in order, or a list of lists: as many as the slots."""
     slots = [prompt.count(AUDIO_SLOT) for prompt in prompts]
     if not isinstance(audio, list | tuple):
         audio = [] if audio is None else [audio]

@@ -85,10 +85,9 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
 
 
 def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: ServeSettings) -> None:
-    """Serve until a signal comes.
+    """Serve merged directories or hub ids, several of one sweep under their names, until a signal comes.
 
     Args:
-        checkpoints: Merged directories or hub ids; several of one sweep are offered under their names.
         flags: vLLM's.
         settings: Limits; its models and media rules are filled in here.
 

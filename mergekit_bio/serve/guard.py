@@ -202,13 +202,9 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return replay

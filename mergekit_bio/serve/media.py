@@ -32,11 +32,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 async def read_clip(data: bytes, settings: ServeSettings, *, seconds: float, shortest: bool = True) -> Clip:
     """An audio file as a clip; decoded and resampled on another thread.
 
-    Args:
-        data: The file.
-        settings: For its limits.
-        seconds: The clip's length.
-        shortest: Whether an audio of less than 0.5 s is refused, instead of being heard with silence behind it.
+    With ``shortest`` an audio of less than 0.5 s is refused, without it is heard with silence behind it.
 
     Raises:
         AudioError: As :func:`decode`, or there is no clip of this length.

@@ -27,32 +27,32 @@ class GuardedConnector(MediaConnector):
     async def load_from_url_async(self, url: str, media_io: Any, *, fetch_timeout: int | None = None) -> Any:
         settings = ServeSettings.from_environment()
         try:
-            seconds = _seconds_of(url)
-            return await read_clip(await _bytes_of(url, settings), settings, seconds=seconds)
+            if url[:5].lower() == "data:":
+                data, seconds = _decode_data_url(url)
+            else:
+                data, seconds = await _read(url, settings), CLIP_SECONDS
+            return await read_clip(data, settings, seconds=seconds)
         except AudioError as error:
             raise VLLMValidationError(str(error), parameter="audio_url") from error
 
 
-def _seconds_of(url: str) -> float:
-    """The length of the clip that a URL stands for."""
-    if url[:5].lower() != "data:":
-        return CLIP_SECONDS
-    for parameter in url[5:].partition(",")[0].split(";")[1:]:
+def _decode_data_url(url: str) -> tuple[bytes, float]:
+    """The audio file that a ``data:`` URL holds, and the length of the clip that it stands for."""
+    head, comma, data = url[5:].partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise AudioError("a data URL must hold base64")
+    seconds = CLIP_SECONDS
+    for parameter in head.split(";")[1:]:
         name, _, value = parameter.partition("=")
         if name.strip().lower() == "seconds":
             try:
-                return float(value)
+                seconds = float(value)
             except ValueError:
                 raise AudioError(f"seconds={value[:20]!r} of the data URL is no number of seconds") from None
-    return CLIP_SECONDS
+    return decode_base64(data), seconds
 
 
-async def _bytes_of(url: str, settings: ServeSettings) -> bytes:
-    if url[:5].lower() == "data:":
-        head, comma, data = url[5:].partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise AudioError("a data URL must hold base64")
-        return decode_base64(data)
+async def _read(url: str, settings: ServeSettings) -> bytes:
     if url[:5].lower() == "file:":
         return await asyncio.to_thread(read_local, unquote(urlsplit(url).path), settings)
     return await fetch(url, settings)

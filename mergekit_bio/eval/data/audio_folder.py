@@ -29,8 +29,6 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         folder: Holds the recordings and one of ``METADATA`` with the columns ``file_name`` (relative to the folder),
             ``label`` and, if wanted, ``split``: "examples" (or "train") sets a row apart for in-context examples.
             Without such rows examples are drawn from the rows that are asked.
-        name: What the dataset is called.
-        task: How its answers are scored.
 
     Raises:
         DatasetError: The metadata is missing, damaged or names a file that is not there, or two labels differ only in

@@ -70,7 +70,6 @@ class Recipe:
 
     Attributes:
         name: The run's name; the file's name without suffix.
-        datasets: What is asked about.
         merge: Checkpoints to make, xor ``checkpoints``. Its strengths are numbers, and the run decides where they go.
         checkpoints: Merged directories or hub ids.
         data: Where BEANS-Zero is: a hub id, a ``save_to_disk`` folder, or parquet or arrow files.
@@ -81,7 +80,6 @@ class Recipe:
         queries: Each is asked about every clip; none asks the dataset's own instruction.
         targets: For each query what the right answer is; where there is none, see ``target``.
         label_map: label -> scientific name, for the targets that need it.
-        generate: Settings of generation.
         decoding: ``generate`` freely, ``choice`` among the labels, or the labels' ``loglikelihood``.
         scorer: How answers become labels; can be chosen again in ``report``.
         seed: Of orders and examples.

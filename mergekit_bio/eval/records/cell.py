@@ -27,9 +27,7 @@ class Cell:
             in a plan, which has not looked at weights and recordings.
         alpha: The merge strength; None for a checkpoint not merged with one number.
         query_text: The query as in the recipe; None where the dataset has its own instruction.
-        seconds: Time spent on the cell so far.
         run: Name of the run or of the published experiment.
-        folder: Where the file is.
         predictions: Ordered by id, so that cells of one sweep are aligned; none where there is no answer yet.
         names: label -> scientific name, where ``target`` needs it.
         scorer: The scorer that the run asks for; None in the published layout.

@@ -32,7 +32,6 @@ class Prediction:
         prompt: The whole prompt, chat template included.
         lora_scale: The merge strength alpha; None for a checkpoint that was not merged with one number.
         prompt_tokens: Length of the prompt in tokens, the audio prefixes included.
-        generated_ids: The generated token ids.
         logprob: Sum of the log-probabilities of the generated tokens (natural logarithm).
         example_ids: The clips that the prompt used as examples, in the order of their placeholders.
         choice_logprobs: For ``decoding: loglikelihood``, the log-probability of each option.

@@ -36,7 +36,6 @@ class RunRecord:
     """The content of run.json.
 
     Attributes:
-        name: The recipe's name.
         recipe: As resolved.
         label_map: label -> scientific name, where a target needs it.
         environment: Versions, hashes, engine settings, timings: whatever a reader may want to know.

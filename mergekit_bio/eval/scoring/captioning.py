@@ -28,12 +28,7 @@ def cider(
     """CIDEr-D of every caption against its one reference (Vedantam et al. 2015, section 4 and eq. 4).
 
     On the usual scale, where a caption equal to its reference has 10 at most. Lengths are counted in bigrams, as in
-    the authors' program.
-
-    Args:
-        references: n lists of words.
-        captions: n lists of words.
-        documents: Lists of words that the inverse document frequencies are taken from; by default the references.
+    the authors' program. Inverse document frequencies are taken from ``documents``, by default the references.
     """
     documents = references if documents is None else documents
     occurrences = Counter(ngram for document in documents for ngram in set(_ngrams(document)))

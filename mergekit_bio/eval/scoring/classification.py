@@ -20,11 +20,7 @@ def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
     ``f1_macro`` averages over every class that occurs as a target or an answer, so that no label, once answered, is a
     class with F1 0; ``f1_macro_true`` averages over the targets' classes only. ``top1`` is beans-zero's "Top-1
-    Accuracy": a target with commas counts as the list of its parts.
-
-    Args:
-        targets: The n true labels.
-        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
+    Accuracy": a target with commas counts as the list of its parts. An answer is a label, ``NO_LABEL`` or ``NO_MATCH``.
     """
     precision, recall, f1, _ = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
     macro = partial(f1_score, targets, answers, average="macro", zero_division=0)
@@ -106,8 +102,7 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     """Per-clip indicators from whose sums ``resampled_metrics`` computes.
 
     Args:
-        targets: The n true labels.
-        answers: The n matched labels, ``NO_LABEL`` or ``NO_MATCH``.
+        targets: The n true labels, and ``answers`` the n matched ones.
         listed: The n answers matched as lists, for the error breakdown of the paper.
         labels: What an answer may be.
 
@@ -132,13 +127,9 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
 
 
 def resampled_metrics(sums: np.ndarray) -> Mapping[str, np.ndarray]:
-    """The metrics that get an interval, from sums of ``indicators``.
+    """The metrics that get an interval, from sums of ``indicators``, float64 [resamples, 3 * classes + 2].
 
-    Args:
-        sums: float64 [resamples, 3 * classes + 2].
-
-    Returns:
-        float64 [resamples] each, equal to ``metrics`` of the resample.
+    They are float64 [resamples] each, equal to ``metrics`` of the resample.
     """
     classes = (sums.shape[1] - 2) // 3
     true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))

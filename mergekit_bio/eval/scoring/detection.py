@@ -8,14 +8,9 @@ from scipy.sparse import csr_matrix
 
 
 def indicators(*, targets: Sequence[frozenset[str]], answers: Sequence[frozenset[str]]) -> Any:
-    """Per-clip indicators: label k is there, is answered, both; and a column of ones.
+    """Per-clip indicators: label k of the targets is there, is answered, both; and a column of ones.
 
-    Args:
-        targets: The n true sets; their union are the K classes.
-        answers: The n answered sets.
-
-    Returns:
-        scipy CSR matrix float64 [n, 3 * K + 1].
+    They are a scipy CSR matrix float64 [clips, 3 * classes + 1].
     """
     labels = sorted(frozenset().union(*targets))
     true, answered = (
@@ -30,13 +25,8 @@ def resampled_metrics(sums: np.ndarray) -> Mapping[str, np.ndarray]:
 
     ``map`` is scikit-learn's average precision with the yes or no answers as scores: at the one threshold precision
     and recall are those of the answers, at none they are the class's frequency and 1. beans-zero ranks tied scores
-    by the order of the rows, so that its mAP changes when the file is shuffled.
-
-    Args:
-        sums: float64 [resamples, 3 * K + 1].
-
-    Returns:
-        float64 [resamples] each.
+    by the order of the rows, so that its mAP changes when the file is shuffled. Sums are float64 [resamples,
+    3 * classes + 1], metrics float64 [resamples] each.
     """
     classes = (sums.shape[1] - 1) // 3
     true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))

@@ -33,7 +33,6 @@ class Score:
         samples: The resampled values behind the intervals, float64 [resamples].
         indicators: Per-clip indicators, scipy CSR float64 [clips, columns].
         statistic: From sums of the indicators to the metrics with intervals.
-        notes: What a reader of the metrics must be told.
     """
 
     cell: Cell

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.scoring.matching import Match
+from mergekit_bio.eval.scoring.captioning import plain_words
+from mergekit_bio.eval.scoring.matching import Match, given_text, match_lists_exactly
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Matched:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """How answers become labels.
+    """How answers become labels; what it does not say is exact.
 
     Attributes:
         description: What it does, in words for the report.
@@ -38,8 +39,8 @@ class Scorer:
     """
 
     description: str
-    clean: Callable[[Prediction, str], str]
     match: Callable[[Sequence[str], Sequence[str]], Matched]
-    match_lists: Callable[[Sequence[str], Sequence[str]], list[str]]
-    caption_words: Callable[[str], list[str]]
+    clean: Callable[[Prediction, str], str] = given_text
+    match_lists: Callable[[Sequence[str], Sequence[str]], list[str]] = match_lists_exactly
+    caption_words: Callable[[str], list[str]] = plain_words
     label_none: str | None = None

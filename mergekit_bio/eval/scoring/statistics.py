@@ -52,20 +52,14 @@ def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float
 def mcnemar_exact(*, only_first: int, only_second: int) -> float:
     """Two-sided exact p-value that two answers to the same clips are right equally often (McNemar 1947).
 
-    Args:
-        only_first: Clips that only the first has right.
-        only_second: Clips that only the second has right.
+    It goes by the numbers of clips that only the first has right, and only the second.
     """
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
 
 def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Compare a metric of two cells that were resampled alike.
-
-    Args:
-        first: float64 [resamples].
-        second: float64 [resamples], of the same resamples.
+    """Compare a metric of two cells, float64 [resamples] each, that were resampled alike.
 
     Returns:
         The 95% interval of ``second - first`` and the two-sided p-value that it is 0: twice the smaller share of

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mergekit_bio.eval.scoring.matching import given_text, match_lists, nearest_labels
+from mergekit_bio.eval.scoring.matching import match_lists, nearest_labels
 from mergekit_bio.eval.scoring.scorer import Matched, Scorer
 
 
@@ -14,7 +14,6 @@ def match(texts: Sequence[str], labels: Sequence[str]) -> Matched:
 
 SCORER = Scorer(
     description="nearest label at any distance, as the beans-zero library (zf-indiv: a number counts the birds)",
-    clean=given_text,
     match=match,
     match_lists=match_lists,
     caption_words=str.split,

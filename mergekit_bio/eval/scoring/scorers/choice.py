@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.scoring.captioning import plain_words
-from mergekit_bio.eval.scoring.matching import END_OF_TEXT, NO_MATCH, given_text, match_lists_exactly
+from mergekit_bio.eval.scoring.matching import END_OF_TEXT, NO_MATCH, given_text
 from mergekit_bio.eval.scoring.scorer import Matched, Scorer
 
 
@@ -27,6 +26,4 @@ SCORER = Scorer(
     description="the option with the highest log-probability where there is one, else the text verbatim",
     clean=clean,
     match=match,
-    match_lists=match_lists_exactly,
-    caption_words=plain_words,
 )

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from mergekit_bio.eval.scoring.captioning import plain_words
-from mergekit_bio.eval.scoring.matching import given_text, match_exactly, match_lists_exactly
+from mergekit_bio.eval.scoring.matching import match_exactly
 from mergekit_bio.eval.scoring.scorer import Matched, Scorer
 
 
@@ -15,8 +14,5 @@ def match(texts: Sequence[str], labels: Sequence[str]) -> Matched:
 
 SCORER = Scorer(
     description="the label itself; case, quotes, trailing dots and a wrapping sentence do not matter",
-    clean=given_text,
     match=match,
-    match_lists=match_lists_exactly,
-    caption_words=plain_words,
 )
