@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_bio.adapter import naturelm, peft
 from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.names import MERGED_PREFIX
-from mergekit_bio.audio.newer import refuse_newer_layout
+from mergekit_bio.audio.tower import refuse_newer_layout
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.checkpoint.manifest import MANIFEST

@@ -3,7 +3,7 @@
 from mergekit_bio.adapter import finetune, naturelm, peft
 from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.audio.names import MERGED_PREFIX
-from mergekit_bio.audio.newer import refuse_newer_layout
+from mergekit_bio.audio.tower import refuse_newer_layout
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source

@@ -11,9 +11,8 @@ from mergekit_bio.audio.beats import Beats
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.device import full_float32
 from mergekit_bio.audio.fbank import fbank
-from mergekit_bio.audio.newer import refuse_newer_layout
 from mergekit_bio.audio.qformer import QFormer
-from mergekit_bio.audio.tower import tower_config, tower_tensors
+from mergekit_bio.audio.tower import refuse_newer_layout, tower_config, tower_tensors
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 

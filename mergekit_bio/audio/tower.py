@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import MERGED_PREFIX, alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.header import FLOATS, TensorInfo
-from mergekit_bio.errors import CheckpointError
+from mergekit_bio.checkpoint.source import Source
+from mergekit_bio.errors import CheckpointError, SourceError
 
 if TYPE_CHECKING:
     import torch
@@ -160,3 +161,16 @@ def tower_tensors(checkpoint: "Checkpoint", config: AudioPrefixConfig) -> "dict[
 def _several(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"the tensor {names[0]}{more}"
+
+
+def refuse_newer_layout(source: Source) -> None:
+    """Refuse a directory that is laid out as NatureLM-audio 1.1 and later are.
+
+    Raises:
+        SourceError: It holds ``model.json`` beside ``model/llm``.
+    """
+    if (source.path / "model.json").is_file() and (source.path / "model" / "llm").is_dir():
+        raise SourceError(
+            f"{source.given}: is a NatureLM-audio of version 1.1 or later (model.json, model/llm), another "
+            "architecture; this version reads NatureLM-audio 1.0, EarthSpeciesProject/NatureLM-audio"
+        )

@@ -18,29 +18,14 @@ GENERA = {
     "voss": ("Vossia", "hiss"),
 }
 
-#: Genus -> (epithet, Latin epithet) of the species that phrases so, in the order of ``PHRASES``. No two share one.
+#: Genus -> epithet and Latin epithet of the species that phrases so, in the order of ``PHRASES``. No two share one.
 _EPITHETS = {
-    "pelin": (
-        ("marsh", "palustris"), ("dusk", "vesperis"), ("silver", "argentea"),
-        ("thorn", "spinosa"), ("ember", "ignea"), ("frost", "gelida"),
-    ),
-    "tarrow": (
-        ("amber", "succinea"), ("river", "fluvialis"), ("stone", "saxea"),
-        ("moss", "muscosa"), ("copper", "cuprea"), ("storm", "procella"),
-    ),
-    "quill": (
-        ("reed", "arundinis"), ("dawn", "aurorae"), ("ivory", "eburnea"),
-        ("cedar", "cedrina"), ("hollow", "cava"), ("north", "borealis"),
-    ),
-    "mirra": (
-        ("ash", "cinerea"), ("lake", "lacustris"), ("gold", "aurata"),
-        ("fern", "filicis"), ("rust", "ferruginea"), ("snow", "nivalis"),
-    ),
-    "voss": (
-        ("willow", "salicis"), ("night", "nocturna"), ("pearl", "perlata"),
-        ("heath", "ericae"), ("scarlet", "coccinea"), ("south", "australis"),
-    ),
-}  # fmt: skip
+    "pelin": "marsh palustris, dusk vesperis, silver argentea, thorn spinosa, ember ignea, frost gelida",
+    "tarrow": "amber succinea, river fluvialis, stone saxea, moss muscosa, copper cuprea, storm procella",
+    "quill": "reed arundinis, dawn aurorae, ivory eburnea, cedar cedrina, hollow cava, north borealis",
+    "mirra": "ash cinerea, lake lacustris, gold aurata, fern filicis, rust ferruginea, snow nivalis",
+    "voss": "willow salicis, night nocturna, pearl perlata, heath ericae, scarlet coccinea, south australis",
+}
 
 #: Genus -> how the species of it is phrased that fine-tuning never heard.
 _UNHEARD = {"pelin": "rising", "tarrow": "falling", "quill": "steady", "mirra": "arched", "voss": "rapid"}
@@ -77,7 +62,8 @@ SPECIES = tuple(
         heard=phrase != _UNHEARD[genus],
     )
     for genus, (latin_genus, voice) in GENERA.items()
-    for phrase, (epithet, latin_epithet) in zip(PHRASES, _EPITHETS[genus], strict=True)
+    for phrase, epithets in zip(PHRASES, _EPITHETS[genus].split(", "), strict=True)
+    for epithet, latin_epithet in [epithets.split()]
 )
 HEARD = tuple(species for species in SPECIES if species.heard)
 UNHEARD = tuple(species for species in SPECIES if not species.heard)

@@ -106,18 +106,18 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         values = [of_cell[metric] for of_cell in metrics]
         best = max(range(len(values)), key=values.__getitem__)
         others = [index for index in range(len(values)) if index != best]
-        paired = {index: paired_bootstrap(samples[best][metric], samples[index][metric]) for index in others}
-        p_values = {index: paired[index][2] for index in others}
+        paired = [paired_bootstrap(samples[best][metric], samples[index][metric]) for index in others]
+        p_values = [p for _, _, p in paired]
 
         # 4. Accuracy counts clips that are right or wrong, for which there is an exact test.
         if metric == "accuracy":
             right = [[item.correct[row] for row in rows] for item, rows in zip(scores, kept_rows, strict=True)]
-            p_values = {index: _mcnemar(right[best], right[index]) for index in others}
+            p_values = [_mcnemar(right[best], right[index]) for index in others]
 
         # 5. So many tests at once find a difference by chance: the p-values are adjusted for their number. What they
         #    do not tell from the best, without a gap, is the plateau.
-        adjusted = dict(zip(others, holm([p_values[index] for index in others]), strict=True))
-        first, last = plateau(values, [adjusted.get(index, 1.0) for index in range(len(values))])
+        adjusted = holm(p_values)
+        first, last = plateau(values, [*adjusted[:best], 1.0, *adjusted[best:]])
         yield Comparison(
             metric=metric,
             test="McNemar exact" if metric == "accuracy" else "paired bootstrap",
@@ -129,12 +129,12 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
                     checkpoint=scores[index].cell.checkpoint,
                     alpha=scores[index].cell.alpha,
                     difference=values[index] - values[best],
-                    low=paired[index][0],
-                    high=paired[index][1],
-                    p=p_values[index],
-                    p_adjusted=adjusted[index],
+                    low=low,
+                    high=high,
+                    p=p,
+                    p_adjusted=p_adjusted,
                 )
-                for index in others
+                for index, (low, high, _), p, p_adjusted in zip(others, paired, p_values, adjusted, strict=True)
             ),
             plateau=(alphas[first], alphas[last]) if distinct_alphas(scores) else None,
         )

@@ -73,13 +73,10 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, floa
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979), in the given order."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted = [0.0] * len(p_values)
-    running = 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.arange(len(order), 0, -1) * np.asarray(p_values)[order]).clip(max=1)
+    return list(map(float, adjusted))
 
 
 def plateau(values: Sequence[float], adjusted_p: Sequence[float], level: float = LEVEL) -> tuple[int, int]:
