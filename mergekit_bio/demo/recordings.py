@@ -6,6 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import soundfile
+
+from mergekit_bio.demo.calls import SAMPLING_RATE, call
 from mergekit_bio.demo.species import Species
 
 
@@ -23,11 +27,6 @@ def write_recordings(
     It gets ``metadata.csv`` (file_name, label: the name that ``label`` says) and 16-bit wav files of 10 s at 16 kHz,
     whose sound ``seed`` decides. ``progress`` is called with 1 for each.
     """
-    import numpy as np
-    import soundfile
-
-    from mergekit_bio.demo.calls import SAMPLING_RATE, call
-
     folder.mkdir(parents=True)
     calling = [kind for kind in species for _ in range(each)]
     seeds = np.random.SeedSequence(seed).spawn(len(calling))

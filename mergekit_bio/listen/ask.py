@@ -4,14 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.recording import read_clip, read_windows
-
-if TYPE_CHECKING:
-    from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
-    from mergekit_bio.model.processing import NatureLMAudioProcessor
+from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+from mergekit_bio.model.processing import NatureLMAudioProcessor
 
 #: Windows of one recording that are answered at a time: they bound the memory a long one takes.
 _BATCH = 4
@@ -36,8 +34,8 @@ class Answer:
 class Asker:
     """A model with the way it is asked: how many beams (1 is greedy), and how many tokens an answer may have."""
 
-    model: "NatureLMAudioForConditionalGeneration"
-    processor: "NatureLMAudioProcessor"
+    model: NatureLMAudioForConditionalGeneration
+    processor: NatureLMAudioProcessor
     num_beams: int
     max_new_tokens: int
 

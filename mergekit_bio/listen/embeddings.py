@@ -7,17 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from mergekit_bio.audio.device import full_float32
+from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.recording import read_windows
 from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.errors import OutputError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mergekit_bio.audio.prefix import AudioPrefix
 
 #: Windows that are encoded at a time.
 _BATCH = 4
@@ -47,16 +46,14 @@ class EmbeddingWriter:
     recordings: list[str] = field(default_factory=list)
     clips: int = 0
     #: Name -> an array without rows, of the column's type and width. Its rows are in a file of this name.
-    _columns: "dict[str, np.ndarray]" = field(default_factory=dict)
+    _columns: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, prefix: "AudioPrefix", recording: Path, *, window: float, hop: float | None = None) -> None:
+    def add(self, prefix: AudioPrefix, recording: Path, *, window: float, hop: float | None = None) -> None:
         """Embed one recording, a few windows at a time.
 
         Raises:
             AudioError: It is no use. Windows before the place where it breaks stay in the file.
         """
-        import torch
-
         config = prefix.config
         device = prefix.audio_query_tokens.device
         windows = read_windows(recording, window=window, hop=hop)
@@ -84,8 +81,6 @@ class EmbeddingWriter:
 
     def write(self, file: Path) -> None:
         """Write everything collected so far into ``file``, in the format its name says."""
-        import numpy as np
-
         # Mapped, and written one after the other: all of them need not fit into memory.
         arrays: dict[str, Any] = {
             name: np.memmap(self.folder / name, empty.dtype, mode="r").reshape(-1, *empty.shape[1:])

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.recording import read_beginning
@@ -12,9 +14,6 @@ from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
 from mergekit_bio.eval.scoring.matching import label_set, normalised
 from mergekit_bio.outside_data import is_text, read_rows
-
-if TYPE_CHECKING:
-    import numpy as np
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 REQUIRED = ("file_name", "label")
@@ -104,6 +103,6 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def _recording(paths: dict[str, Path], row_id: str) -> "tuple[np.ndarray, int]":
+def _recording(paths: dict[str, Path], row_id: str) -> tuple[np.ndarray, int]:
     samples, rate = read_beginning(paths[row_id], seconds=CLIP_SECONDS)
     return checked_samples(samples, str(paths[row_id])), rate

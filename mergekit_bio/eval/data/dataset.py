@@ -5,15 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
 from mergekit_bio.outside_data import nearest
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,10 @@ class Dataset:
     labels: int | None
     seconds: float
     source: str
-    recording: Callable[[str], "tuple[np.ndarray, int]"]
+    recording: Callable[[str], tuple[np.ndarray, int]]
     notes: tuple[str, ...] = ()
 
-    def audio(self, row_id: str) -> "tuple[np.ndarray, int]":
+    def audio(self, row_id: str) -> tuple[np.ndarray, int]:
         """The recording of a row, cut at the dataset's longest duration; samples and rate as ``recording`` gives them.
 
         Raises:
@@ -135,10 +134,8 @@ def unique_rows(rows: Sequence[DatasetRow], where: str) -> tuple[DatasetRow, ...
     return tuple(rows)
 
 
-def checked_samples(samples: Any, where: str) -> "np.ndarray":
+def checked_samples(samples: Any, where: str) -> np.ndarray:
     """Samples as float64; DatasetError where there is none, or one is not finite."""
-    import numpy as np
-
     values = np.asarray(samples, dtype=np.float64)
     if not values.size or not np.isfinite(values).all():
         raise DatasetError(f"{where}: the recording is empty or not finite")

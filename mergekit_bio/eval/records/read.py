@@ -125,7 +125,9 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         notes = []
 
         # 1. What is right: the paper knows it for its own questions, for every other one it is the label.
-        asked = _question(predictions)
+        prompt = next((row.prompt for row in predictions if row.prompt), None)
+        turn = _USER_TURN.search(prompt or "")
+        asked = question(turn[1] if turn else prompt) if prompt else None
         target = paper_target(dataset, query=asked, number=query)
         if dataset in NAMED_COMPONENTS and target is None:
             shown = "the file has no prompts" if asked is None else repr(shorten(asked, 80, placeholder=" ..."))
@@ -156,15 +158,6 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
             names=named,
             notes=tuple(f"{run}, {dataset}, query {query}: {note}" for note in notes),
         )
-
-
-def _question(rows: tuple[Prediction, ...]) -> str | None:
-    """The question that the rows answer, out of the chat template; None where no row has its prompt."""
-    prompt = next((row.prompt for row in rows if row.prompt), None)
-    if prompt is None:
-        return None
-    turn = _USER_TURN.search(prompt)
-    return question(turn[1] if turn else prompt)
 
 
 @cache

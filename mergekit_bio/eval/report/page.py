@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
@@ -148,7 +150,6 @@ class _Recordings:
 
 def _flac(path: Path) -> bytes | None:
     """The beginning of a recording as mono 16-bit FLAC; None where libsndfile cannot read or write it."""
-    import numpy as np
     import soundfile
 
     try:

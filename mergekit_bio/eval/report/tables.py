@@ -1,26 +1,22 @@
 """The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
-from typing import TYPE_CHECKING
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 
 SIGNIFICANCE = 0.05
 #: The two kinds of error, over three lines.
 RATES = {"out_of_set": "Out\nof\nset", "in_set_wrong": "In\nset,\nwrong"}
 
 
-def print_report(report: Report, console: "Console") -> None:
+def print_report(report: Report, console: Console) -> None:
     """Print one table a sweep, and under it what it says in words."""
-    from rich.padding import Padding
-    from rich.text import Text
-
     for sweep in report.sweeps:
         console.print(_table(sweep))
         for sentence in sentences(sweep):
@@ -31,11 +27,7 @@ def print_report(report: Report, console: "Console") -> None:
         console.print(f"scorer {name}: {SCORERS[name].description}")
 
 
-def _table(sweep: Sweep) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(sweep: Sweep) -> Table:
     first = sweep.scores[0]
     table = Table(
         title=Text(f"{sweep.title} · {size(sweep)} · scorer {first.scorer}"),
