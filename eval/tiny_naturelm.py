@@ -39,7 +39,7 @@ BEATS = {
     "encoder_embed_dim": 32,
     "encoder_ffn_embed_dim": 64,
     "encoder_layerdrop": 0.0,
-    "encoder_layers": 2,
+    "encoder_layers": 1,
     "finetuned_model": True,
     "gru_rel_pos": True,
     "input_patch_size": 16,
@@ -75,14 +75,14 @@ CORPUS = [
 ]
 
 
-def audio_config() -> AudioPrefixConfig:
-    return AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=HIDDEN)
+def audio_config(**beats: object) -> AudioPrefixConfig:
+    return AudioPrefixConfig.from_naturelm(NATURELM | {"beats_cfg": BEATS | beats}, hidden_size=HIDDEN)
 
 
-def random_prefix(seed: int = 1) -> AudioPrefix:
-    """A tower in which every parameter matters."""
-    torch.manual_seed(seed)
-    prefix = AudioPrefix(audio_config()).eval()
+def random_prefix() -> AudioPrefix:
+    """A tower of two layers in which every parameter matters."""
+    torch.manual_seed(0)
+    prefix = AudioPrefix(audio_config(encoder_layers=2)).eval()
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -143,15 +143,20 @@ def make_base(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return folder
 
 
-def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None) -> Path:
-    """An original NatureLM-audio checkpoint: the tower and the LoRA.
+def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None, prefix: AudioPrefix | None = None) -> Path:
+    """An original NatureLM-audio checkpoint: the LoRA and the tower, ``prefix`` or one whose matrices are random.
 
     With ``base`` it is in the published layout: the LoRA in bfloat16, BEATs' classifier and BERT's positions, and the
     base's input embedding with the row of [PAD] more.
     """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(NATURELM))
-    tensors = dict(random_prefix(seed).state_dict())
+    torch.manual_seed(seed)
+    tower = prefix or AudioPrefix(audio_config())
+    tensors = dict(tower.state_dict())
+    if prefix is None:
+        tensors = {name: t if t.ndim < 2 else torch.randn_like(t) * 0.3 for name, t in tensors.items()}
+    layers = {"encoder_layers": tower.config.beats.num_hidden_layers}
+    (folder / "config.json").write_text(json.dumps(NATURELM | {"beats_cfg": BEATS | layers}))
     widths = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
     for n in range(LAYERS):
         for kind, width in widths.items():
@@ -161,8 +166,8 @@ def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None) -> P
             tensors[f"{module}.lora_B.default.weight"] = torch.randn(width, RANK) * 0.3
     if base is not None:
         tensors = {name: t.bfloat16() if ".lora_" in name else t for name, t in tensors.items()}
-        tensors |= {name: torch.ones(shape) for name, shape in unused_shapes(audio_config()).items()}
-        tensors[POSITION_IDS] = torch.arange(audio_config().qformer.num_positions)[None]
+        tensors |= {name: torch.ones(shape) for name, shape in unused_shapes(tower.config).items()}
+        tensors[POSITION_IDS] = torch.arange(tower.config.qformer.num_positions)[None]
         embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
         tensors["llama_embed_tokens.weight"] = torch.cat([embedding, torch.randn(1, HIDDEN).to(embedding.dtype)])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -95,13 +95,13 @@ def published_models(golden: Path, hub_cache: Path) -> tuple[Path, Path]:
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small merged model with ears, bf16 Llama and float32 tower; its sources lie beside it."""
     import torch
-    from tiny_naturelm import make_base, make_naturelm
+    from tiny_naturelm import make_base, make_naturelm, random_prefix
 
     import mergekit_bio
 
     root = tmp_path_factory.mktemp("merged")
     make_base(root / "llama", dtype=torch.bfloat16)
-    make_naturelm(root / "naturelm")
+    make_naturelm(root / "naturelm", prefix=random_prefix())
     (result,) = mergekit_bio.merge(
         base=root / "llama", adapter=root / "naturelm", alphas=[0.5], out=root / "alpha-0.50", device="cpu"
     )

@@ -18,7 +18,7 @@ ALIAS = BIAS.replace("layers.0", "layers.1")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return make_naturelm(tmp_path / "naturelm")
+    return make_naturelm(tmp_path / "naturelm", prefix=random_prefix())
 
 
 def change(checkpoint: Path, **tensors: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from merging.oracle import read_tensors
 from merging.refusal import refused
 from safetensors.torch import load_file, save_file
-from tiny_naturelm import make_base, make_naturelm
+from tiny_naturelm import make_base, make_naturelm, random_prefix
 
 import mergekit_bio
 from mergekit_bio.audio.prefix import AudioPrefix
@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def published(base: Path) -> Path:
     """A small checkpoint in the published layout."""
-    return make_naturelm(base.with_name("naturelm"), base=base)
+    return make_naturelm(base.with_name("naturelm"), base=base, prefix=random_prefix())
 
 
 @pytest.fixture
