@@ -40,11 +40,8 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
     asked: list[DatasetRow] = []
     examples: list[DatasetRow] = []
-    for where, values in _rows(metadata[0]):
-        split = values.get("split") or ""
-        if split not in EXAMPLES + ASKED:
-            raise DatasetError(f"{where}: split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
-        (examples if split in EXAMPLES else asked).append(_row(folder, where, values))
+    for split, row in _rows(folder, metadata[0]):
+        (examples if split in EXAMPLES else asked).append(row)
     rows = unique_rows([*asked, *examples], str(metadata[0]))
     if task != "captioning":
         _check_distinct_labels(rows, task, metadata[0])
@@ -61,18 +58,6 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
     )
 
 
-def _row(folder: Path, where: str, values: dict[str, str]) -> DatasetRow:
-    for column in REQUIRED:
-        if not values.get(column):
-            raise DatasetError(f"{where}: no {column}")
-    path = folder / values["file_name"]
-    if "\0" in values["file_name"] or not path.resolve().is_relative_to(folder.resolve()):
-        raise DatasetError(f"{where}: '{values['file_name']}' is outside the folder")
-    if not path.is_file():
-        raise DatasetError(f"{where}: the recording '{values['file_name']}' does not exist")
-    return DatasetRow(id=values["file_name"], label=values["label"], path=path)
-
-
 def _check_distinct_labels(rows: Sequence[DatasetRow], task: Task, file: Path) -> None:
     """Refuse two labels that one answer could be both of."""
     known: dict[str, str] = {}
@@ -86,17 +71,29 @@ def _check_distinct_labels(rows: Sequence[DatasetRow], task: Task, file: Path) -
                 )
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row stands, and its texts, without white space around them."""
+def _rows(folder: Path, file: Path) -> Iterator[tuple[str, DatasetRow]]:
+    """Every row, after its value of the column ``split``; texts without white space around them."""
     for document in read_rows(file, error=DatasetError):
-        row = {_stripped(column): _stripped(value) for column, value in document.data.items()}
+        values = {_stripped(column): _stripped(value) for column, value in document.data.items()}
         for column in REQUIRED:
-            if column not in row:
-                raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, row)) or 'none'}")
+            if column not in values:
+                raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, values)) or 'none'}")
         for column in (*REQUIRED, "split"):
-            if row.get(column) is not None and not is_text(row[column]):
+            if values.get(column) is not None and not is_text(values[column]):
                 raise document.problem((), f"'{column}' must be a text without a lone surrogate")
-        yield document.line(), row
+        split = values.get("split") or ""
+        if split not in EXAMPLES + ASKED:
+            raise document.problem((), f"split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
+        for column in REQUIRED:
+            if not values[column]:
+                raise document.problem((), f"no {column}")
+        name = values["file_name"]
+        path = folder / name
+        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+            raise document.problem((), f"'{name}' is outside the folder")
+        if not path.is_file():
+            raise document.problem((), f"the recording '{name}' does not exist")
+        yield split, DatasetRow(id=name, label=values["label"], path=path)
 
 
 def _stripped(value: Any) -> Any:
