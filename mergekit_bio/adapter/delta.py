@@ -2,7 +2,7 @@
 
 A delta stands for ``d`` in W(alpha) = W0 + alpha * d. It refers to tensors on disk and holds no weights itself, so that
 a plan can be made of deltas without reading any. The kinds are in ``lora.py``, ``dora.py`` and ``dense.py``. Readers of
-adapters make them; everything else knows only what is written here.
+adapters make them (for PEFT's see ``peft_kind.py``); everything else knows only what is written here.
 """
 
 from collections.abc import Callable
