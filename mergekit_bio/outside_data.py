@@ -311,8 +311,7 @@ def checked(kind: type[T], data: Any, *, error: type[MergekitBioError], where: C
     """Turn mappings, lists and scalars into ``kind``, strictly: no text becomes a number, no number a text.
 
     Args:
-        kind: A frozen dataclass or a pydantic model. With ``FORBID_EXTRA`` as its ``__pydantic_config__`` a dataclass
-            refuses unknown keys.
+        kind: A dataclass. With ``FORBID_EXTRA`` as its ``__pydantic_config__`` it and those in it refuse unknown keys.
         data: JSON-like values; paths may stand for texts.
         error: What to raise.
         where: Where a path of keys and indices stands, for the message: "file.yaml:12: datasets[0]".
@@ -393,10 +392,9 @@ def _keys_at(kind: Any, path: KeyPath) -> list[str]:
 
 
 def _keys(kind: Any) -> dict[str | int, Any]:
-    """Key -> type of a dataclass or pydantic model; empty for other types."""
-    names = [each.name for each in fields(kind)] if is_dataclass(kind) else getattr(kind, "model_fields", ())
-    hints = get_type_hints(kind, include_extras=True) if names else {}
-    return {name: hints[name] for name in names}
+    """Key -> type of a dataclass; empty for other types."""
+    hints = get_type_hints(kind, include_extras=True) if is_dataclass(kind) else {}
+    return {part.name: hints[part.name] for part in (fields(kind) if hints else ())}
 
 
 def _members(kind: Any) -> list[Any]:

@@ -3,14 +3,14 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, foreign_file
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, RoundingLoss, foreign_file
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
@@ -23,7 +23,6 @@ from mergekit_bio.merging.write import execute
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
-    from mergekit_bio.merging.rounding_loss import RoundingLoss
 
 #: A directory or hub id, alone or with a strength of its own.
 AdapterSource: TypeAlias = str | Path | tuple[str | Path, Strength] | AdapterEntry
@@ -45,7 +44,7 @@ class MergedCheckpoint:
 
     path: Path
     alpha: Alpha
-    rounding_loss: "tuple[RoundingLoss, ...]"
+    rounding_loss: tuple[RoundingLoss, ...]
     unchanged: bool
 
 
@@ -185,7 +184,7 @@ def _finish(
     losses = summarise(errors)
     # 3. The record and the card. The record comes last: it makes a directory a checkpoint that verify accepts.
     manifest = describe(plan, output, command, tensor_hashes, companion_hashes, losses)
-    (folder / CARD).write_text(model_card(manifest.document()), encoding="utf-8")
+    (folder / CARD).write_text(model_card(asdict(manifest)), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
             (folder / name).chmod(0o444)

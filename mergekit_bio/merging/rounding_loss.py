@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergekit_bio.checkpoint.manifest import RoundingLoss
+
 if TYPE_CHECKING:
     import torch
 
@@ -52,31 +54,6 @@ class ErrorSums:
         """Take in [4, elements] of delta, error, error of nearest and base, in the compute dtype."""
         self.products += sample @ sample.T
         self.count += sample.shape[1]
-
-
-@dataclass(frozen=True)
-class RoundingLoss:
-    """The rounding loss of one module type, or of all together.
-
-    Attributes:
-        modules: ``"self_attn.q_proj"``, or ``"total"``.
-        tensors: How many.
-        elements: How many weights they have.
-        delta_over_weight: ``||d|| / ||W0||``.
-        loss: ``||e|| / ||d||`` of the rounding used.
-        bias: ``|<e, d>| / <d, d>`` of the rounding used.
-        loss_nearest: The loss, had it been rounded to nearest.
-        bias_nearest: The bias, had it been rounded to nearest.
-    """
-
-    modules: str
-    tensors: int
-    elements: int
-    delta_over_weight: float
-    loss: float
-    bias: float
-    loss_nearest: float
-    bias_nearest: float
 
 
 def module_type(tensor: str) -> str:
