@@ -63,7 +63,7 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     if path.exists():
         raise SourceError(f"{given}: is a file; name the directory that holds it, or a hub id")
     repo, _, revision = given.partition("@")
-    if repo.count("/") != 1 or not _is_hub_id(repo):
+    if not is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")
     return _from_hub(given, _name_in_cache(repo, revision or None), revision or None, patterns or PATTERNS)
 
@@ -128,7 +128,8 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
     return Source(given, folder, repo, folder.name)
 
 
-def _is_hub_id(repo: str) -> bool:
+def is_hub_id(repo: str) -> bool:
+    """Whether ``repo`` has the form USER/REPO, with the characters that the hub allows."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -136,7 +137,7 @@ def _is_hub_id(repo: str) -> bool:
         validate_repo_id(repo)
     except HFValidationError:
         return False
-    return True
+    return repo.count("/") == 1
 
 
 def licence_files(source: Source) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.manifest import MANIFEST
+from mergekit_bio.checkpoint.source import is_hub_id
 from mergekit_bio.errors import HubError
 
 if TYPE_CHECKING:
@@ -111,9 +112,17 @@ def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
     Raises:
         HubError: ``repo_id`` is no repository's name, or, but for a dry run, nobody is logged in.
     """
-    _check_repo_id(repo_id)
-    if not dry_run:
-        _check_logged_in()
+    from huggingface_hub import constants, get_token
+
+    if not is_hub_id(repo_id):
+        raise HubError(
+            f"{repo_id!r} is not the name of a repository; expected USER/REPO, such as owl/Llama-3.1-8B-owls"
+        )
+    if not dry_run and get_token() is None:
+        raise HubError(
+            f"not logged in to {constants.ENDPOINT}: run 'hf auth login', or set HF_TOKEN to a token that may write "
+            f"({constants.ENDPOINT}/settings/tokens)"
+        )
 
 
 def _upload(
@@ -192,31 +201,6 @@ def _check_single_checkpoint(directory: Path, paths: list[str], repo_id: str) ->
         )
     if MANIFEST not in paths:
         raise HubError(f"{directory}: not a merged checkpoint: it has no {MANIFEST}")
-
-
-def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-        valid = repo_id.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise HubError(
-            f"{repo_id!r} is not the name of a repository; expected USER/REPO, such as owl/Llama-3.1-8B-owls"
-        )
-
-
-def _check_logged_in() -> None:
-    from huggingface_hub import constants, get_token
-
-    if get_token() is None:
-        raise HubError(
-            f"not logged in to {constants.ENDPOINT}: run 'hf auth login', or set HF_TOKEN to a token that may write "
-            f"({constants.ENDPOINT}/settings/tokens)"
-        )
 
 
 def _unchanged(path: Path, size: int, there: "RepoFile | None") -> bool:

@@ -10,14 +10,14 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from mergekit_bio.adapter.delta import BlockDelta, not_finite
+from mergekit_bio.adapter.delta import not_finite
 from mergekit_bio.checkpoint.clone import write_exactly
 from mergekit_bio.checkpoint.header import DTYPES, TensorInfo, read_exactly
 from mergekit_bio.errors import AdapterError
@@ -53,52 +53,25 @@ class Folded:
     errors: tuple[ErrorSums, ...]
 
 
-@dataclass(frozen=True)
 class _Job:
     """What all blocks of one tensor have in common.
 
-    Attributes:
-        fold: The tensor.
-        compute: The dtype of the arithmetic.
-        dtype: The dtype of the result.
-        rows: Of the result, seen as a matrix.
-        cols: Likewise.
-        deltas: The fold's deltas, ready to compute blocks.
-        noise_key: Of the stochastic rounding; None for rounding to nearest.
-        sample_step: The error is measured on every ``sample_step``-th row.
+    Raises:
+        AdapterError: A delta holds NaN or infinity.
     """
 
-    fold: Fold
-    compute: torch.dtype
-    dtype: torch.dtype
-    rows: int
-    cols: int
-    deltas: list[BlockDelta]
-    noise_key: int | None
-    sample_step: int
-
-    @classmethod
-    def of(cls, fold: Fold, device: torch.device, request: MergeRequest) -> "_Job":
-        """Decide how to compute ``fold``, and read what its deltas need for every block.
-
-        Raises:
-            AdapterError: A delta holds NaN or infinity.
-        """
-        dtype = getattr(torch, DTYPES[fold.dtype][1])
-        narrow = dtype.itemsize == 2
+    def __init__(self, fold: Fold, device: torch.device, request: MergeRequest) -> None:
+        self.fold = fold
+        self.rows, self.cols = _matrix(fold.shape)
+        self.dtype: torch.dtype = getattr(torch, DTYPES[fold.dtype][1])
+        narrow = self.dtype.itemsize == 2
         # float32 is precise enough for a 16-bit result; a float32 result needs float64, or it would be rounded twice.
-        compute = torch.float32 if narrow else torch.float64
-        rows, cols = _matrix(fold.shape)
-        return cls(
-            fold,
-            compute,
-            dtype,
-            rows,
-            cols,
-            deltas=[delta.prepare(fold.base, device, compute) for delta in fold.deltas],
-            noise_key=noise_key(request.seed, fold.name) if narrow and request.rounding == "stochastic" else None,
-            sample_step=SAMPLED_ROWS if rows >= 4 * SAMPLED_ROWS else 1,
-        )
+        self.compute = torch.float32 if narrow else torch.float64
+        self.deltas = [delta.prepare(fold.base, device, self.compute) for delta in fold.deltas]
+        stochastic = narrow and request.rounding == "stochastic"
+        self.noise_key = noise_key(request.seed, fold.name) if stochastic else None
+        # The error is measured on some rows of a large tensor, and on all rows of a small one.
+        self.sample_step = SAMPLED_ROWS if self.rows >= 4 * SAMPLED_ROWS else 1
 
     def rows_per_block(self, device: torch.device) -> int:
         """A multiple of ``SAMPLED_ROWS`` where a block holds that many, so that samples are evenly spaced."""
@@ -129,18 +102,12 @@ class _BlockWorker:
             torch.cuda.current_stream(self._device).synchronize()  # what was prepared is used on other streams
 
     def start(self, base: int, start: int, stop: int, write: Write) -> None:
-        """Set the device to work on rows ``[start, stop)``.
+        """Set the device to work on rows ``[start, stop)``; ``base`` is a descriptor of the file that holds W0.
 
         A CPU is done when this returns, and the results are written. A GPU's are written by :meth:`drain`.
-
-        Args:
-            base: Descriptor of the file that holds W0.
-            start: The first row.
-            stop: The row after the last.
-            write: Takes the results.
         """
         job, offset = self._job, start * self._job.cols * self._job.dtype.itemsize
-        with self._on_stream():
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             # 1. Read W0, and compute what all strengths share: the deltas and the noise of rounding.
             weights = self._read(base, start, stop)
             deltas = self._compute_deltas(start, stop, weights)
@@ -173,9 +140,6 @@ class _BlockWorker:
     def finite(self) -> bool:
         """Whether all results of the tensor are finite; a False may be an overflow of the sum that tells."""
         return bool(self._probe.isfinite())
-
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _read(self, base: int, start: int, stop: int) -> torch.Tensor:
         """W0 [stop - start, cols] in the compute dtype; rows beyond the base's come from the adapter that has them."""
@@ -300,7 +264,7 @@ class Folder:
             AdapterError: A delta holds NaN or infinity, or the result does not fit the output's dtype.
             OSError: As the system gives it.
         """
-        job = _Job.of(fold, self._device, self._request)
+        job = _Job(fold, self._device, self._request)
         digests = [hashlib.sha256() for _ in fold.targets]
         for worker in self._workers:
             worker.begin(job)

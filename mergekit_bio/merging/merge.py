@@ -149,7 +149,8 @@ def carry_out(
     with staged(
         out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
     ) as scratch:
-        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
+        copied = sum(content.stat().st_size for content in beside.values() if isinstance(content, Path))
+        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied)
         # 3. Write the shards: copy what is copied, fold what is folded.
         folded = execute(plan, scratch, meanwhile=_import_recorders, progress=progress)
         # 4. Write what stands beside them, for each output.

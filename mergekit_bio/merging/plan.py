@@ -3,7 +3,6 @@
 A plan can be printed, tested and compared before it is carried out.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +105,6 @@ class OutputShard:
     copies: tuple[Copy, ...]
     mirrors: Path | None
     links: tuple[str, ...] = ()
-
-    @property
-    def header_sha256(self) -> str:
-        """Hex digest of the header: names, dtypes, shapes and offsets."""
-        return hashlib.sha256(self.header).hexdigest()
 
 
 @dataclass(frozen=True)

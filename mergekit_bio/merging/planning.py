@@ -33,6 +33,7 @@ class _Piece:
         shape: Of the output.
         changes: What is added to it.
         strengths: Output index -> the strength of each change. An output that is not there gets a copy of ``source``.
+        targets: Where it goes, once that is decided, in the outputs that do not get a copy.
     """
 
     name: str
@@ -41,6 +42,7 @@ class _Piece:
     shape: tuple[int, ...]
     changes: tuple[Change, ...] = ()
     strengths: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -54,12 +56,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _ShardPieces:
-    """What goes into one safetensors file, before the file has a name.
-
-    Attributes:
-        pieces: Its tensors.
-        outputs: Indexes of the outputs that it belongs to. Several share one file on the disk, by hard links.
-    """
+    """What goes into one safetensors file, before it has a name; several outputs share it by hard links."""
 
     pieces: list[_Piece]
     outputs: tuple[int, ...]
@@ -113,8 +110,11 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
     }
     vocabulary = _grown_vocabulary(base, pieces)
 
-    # 4. Group the tensors into files. With several strengths, files that are equal are stored once.
-    groups = _base_groups(base, pieces, untied)
+    # 4. Group the tensors into files as the base has them; a new output head joins the input embedding. With several
+    # strengths, files that are equal are stored once.
+    groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
+    if untied:
+        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
     every_output = tuple(range(len(alphas)))
     each_output = [(output_index,) for output_index in every_output]
     if request.share and len(alphas) > 1:
@@ -127,7 +127,19 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
 
     # 5. Name the files, and give every tensor its offset.
     outputs = _name_files(shards, alphas)
-    written, folds = _place(shards, outputs, base)
+    written = _place(shards, outputs, base)
+    folds = tuple(
+        Fold(
+            piece.name,
+            piece.source,
+            piece.shape,
+            piece.dtype,
+            tuple(change.delta for change in piece.changes),
+            tuple(piece.targets),
+        )
+        for piece in pieces.values()
+        if piece.targets
+    )
     return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
 
 
@@ -189,16 +201,7 @@ def _piece(
     changes: tuple[Change, ...],
     wanted: str | None,
 ) -> _Piece:
-    """Decide what becomes of one tensor.
-
-    Args:
-        name: Of the tensor in the output.
-        base: What is merged into.
-        planned: The adapters.
-        alphas: The strengths, one output each.
-        changes: What is added to it.
-        wanted: The dtype of all weights; None for the base's own.
-    """
+    """Decide what becomes of one tensor; ``wanted`` is the dtype of all weights, None for the base's own."""
     source, in_base = base.origin(name), base.find(name)
     assert in_base is not None
     dtype = wanted if wanted and in_base.dtype in FLOATS else in_base.dtype
@@ -241,14 +244,6 @@ def _grown_vocabulary(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
     return grown.pop()
 
 
-def _base_groups(base: Base, pieces: Mapping[str, _Piece], untied: bool) -> list[list[_Piece]]:
-    """The tensors in files as the base has them; a new output head joins the input embedding."""
-    groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
-    if untied:
-        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
-    return groups
-
-
 def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) -> list[_ShardPieces]:
     """Regroup for a sweep: what all outputs have in common once, the rest in files of each output's own."""
     common = [[piece for piece in group if not piece.differs] for group in groups]
@@ -269,23 +264,19 @@ def _name_files(shards: Sequence[_ShardPieces], alphas: Sequence[Alpha]) -> tupl
     outputs = []
     for output_index, alpha in enumerate(alphas):
         count = sum(output_index in shard.outputs for shard in shards)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
         folder = f"alpha-{alpha.label}" if len(alphas) > 1 else ""
         outputs.append(Output(alpha, folder, (SINGLE,) if count == 1 else tuple(names)))
     return tuple(outputs)
 
 
-def _place(
-    shards: Sequence[_ShardPieces], outputs: Sequence[Output], base: Base
-) -> tuple[tuple[OutputShard, ...], tuple[Fold, ...]]:
+def _place(shards: Sequence[_ShardPieces], outputs: Sequence[Output], base: Base) -> tuple[OutputShard, ...]:
     """Give every tensor its offset: as a copied range of a file, or as a target of a fold."""
     names = [iter(output.files) for output in outputs]
     originals = {
         tuple((info.name, info.dtype, info.shape) for info in shard.tensors): shard for shard in base.checkpoint.shards
     }
     written: list[OutputShard] = []
-    folded: dict[str, _Piece] = {}
-    targets: dict[str, list[Target]] = {}
     for shard in shards:
         # 1. Its names: the first makes the file, the others are links to it.
         paths = [f"{outputs[index].folder}/{next(names[index])}".lstrip("/") for index in shard.outputs]
@@ -306,8 +297,7 @@ def _place(
             if strengths is None:
                 copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
             else:
-                folded[piece.name] = piece
-                targets.setdefault(piece.name, []).append(Target(strengths, paths[0], offset))
+                piece.targets.append(Target(strengths, paths[0], offset))
             offset += piece.nbytes
         mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
         written.append(
@@ -321,18 +311,7 @@ def _place(
                 links=tuple(paths[1:]),
             )
         )
-    folds = tuple(
-        Fold(
-            name,
-            piece.source,
-            piece.shape,
-            piece.dtype,
-            tuple(change.delta for change in piece.changes),
-            tuple(targets[name]),
-        )
-        for name, piece in folded.items()
-    )
-    return tuple(written), folds
+    return tuple(written)
 
 
 def _joined(copies: Iterable[Copy]) -> list[Copy]:
@@ -346,7 +325,7 @@ def _joined(copies: Iterable[Copy]) -> list[Copy]:
             and last.source_offset + last.count == copy.source_offset
             and last.target_offset + last.count == copy.target_offset
         ):
-            joined[-1] = Copy(last.source, last.source_offset, last.target_offset, last.count + copy.count)
+            joined[-1] = replace(last, count=last.count + copy.count)
         elif copy.count:
             joined.append(copy)
     return joined

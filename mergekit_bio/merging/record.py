@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 import mergekit_bio
@@ -73,12 +74,9 @@ def describe(
         shared={"files": shared, "with": others} if shared else None,
         versions={"torch": torch.__version__, "python": platform.python_version()},
         rounding_loss=list(losses),
-        files={
-            name: FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
-            for name, shard in sorted(files.items())
-        },
+        files={name: FileRecord(shard.size, sha256(shard.header).hexdigest()) for name, shard in sorted(files.items())},
         companions=dict(companions),
-        tensors={name: TensorRecord(sha256=sha256) for name, sha256 in sorted(hashes.items())},
+        tensors={name: TensorRecord(digest) for name, digest in sorted(hashes.items())},
     )
 
 

@@ -154,8 +154,7 @@ def _start_folding(
 ) -> "tuple[list[ThreadPoolExecutor], list[Future[Folded]]]":
     """Hand the folds to workers: on a CPU to those that copy, on GPUs to a few for each.
 
-    Returns:
-        All pools of workers, ``pool`` first, and the folds' results in the plan's order.
+    The folds' results come in the plan's order, beside all pools of workers.
     """
     import torch
 
