@@ -68,12 +68,12 @@ class Delta(Protocol):
         ...
 
     def equals(self, other: "Delta") -> bool:
-        """Whether both are the same matrix ``d``; True only where that is certain.
+        """Whether both are the same matrix ``d``; True only where that is certain, so that False is always safe.
 
         One is of an input embedding, the other of the output head tied to it, so they may be stored transposed to each
         other. Equal ones are added to the shared matrix once; others make two matrices of it.
         """
-        ...
+        return False
 
 
 def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":

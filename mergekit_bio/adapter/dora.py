@@ -81,6 +81,3 @@ class Dora(Delta):
             torch.sub(weights, base_rows, out=out)
 
         return compute
-
-    def equals(self, other: Delta) -> bool:
-        return False  # the two sides have norms along different dimensions

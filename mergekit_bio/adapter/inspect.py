@@ -1,6 +1,6 @@
 """What is in a directory, told from its headers and configuration alone."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +60,10 @@ def inspect(source: Source) -> Contents:
     has_tower = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
     kind = "merged audio model" if has_tower else "checkpoint"
     text = _mapping(config.get("text_config")) or config
+    architectures = config.get("architectures")
     facts = {
         "model type": config.get("model_type"),
-        "architecture": _joined(config.get("architectures")),
+        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
         "layers": text.get("num_hidden_layers"),
         "hidden size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
@@ -85,10 +86,6 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _joined(value: Any) -> str | None:
-    return ", ".join(map(str, value)) if isinstance(value, list) and value else None
-
-
 def _adapter(source: Source) -> Contents:
     config = read_json(inside(source.path, peft.CONFIG))
     facts = {
@@ -100,8 +97,7 @@ def _adapter(source: Source) -> Contents:
         "with": ", ".join(key for key in ("use_dora", "use_rslora", "lora_bias") if config.get(key)) or None,
         "modules to save": config.get("modules_to_save"),
     }
-    weights = source.path / peft.WEIGHTS
-    shards = (Shard.open(inside(source.path, weights.name)),) if weights.exists() else ()
+    shards = (Shard.open(inside(source.path, peft.WEIGHTS)),) if (source.path / peft.WEIGHTS).exists() else ()
     return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
 
 
@@ -125,13 +121,10 @@ def _count(tensors: Iterable[TensorInfo]) -> str | None:
 
 
 def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> Contents:
-    counts: Counter[str] = Counter()
-    elements: Counter[str] = Counter()
-    infos: list[TensorInfo] = [info for shard in shards for info in shard.tensors]
-    for info in infos:
-        counts[info.dtype] += 1
-        elements[info.dtype] += info.elements
+    elements: dict[str, list[int]] = defaultdict(list)
+    for info in (info for shard in shards for info in shard.tensors):
+        elements[info.dtype].append(info.elements)
+    tensors = {dtype: (len(sizes), sum(sizes)) for dtype, sizes in sorted(elements.items())}
     facts["licence"] = stated_licence(source)
-    tensors = {dtype: (counts[dtype], elements[dtype]) for dtype in sorted(counts)}
     known = {name: value for name, value in facts.items() if value not in (None, [], "")}
     return Contents(source, kind, len(shards), sum(shard.size for shard in shards), tensors, known)

@@ -81,16 +81,15 @@ class Adapter:
         deltas: Base tensor name -> what is added to it.
         tower: The tensors of an audio tower, under their original names.
         config: Its own configuration file.
-        files: The weight files; their content is the adapter's identity.
         notes: What a user should know, one line each.
-        overrides: Base tensor name -> what the adapter has in its place.
+        overrides: Base tensor name -> what the adapter has in its place. A merge takes it at every strength, or is
+            refused.
     """
 
     kind: str
     source: Source
     file: Path
     deltas: Mapping[str, tuple[Delta, ...]]
-    files: tuple[Path, ...]
     tower: tuple[TensorInfo, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -98,9 +97,10 @@ class Adapter:
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
-        """Everything it holds that is used, by name."""
+        """Everything of it that goes into a merge, by name."""
         used = (tensor for deltas in self.deltas.values() for delta in deltas for tensor in delta.stored)
-        return {tensor.name: tensor for tensor in (*used, *self.tower)}
+        taken = (override.stored for override in self.overrides.values())
+        return {tensor.name: tensor for tensor in (*used, *self.tower, *taken)}
 
     @property
     def scalings(self) -> dict[str, int]:

@@ -106,9 +106,6 @@ class BiasVector(Delta):
 
         return compute
 
-    def equals(self, other: Delta) -> bool:
-        return False  # embeddings and heads alone are tied, and they are matrices
-
 
 # ---- read from PEFT's files (peft/tuners/lora/config.py and layer.py of PEFT 0.21)
 

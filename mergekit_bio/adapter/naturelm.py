@@ -126,10 +126,8 @@ def load(source: Source, base: Base) -> Adapter:
             raise AdapterError(f"{info.file}: tensor {info.name}: differs from {original.name}, which it must share")
     # 3. What it repeats of the base is a copy of it, or overrides it.
     overrides, notes = _compare_with_base(contents.repeated, base)
-    files = tuple(shard.file for shard in checkpoint.shards)
-    return Adapter(
-        "naturelm-audio", source, checkpoint.root, deltas, files, contents.tower, checkpoint.config, notes, overrides
-    )
+    tower = contents.tower
+    return Adapter("naturelm-audio", source, checkpoint.root, deltas, tower, checkpoint.config, notes, overrides)
 
 
 def _strength(config: Mapping[str, Any], where: str) -> tuple[int, float]:

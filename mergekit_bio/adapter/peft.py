@@ -136,7 +136,7 @@ def load(source: Source, base: Base) -> Adapter:
     if not deltas:
         raise AdapterError(f"{file}: holds no tensors; there is nothing to merge")
     frozen = {name: tuple(added) for name, added in deltas.items()}
-    return Adapter("peft", source, file, frozen, (file,), config=config)
+    return Adapter("peft", source, file, frozen, config=config)
 
 
 def _kind(config: Mapping[str, Any], where: Path) -> PeftKind:

@@ -53,7 +53,7 @@ def ask(
     render_prompt(prompt, template="{}", num_audios=max(slots, 1))
     output.note(f"loading {model}")
     asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
-    failed: dict[str, str] = {}
+    failed: list[dict[str, str]] = []
     answers: list[Answer] = []
     if together:
         answers.append(asker.together(recordings, prompt))
@@ -67,7 +67,7 @@ def ask(
             {"recordings": answer.recordings, "start": answer.start, "end": answer.end, "text": answer.text}
             for answer in answers
         ],
-        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
+        "failed": failed,
     }
     if answers or not failed:
         output.result(

@@ -53,7 +53,7 @@ def embed(
         "out": str(out),
         "recordings": used,
         "clips": clips,
-        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
+        "failed": failed,
     }
     output.result(
         document,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from mergekit_bio.cli.console import Output, human_bytes
+from mergekit_bio.cli.console import Output, human_bytes, table_of_numbers
 from mergekit_bio.cli.options import JsonOption, QuietOption
 from mergekit_bio.merging.request import DType, MergeRequest, read_request
 
@@ -118,7 +118,8 @@ def merge(
     for note in _notes(plan):
         output.note(note)
     # 2. Find out before the long work whether its result could be pushed.
-    repositories = _repositories(push, plan) if push else []
+    # Those of a sweep go to a repository each.
+    repositories = [f"{push}-{planned.folder}" if planned.folder else push for planned in plan.outputs] if push else []
     for name in repositories:
         from mergekit_bio.hub.push import check_ready
 
@@ -149,17 +150,12 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
         name = planned.adapter.source.name
         for note in planned.adapter.notes:
             yield f"{name}: {note}"
-        for tensor, override in planned.overrides.items():
+        for tensor, override in planned.adapter.overrides.items():
             rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
             yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
     for strength in (value for planned_output in plan.outputs for value in planned_output.alpha.values):
         if not 0 <= strength <= 1:
             yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
-
-
-def _repositories(repo_id: str, plan: "MergePlan") -> list[str]:
-    """Where the checkpoints are published: those of a sweep each in a repository of its own."""
-    return [f"{repo_id}-{planned.folder}" if planned.folder else repo_id for planned in plan.outputs]
 
 
 def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
@@ -204,13 +200,9 @@ def _title(plan: "MergePlan") -> str:
 
 
 def _draw_plan(console: "Console", plan: "MergePlan") -> None:
-    from rich.table import Table
-
     from mergekit_bio.merging import estimate
 
-    table = Table(title=_title(plan))
-    for column in ("modules", "folded", "converted", "copied"):
-        table.add_column(column, justify="left" if column == "modules" else "right")
+    table = table_of_numbers(_title(plan), "modules", "folded", "converted", "copied")
     for row in _modules(plan):
         table.add_row(row["modules"], *(str(row.get(fate, "")) for fate in ("folded", "converted", "copied")))
     console.print(table)
@@ -243,17 +235,12 @@ def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds
 
 
 def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds: float) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=_title(plan),
-        caption="d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
-        "rounding drops. nearest: the same, had it been rounded as other tools do.",
-        caption_justify="left",
+    caption = (
+        "d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
+        "rounding drops. nearest: the same, had it been rounded as other tools do."
     )
-    table.add_column("alpha")
-    for column in ("|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest"):
-        table.add_column(column, justify="right")
+    columns = ("alpha", "|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest")
+    table = table_of_numbers(_title(plan), *columns, caption=caption, caption_justify="left")
     for checkpoint in merged:
         total = next((loss for loss in checkpoint.rounding_loss if loss.modules == "total"), None)
         cells = ["0: the base"] if checkpoint.unchanged else []

@@ -64,10 +64,13 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 
 
 def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    audio, kinds = manifest["audio_prefix"], {adapter["kind"] for adapter in manifest["adapters"]}
+    audio, kinds = (
+        manifest["audio_prefix"],
+        {adapter["peft_type"] or adapter["kind"] for adapter in manifest["adapters"]},
+    )
     parents = [source["id"] for source in _sources(manifest) if source["id"]]
     tags = ["merge", "mergekit-bio"]
-    tags += ["lora"] if kinds & {"peft", "naturelm-audio"} else []
+    tags += ["lora"] if kinds & {"LORA", "naturelm-audio"} else []
     tags += ["bioacoustics"] if "naturelm-audio" in kinds else []
     tags += ["audio"] if audio else []
     data: dict[str, Any] = {

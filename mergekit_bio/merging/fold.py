@@ -8,9 +8,8 @@ that one block's transfer runs beside another's arithmetic. On a CPU there is on
 import ctypes
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +23,7 @@ from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging.plan import Fold
 from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.rounding import Noise, noise_key, round_into
-from mergekit_bio.merging.rounding_loss import BASE, DELTA, ERROR, NEAREST, ErrorSums
+from mergekit_bio.merging.rounding_loss import BASE, DELTA, ERROR, NEAREST
 
 #: Writes bytes at an offset of the tensor, at the target with this index.
 Write: TypeAlias = Callable[[int, int, memoryview], None]
@@ -45,12 +44,12 @@ class Folded:
     Attributes:
         name: The tensor.
         sha256: Of the written bytes, one for each target.
-        errors: The rounding error, one for each target.
+        products: float64 [targets, 4, 4], on the device: what :mod:`~mergekit_bio.merging.rounding_loss` takes.
     """
 
     name: str
     sha256: tuple[str, ...]
-    errors: tuple[ErrorSums, ...]
+    products: torch.Tensor
 
 
 class _Job:
@@ -96,7 +95,8 @@ class _BlockWorker:
     def begin(self, job: _Job) -> None:
         """Turn to another tensor."""
         self._job = job
-        self.sums = [ErrorSums.zeros(self._device) for _ in job.fold.targets]
+        self.products = torch.zeros(len(job.fold.targets), 4, 4, dtype=torch.float64, device=self._device)
+        self.sampled = 0  # elements
         self._probe = torch.zeros((), dtype=torch.float64, device=self._device)
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()  # what was prepared is used on other streams
@@ -215,13 +215,15 @@ class _BlockWorker:
             sample[DELTA].add_(self._sampled(delta), alpha=strength)
         torch.sub(exact.to(job.dtype).to(job.compute), exact, out=sample[NEAREST])
         torch.sub(self._sampled(rounded).to(job.compute), exact, out=sample[ERROR])
-        self.sums[target_index].add(sample.flatten(1))
+        flat = sample.flatten(1)
+        self.products[target_index] += flat @ flat.T
 
     def _sample_of(self, weights: torch.Tensor) -> torch.Tensor:
         """A place for sampled rows of delta, error, error of nearest and base [4, rows, cols]; the base is in it."""
         rows = self._sampled(weights)
         sample = self._buffer("sample", (4, *rows.shape), self._job.compute)
         sample[BASE].copy_(rows)
+        self.sampled += rows.numel()
         return sample
 
     def _sampled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -272,24 +274,27 @@ class Folder:
         def write(target_index: int, offset: int, block: memoryview) -> None:
             target = fold.targets[target_index]
             digests[target_index].update(block)
-            with _opened(self._root / target.file, os.O_WRONLY) as file:  # a sweep has more files than may be open
-                write_exactly(file, block, target.offset + offset)
+            # Opened for each block, because a sweep has more files than may be open.
+            with (self._root / target.file).open("r+b", buffering=0) as file:
+                write_exactly(file.fileno(), block, target.offset + offset)
             self._progress(len(block))
 
         # The workers take turns. Blocks are written in their order, as the digests need them.
         step = job.rows_per_block(self._device)
         starts = range(0, job.rows, step)
-        with _opened(fold.base.file, os.O_RDONLY) as base:
+        with fold.base.file.open("rb", buffering=0) as base:
             for turn, start in enumerate(starts):
                 worker = self._workers[turn % len(self._workers)]
                 worker.drain(write)
-                worker.start(base, start, min(start + step, job.rows), write)
+                worker.start(base.fileno(), start, min(start + step, job.rows), write)
             for turn in range(len(starts), len(starts) + len(self._workers)):
                 self._workers[turn % len(self._workers)].drain(write)
         if not all(worker.finite() for worker in self._workers):
             self._refuse_not_finite(fold)
-        errors = tuple(ErrorSums.total(sums) for sums in zip(*(worker.sums for worker in self._workers), strict=True))
-        return Folded(fold.name, tuple(digest.hexdigest() for digest in digests), errors)
+        # The sample stands for all elements.
+        products = torch.stack([worker.products for worker in self._workers]).sum(0)
+        products *= job.rows * job.cols / max(sum(worker.sampled for worker in self._workers), 1)
+        return Folded(fold.name, tuple(digest.hexdigest() for digest in digests), products)
 
     def _refuse_not_finite(self, fold: Fold) -> None:
         """Find out whose fault it is: an adapter's, the base's, or the dtype's range."""
@@ -317,12 +322,3 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     array: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
-
-
-@contextmanager
-def _opened(file: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(file, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -176,13 +176,13 @@ def _finish(
     companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
     # 2. Pick this output's share of the folds' results.
     stored_in = {shard.file for shard in files.values()}
-    tensor_hashes, errors = {}, []
+    tensor_hashes, measured = {}, []
     for fold, result in zip(plan.folds, folded, strict=True):
-        for target, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
+        for target, sha256, products in zip(fold.targets, result.sha256, result.products, strict=True):
             if target.file in stored_in:
                 tensor_hashes[fold.name] = sha256
-                errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
-    losses = summarise(errors)
+                measured += [(fold.name, math.prod(fold.shape), products)] if fold.deltas else []
+    losses = summarise(measured)
     # 3. The record and the card. The record comes last: it makes a directory a checkpoint that verify accepts.
     manifest = describe(plan, output, command, tensor_hashes, companion_hashes, losses)
     (folder / CARD).write_text(model_card(asdict(manifest)), encoding="utf-8")

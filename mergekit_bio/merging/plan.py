@@ -3,13 +3,12 @@
 A plan can be printed, tested and compared before it is carried out.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bio.adapter.delta import Delta
-from mergekit_bio.adapter.interface import Adapter, Base, Override
+from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo, nbytes_of
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.request import MergeRequest
@@ -130,18 +129,11 @@ class PlannedAdapter:
         adapter: As it was read.
         alpha: The strength of its own; None where it gets the merge's.
         changed: The tensors that it changes.
-        overrides: The base's name -> the tensor of its own that is taken in the base's place, at every strength.
     """
 
     adapter: Adapter
     alpha: Alpha | None
     changed: tuple[str, ...]
-    overrides: Mapping[str, Override]
-
-    @property
-    def stored(self) -> dict[str, StoredTensor]:
-        """Everything of it that goes into the result, by name."""
-        return self.adapter.stored | {override.stored.name: override.stored for override in self.overrides.values()}
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,6 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
             changed=tuple(
                 name for name, added in changes.items() if any(change.adapter_index == index for change in added)
             ),
-            overrides=adapter.overrides if base.overrides else {},
         )
         for index, (adapter, entry) in enumerate(zip(adapters, request.adapters, strict=True))
     )

@@ -89,14 +89,14 @@ def _adapter(planned: PlannedAdapter, licences: Iterable[str], output: Output) -
     }
     return AdapterOrigin(
         **_where(adapter.source),
-        fingerprint=fingerprint(planned.stored),
+        fingerprint=fingerprint(adapter.stored),
         license_files=list(licences),
         kind=adapter.kind,
         peft_type=adapter.config.get("peft_type"),
         alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
-        base_weights={name: override.stored.name for name, override in planned.overrides.items()},
+        base_weights={name: override.stored.name for name, override in adapter.overrides.items()},
     )
 
 

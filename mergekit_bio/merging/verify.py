@@ -134,11 +134,11 @@ def _against_sources(
 ) -> Verification:
     # 1. Plan the merge again, from the same weights.
     plan = _plan_again(manifest, base, adapters)
-    found = [(plan.base.source, fingerprint(plan.base.checkpoint.tensors))]
-    found += [(planned.adapter.source, fingerprint(planned.stored)) for planned in plan.adapters]
-    for (source, identity), origin in zip(found, [manifest.base, *manifest.adapters], strict=True):
+    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
+    found += [(planned.adapter.source.given, fingerprint(planned.adapter.stored)) for planned in plan.adapters]
+    for (given, identity), origin in zip(found, [manifest.base, *manifest.adapters], strict=True):
         if identity != origin.fingerprint:
-            raise VerificationError(f"{source.given}: is not the {origin.name} that was merged (its weights differ)")
+            raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
     planned = {name for shard in plan.shards for name in shard.tensors}
     if planned != checkpoint.tensors.keys():
         odd = sorted(planned ^ checkpoint.tensors.keys())[0]
