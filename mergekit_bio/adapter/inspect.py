@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from mergekit_bio.adapter import naturelm, peft
@@ -17,29 +16,12 @@ from mergekit_bio.errors import SourceError
 from mergekit_bio.outside_data import read_json
 
 
-@dataclass(frozen=True)
-class Contents:
-    """A summary of a base, an adapter or a merged checkpoint.
+def inspect(source: Source) -> dict[str, Any]:
+    """Describe what ``source`` holds: a base, an adapter or a merged checkpoint.
 
-    Attributes:
-        source: Where it was found.
-        kind: In words: ``"PEFT LoRA adapter"``, ``"NatureLM-audio checkpoint"``, ...
-        files: Weight files.
-        nbytes: Their bytes.
-        tensors: dtype -> (tensors, elements).
-        facts: What else there is to know, by name.
-    """
-
-    source: Source
-    kind: str
-    files: int
-    nbytes: int
-    tensors: dict[str, tuple[int, int]]
-    facts: dict[str, Any]
-
-
-def inspect(source: Source) -> Contents:
-    """Describe what ``source`` holds.
+    Returns:
+        ``source``, ``path`` and ``revision``; ``kind`` in words; ``files`` (their number), ``bytes``, ``tensors``
+        (dtype -> ``count`` and ``elements``); then, under names for people, whatever else there is to know.
 
     Raises:
         SourceError: It holds nothing of use to a merge.
@@ -86,7 +68,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _adapter(source: Source) -> Contents:
+def _adapter(source: Source) -> dict[str, Any]:
     config = read_json(inside(source.path, peft.CONFIG))
     facts = {
         "PEFT type": config.get("peft_type"),
@@ -101,7 +83,7 @@ def _adapter(source: Source) -> Contents:
     return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
 
 
-def _naturelm(source: Source, checkpoint: Checkpoint) -> Contents:
+def _naturelm(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
     contents = naturelm.read_contents(checkpoint)
     facts = {
         "holds": contents.description,
@@ -120,11 +102,18 @@ def _count(tensors: Iterable[TensorInfo]) -> str | None:
     return f"{len(elements)} tensors, {sum(elements) / 1e6:.1f} M weights" if elements else None
 
 
-def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> Contents:
+def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> dict[str, Any]:
     elements: dict[str, list[int]] = defaultdict(list)
     for info in (info for shard in shards for info in shard.tensors):
         elements[info.dtype].append(info.elements)
-    tensors = {dtype: (len(sizes), sum(sizes)) for dtype, sizes in sorted(elements.items())}
     facts["licence"] = stated_licence(source)
-    known = {name: value for name, value in facts.items() if value not in (None, [], "")}
-    return Contents(source, kind, len(shards), sum(shard.size for shard in shards), tensors, known)
+    return {
+        "source": source.given,
+        "path": str(source.path),
+        "revision": source.revision,
+        "kind": kind,
+        "files": len(shards),
+        "bytes": sum(shard.size for shard in shards),
+        "tensors": {dtype: {"count": len(sizes), "elements": sum(sizes)} for dtype, sizes in sorted(elements.items())},
+        **{name: value for name, value in facts.items() if value not in (None, [], "")},
+    }

@@ -1,16 +1,21 @@
-"""What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr."""
+"""What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr; and its options."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
     from rich.table import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential result, one item a line.")]
 
 #: Tables are laid out for this many columns at most, wherever they go.
 MAX_WIDTH = 100

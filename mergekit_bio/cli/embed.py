@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 from mergekit_bio.cli.listening import check_any_used, hear_each
-from mergekit_bio.cli.options import JsonOption, QuietOption
 
 
 def embed(

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_bio.cli.console import Output, table_of_numbers
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, table_of_numbers
 from mergekit_bio.cli.run_progress import RunOutput
 from mergekit_bio.engine.choice import ENGINES
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from mergekit_bio.cli.console import Output, human_bytes, table_of_numbers
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_bytes, table_of_numbers
 from mergekit_bio.merging.request import DType, MergeRequest, read_request
 
 if TYPE_CHECKING:
@@ -100,6 +99,8 @@ def merge(
       mergekit-bio merge --alpha 0.5
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
+    from mergekit_bio.hub.push import check_ready
+    from mergekit_bio.hub.push import push as push_checkpoint
     from mergekit_bio.merging.directory import companions
     from mergekit_bio.merging.merge import carry_out, plan_merge
 
@@ -121,8 +122,6 @@ def merge(
     # Those of a sweep go to a repository each.
     repositories = [f"{push}-{planned.folder}" if planned.folder else push for planned in plan.outputs] if push else []
     for name in repositories:
-        from mergekit_bio.hub.push import check_ready
-
         check_ready(name, dry_run=dry_run)
     if dry_run:
         companions(plan)  # what would stop the merge stops this
@@ -135,7 +134,11 @@ def merge(
     pushed: list[str] = []
     try:
         for checkpoint, name in zip(merged, repositories, strict=bool(push)):
-            pushed.append(_push(checkpoint, name, output))
+            report = push_checkpoint(
+                checkpoint.path, name, progress=lambda file: output.note(f"{file.state}  {file.path}")
+            )
+            output.note(report.url)
+            pushed.append(report.url)
     finally:  # what is merged is merged, whatever the hub says
         output.result(
             _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
@@ -156,14 +159,6 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
     for strength in (value for planned_output in plan.outputs for value in planned_output.alpha.values):
         if not 0 <= strength <= 1:
             yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
-
-
-def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
-    from mergekit_bio.hub.push import push
-
-    report = push(checkpoint.path, repo_id, progress=lambda file: output.note(f"{file.state}  {file.path}"))
-    output.note(report.url)
-    return report.url
 
 
 def _plan_document(plan: "MergePlan") -> dict[str, Any]:

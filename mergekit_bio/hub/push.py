@@ -8,8 +8,7 @@ is resumed by running it again, which sends only what did not arrive (whole file
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -90,7 +89,7 @@ def push(
         HubError: The directory holds no single checkpoint, or the hub refuses or cannot be reached.
         VerificationError: The directory is not what its ``merge.json`` says.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
     from mergekit_bio.merging.verify import verify
 
@@ -102,8 +101,13 @@ def push(
     if dry_run:
         planned = tuple(PushedFile(path, (directory / path).stat().st_size, "planned") for path in paths)
         return PushReport(f"{constants.ENDPOINT}/{repo_id}", None, planned, (), left_out)
-    with _one_line_errors(repo_id, revision):
+    try:
         return _upload(directory, paths, left_out, repo_id, private, revision, progress)
+    # The client raises OSError (offline, Xet transport), ValueError (what the hub calls invalid) and RuntimeError
+    # (around what broke an upload) besides its HTTP errors.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(f"{repo_id}: {_explain(cause, repo_id, revision)}") from error
 
 
 def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
@@ -209,20 +213,6 @@ def _unchanged(path: Path, size: int, there: "RepoFile | None") -> bool:
     if there.lfs is not None:
         return file_sha256(path) == there.lfs.sha256
     return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == there.blob_id
-
-
-@contextmanager
-def _one_line_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub's client raises into a HubError that says what to do."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    # The client raises OSError (offline, Xet transport), ValueError (what the hub calls invalid) and RuntimeError
-    # (around what broke an upload) besides its HTTP errors.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise HubError(f"{repo_id}: {_explain(cause, repo_id, revision)}") from error
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:

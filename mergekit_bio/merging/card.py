@@ -64,10 +64,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 
 
 def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    audio, kinds = (
-        manifest["audio_prefix"],
-        {adapter["peft_type"] or adapter["kind"] for adapter in manifest["adapters"]},
-    )
+    audio = manifest["audio_prefix"]
+    kinds = {adapter["peft_type"] or adapter["kind"] for adapter in manifest["adapters"]}
     parents = [source["id"] for source in _sources(manifest) if source["id"]]
     tags = ["merge", "mergekit-bio"]
     tags += ["lora"] if kinds & {"LORA", "naturelm-audio"} else []

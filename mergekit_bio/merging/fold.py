@@ -42,12 +42,10 @@ class Folded:
     """What became of one fold.
 
     Attributes:
-        name: The tensor.
         sha256: Of the written bytes, one for each target.
         products: float64 [targets, 4, 4], on the device: what :mod:`~mergekit_bio.merging.rounding_loss` takes.
     """
 
-    name: str
     sha256: tuple[str, ...]
     products: torch.Tensor
 
@@ -294,7 +292,7 @@ class Folder:
         # The sample stands for all elements.
         products = torch.stack([worker.products for worker in self._workers]).sum(0)
         products *= job.rows * job.cols / max(sum(worker.sampled for worker in self._workers), 1)
-        return Folded(fold.name, tuple(digest.hexdigest() for digest in digests), products)
+        return Folded(tuple(digest.hexdigest() for digest in digests), products)
 
     def _refuse_not_finite(self, fold: Fold) -> None:
         """Find out whose fault it is: an adapter's, the base's, or the dtype's range."""

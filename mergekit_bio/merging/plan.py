@@ -190,6 +190,5 @@ class MergePlan:
     def bytes_read(self) -> int:
         """Bytes read into memory: folded tensors of the base, and their deltas."""
         stored = {id(tensor): tensor for fold in self.folds for delta in fold.deltas for tensor in delta.stored}
-        return sum(fold.base.nbytes for fold in self.folds) + sum(
-            tensor.nbytes for tensor in stored.values() if isinstance(tensor, TensorInfo)
-        )
+        of_adapters = sum(nbytes_of(tensor.dtype, tensor.shape) for tensor in stored.values())
+        return sum(fold.base.nbytes for fold in self.folds) + of_adapters
