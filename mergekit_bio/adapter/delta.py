@@ -90,9 +90,7 @@ def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtyp
 
 def not_finite(tensor: StoredTensor) -> AdapterError:
     """The error for a tensor with NaN or infinity in it."""
-    return AdapterError(
-        f"{tensor.file}: tensor {tensor.name}: holds NaN or infinity; the adapter is broken, train it anew"
-    )
+    return AdapterError(f"{tensor.where}: holds NaN or infinity; the adapter is broken, train it anew")
 
 
 def check_float(tensor: StoredTensor) -> None:
@@ -102,6 +100,4 @@ def check_float(tensor: StoredTensor) -> None:
         AdapterError: The dtype is none that weights are trained in.
     """
     if tensor.dtype not in FLOATS:
-        raise AdapterError(
-            f"{tensor.file}: tensor {tensor.name}: is {tensor.dtype}; only {', '.join(FLOATS)} can be folded exactly"
-        )
+        raise AdapterError(f"{tensor.where}: is {tensor.dtype}; only {', '.join(FLOATS)} can be folded exactly")

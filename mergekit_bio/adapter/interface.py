@@ -119,17 +119,14 @@ def check_fits(name: str, delta: Delta, base: Base) -> None:
     first = delta.stored[0]
     if target is None:
         raise AdapterError(
-            f"{first.file}: tensor {first.name}: the base {base.source.given} has no tensor {name}; this adapter was "
-            "made for another model"
+            f"{first.where}: the base {base.source.given} has no tensor {name}; this adapter was made for another model"
         )
     if target.dtype not in FLOATS:
-        raise AdapterError(
-            f"{target.file}: tensor {name}: is {target.dtype}; a quantized base cannot be folded exactly"
-        )
+        raise AdapterError(f"{target.where}: is {target.dtype}; a quantized base cannot be folded exactly")
     grown = delta.shape[1:] == target.shape[1:] and len(target.shape) == 2 and delta.shape[0] > target.shape[0]
     if delta.shape != target.shape and not (grown and name in (base.input_embedding, LM_HEAD)):
         raise AdapterError(
-            f"{first.file}: tensor {first.name}: changes {name} of shape {list(delta.shape)}, but the base's is "
+            f"{first.where}: changes {name} of shape {list(delta.shape)}, but the base's is "
             f"{list(target.shape)}; this adapter was made for another model"
         )
 

@@ -144,9 +144,7 @@ def read(module: AdaptedModule) -> dict[str, Delta]:
     if magnitude is not None:
         numbers, outputs = math.prod(magnitude.shape), low_rank.shape[1 if low_rank.transposed else 0]
         if numbers != outputs:
-            raise AdapterError(
-                f"{magnitude.file}: tensor {magnitude.name}: has {numbers} numbers for {outputs} outputs"
-            )
+            raise AdapterError(f"{magnitude.where}: has {numbers} numbers for {outputs} outputs")
         deltas[f"{module.name}.weight"] = Dora(low_rank, magnitude, module.parts.get("base_layer"))
     if vector is not None:
         bias = f"{module.name}.bias"
@@ -162,7 +160,7 @@ def _low_rank(module: AdaptedModule) -> LowRank:
     rank, alpha = module.rank_and_alpha("lora_alpha")
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
-            f"{a.file}: tensor {a.name}: shapes {list(a.shape)} and {list(b.shape)} do not have the rank {rank} that "
+            f"{a.where}: shapes {list(a.shape)} and {list(b.shape)} do not have the rank {rank} that "
             f"{module.config_file.name} gives {module.name}"
         )
     scaling = alpha / math.sqrt(rank) if module.config.get("use_rslora") else alpha / rank

@@ -86,7 +86,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
             pairs.setdefault(match["module"], {})[match["part"]] = info
         elif _LORA_WITHOUT_DEFAULT.fullmatch(inner):
             raise AdapterError(
-                f"{info.file}: tensor {name}: its LoRA names lack '.default.'; NatureLM-audio's end in "
+                f"{info.where}: its LoRA names lack '.default.'; NatureLM-audio's end in "
                 "lora_A.default.weight: rename them, or give the adapter as a PEFT directory"
             )
         else:
@@ -122,11 +122,9 @@ def load(source: Source, base: Base) -> Adapter:
     for info in contents.aliases:
         original = checkpoint.tensors.get(str(alias_of(info.name)))
         if original is None or (info.dtype, info.shape) != (original.dtype, original.shape):
-            raise AdapterError(
-                f"{info.file}: tensor {info.name}: is a second name of {alias_of(info.name)}, but differs"
-            )
+            raise AdapterError(f"{info.where}: is a second name of {alias_of(info.name)}, but differs")
         if not same_bytes(info, original):
-            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {original.name}, which it must share")
+            raise AdapterError(f"{info.where}: differs from {original.name}, which it must share")
     # 3. What it repeats of the base is a copy of it, or overrides it.
     overrides, notes = _compare_with_base(contents.repeated, base)
     tower = contents.tower
@@ -158,7 +156,7 @@ def _compare_with_base(
         first = first_copies.setdefault(target.name, trimmed)
         if first is not trimmed:  # one tensor under two names: both must say the same, equal to the base or not
             if rows_that_differ(trimmed, first):
-                raise AdapterError(f"{info.file}: tensor {info.name}: differs from {first.name}, its second name")
+                raise AdapterError(f"{info.where}: differs from {first.name}, its second name")
         elif rows:
             overrides[target.name] = Override(info, trimmed, rows)
     notes = []
@@ -178,7 +176,7 @@ def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInf
     """
     target = base.find(name)
     if target is None:
-        raise AdapterError(f"{info.file}: tensor {info.name}: the base {base.source.given} has no {name}")
+        raise AdapterError(f"{info.where}: the base {base.source.given} has no {name}")
     grown = (
         name in (base.input_embedding, LM_HEAD)
         and len(info.shape) == 2
@@ -188,7 +186,7 @@ def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInf
     trimmed = replace(info, shape=target.shape) if grown else info
     if trimmed.shape != target.shape or info.dtype not in FLOATS or target.dtype not in FLOATS:
         raise AdapterError(
-            f"{info.file}: tensor {info.name}: is {info.dtype} {list(info.shape)}, but {name} of the base "
+            f"{info.where}: is {info.dtype} {list(info.shape)}, but {name} of the base "
             f"{base.source.given} is {target.dtype} {list(target.shape)}; it was made from another base"
         )
     return trimmed, target

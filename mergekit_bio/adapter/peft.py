@@ -59,6 +59,10 @@ class LoadedTensor:
         return next((key for key, (_, torch_name) in DTYPES.items() if torch_name == name), name)
 
     @property
+    def where(self) -> str:
+        return f"{self.file}: tensor {self.name}"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 

@@ -36,12 +36,10 @@ class AdaptedModule:
         """The part with this name, which must be there and be a matrix."""
         tensor = self.parts.get(part)
         if tensor is None:
-            file = next(iter(self.parts.values())).file
-            raise AdapterError(f"{file}: {self.name} has no {part} beside its other tensors; the file is incomplete")
+            present = next(tensor for name, tensor in self.parts.items() if "base_layer" not in name)
+            raise AdapterError(f"{present.where}: the {part} beside it is missing; the file is incomplete")
         if len(tensor.shape) != 2:
-            raise AdapterError(
-                f"{tensor.file}: tensor {tensor.name}: has shape {list(tensor.shape)}; only matrices fold"
-            )
+            raise AdapterError(f"{tensor.where}: has shape {list(tensor.shape)}; only matrices fold")
         return tensor
 
     def rank_and_alpha(self, alpha_setting: str) -> tuple[int, float]:

@@ -67,6 +67,11 @@ class TensorInfo:
     begin: int
 
     @property
+    def where(self) -> str:
+        """How errors name it: ``"llama/model.safetensors: tensor lm_head.weight"``."""
+        return f"{self.file}: tensor {self.name}"
+
+    @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -122,6 +127,8 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def file(self) -> Path: ...
+    @property
+    def where(self) -> str: ...
     def read(self, start: int = 0, stop: int | None = None) -> "torch.Tensor": ...
     def ends(self, count: int = 4096) -> bytes: ...
 

@@ -301,9 +301,7 @@ class Folder:
                 if not bool(tensor.read().isfinite().all()):
                     raise not_finite(tensor)
         if not bool(fold.base.read().isfinite().all()):
-            raise AdapterError(
-                f"{fold.base.file}: tensor {fold.base.name}: holds NaN or infinity; fetch the base again"
-            )
+            raise AdapterError(f"{fold.base.where}: holds NaN or infinity; fetch the base again")
         for target in fold.targets:
             written = TensorInfo(fold.name, fold.dtype, fold.shape, self._root / target.file, target.offset)
             if not bool(written.read().isfinite().all()):

@@ -163,19 +163,18 @@ def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: 
     for adapter in adapters:
         for name, override in adapter.overrides.items():
             tensor, rows = override.tensor, override.rows
-            where = f"{tensor.file}: tensor {tensor.name}"
             if not base_from_adapter:
                 more = f" (and {len(adapter.overrides) - 1} more tensors do)" if len(adapter.overrides) > 1 else ""
                 in_rows = (
                     f" in {len(rows)} of {tensor.rows} rows, the first is row {rows[0]}" if tensor.rows > 1 else ""
                 )
                 raise AdapterError(
-                    f"{where}: differs from {name} of the base {base.source.given}{in_rows}{more}; this checkpoint was "
-                    "made from another base: give that, or take the adapter's own weights at every alpha with "
-                    "--base-from-adapter, as its original code does"
+                    f"{tensor.where}: differs from {name} of the base {base.source.given}{in_rows}{more}; this "
+                    "checkpoint was made from another base: give that, or take the adapter's own weights at every "
+                    "alpha with --base-from-adapter, as its original code does"
                 )
             if name in overrides:
-                raise AdapterError(f"{where}: another adapter brings its own {name} too; merge them in turn")
+                raise AdapterError(f"{tensor.where}: another adapter brings its own {name} too; merge them in turn")
             overrides[name] = tensor
     return replace(base, overrides=overrides)
 
@@ -222,9 +221,7 @@ def _shape(name: str, source: TensorInfo, changes: tuple[Change, ...]) -> tuple[
         raise AdapterError(f"{name}: one adapter brings new rows for it and another changes it too; merge them in turn")
     if all(change.delta.new_rows is None for change in changes):
         first = changes[0].delta.stored[0]
-        raise AdapterError(
-            f"{first.file}: tensor {first.name}: is for a larger vocabulary, but the new rows are not there"
-        )
+        raise AdapterError(f"{first.where}: is for a larger vocabulary, but the new rows are not there")
     return next(iter(growing.values()))
 
 

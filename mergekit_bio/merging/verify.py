@@ -87,7 +87,7 @@ def verify(
         if info is None:
             raise VerificationError(f"{root}: tensor {name} is missing")
         if _sha256(info) != record.sha256:
-            raise VerificationError(f"{info.file}: tensor {name}: was changed after the merge (sha256 differs)")
+            raise VerificationError(f"{info.where}: was changed after the merge (sha256 differs)")
         progress(info.nbytes)
     result = Verification(root, len(manifest.files), len(manifest.companions), len(manifest.tensors))
     if not against_sources:
@@ -155,7 +155,7 @@ def _against_sources(
         else:
             source = towers.get(name) or plan.base.origin(name)
             if source.nbytes != info.nbytes or not same_bytes(source, info):
-                raise VerificationError(f"{info.file}: tensor {name}: is not what {source.file} holds")
+                raise VerificationError(f"{info.where}: is not what {source.file} holds")
             copied += 1
         progress(info.nbytes)
     return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=where)
@@ -218,7 +218,7 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
         distance = float((excess.clamp_(min=0) / _ulp(exact, got.dtype)).max())
         if not distance <= limit:
             raise VerificationError(
-                f"{written.file}: tensor {fold.name}: is {distance:.2f} units of the last place from what its sources "
+                f"{written.where}: is {distance:.2f} units of the last place from what its sources "
                 f"give; {limit:.2f} is the most that rounding explains"
             )
         worst = max(worst, distance)
