@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mergekit_bio.outside_data import to_yaml
+
 _HUB = "https://huggingface.co"
 _LLAMA_MODELS = "https://github.com/meta-llama/llama-models/blob/main/models"
 
@@ -48,8 +50,6 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     Returns:
         Markdown with the hub's YAML metadata in front.
     """
-    from huggingface_hub import ModelCardData
-
     sections = (
         _introduction(manifest),
         _how_to_load(manifest),
@@ -59,8 +59,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         _citation(manifest),
     )
     body = "\n\n".join(section for section in sections if section)
-    # ModelCard itself would only parse this again, and importing it takes longer than folding an adapter.
-    return f"---\n{ModelCardData(**_metadata(manifest)).to_yaml()}\n---\n\n{body}\n"
+    return f"---\n{to_yaml(_metadata(manifest))}---\n\n{body}\n"
 
 
 def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,13 +70,10 @@ def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
     tags += ["lora"] if kinds & {"LORA", "naturelm-audio"} else []
     tags += ["bioacoustics"] if "naturelm-audio" in kinds else []
     tags += ["audio"] if audio else []
-    data: dict[str, Any] = {
-        "base_model": parents or None,
-        "base_model_relation": "merge" if parents else None,
-        "library_name": "transformers",
-        "pipeline_tag": "audio-text-to-text" if audio else "text-generation",
-        "tags": tags,
-    }
+    data: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
+    data["library_name"] = "transformers"
+    data["pipeline_tag"] = "audio-text-to-text" if audio else "text-generation"
+    data["tags"] = tags
     licensed = {stated: source for source in _sources(manifest) if (stated := _license_id(source))}
     match list(licensed):
         case [only] if only != "other" and ", " not in only:

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
+from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, RoundingLoss, foreign_file
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
 from mergekit_bio.merging.alpha import Alpha
+from mergekit_bio.merging.card import model_card
 from mergekit_bio.merging.directory import Companions, companions, write_companions
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
+from mergekit_bio.merging.record import describe
 from mergekit_bio.merging.request import AdapterEntry, DType, MergeRequest, Rounding, Strength
+from mergekit_bio.merging.rounding_loss import summarise
 from mergekit_bio.merging.write import execute
 
 if TYPE_CHECKING:
@@ -152,7 +156,7 @@ def carry_out(
         copied = sum(content.stat().st_size for content in beside.values() if isinstance(content, Path))
         _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied)
         # 3. Write the shards: copy what is copied, fold what is folded.
-        folded = execute(plan, scratch, meanwhile=_import_recorders, progress=progress)
+        folded = execute(plan, scratch, progress)
         # 4. Write what stands beside them, for each output.
         return tuple(_finish(plan, output, beside, scratch, folded, command) for output in plan.outputs)
 
@@ -166,11 +170,6 @@ def _finish(
     command: str,
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
-    from mergekit_bio.checkpoint.digest import file_sha256
-    from mergekit_bio.merging.card import model_card
-    from mergekit_bio.merging.record import describe
-    from mergekit_bio.merging.rounding_loss import summarise
-
     folder, files = scratch / output.folder, plan.files_of(output)
     # 1. Configuration, index, tokenizer, licences.
     companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
@@ -192,16 +191,6 @@ def _finish(
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     unchanged = not tensor_hashes and not plan.base.overrides
     return MergedCheckpoint(plan.request.destination / output.folder, output.alpha, losses, unchanged)
-
-
-def _import_recorders() -> None:
-    """Import what the record of a merge is written with; it takes a fifth of a second."""
-    from huggingface_hub import ModelCardData  # noqa: F401
-
-    from mergekit_bio.merging.devices import import_torch
-
-    import_torch()  # it is there already, but where nothing is folded
-    import mergekit_bio.merging.record  # noqa: F401
 
 
 def _check_place(out: Path, plan: MergePlan) -> None:

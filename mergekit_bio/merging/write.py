@@ -33,19 +33,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def execute(
-    plan: MergePlan,
-    root: Path,
-    *,
-    meanwhile: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> "tuple[Folded, ...]":
+def execute(plan: MergePlan, root: Path, progress: Callable[[int], None]) -> "tuple[Folded, ...]":
     """Write every shard of ``plan`` under ``root``.
 
     Args:
         plan: What to do.
         root: An existing, empty directory.
-        meanwhile: Called once the workers are busy.
         progress: Called from any worker with numbers of bytes that sum up to ``plan.bytes_on_disk``.
 
     Returns:
@@ -80,7 +73,6 @@ def execute(
                     folders = [pools.enter_context(ThreadPoolExecutor(_WORKERS_PER_GPU)) for _ in devices]
                 folding = _start_folding(plan, root, devices, folders, advance)
                 started += folding
-            meanwhile()
             # 3. Wait for all of it, or for the first that fails. Then whoever is at work leaves, and nobody begins.
             wait(started, return_when=FIRST_EXCEPTION)
         finally:
