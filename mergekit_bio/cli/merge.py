@@ -167,7 +167,8 @@ def _plan_document(plan: "MergePlan") -> dict[str, Any]:
     return {
         "out": str(plan.request.destination),
         "outputs": [
-            {"alpha": planned.alpha.label, "folder": planned.folder, "files": planned.files} for planned in plan.outputs
+            {"alpha": planned.alpha.label, "folder": planned.folder, "files": [*planned.files]}
+            for planned in plan.outputs
         ],
         "modules": _modules(plan),
         "bytes": {"read": plan.bytes_read, "computed": plan.bytes_folded, "written": plan.bytes_on_disk},

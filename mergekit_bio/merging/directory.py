@@ -59,7 +59,7 @@ def write_companions(beside: Companions, plan: MergePlan, output: Output, folder
     Returns:
         The names of the files.
     """
-    contents = {**beside, INDEX: _index(plan, output)} if len(output.files) > 1 else beside
+    contents = {**beside, INDEX: _index(output)} if len(output.files) > 1 else beside
     for name, content in contents.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
@@ -105,10 +105,9 @@ def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def _index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    shards = plan.files_of(output)
-    weight_map = {name: file for file, shard in shards.items() for name in shard.tensors}
-    total = sum(shard.size - len(shard.header) for shard in shards.values())
+def _index(output: Output) -> dict[str, Any]:
+    weight_map = {name: file for file, shard in output.files.items() for name in shard.tensors}
+    total = sum(shard.size - len(shard.header) for shard in output.files.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 

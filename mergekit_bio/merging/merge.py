@@ -170,7 +170,7 @@ def _finish(
     command: str,
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
-    folder, files = scratch / output.folder, plan.files_of(output)
+    folder, files = scratch / output.folder, output.files
     # 1. Configuration, index, tokenizer, licences.
     companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
     # 2. Pick this output's share of the folds' results.

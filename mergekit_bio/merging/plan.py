@@ -3,7 +3,7 @@
 A plan can be printed, tested and compared before it is carried out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,12 +113,12 @@ class Output:
     Attributes:
         alpha: Its strength.
         folder: Relative to the output directory; empty for the directory itself.
-        files: Its shards' names, in order.
+        files: Its shards, by the names that they have there, in order.
     """
 
     alpha: Alpha
     folder: str
-    files: tuple[str, ...]
+    files: dict[str, OutputShard] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,6 @@ class MergePlan:
     folds: tuple[Fold, ...]
     untied: bool
     vocabulary: int | None
-
-    def files_of(self, output: Output) -> dict[str, OutputShard]:
-        """The shards of one output, by the name they have there."""
-        return {
-            Path(path).name: shard
-            for shard in self.shards
-            for path in (shard.file, *shard.links)
-            if Path(path).parent == Path(output.folder)
-        }
 
     @property
     def tower(self) -> tuple[TensorInfo, ...]:

@@ -3,6 +3,7 @@
 Nothing here reads a weight or writes a file.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -124,9 +125,17 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         tower = [_Piece(merged_name(info.name), info, info.dtype, info.shape) for info in adapter.tower]
         shards += [_ShardPieces(tower, outputs) for outputs in ([every_output] if request.share else each_output)]
 
-    # 5. Name the files, and give every tensor its offset.
-    outputs = _name_files(shards, alphas)
-    written = _place(shards, outputs, base)
+    # 5. Name each output's files as Transformers numbers them, and give every tensor its offset. Of the names that a
+    # shared file has, the first makes it, and the others are links to it.
+    outputs = tuple(Output(alpha, f"alpha-{alpha.label}" if len(alphas) > 1 else "") for alpha in alphas)
+    counts = Counter(output_index for shard in shards for output_index in shard.outputs)
+    placed: list[OutputShard] = []
+    for shard in shards:
+        names = {index: _file_name(len(outputs[index].files) + 1, counts[index]) for index in shard.outputs}
+        paths = [f"{outputs[index].folder}/{name}".lstrip("/") for index, name in names.items()]
+        placed.append(_place(shard, paths, base))
+        for index, name in names.items():
+            outputs[index].files[name] = placed[-1]
     folds = tuple(
         Fold(
             piece.name,
@@ -139,7 +148,7 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         for piece in pieces.values()
         if piece.targets
     )
-    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
+    return MergePlan(request, base, planned, outputs, tuple(placed), folds, untied, vocabulary)
 
 
 def _check_tower(adapter: Adapter, base: Base) -> None:
@@ -255,59 +264,47 @@ def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) ->
     return shards + [_ShardPieces(group, (output_index,)) for output_index in every_output for group in differing]
 
 
-def _name_files(shards: Sequence[_ShardPieces], alphas: Sequence[Alpha]) -> tuple[Output, ...]:
-    """Each output's folder, and its files' names as Transformers numbers them."""
-    outputs = []
-    for output_index, alpha in enumerate(alphas):
-        count = sum(output_index in shard.outputs for shard in shards)
-        names = [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
-        folder = f"alpha-{alpha.label}" if len(alphas) > 1 else ""
-        outputs.append(Output(alpha, folder, (SINGLE,) if count == 1 else tuple(names)))
-    return tuple(outputs)
+def _file_name(place: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{place:05d}-of-{count:05d}.safetensors"
 
 
-def _place(shards: Sequence[_ShardPieces], outputs: Sequence[Output], base: Base) -> tuple[OutputShard, ...]:
-    """Give every tensor its offset: as a copied range of a file, or as a target of a fold."""
-    names = [iter(output.files) for output in outputs]
-    originals = {
-        tuple((info.name, info.dtype, info.shape) for info in shard.tensors): shard for shard in base.checkpoint.shards
-    }
-    written: list[OutputShard] = []
-    for shard in shards:
-        # 1. Its names: the first makes the file, the others are links to it.
-        paths = [f"{outputs[index].folder}/{next(names[index])}".lstrip("/") for index in shard.outputs]
-        # 2. Its header: the base's own where it holds the same tensors, so that the file system can clone the file.
-        pieces = shard.pieces
-        original = originals.get(tuple((piece.name, piece.dtype, piece.shape) for piece in pieces))
-        if original is not None:
-            header = original.header
+def _place(shard: _ShardPieces, paths: Sequence[str], base: Base) -> OutputShard:
+    """Give every tensor of a file its offset: as a copied range, or as a target of a fold."""
+    # 1. The header: the base's own where it holds the same tensors, so that the file system can clone the file.
+    pieces = shard.pieces
+    entries = [(piece.name, piece.dtype, piece.shape) for piece in pieces]
+    same = (
+        original
+        for original in base.checkpoint.shards
+        if [(info.name, info.dtype, info.shape) for info in original.tensors] == entries
+    )
+    original = next(same, None)
+    if original is not None:
+        header = original.header
+    else:
+        # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
+        pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype][0])
+        header = build_header(((piece.name, piece.dtype, piece.shape) for piece in pieces), {"format": "pt"})
+    # 2. The tensors, one after the other. Outputs that share the file have the same strengths.
+    offset = len(header)
+    copies: list[Copy] = []
+    for piece in pieces:
+        strengths = piece.strengths.get(shard.outputs[0])
+        if strengths is None:
+            copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
         else:
-            # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
-            pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype][0])
-            header = build_header(((piece.name, piece.dtype, piece.shape) for piece in pieces), {"format": "pt"})
-        # 3. Its tensors, one after the other. Outputs that share the file have the same strengths.
-        offset = len(header)
-        copies: list[Copy] = []
-        for piece in pieces:
-            strengths = piece.strengths.get(shard.outputs[0])
-            if strengths is None:
-                copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
-            else:
-                piece.targets.append(Target(strengths, paths[0], offset))
-            offset += piece.nbytes
-        mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
-        written.append(
-            OutputShard(
-                file=paths[0],
-                header=header,
-                size=offset,
-                tensors=tuple(piece.name for piece in pieces),
-                copies=tuple(_joined(copies)),
-                mirrors=original.file if original is not None and mirrors else None,
-                links=tuple(paths[1:]),
-            )
-        )
-    return tuple(written)
+            piece.targets.append(Target(strengths, paths[0], offset))
+        offset += piece.nbytes
+    mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
+    return OutputShard(
+        file=paths[0],
+        header=header,
+        size=offset,
+        tensors=tuple(piece.name for piece in pieces),
+        copies=tuple(_joined(copies)),
+        mirrors=original.file if original is not None and mirrors else None,
+        links=tuple(paths[1:]),
+    )
 
 
 def _joined(copies: Iterable[Copy]) -> list[Copy]:

@@ -45,7 +45,7 @@ def describe(
     """
     import torch
 
-    request, base, files = plan.request, plan.base, plan.files_of(output)
+    request, base, files = plan.request, plan.base, output.files
     shared = sorted(name for name, shard in files.items() if shard.links)
     others = [other.folder for other in plan.outputs if other is not output]
     return Manifest(
