@@ -142,11 +142,7 @@ def _lora_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def _compare_with_base(
     repeated: Mapping[str, tuple[TensorInfo, ...]], base: Base
 ) -> tuple[dict[str, Override], tuple[str, ...]]:
-    """Compare what a checkpoint repeats of its base with the base given, the added [PAD] row aside.
-
-    Returns:
-        The tensors in which it differs, by the base's name, and notes for the user.
-    """
+    """The repeated tensors that differ from the base's, the added [PAD] row aside, and notes for the user."""
     pairs = [(info, *_fit(name, info, base)) for name, copies in repeated.items() for info in copies]
     with ThreadPoolExecutor() as pool:
         differences = list(pool.map(lambda pair: rows_that_differ(pair[1], pair[2]), pairs))
@@ -169,11 +165,7 @@ def _compare_with_base(
 
 
 def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInfo]:
-    """A repeated tensor without its [PAD] row, and the base's tensor that it repeats.
-
-    Raises:
-        AdapterError: The base has no such tensor, or one of another shape or of whole numbers.
-    """
+    """A repeated tensor without its [PAD] row, and the base's tensor that it repeats."""
     target = base.find(name)
     if target is None:
         raise AdapterError(f"{info.where}: the base {base.source.given} has no {name}")

@@ -207,13 +207,7 @@ def _check_targets(config: Mapping[str, Any], adapted: set[str], base: Base, whe
 
 
 def _targeted(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
-    """The modules out of ``modules`` that ``target_modules`` and its companions choose.
-
-    Args:
-        config: ``adapter_config.json``: ``target_modules`` (list or regular expression), ``exclude_modules``,
-            ``layers_to_transform`` and ``layers_pattern`` are read.
-        modules: Dotted module names of the base.
-    """
+    """The modules of the base that ``target_modules`` and its companions choose, by PEFT's rules."""
     return {
         module
         for module in modules

@@ -62,10 +62,7 @@ def ask(
         )
     document = {
         "prompt": prompt,
-        "answers": [
-            {"recordings": answer.recordings, "start": answer.start, "end": answer.end, "text": answer.text}
-            for answer in answers
-        ],
+        "answers": [vars(answer) for answer in answers],
         "failed": failed,
     }
     if answers or not failed:

@@ -125,7 +125,8 @@ def merge(
         check_ready(name, dry_run=dry_run)
     if dry_run:
         companions(plan)  # what would stop the merge stops this
-        output.result(_plan_document(plan), lambda console: _draw_plan(console, plan))
+        document = _plan_document(plan)
+        output.result(document, lambda console: _draw_plan(console, plan, document))
         return
     # 3. Merge, push, and say what came of it.
     with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
@@ -195,11 +196,9 @@ def _title(plan: "MergePlan") -> str:
     return f"{plan.base.source.name} + {', '.join(planned.adapter.source.name for planned in plan.adapters)}"
 
 
-def _draw_plan(console: "Console", plan: "MergePlan") -> None:
-    from mergekit_bio.merging import estimate
-
+def _draw_plan(console: "Console", plan: "MergePlan", document: dict[str, Any]) -> None:
     table = table_of_numbers(_title(plan), "modules", "folded", "converted", "copied")
-    for row in _modules(plan):
+    for row in document["modules"]:
         table.add_row(row["modules"], *(str(row.get(fate, "")) for fate in ("folded", "converted", "copied")))
     console.print(table)
     console.print(f"alphas   {', '.join(planned.alpha.label for planned in plan.outputs)}")
@@ -207,8 +206,8 @@ def _draw_plan(console: "Console", plan: "MergePlan") -> None:
     console.print(f"compute  {human_bytes(plan.bytes_folded)}")
     written, files = human_bytes(plan.bytes_on_disk), len(plan.shards)
     console.print(f"write    {written} in {files} files to {plan.request.destination}")
-    memory = human_bytes(estimate.memory_bytes(plan))
-    console.print(f"expect   {estimate.seconds(plan):.0f} s if the disk keeps up, {memory} memory")
+    memory = human_bytes(document["memory_bytes"])
+    console.print(f"expect   {document['seconds']:.0f} s if the disk keeps up, {memory} memory")
     console.print("nothing was written (--dry-run)")
 
 
@@ -217,12 +216,7 @@ def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds
 
     return {
         "checkpoints": [
-            {
-                "path": str(checkpoint.path),
-                "alpha": checkpoint.alpha.label,
-                "unchanged": checkpoint.unchanged,
-                "rounding_loss": [asdict(loss) for loss in checkpoint.rounding_loss],
-            }
+            {**asdict(checkpoint), "path": str(checkpoint.path), "alpha": checkpoint.alpha.label}
             for checkpoint in merged
         ],
         "bytes_on_disk": plan.bytes_on_disk,
