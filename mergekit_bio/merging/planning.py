@@ -4,7 +4,7 @@ Nothing here reads a weight or writes a file.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
@@ -295,30 +295,13 @@ def _place(shard: _ShardPieces, paths: Sequence[str], base: Base) -> OutputShard
         else:
             piece.targets.append(Target(strengths, paths[0], offset))
         offset += piece.nbytes
-    mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
+    mirrors = original.file if original and all(piece.source.file == original.file for piece in pieces) else None
     return OutputShard(
         file=paths[0],
         header=header,
         size=offset,
         tensors=tuple(piece.name for piece in pieces),
-        copies=tuple(_joined(copies)),
-        mirrors=original.file if original is not None and mirrors else None,
+        copies=tuple(copies),
+        mirrors=mirrors,
         links=tuple(paths[1:]),
     )
-
-
-def _joined(copies: Iterable[Copy]) -> list[Copy]:
-    """Neighbouring ranges of one file become one."""
-    joined: list[Copy] = []
-    for copy in copies:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.source == copy.source
-            and last.source_offset + last.count == copy.source_offset
-            and last.target_offset + last.count == copy.target_offset
-        ):
-            joined[-1] = replace(last, count=last.count + copy.count)
-        elif copy.count:
-            joined.append(copy)
-    return joined
