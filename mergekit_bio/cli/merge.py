@@ -157,9 +157,10 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
         for tensor, override in planned.adapter.overrides.items():
             rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
             yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
-    for strength in (value for planned_output in plan.outputs for value in planned_output.alpha.values):
-        if not 0 <= strength <= 1:
-            yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
+    for alpha in (planned_output.alpha for planned_output in plan.outputs):
+        for strength in (alpha.default, *dict(alpha.modules).values()):
+            if not 0 <= strength <= 1:
+                yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
 
 
 def _plan_document(plan: "MergePlan") -> dict[str, Any]:
