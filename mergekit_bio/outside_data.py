@@ -217,9 +217,11 @@ def read_rows(file: Path, *, error: type[MergekitBioError]) -> Iterator[Document
     text = read_text(file, error=error)
     if file.suffix == ".jsonl":
         # Not splitlines: a JSON text may hold other line separators than the newline.
-        for number, line in enumerate(text.split("\n"), start=1):
+        for line_number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield Document(file, parse_json(line, source=f"{file}:{number}", error=error), error, {(): number})
+                yield Document(
+                    file, parse_json(line, source=f"{file}:{line_number}", error=error), error, {(): line_number}
+                )
         return
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:

@@ -58,7 +58,9 @@ def ask(
         answers.append(asker.together(recordings, prompt))
     else:
         failed = hear_each(
-            recordings, lambda each: answers.extend(asker.each_window(each, prompt, window=window, hop=hop)), output
+            recordings,
+            lambda recording: answers.extend(asker.each_window(recording, prompt, window=window, hop=hop)),
+            output,
         )
     document = {
         "prompt": prompt,

@@ -28,8 +28,8 @@ def inspect(
     from mergekit_bio.adapter.inspect import inspect as describe
     from mergekit_bio.checkpoint.source import resolve
 
-    found = resolve(source)
-    contents = describe(found)
+    resolved = resolve(source)
+    contents = describe(resolved)
 
     def draw(console: "Console") -> None:
         from rich.table import Table
@@ -37,7 +37,7 @@ def inspect(
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row(found.name, contents["kind"])
+        table.add_row(resolved.name, contents["kind"])
         for dtype, held in contents["tensors"].items():
             count, elements = held["count"], held["elements"]
             weights = f"{elements / 1e6:,.1f} M" if elements >= 1e5 else f"{elements:,}"

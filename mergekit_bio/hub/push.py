@@ -146,7 +146,7 @@ def _upload(
     head = api.repo_info(repo_id, revision=revision)
     if private and not head.private:
         raise HubError(f"{repo_id}: exists and is public; make it private in its settings, or push without --private")
-    there = {
+    remote = {
         entry.path: entry
         for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
         if isinstance(entry, RepoFile)
@@ -156,7 +156,7 @@ def _upload(
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path in paths:
         size = (directory / path).stat().st_size
-        if _unchanged(directory / path, size, there.get(path)):
+        if _unchanged(directory / path, size, remote.get(path)):
             files.append(PushedFile(path, size, "unchanged"))
         else:
             addition = CommitOperationAdd(path, directory / path)
@@ -165,7 +165,7 @@ def _upload(
             files.append(PushedFile(path, size, "uploaded"))
         progress(files[-1])
 
-    removed = sorted(path for path in there.keys() - set(paths) if _WEIGHTS.fullmatch(path))
+    removed = sorted(path for path in remote.keys() - set(paths) if _WEIGHTS.fullmatch(path))
     operations += [CommitOperationDelete(path) for path in removed]
     commit = head.sha
     if operations:
@@ -207,12 +207,12 @@ def _check_single_checkpoint(directory: Path, paths: list[str], repo_id: str) ->
         raise HubError(f"{directory}: not a merged checkpoint: it has no {MANIFEST}")
 
 
-def _unchanged(path: Path, size: int, there: "RepoFile | None") -> bool:
-    if there is None or there.size != size:
+def _unchanged(path: Path, size: int, remote: "RepoFile | None") -> bool:
+    if remote is None or remote.size != size:
         return False
-    if there.lfs is not None:
-        return file_sha256(path) == there.lfs.sha256
-    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == there.blob_id
+    if remote.lfs is not None:
+        return file_sha256(path) == remote.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == remote.blob_id
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:

@@ -75,7 +75,7 @@ def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
     licences = []
     for source in (planned.adapter.source for planned in plan.adapters):
         stem = source.name.lstrip(".")  # hidden files are not pushed
-        name = next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name not in taken)
+        name = next(name for name in chain([stem], (f"{stem}-{suffix}" for suffix in count(2))) if name not in taken)
         taken.add(name)
         licences.append({f"{name}-{file}": source.path / file for file in licence_files(source)})
     return licences

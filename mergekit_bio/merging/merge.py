@@ -195,12 +195,12 @@ def _finish(
 
 def _check_place(out: Path, plan: MergePlan) -> None:
     """Refuse an output that is inside a source, or that a source is inside of."""
-    place = out.resolve()
+    target = out.resolve()
     for source in (plan.base.source, *(planned.adapter.source for planned in plan.adapters)):
-        home = source.path.resolve()
-        if place == home or place.is_relative_to(home):
+        root = source.path.resolve()
+        if target.is_relative_to(root):
             raise OutputError(f"{out}: is inside the source {source.given}; choose an --out elsewhere")
-        if home.is_relative_to(place):
+        if root.is_relative_to(target):
             raise OutputError(f"{out}: the source {source.given} is inside it; choose another --out")
 
 

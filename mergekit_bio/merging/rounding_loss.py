@@ -46,15 +46,15 @@ def _loss(modules: str, parts: list[tuple[int, list[list[float]]]]) -> RoundingL
     def total(row: int, col: int) -> float:
         return math.fsum(products[row][col] for _, products in parts)
 
-    dd, ww = total(DELTA, DELTA), total(BASE, BASE)
-    size = math.sqrt(dd)
+    delta_squared, base_norm = total(DELTA, DELTA), math.sqrt(total(BASE, BASE))
+    delta_norm = math.sqrt(delta_squared)
     return RoundingLoss(
         modules=modules,
         tensors=len(parts),
         elements=sum(elements for elements, _ in parts),
-        delta_over_weight=size / math.sqrt(ww) if ww else 0.0,
-        loss=math.sqrt(total(ERROR, ERROR)) / size if size else 0.0,
-        bias=abs(total(ERROR, DELTA)) / dd if dd else 0.0,
-        loss_nearest=math.sqrt(total(NEAREST, NEAREST)) / size if size else 0.0,
-        bias_nearest=abs(total(NEAREST, DELTA)) / dd if dd else 0.0,
+        delta_over_weight=delta_norm / base_norm if base_norm else 0.0,
+        loss=math.sqrt(total(ERROR, ERROR)) / delta_norm if delta_norm else 0.0,
+        bias=abs(total(ERROR, DELTA)) / delta_squared if delta_squared else 0.0,
+        loss_nearest=math.sqrt(total(NEAREST, NEAREST)) / delta_norm if delta_norm else 0.0,
+        bias_nearest=abs(total(NEAREST, DELTA)) / delta_squared if delta_squared else 0.0,
     )

@@ -134,31 +134,31 @@ def _against_sources(
 ) -> Verification:
     # 1. Plan the merge again, from the same weights.
     plan = _plan_again(manifest, base, adapters)
-    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
-    found += [(planned.adapter.source.given, fingerprint(planned.adapter.stored)) for planned in plan.adapters]
-    for (given, identity), origin in zip(found, [manifest.base, *manifest.adapters], strict=True):
+    identities = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
+    identities += [(planned.adapter.source.given, fingerprint(planned.adapter.stored)) for planned in plan.adapters]
+    for (given, identity), origin in zip(identities, [manifest.base, *manifest.adapters], strict=True):
         if identity != origin.fingerprint:
             raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
     planned = {name for shard in plan.shards for name in shard.tensors}
     if planned != checkpoint.tensors.keys():
-        odd = sorted(planned ^ checkpoint.tensors.keys())[0]
-        raise VerificationError(f"{result.directory}: tensor {odd}: is not in both the checkpoint and its sources")
+        name = min(planned ^ checkpoint.tensors.keys())
+        raise VerificationError(f"{result.directory}: tensor {name}: is not in both the checkpoint and its sources")
     # 2. Compare what was copied, and fold the rest again.
     folds = {fold.name: fold for fold in plan.folds}
     towers = {merged_name(info.name): info for info in plan.tower}
-    copied, worst, where = 0, 0.0, None
+    copied, worst, worst_tensor = 0, 0.0, None
     for name, info in checkpoint.tensors.items():
         if name in folds:
             distance = _recompute(folds[name], info, stochastic=manifest.rounding == "stochastic")
             if distance >= worst:
-                worst, where = distance, name
+                worst, worst_tensor = distance, name
         else:
             source = towers.get(name) or plan.base.origin(name)
             if source.nbytes != info.nbytes or not same_bytes(source, info):
                 raise VerificationError(f"{info.where}: is not what {source.file} holds")
             copied += 1
         progress(info.nbytes)
-    return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=where)
+    return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=worst_tensor)
 
 
 def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
@@ -205,8 +205,8 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
     worst = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        got = written.read(start, stop).reshape(stop - start, -1)
-        w0 = fold.base_rows(start, stop).reshape(got.shape).to(double)
+        values = written.read(start, stop).reshape(stop - start, -1)
+        w0 = fold.base_rows(start, stop).reshape(values.shape).to(double)
         exact, terms = w0.clone(), w0.abs()
         for strength, block in zip(strengths, blocks, strict=True):
             delta = torch.empty_like(w0)
@@ -214,8 +214,8 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
             exact.add_(delta, alpha=strength)
             terms.add_(delta.abs(), alpha=abs(strength))
         # Where base and delta nearly cancel, the sum's own unit is finer than the precision of its terms.
-        excess = (got.to(double) - exact).abs() - terms * (_TERMS_PRECISION if narrow else 0)
-        distance = float((excess.clamp_(min=0) / _ulp(exact, got.dtype)).max())
+        excess = (values.to(double) - exact).abs() - terms * (_TERMS_PRECISION if narrow else 0)
+        distance = float((excess.clamp_(min=0) / _ulp(exact, values.dtype)).max())
         if not distance <= limit:
             raise VerificationError(
                 f"{written.where}: is {distance:.2f} units of the last place from what its sources "

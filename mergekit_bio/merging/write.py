@@ -149,6 +149,6 @@ def _start_folding(
     order = sorted(indexes, key=lambda index: -plan.folds[index].nbytes * len(plan.folds[index].targets))
     futures: dict[int, Future[Folded]] = {}
     for turn, index in enumerate(order):
-        place = turn % len(devices)
-        futures[index] = pools[place].submit(fold, plan.folds[index], devices[place])
+        device_index = turn % len(devices)
+        futures[index] = pools[device_index].submit(fold, plan.folds[index], devices[device_index])
     return [futures[index] for index in indexes]
