@@ -114,7 +114,7 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
+def _show_prompts(recipe: str, data: str | None, count: int, output: Output) -> None:
     """Print prompts as NatureLM-audio's own template renders them."""
     from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
     from mergekit_bio.audio.prompt import render_prompt
@@ -126,7 +126,7 @@ def _show_prompts(recipe: str, data: str | None, number: int, output: Output) ->
     for note in loaded.notes:
         output.note(f"note: {note}")
     shown: list[dict[str, Any]] = []
-    for dataset, query, questions in show_prompts(loaded.recipe, number):
+    for dataset, query, questions in show_prompts(loaded.recipe, count):
         for note in dataset.notes if query == 0 else ():
             output.note(f"note: {note}")
         for question in questions:

@@ -237,12 +237,12 @@ def _licences(manifest: Mapping[str, Any]) -> str:
     lines = []
     for source in _sources(manifest):
         files = ", ".join(f"`{_plain(name)}`" for name in source["license_files"])
-        here = f" The text is here: {files}." if files else ""
+        texts = f" The text is here: {files}." if files else ""
         if _license_id(source) is None:
-            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this on.{here}")
+            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this on.{texts}")
         else:
             name, url, terms = _license(source)
-            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.{here}")
+            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.{texts}")
     if llama := _llama_version(manifest["base"]):
         lines.append(
             f"\nLlama {llama} is licensed under the Llama {llama} Community License, Copyright © Meta Platforms, Inc. "
