@@ -62,11 +62,7 @@ def ask(
             lambda recording: answers.extend(asker.each_window(recording, prompt, window=window, hop=hop)),
             output,
         )
-    document = {
-        "prompt": prompt,
-        "answers": [vars(answer) for answer in answers],
-        "failed": failed,
-    }
+    document = {"prompt": prompt, "answers": [vars(answer) for answer in answers], "failed": failed}
     if answers or not failed:
         output.result(
             document,

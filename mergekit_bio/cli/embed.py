@@ -48,14 +48,8 @@ def embed(
         )
         check_any_used(recordings, failed)
         clips, used = embeddings.clips, len(embeddings.recordings)
-    document = {
-        "out": str(out),
-        "recordings": used,
-        "clips": clips,
-        "failed": failed,
-    }
     output.result(
-        document,
+        {"out": str(out), "recordings": used, "clips": clips, "failed": failed},
         lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", soft_wrap=True),
         lines=[str(out)],
     )
