@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,13 @@ from importlib.metadata import distributions, entry_points, requires
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import mergekit_bio
 from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 State = Literal["ok", "warning", "problem"]
 
@@ -69,16 +72,12 @@ def diagnose() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Compare the installed packages with what mergekit-bio's metadata asks for."""
-    from packaging.requirements import Requirement
-
     yield Finding("mergekit-bio", "ok", mergekit_bio.__version__)
     missing: dict[str, list[str]] = {"": [], "eval": [], "dev": []}
-    for package in map(Requirement, requires("mergekit-bio") or ()):
-        name, marker = package.name, package.marker
-        extra = next((extra for extra in missing if marker is None or marker.evaluate({"extra": extra})), None)
-        if extra is None or (extra == "dev" and name not in _ALWAYS_SHOWN):
+    for package, extra in _requirements("mergekit-bio", extras=[*missing]):
+        name, installed = package.name, _version(package.name)
+        if extra == "dev" and name not in _ALWAYS_SHOWN:
             continue
-        installed = _version(name)
         if installed is None:
             missing[extra].append(name)
         elif not package.specifier.contains(installed, prereleases=True):
@@ -279,15 +278,22 @@ def vllm(seconds: float = VLLM_SECONDS) -> Finding:
 
 def _conflicts(distribution: str) -> dict[str, str]:
     """What a distribution requires of torch and Transformers and does not get: requirement -> installed version."""
-    from packaging.requirements import Requirement
-
     conflicts = {}
-    for package in map(Requirement, requires(distribution) or ()):
+    for package, _ in _requirements(distribution, extras=[""]):
         installed = _version(package.name) if package.name in ("torch", "transformers") else None
-        applies = package.marker is None or package.marker.evaluate({"extra": ""})
-        if installed and applies and not package.specifier.contains(installed, prereleases=True):
+        if installed and not package.specifier.contains(installed, prereleases=True):
             conflicts[f"{package.name}{package.specifier}"] = installed
     return conflicts
+
+
+def _requirements(distribution: str, extras: Sequence[str]) -> Iterator[tuple["Requirement", str]]:
+    """What applies here of a distribution's requirements, with the first of ``extras`` that asks for it."""
+    from packaging.requirements import Requirement
+
+    for package in map(Requirement, requires(distribution) or ()):
+        asking = (extra for extra in extras if package.marker is None or package.marker.evaluate({"extra": extra}))
+        if (first := next(asking, None)) is not None:
+            yield package, first
 
 
 def _version(distribution: str) -> str | None:

@@ -217,9 +217,11 @@ def read_rows(file: Path, *, error: type[MergekitBioError]) -> Iterator[Document
     text = read_text(file, error=error)
     if file.suffix == ".jsonl":
         # Not splitlines: a JSON text may hold other line separators than the newline.
-        for number, line in enumerate(text.split("\n"), start=1):
+        for line_number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield Document(file, parse_json(line, source=f"{file}:{number}", error=error), error, {(): number})
+                yield Document(
+                    file, parse_json(line, source=f"{file}:{line_number}", error=error), error, {(): line_number}
+                )
         return
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -311,8 +313,7 @@ def checked(kind: type[T], data: Any, *, error: type[MergekitBioError], where: C
     """Turn mappings, lists and scalars into ``kind``, strictly: no text becomes a number, no number a text.
 
     Args:
-        kind: A frozen dataclass or a pydantic model. With ``FORBID_EXTRA`` as its ``__pydantic_config__`` a dataclass
-            refuses unknown keys.
+        kind: A dataclass. With ``FORBID_EXTRA`` as its ``__pydantic_config__`` it and those in it refuse unknown keys.
         data: JSON-like values; paths may stand for texts.
         error: What to raise.
         where: Where a path of keys and indices stands, for the message: "file.yaml:12: datasets[0]".
@@ -393,10 +394,9 @@ def _keys_at(kind: Any, path: KeyPath) -> list[str]:
 
 
 def _keys(kind: Any) -> dict[str | int, Any]:
-    """Key -> type of a dataclass or pydantic model; empty for other types."""
-    names = [each.name for each in fields(kind)] if is_dataclass(kind) else getattr(kind, "model_fields", ())
-    hints = get_type_hints(kind, include_extras=True) if names else {}
-    return {name: hints[name] for name in names}
+    """Key -> type of a dataclass; empty for other types."""
+    hints = get_type_hints(kind, include_extras=True) if is_dataclass(kind) else {}
+    return {part.name: hints[part.name] for part in (fields(kind) if hints else ())}
 
 
 def _members(kind: Any) -> list[Any]:

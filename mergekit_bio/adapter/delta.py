@@ -2,7 +2,7 @@
 
 A delta stands for ``d`` in W(alpha) = W0 + alpha * d. It refers to tensors on disk and holds no weights itself, so that
 a plan can be made of deltas without reading any. The kinds are in ``lora.py``, ``dora.py`` and ``dense.py``. Readers of
-adapters make them; everything else knows only what is written here.
+adapters make them (for PEFT's see ``peft_kind.py``); everything else knows only what is written here.
 """
 
 from collections.abc import Callable
@@ -68,12 +68,12 @@ class Delta(Protocol):
         ...
 
     def equals(self, other: "Delta") -> bool:
-        """Whether both are the same matrix ``d``; True only where that is certain.
+        """Whether both are the same matrix ``d``; True only where that is certain, so that False is always safe.
 
         One is of an input embedding, the other of the output head tied to it, so they may be stored transposed to each
         other. Equal ones are added to the shared matrix once; others make two matrices of it.
         """
-        ...
+        return False
 
 
 def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtype") -> "torch.Tensor":
@@ -90,9 +90,7 @@ def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtyp
 
 def not_finite(tensor: StoredTensor) -> AdapterError:
     """The error for a tensor with NaN or infinity in it."""
-    return AdapterError(
-        f"{tensor.file}: tensor {tensor.name}: holds NaN or infinity; the adapter is broken, train it anew"
-    )
+    return AdapterError(f"{tensor.where}: holds NaN or infinity; the adapter is broken, train it anew")
 
 
 def check_float(tensor: StoredTensor) -> None:
@@ -102,6 +100,4 @@ def check_float(tensor: StoredTensor) -> None:
         AdapterError: The dtype is none that weights are trained in.
     """
     if tensor.dtype not in FLOATS:
-        raise AdapterError(
-            f"{tensor.file}: tensor {tensor.name}: is {tensor.dtype}; only {', '.join(FLOATS)} can be folded exactly"
-        )
+        raise AdapterError(f"{tensor.where}: is {tensor.dtype}; only {', '.join(FLOATS)} can be folded exactly")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_bio.adapter.delta import BlockDelta, Delta, read_finite
-from mergekit_bio.adapter.lora import LowRank
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+    from mergekit_bio.adapter.lora import LowRank
 
 #: Elements of the blocks in which the norms of columns are summed up before folding begins.
 _NORM_BLOCK = 1 << 20
@@ -26,7 +27,7 @@ class Dora(Delta):
         origin: W1, where the adapter brings it.
     """
 
-    low_rank: LowRank
+    low_rank: "LowRank"
     magnitude: StoredTensor
     origin: StoredTensor | None = None
 
@@ -80,6 +81,3 @@ class Dora(Delta):
             torch.sub(weights, base_rows, out=out)
 
         return compute
-
-    def equals(self, other: Delta) -> bool:
-        return False  # the two sides have norms along different dimensions

@@ -28,6 +28,4 @@ def load(source: Source, base: Base) -> Adapter:
         check_float(info)
         check_fits(name, Dense(info), base)
         deltas[name] = (Dense(info),)
-    return Adapter(
-        "finetune", source, tuned.root, deltas, tuple(shard.file for shard in tuned.shards), config=tuned.config
-    )
+    return Adapter("finetune", source, tuned.root, deltas, config=tuned.config)

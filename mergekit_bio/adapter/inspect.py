@@ -1,8 +1,7 @@
 """What is in a directory, told from its headers and configuration alone."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from mergekit_bio.adapter import naturelm, peft
@@ -17,29 +16,12 @@ from mergekit_bio.errors import SourceError
 from mergekit_bio.outside_data import read_json
 
 
-@dataclass(frozen=True)
-class Contents:
-    """A summary of a base, an adapter or a merged checkpoint.
+def inspect(source: Source) -> dict[str, Any]:
+    """Describe what ``source`` holds: a base, an adapter or a merged checkpoint.
 
-    Attributes:
-        source: Where it was found.
-        kind: In words: ``"PEFT LoRA adapter"``, ``"NatureLM-audio checkpoint"``, ...
-        files: Weight files.
-        nbytes: Their bytes.
-        tensors: dtype -> (tensors, elements).
-        facts: What else there is to know, by name.
-    """
-
-    source: Source
-    kind: str
-    files: int
-    nbytes: int
-    tensors: dict[str, tuple[int, int]]
-    facts: dict[str, Any]
-
-
-def inspect(source: Source) -> Contents:
-    """Describe what ``source`` holds.
+    Returns:
+        ``source``, ``path`` and ``revision``; ``kind`` in words; ``files`` (their number), ``bytes``, ``tensors``
+        (dtype -> ``count`` and ``elements``); then, under names for people, whatever else there is to know.
 
     Raises:
         SourceError: It holds nothing of use to a merge.
@@ -60,9 +42,10 @@ def inspect(source: Source) -> Contents:
     has_tower = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
     kind = "merged audio model" if has_tower else "checkpoint"
     text = _mapping(config.get("text_config")) or config
+    architectures = config.get("architectures")
     facts = {
         "model type": config.get("model_type"),
-        "architecture": _joined(config.get("architectures")),
+        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
         "layers": text.get("num_hidden_layers"),
         "hidden size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
@@ -85,11 +68,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _joined(value: Any) -> str | None:
-    return ", ".join(map(str, value)) if isinstance(value, list) and value else None
-
-
-def _adapter(source: Source) -> Contents:
+def _adapter(source: Source) -> dict[str, Any]:
     config = read_json(inside(source.path, peft.CONFIG))
     facts = {
         "PEFT type": config.get("peft_type"),
@@ -100,12 +79,11 @@ def _adapter(source: Source) -> Contents:
         "with": ", ".join(key for key in ("use_dora", "use_rslora", "lora_bias") if config.get(key)) or None,
         "modules to save": config.get("modules_to_save"),
     }
-    weights = source.path / peft.WEIGHTS
-    shards = (Shard.open(inside(source.path, weights.name)),) if weights.exists() else ()
+    shards = (Shard.open(inside(source.path, peft.WEIGHTS)),) if (source.path / peft.WEIGHTS).exists() else ()
     return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
 
 
-def _naturelm(source: Source, checkpoint: Checkpoint) -> Contents:
+def _naturelm(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
     contents = naturelm.read_contents(checkpoint)
     facts = {
         "holds": contents.description,
@@ -124,14 +102,18 @@ def _count(tensors: Iterable[TensorInfo]) -> str | None:
     return f"{len(elements)} tensors, {sum(elements) / 1e6:.1f} M weights" if elements else None
 
 
-def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> Contents:
-    counts: Counter[str] = Counter()
-    elements: Counter[str] = Counter()
-    infos: list[TensorInfo] = [info for shard in shards for info in shard.tensors]
-    for info in infos:
-        counts[info.dtype] += 1
-        elements[info.dtype] += info.elements
+def _contents(source: Source, kind: str, shards: tuple[Shard, ...], facts: dict[str, Any]) -> dict[str, Any]:
+    elements: dict[str, list[int]] = defaultdict(list)
+    for info in (info for shard in shards for info in shard.tensors):
+        elements[info.dtype].append(info.elements)
     facts["licence"] = stated_licence(source)
-    tensors = {dtype: (counts[dtype], elements[dtype]) for dtype in sorted(counts)}
-    known = {name: value for name, value in facts.items() if value not in (None, [], "")}
-    return Contents(source, kind, len(shards), sum(shard.size for shard in shards), tensors, known)
+    return {
+        "source": source.given,
+        "path": str(source.path),
+        "revision": source.revision,
+        "kind": kind,
+        "files": len(shards),
+        "bytes": sum(shard.size for shard in shards),
+        "tensors": {dtype: {"count": len(sizes), "elements": sum(sizes)} for dtype, sizes in sorted(elements.items())},
+        **{name: value for name, value in facts.items() if value not in (None, [], "")},
+    }

@@ -81,16 +81,15 @@ class Adapter:
         deltas: Base tensor name -> what is added to it.
         tower: The tensors of an audio tower, under their original names.
         config: Its own configuration file.
-        files: The weight files; their content is the adapter's identity.
         notes: What a user should know, one line each.
-        overrides: Base tensor name -> what the adapter has in its place.
+        overrides: Base tensor name -> what the adapter has in its place. A merge takes it at every strength, or is
+            refused.
     """
 
     kind: str
     source: Source
     file: Path
     deltas: Mapping[str, tuple[Delta, ...]]
-    files: tuple[Path, ...]
     tower: tuple[TensorInfo, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -98,9 +97,10 @@ class Adapter:
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
-        """Everything it holds that is used, by name."""
+        """Everything of it that goes into a merge, by name."""
         used = (tensor for deltas in self.deltas.values() for delta in deltas for tensor in delta.stored)
-        return {tensor.name: tensor for tensor in (*used, *self.tower)}
+        taken = (override.stored for override in self.overrides.values())
+        return {tensor.name: tensor for tensor in (*used, *self.tower, *taken)}
 
     @property
     def scalings(self) -> dict[str, int]:
@@ -119,17 +119,14 @@ def check_fits(name: str, delta: Delta, base: Base) -> None:
     first = delta.stored[0]
     if target is None:
         raise AdapterError(
-            f"{first.file}: tensor {first.name}: the base {base.source.given} has no tensor {name}; this adapter was "
-            "made for another model"
+            f"{first.where}: the base {base.source.given} has no tensor {name}; this adapter was made for another model"
         )
     if target.dtype not in FLOATS:
-        raise AdapterError(
-            f"{target.file}: tensor {name}: is {target.dtype}; a quantized base cannot be folded exactly"
-        )
+        raise AdapterError(f"{target.where}: is {target.dtype}; a quantized base cannot be folded exactly")
     grown = delta.shape[1:] == target.shape[1:] and len(target.shape) == 2 and delta.shape[0] > target.shape[0]
     if delta.shape != target.shape and not (grown and name in (base.input_embedding, LM_HEAD)):
         raise AdapterError(
-            f"{first.file}: tensor {first.name}: changes {name} of shape {list(delta.shape)}, but the base's is "
+            f"{first.where}: changes {name} of shape {list(delta.shape)}, but the base's is "
             f"{list(target.shape)}; this adapter was made for another model"
         )
 

@@ -1,10 +1,14 @@
 """LoRA: a low-rank matrix added to a weight, and the vector that PEFT's ``lora_bias`` adds to a bias."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_bio.adapter.delta import BlockDelta, Delta, read_finite
+from mergekit_bio.adapter.dora import Dora
+from mergekit_bio.adapter.peft_kind import AdaptedModule
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
+from mergekit_bio.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -102,5 +106,78 @@ class BiasVector(Delta):
 
         return compute
 
-    def equals(self, other: Delta) -> bool:
-        return False  # embeddings and heads alone are tied, and they are matrices
+
+# ---- read from PEFT's files (peft/tuners/lora/config.py and layer.py of PEFT 0.21)
+
+PARTS: tuple[str, ...] = (
+    "lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
+SETTINGS = frozenset({
+    "bias", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "init_lora_weights", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "qalora_group_size", "use_dora", "use_rslora",
+})  # fmt: skip
+
+# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) subtract from it.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
+
+# Where Transformers uses Conv1D, which keeps weights as [in, out].
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+
+
+def read(module: AdaptedModule) -> dict[str, Delta]:
+    """What LoRA changes of a module's weight, perhaps with DoRA, and of its bias (``lora_bias``)."""
+    config, where = module.config, module.config_file
+    if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
+        raise AdapterError(
+            f"{where}: init_lora_weights {init!r} changed the base weights; save the adapter again with "
+            "path_initial_model_for_weight_conversion, then merge that"
+        )
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{where}: bias {config['bias']!r} is not one of none, all, lora_only")
+    low_rank = _low_rank(module)
+    deltas: dict[str, Delta] = {f"{module.name}.weight": low_rank}
+    magnitude, vector = module.parts.get("lora_magnitude_vector"), module.parts.get("lora_B.bias")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        raise AdapterError(f"{where}: use_dora is {bool(config.get('use_dora'))}, but {module.name} says otherwise")
+    if magnitude is not None:
+        numbers, outputs = math.prod(magnitude.shape), low_rank.shape[1 if low_rank.transposed else 0]
+        if numbers != outputs:
+            raise AdapterError(f"{magnitude.where}: has {numbers} numbers for {outputs} outputs")
+        deltas[f"{module.name}.weight"] = Dora(low_rank, magnitude, module.parts.get("base_layer"))
+    if vector is not None:
+        bias = f"{module.name}.bias"
+        if module.base.find(bias) is None:
+            raise AdapterError(f"{where}: lora_bias: the base has no {bias} to add it to; this cannot be folded")
+        deltas[bias] = BiasVector(vector, low_rank.scaling)
+    return deltas
+
+
+def _low_rank(module: AdaptedModule) -> LowRank:
+    embedding = "lora_embedding_A" in module.parts or "lora_embedding_B" in module.parts
+    a, b = (module.matrix(f"lora_embedding_{half}" if embedding else f"lora_{half}") for half in "AB")
+    rank, alpha = module.rank_and_alpha("lora_alpha")
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"{a.where}: shapes {list(a.shape)} and {list(b.shape)} do not have the rank {rank} that "
+            f"{module.config_file.name} gives {module.name}"
+        )
+    scaling = alpha / math.sqrt(rank) if module.config.get("use_rslora") else alpha / rank
+    if embedding:
+        return LowRank(a, b, scaling, transposed=True)
+    low_rank = LowRank(a, b, scaling, transposed=_stored_transposed(module))
+    target = module.base.find(f"{module.name}.weight")
+    if low_rank.transposed and target is not None and low_rank.shape != target.shape:
+        return LowRank(a, b, scaling)  # a plain Linear among Conv1D layers
+    return low_rank
+
+
+def _stored_transposed(module: AdaptedModule) -> bool:
+    """Whether the base stores the module's weight as [in, out], as the Conv1D of GPT-2 and its kin does.
+
+    PEFT keeps one fan_in_fan_out for all modules, that of the last it has seen, so the base is asked first.
+    """
+    if module.base.checkpoint.config.get("model_type") in _CONV1D_MODELS:
+        return module.name.rpartition(".")[2] in _CONV1D
+    return bool(module.config.get("fan_in_fan_out"))

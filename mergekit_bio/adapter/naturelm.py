@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from mergekit_bio.adapter import lora
 from mergekit_bio.adapter.delta import Delta, check_float
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
-from mergekit_bio.adapter.lora import LowRank
+from mergekit_bio.adapter.peft_kind import AdaptedModule
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.compare import rows_that_differ, same_bytes
 from mergekit_bio.checkpoint.directory import Checkpoint
@@ -24,7 +26,7 @@ from mergekit_bio.errors import AdapterError
 _PREFIX = "llama_model.base_model.model."
 _EMBEDDING_ALIAS = "llama_embed_tokens.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.default\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.default\.weight")
 _LORA_WITHOUT_DEFAULT = re.compile(r".+\.lora_[AB]\.weight")
 
 
@@ -33,7 +35,7 @@ class Contents:
     """The tensors of a NatureLM-audio checkpoint, by what they are.
 
     Attributes:
-        lora: Base module -> ``"A"`` and ``"B"`` -> tensor.
+        lora: Base module -> ``"lora_A"`` and ``"lora_B"`` -> tensor.
         repeated: Base tensor -> its copies; the embedding may be there under two names.
         tower: The audio tower's tensors.
         aliases: Second names of the tower's tensors, where a copy is stored under them.
@@ -67,7 +69,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     Raises:
         AdapterError: A tensor belongs to none of its parts.
     """
-    lora: dict[str, dict[str, TensorInfo]] = {}
+    pairs: dict[str, dict[str, TensorInfo]] = {}
     repeated: dict[str, tuple[TensorInfo, ...]] = {}
     tower: list[TensorInfo] = []
     aliases: list[TensorInfo] = []
@@ -81,10 +83,10 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         elif inner == name:
             continue
         elif match := _LORA.fullmatch(inner):
-            lora.setdefault(match["module"], {})[match["half"]] = info
+            pairs.setdefault(match["module"], {})[match["part"]] = info
         elif _LORA_WITHOUT_DEFAULT.fullmatch(inner):
             raise AdapterError(
-                f"{info.file}: tensor {name}: its LoRA names lack '.default.'; NatureLM-audio's end in "
+                f"{info.where}: its LoRA names lack '.default.'; NatureLM-audio's end in "
                 "lora_A.default.weight: rename them, or give the adapter as a PEFT directory"
             )
         else:
@@ -92,7 +94,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
             repeated[base_name] = (*repeated.get(base_name, ()), info)
         known.add(name)
     check_all_used(checkpoint.tensors, known | {info.name for info in (*tower, *aliases)}, checkpoint.root)
-    return Contents(lora, repeated, tuple(tower), tuple(aliases))
+    return Contents(pairs, repeated, tuple(tower), tuple(aliases))
 
 
 def load(source: Source, base: Base) -> Adapter:
@@ -105,60 +107,42 @@ def load(source: Source, base: Base) -> Adapter:
         AdapterError: It is incomplete, holds what is neither LoRA, base nor tower, or was made from another base.
     """
     checkpoint = Checkpoint.open(source.path)
-    where = str(checkpoint.root / "config.json")
-    rank, scaling = _strength(checkpoint.config, where)
+    where = checkpoint.root / "config.json"
+    settings = _lora_settings(checkpoint.config, where)
     contents = read_contents(checkpoint)
     # 1. Every pair of LoRA halves is a delta of one base tensor.
     deltas: dict[str, tuple[Delta, ...]] = {}
-    for module, pair in contents.lora.items():
-        _check_pair(module, pair, rank, checkpoint, where)
-        delta = LowRank(pair["A"], pair["B"], scaling)
-        check_fits(f"{module}.weight", delta, base)
-        deltas[f"{module}.weight"] = (delta,)
+    for module, parts in contents.lora.items():
+        for part in parts.values():
+            check_float(part)
+        for name, delta in lora.read(AdaptedModule(module, parts, settings, where, base)).items():
+            check_fits(name, delta, base)
+            deltas[name] = (delta,)
     # 2. All BEATs layers share one position bias: a stored copy of it must be one.
     for info in contents.aliases:
         original = checkpoint.tensors.get(str(alias_of(info.name)))
         if original is None or (info.dtype, info.shape) != (original.dtype, original.shape):
-            raise AdapterError(
-                f"{info.file}: tensor {info.name}: is a second name of {alias_of(info.name)}, but differs"
-            )
+            raise AdapterError(f"{info.where}: is a second name of {alias_of(info.name)}, but differs")
         if not same_bytes(info, original):
-            raise AdapterError(f"{info.file}: tensor {info.name}: differs from {original.name}, which it must share")
+            raise AdapterError(f"{info.where}: differs from {original.name}, which it must share")
     # 3. What it repeats of the base is a copy of it, or overrides it.
     overrides, notes = _compare_with_base(contents.repeated, base)
-    files = tuple(shard.file for shard in checkpoint.shards)
-    return Adapter(
-        "naturelm-audio", source, checkpoint.root, deltas, files, contents.tower, checkpoint.config, notes, overrides
-    )
+    tower = contents.tower
+    return Adapter("naturelm-audio", source, checkpoint.root, deltas, tower, checkpoint.config, notes, overrides)
 
 
-def _strength(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+def _lora_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Rank and alpha under PEFT's names."""
     rank, alpha = config.get("lora_rank"), config.get("lora_alpha")
     if not config.get("lora") or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise AdapterError(f"{where}: lora, lora_rank and lora_alpha do not describe a LoRA")
-    return rank, alpha / rank
-
-
-def _check_pair(module: str, pair: Mapping[str, TensorInfo], rank: int, checkpoint: Checkpoint, where: str) -> None:
-    if len(pair) < 2:
-        raise AdapterError(f"{checkpoint.root}: {module}: one half of its LoRA is missing; fetch the file again")
-    for half, side in (("A", 0), ("B", 1)):
-        check_float(pair[half])
-        if len(pair[half].shape) != 2 or pair[half].shape[side] != rank:
-            raise AdapterError(
-                f"{pair[half].file}: tensor {pair[half].name}: has shape {list(pair[half].shape)}, which is not "
-                f"of the rank {rank} that {where} gives"
-            )
+    return {"r": rank, "lora_alpha": alpha}
 
 
 def _compare_with_base(
     repeated: Mapping[str, tuple[TensorInfo, ...]], base: Base
 ) -> tuple[dict[str, Override], tuple[str, ...]]:
-    """Compare what a checkpoint repeats of its base with the base given, the added [PAD] row aside.
-
-    Returns:
-        The tensors in which it differs, by the base's name, and notes for the user.
-    """
+    """The repeated tensors that differ from the base's, the added [PAD] row aside, and notes for the user."""
     pairs = [(info, *_fit(name, info, base)) for name, copies in repeated.items() for info in copies]
     with ThreadPoolExecutor() as pool:
         differences = list(pool.map(lambda pair: rows_that_differ(pair[1], pair[2]), pairs))
@@ -168,7 +152,7 @@ def _compare_with_base(
         first = first_copies.setdefault(target.name, trimmed)
         if first is not trimmed:  # one tensor under two names: both must say the same, equal to the base or not
             if rows_that_differ(trimmed, first):
-                raise AdapterError(f"{info.file}: tensor {info.name}: differs from {first.name}, its second name")
+                raise AdapterError(f"{info.where}: differs from {first.name}, its second name")
         elif rows:
             overrides[target.name] = Override(info, trimmed, rows)
     notes = []
@@ -181,14 +165,10 @@ def _compare_with_base(
 
 
 def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInfo]:
-    """A repeated tensor without its [PAD] row, and the base's tensor that it repeats.
-
-    Raises:
-        AdapterError: The base has no such tensor, or one of another shape or of whole numbers.
-    """
+    """A repeated tensor without its [PAD] row, and the base's tensor that it repeats."""
     target = base.find(name)
     if target is None:
-        raise AdapterError(f"{info.file}: tensor {info.name}: the base {base.source.given} has no {name}")
+        raise AdapterError(f"{info.where}: the base {base.source.given} has no {name}")
     grown = (
         name in (base.input_embedding, LM_HEAD)
         and len(info.shape) == 2
@@ -198,7 +178,7 @@ def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInf
     trimmed = replace(info, shape=target.shape) if grown else info
     if trimmed.shape != target.shape or info.dtype not in FLOATS or target.dtype not in FLOATS:
         raise AdapterError(
-            f"{info.file}: tensor {info.name}: is {info.dtype} {list(info.shape)}, but {name} of the base "
+            f"{info.where}: is {info.dtype} {list(info.shape)}, but {name} of the base "
             f"{base.source.given} is {target.dtype} {list(target.shape)}; it was made from another base"
         )
     return trimmed, target

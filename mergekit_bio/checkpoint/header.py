@@ -4,13 +4,11 @@ Format: 8 bytes little-endian header length N, N bytes of JSON, then the data th
 (https://github.com/huggingface/safetensors, "Format"). Reading costs no import beyond the standard library.
 """
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +67,11 @@ class TensorInfo:
     begin: int
 
     @property
+    def where(self) -> str:
+        """How errors name it: ``"llama/model.safetensors: tensor lm_head.weight"``."""
+        return f"{self.file}: tensor {self.name}"
+
+    @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -124,6 +127,8 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def file(self) -> Path: ...
+    @property
+    def where(self) -> str: ...
     def read(self, start: int = 0, stop: int | None = None) -> "torch.Tensor": ...
     def ends(self, count: int = 4096) -> bytes: ...
 
@@ -172,11 +177,6 @@ class Shard:
         begin = 8 + length
         tensors = _layout(entries, begin, size, file)
         return cls(file, length.to_bytes(8, "little") + bytes(text), size, tensors, metadata)
-
-    @cached_property
-    def header_sha256(self) -> str:
-        """Hex digest of the header: names, dtypes, shapes and offsets."""
-        return hashlib.sha256(self.header).hexdigest()
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:
@@ -235,7 +235,7 @@ def _parse(text: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _layout(entries: dict[str, Any], begin: int, size: int, file: Path) -> tuple[TensorInfo, ...]:
     """Check every entry, and that together they cover the data without gap or overlap."""
-    spans: list[tuple[int, int, TensorInfo]] = []
+    infos: list[TensorInfo] = []
     for name, entry in entries.items():
         where = f"{file}: tensor {name}"
         try:
@@ -251,19 +251,20 @@ def _layout(entries: dict[str, Any], begin: int, size: int, file: Path) -> tuple
         info = TensorInfo(name, dtype, tuple(shape), file, begin + first)
         if last - first != info.nbytes:
             raise CheckpointError(f"{where}: {last - first} bytes do not hold {dtype} {shape}; the header is damaged")
-        spans.append((first, last, info))
-    spans.sort(key=lambda span: span[:2])
-    expected = 0
-    for first, last, info in spans:
-        if first != expected:
-            fault = "overlaps the one before it" if first < expected else "leaves a gap before it"
+        infos.append(info)
+    infos.sort(key=lambda info: (info.begin, info.nbytes))
+    end = begin
+    for info in infos:
+        if info.begin != end:
+            fault = "overlaps the one before it" if info.begin < end else "leaves a gap before it"
             raise CheckpointError(f"{file}: tensor {info.name}: its data {fault}; the header is damaged")
-        expected = last
-    if begin + expected != size:
-        fault = "ends early" if size < begin + expected else "goes on too long"
-        difference = abs(begin + expected - size)
-        raise CheckpointError(f"{file}: {fault}, by {difference} bytes; the download is incomplete, fetch it again")
-    return tuple(info for _, _, info in spans)
+        end += info.nbytes
+    if end != size:
+        fault = "ends early" if size < end else "goes on too long"
+        raise CheckpointError(
+            f"{file}: {fault}, by {abs(end - size)} bytes; the download is incomplete, fetch it again"
+        )
+    return tuple(infos)
 
 
 def _is_size(value: Any) -> bool:

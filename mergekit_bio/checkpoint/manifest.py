@@ -3,15 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any, ClassVar, Literal
 
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.errors import CheckpointError, MergekitBioError, OutputError, VerificationError
-from mergekit_bio.outside_data import Document, read_json
+from mergekit_bio.outside_data import FORBID_EXTRA, Document, read_json
 
 MANIFEST = "merge.json"
 CARD = "README.md"
@@ -20,11 +19,8 @@ FORMAT = "mergekit-bio/merge@2"
 _FIRST_FORMAT = "mergekit-bio/merge@1"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Origin(_Strict):
+@dataclass(frozen=True, kw_only=True)
+class Origin:
     """A base or an adapter.
 
     Attributes:
@@ -46,19 +42,22 @@ class Origin(_Strict):
     license_files: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class BaseOrigin(Origin):
     """The base."""
 
     model_type: str | None
 
 
-class Strength(_Strict):
+@dataclass(frozen=True)
+class Strength:
     """One adapter's alpha: a default and exceptions by module or layer range."""
 
     default: float
     modules: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
 class AdapterOrigin(Origin):
     """An adapter, with what was made of it.
 
@@ -71,35 +70,40 @@ class AdapterOrigin(Origin):
     alpha: Strength
     scaling: dict[str, int]
     deltas: int
-    base_weights: dict[str, str] = {}
+    base_weights: dict[str, str] = field(default_factory=dict)
 
 
-class SharedFiles(_Strict):
-    """Files that are hard links shared with other directories of a sweep."""
-
-    files: list[str]
-    with_: list[str]
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=lambda name: name.rstrip("_"), populate_by_name=True
-    )
-
-
-class FileRecord(_Strict):
+@dataclass(frozen=True)
+class FileRecord:
     """A shard: its size, and the sha256 of its header."""
 
     bytes: int
     header_sha256: str
 
 
-class TensorRecord(_Strict):
+@dataclass(frozen=True)
+class TensorRecord:
     """A tensor that was computed: sha256 of its bytes as written."""
 
     sha256: str
 
 
-class LossRecord(_Strict):
-    """:class:`mergekit_bio.merging.rounding_loss.RoundingLoss`."""
+@dataclass(frozen=True)
+class RoundingLoss:
+    """How much of the deltas rounding lost, for one module type or for all together.
+
+    ``d`` is the delta at its strength, ``e = round(W0 + d) - (W0 + d)`` the error.
+
+    Attributes:
+        modules: ``"self_attn.q_proj"``, or ``"total"``.
+        tensors: How many.
+        elements: How many weights they have.
+        delta_over_weight: ``||d|| / ||W0||``.
+        loss: ``||e|| / ||d||`` of the rounding used.
+        bias: ``|<e, d>| / <d, d>`` of the rounding used.
+        loss_nearest: The loss, had it been rounded to nearest.
+        bias_nearest: The bias, had it been rounded to nearest.
+    """
 
     modules: str
     tensors: int
@@ -111,15 +115,19 @@ class LossRecord(_Strict):
     bias_nearest: float
 
 
-class Manifest(_Strict):
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
     """The whole of ``merge.json``.
 
     Attributes:
+        shared: Names of ``files`` that are hard links, and the directories of the sweep ``with`` which they are shared.
         files: The shards.
         companions: The files beside them, name -> sha256: configuration, tokenizer, licences; none of a manifest of the
             first format. The model card is not among them: it is for people to go on writing.
         tensors: What was computed; the other tensors are copies.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     format: str
     created: str
@@ -135,20 +143,16 @@ class Manifest(_Strict):
     audio_prefix: bool
     text_only: bool
     untied: bool
-    shared: SharedFiles | None
+    shared: dict[Literal["files", "with"], list[str]] | None
     versions: dict[str, str]
-    rounding_loss: list[LossRecord]
+    rounding_loss: list[RoundingLoss]
     files: dict[str, FileRecord]
     companions: dict[str, str]
     tensors: dict[str, TensorRecord]
 
     def to_json(self) -> str:
         """As it is written."""
-        return json.dumps(self.model_dump(by_alias=True), indent=2, ensure_ascii=False) + "\n"
-
-    def document(self) -> dict[str, Any]:
-        """As plain values, as a reader of the file has them."""
-        return self.model_dump(by_alias=True)
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:

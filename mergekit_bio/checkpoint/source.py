@@ -63,7 +63,7 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     if path.exists():
         raise SourceError(f"{given}: is a file; name the directory that holds it, or a hub id")
     repo, _, revision = given.partition("@")
-    if repo.count("/") != 1 or not _is_hub_id(repo):
+    if not is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")
     return _from_hub(given, _name_in_cache(repo, revision or None), revision or None, patterns or PATTERNS)
 
@@ -93,7 +93,7 @@ def _name_in_cache(repo: str, revision: str | None) -> str:
 
 
 def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[str]) -> Source:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         folder = Path(
@@ -102,33 +102,34 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
         config, weights, old = (folder / name for name in _OLD_LORA)
         if patterns is PATTERNS and config.exists() and not weights.exists() and not old.exists():
             snapshot_download(repo, revision=folder.name, allow_patterns=[old.name])
-    except errors.GatedRepoError as error:
-        raise SourceError(
-            f"{given}: this repository is gated; accept its licence at https://huggingface.co/{repo} and log in with "
-            "`hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(f"{given}: the repository has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{given}: no such directory here, and no such repository on the hub (or a private one: log in with "
-            "`hf auth login`)"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"{given}: not a directory, not in the local cache, and the hub cannot be reached; connect, or give the "
-            "path of a copy"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code == 401:
-            raise SourceError(f"{given}: the hub does not accept your token; renew it with `hf auth login`") from error
-        raise SourceError(f"{given}: the hub answered: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise SourceError(f"{given}: cannot be fetched: {error}") from error
+    except OSError as error:  # the client's own errors are OSErrors too
+        raise SourceError(f"{given}: {_explain(error, repo, revision)}") from error
     return Source(given, folder, repo, folder.name)
 
 
-def _is_hub_id(repo: str) -> bool:
+def _explain(error: OSError, repo: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{repo}"
+        return f"this repository is gated; accept its licence at {page} and log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        private = "(or a private one: log in with `hf auth login`)"
+        return f"no such directory here, and no such repository on the hub {private}"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        unreachable = "not a directory, not in the local cache, and the hub cannot be reached"
+        return f"{unreachable}; connect, or give the path of a copy"
+    if not isinstance(error, errors.HfHubHTTPError):
+        return f"cannot be fetched: {error}"
+    if error.response.status_code == 401:
+        return "the hub does not accept your token; renew it with `hf auth login`"
+    return f"the hub answered: {str(error).splitlines()[0]}"
+
+
+def is_hub_id(repo: str) -> bool:
+    """Whether ``repo`` has the form USER/REPO, with the characters that the hub allows."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -136,7 +137,7 @@ def _is_hub_id(repo: str) -> bool:
         validate_repo_id(repo)
     except HFValidationError:
         return False
-    return True
+    return repo.count("/") == 1
 
 
 def licence_files(source: Source) -> list[str]:

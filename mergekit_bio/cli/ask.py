@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 from mergekit_bio.cli.listening import check_any_used, hear_each
-from mergekit_bio.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
     from mergekit_bio.listen.ask import Answer
@@ -53,22 +52,17 @@ def ask(
     render_prompt(prompt, template="{}", num_audios=max(slots, 1))
     output.note(f"loading {model}")
     asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
-    failed: dict[str, str] = {}
+    failed: list[dict[str, str]] = []
     answers: list[Answer] = []
     if together:
         answers.append(asker.together(recordings, prompt))
     else:
         failed = hear_each(
-            recordings, lambda each: answers.extend(asker.each_window(each, prompt, window=window, hop=hop)), output
+            recordings,
+            lambda recording: answers.extend(asker.each_window(recording, prompt, window=window, hop=hop)),
+            output,
         )
-    document = {
-        "prompt": prompt,
-        "answers": [
-            {"recordings": answer.recordings, "start": answer.start, "end": answer.end, "text": answer.text}
-            for answer in answers
-        ],
-        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
-    }
+    document = {"prompt": prompt, "answers": [vars(answer) for answer in answers], "failed": failed}
     if answers or not failed:
         output.result(
             document,

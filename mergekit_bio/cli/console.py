@@ -1,14 +1,21 @@
-"""What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr."""
+"""What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr; and its options."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+    from rich.table import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the essential result, one item a line.")]
 
 #: Tables are laid out for this many columns at most, wherever they go.
 MAX_WIDTH = 100
@@ -65,30 +72,13 @@ class Output:
         if self.quiet or not sys.stderr.isatty():
             yield lambda _: None
             return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich import progress
 
-        amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            *amount,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda step: bar.advance(task, step)
+        amount = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+        columns = amount if unit == "bytes" else [progress.MofNCompleteColumn()]
+        with progress_bars(*columns, progress.TimeElapsedColumn(), progress.TimeRemainingColumn()) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda step: bars.advance(task, step)
 
 
 def _json(document: Any, encoding: str) -> str:
@@ -99,6 +89,25 @@ def _json(document: Any, encoding: str) -> str:
     except UnicodeEncodeError:
         return json.dumps(document, indent=2)
     return text
+
+
+def progress_bars(*columns: "ProgressColumn") -> "Progress":
+    """Bars on stderr that vanish at their end, with these columns behind the description and the bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    description = TextColumn("{task.description}", markup=False)
+    return Progress(description, BarColumn(), *columns, console=Console(stderr=True), transient=True)
+
+
+def table_of_numbers(title: str, *columns: str, texts: int = 1, **style: Any) -> "Table":
+    """A table whose first columns, ``texts`` of them, stand at the left, and all others at the right."""
+    from rich.table import Table
+
+    table = Table(title=title, **style)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < texts else "right", overflow="fold")
+    return table
 
 
 def stdout_console() -> "Console":

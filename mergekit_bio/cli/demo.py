@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +42,7 @@ def demo(
       mergekit-bio demo
       mergekit-bio demo --out demo/ --engine transformers
     """
-    from mergekit_bio.cli.run_progress import RunListener
+    from mergekit_bio.cli.run_progress import RunOutput
     from mergekit_bio.demo import run
     from mergekit_bio.engine.choice import choose_engine
     from mergekit_bio.eval.records.read import read_runs
@@ -55,7 +54,7 @@ def demo(
     output = Output(as_json=as_json, quiet=quiet)
     choose_engine(engine)  # one that is not there is said before anything is written
     # Off a terminal, forty-four cells of a second each would be forty-four lines.
-    listener = RunListener(Output(quiet=quiet or as_json or not sys.stderr.isatty()))
+    listener = RunOutput(quiet=quiet or as_json or not sys.stderr.isatty())
     stage = _Stages(output, kept=out is not None)
     with tempfile.TemporaryDirectory(prefix="mergekit-bio-demo-") as scratch:
         folder = out or Path(scratch) / "demo"
@@ -118,26 +117,18 @@ _ASKED = {
 class _Stages:
     """Says what comes, the command for it, the command for the real model, and how long it took.
 
-    Args:
-        output: Where to say it.
-        kept: What the commands name stays; otherwise only those for the real model are shown.
+    Only the command for the real model is shown where what the other one names is not ``kept``.
     """
 
     def __init__(self, output: Output, *, kept: bool) -> None:
         self._output, self._kept = output, kept
-        self._number = 0
+        self._count = 0
 
     @contextmanager
     def __call__(self, title: str, command: "Sequence[str]" = (), real: str = "") -> Iterator[None]:
-        """One stage.
-
-        Args:
-            title: What is done.
-            command: What does it, in the parts between which a line may break.
-            real: What does it to the real model.
-        """
-        self._number += 1
-        self._output.note("\n" + textwrap.fill(f"{self._number}. {title}", _WIDTH, subsequent_indent=_INDENT))
+        """One stage; a line may break between the parts of ``command``."""
+        self._count += 1
+        self._output.note("\n" + textwrap.fill(f"{self._count}. {title}", _WIDTH, subsequent_indent=_INDENT))
         if command and self._kept:
             self._output.note(_command_lines(command))
         if real:

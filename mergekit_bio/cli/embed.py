@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 from mergekit_bio.cli.listening import check_any_used, hear_each
-from mergekit_bio.cli.options import JsonOption, QuietOption
 
 
 def embed(
@@ -49,14 +48,8 @@ def embed(
         )
         check_any_used(recordings, failed)
         clips, used = embeddings.clips, len(embeddings.recordings)
-    document = {
-        "out": str(out),
-        "recordings": used,
-        "clips": clips,
-        "failed": [{"recording": recording, "error": error} for recording, error in failed.items()],
-    }
     output.result(
-        document,
+        {"out": str(out), "recordings": used, "clips": clips, "failed": failed},
         lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", soft_wrap=True),
         lines=[str(out)],
     )

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.options import JsonOption, QuietOption
-from mergekit_bio.cli.run_progress import RunListener
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, table_of_numbers
+from mergekit_bio.cli.run_progress import RunOutput
 from mergekit_bio.engine.choice import ENGINES
 
 if TYPE_CHECKING:
@@ -74,14 +73,13 @@ def evaluate(
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
-    output = Output(as_json=as_json, quiet=quiet)
+    output = RunOutput(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
         _show_prompts(recipe, data, show_prompts, output)
         return
     settings = EngineSettings(
         options=dict(map(_key_value, engine_option or [])), servers=tuple(server or ()), api_key=api_key, quiet=quiet
     )
-    listener = RunListener(output)
     plan = prepare_run(
         recipe=recipe,
         out=out,
@@ -91,14 +89,14 @@ def evaluate(
         engine=engine,
         servers=server or [],
         limit=limit,
-        listener=listener,
+        listener=output,
         fetch=not dry_run,
     )
     if dry_run:
         _print_plan(plan, output)
         return
-    with listener.shown():
-        carry_out(plan, settings, listener=listener)
+    with output.shown():
+        carry_out(plan, settings, listener=output)
     _print_run(plan, output, scored=report)
 
 
@@ -116,7 +114,7 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _show_prompts(recipe: str, data: str | None, number: int, output: Output) -> None:
+def _show_prompts(recipe: str, data: str | None, count: int, output: Output) -> None:
     """Print prompts as NatureLM-audio's own template renders them."""
     from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
     from mergekit_bio.audio.prompt import render_prompt
@@ -128,23 +126,15 @@ def _show_prompts(recipe: str, data: str | None, number: int, output: Output) ->
     for note in loaded.notes:
         output.note(f"note: {note}")
     shown: list[dict[str, Any]] = []
-    for dataset, query, questions in show_prompts(loaded.recipe, number):
+    for dataset, query, questions in show_prompts(loaded.recipe, count):
         for note in dataset.notes if query == 0 else ():
             output.note(f"note: {note}")
         for question in questions:
             row, instruction = question.row, question.instruction
             # No checkpoint is at hand, which could have a template of its own.
             prompt = render_prompt(instruction.text, template=LLAMA3_TEMPLATE, num_audios=len(instruction.clips))
-            shown.append(
-                {
-                    "dataset": dataset.name,
-                    "query": query,
-                    "id": row.id,
-                    "label": row.label,
-                    "prompt": prompt,
-                    "audios": [*instruction.clips],
-                }
-            )
+            where = {"dataset": dataset.name, "query": query, "id": row.id, "label": row.label}
+            shown.append({**where, "prompt": prompt, "audios": [*instruction.clips]})
     lines = [
         f"--- {row['dataset']}, query {row['query']}, clip {row['id']} ({row['label']})\n{row['prompt']}"
         for row in shown
@@ -164,17 +154,11 @@ def _print_plan(plan: "RunPlan", output: Output) -> None:
 
     def table(console: "Console") -> None:
         from rich import box
-        from rich.table import Table
 
-        rows = Table(box=box.SIMPLE_HEAD)
-        rows.add_column("checkpoint", overflow="fold")
-        rows.add_column("dataset", overflow="fold")
-        for column in ("query", "clips", "answered"):
-            rows.add_column(column, justify="right")
+        columns = ("checkpoint", "dataset", "query", "clips", "answered")
+        rows = table_of_numbers("", *columns, texts=2, box=box.SIMPLE_HEAD)
         for cell in document["cells"]:
-            rows.add_row(
-                cell["checkpoint"], cell["dataset"], str(cell["query"]), str(cell["clips"]), str(cell["answered"])
-            )
+            rows.add_row(*(str(cell[column]) for column in columns))
         console.print(rows)
         if document["to_merge"]:
             console.print(f"to merge first: {', '.join(document['to_merge'])}")

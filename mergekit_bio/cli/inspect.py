@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output, human_bytes
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+#: What the table says in its first lines; the rest is drawn as it is.
+_DRAWN_ABOVE = {"source", "path", "revision", "kind", "files", "bytes", "tensors"}
 
 
 def inspect(
@@ -26,7 +28,8 @@ def inspect(
     from mergekit_bio.adapter.inspect import inspect as describe
     from mergekit_bio.checkpoint.source import resolve
 
-    contents = describe(resolve(source))
+    resolved = resolve(source)
+    contents = describe(resolved)
 
     def draw(console: "Console") -> None:
         from rich.table import Table
@@ -34,19 +37,16 @@ def inspect(
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row(contents.source.name, contents.kind)
-        for dtype, (count, elements) in contents.tensors.items():
+        table.add_row(resolved.name, contents["kind"])
+        for dtype, held in contents["tensors"].items():
+            count, elements = held["count"], held["elements"]
             weights = f"{elements / 1e6:,.1f} M" if elements >= 1e5 else f"{elements:,}"
             table.add_row(dtype, f"{count} tensor{'s' * (count != 1)}, {weights} weights")
-        table.add_row("files", f"{contents.files}, {human_bytes(contents.nbytes)}")
-        for name, value in contents.facts.items():
+        table.add_row("files", f"{contents['files']}, {human_bytes(contents['bytes'])}")
+        for name, value in contents.items():
+            if name in _DRAWN_ABOVE:
+                continue
             table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
         console.print(table)
 
-    document = {
-        "source": contents.source.given, "path": str(contents.source.path), "revision": contents.source.revision,
-        "kind": contents.kind, "files": contents.files, "bytes": contents.nbytes,
-        "tensors": {dtype: {"count": n, "elements": size} for dtype, (n, size) in contents.tensors.items()},
-        **contents.facts,
-    }  # fmt: skip
-    Output(as_json=as_json, quiet=quiet).result(document, draw, lines=[contents.kind])
+    Output(as_json=as_json, quiet=quiet).result(contents, draw, lines=[contents["kind"]])

@@ -6,22 +6,22 @@ from pathlib import Path
 from mergekit_bio.cli.console import Output
 
 
-def hear_each(recordings: Sequence[Path], hear: Callable[[Path], object], output: Output) -> dict[str, str]:
+def hear_each(recordings: Sequence[Path], hear: Callable[[Path], object], output: Output) -> list[dict[str, str]]:
     """Call ``hear`` with every recording.
 
     Returns:
-        What is wrong with those that could not be used, at all or to their end: recording -> message.
+        Those that could not be used, at all or to their end: ``recording`` and ``error`` of each.
     """
     from mergekit_bio.errors import AudioError
 
-    failed: dict[str, str] = {}
+    failed: list[dict[str, str]] = []
     several = len(recordings) > 1
     with output.progress("listening", total=len(recordings)) as advance:
         for recording in recordings:
             try:
                 hear(recording)
             except AudioError as error:
-                failed[str(recording)] = str(error)
+                failed.append({"recording": str(recording), "error": str(error)})
                 if several:
                     output.note(f"skipped: {error}")
             advance(1)
@@ -30,11 +30,10 @@ def hear_each(recordings: Sequence[Path], hear: Callable[[Path], object], output
     return failed
 
 
-def check_any_used(recordings: Sequence[Path], failed: Mapping[str, str]) -> None:
-    """Raise AudioError where ``failed`` holds every recording."""
+def check_any_used(recordings: Sequence[Path], failed: Sequence[Mapping[str, str]]) -> None:
+    """Raise AudioError where every recording has failed."""
     from mergekit_bio.errors import AudioError
 
-    if all(str(recording) in failed for recording in recordings):
-        first = next(iter(failed.values()))
+    if len(failed) == len(recordings):
         several = f"none of the {len(recordings)} recordings could be used; the first: "
-        raise AudioError(f"{several if len(recordings) > 1 else ''}{first}")
+        raise AudioError(f"{several if len(recordings) > 1 else ''}{failed[0]['error']}")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from mergekit_bio.cli.console import Output, human_bytes
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_bytes, table_of_numbers
 from mergekit_bio.merging.request import DType, MergeRequest, read_request
 
 if TYPE_CHECKING:
@@ -100,6 +99,8 @@ def merge(
       mergekit-bio merge --alpha 0.5
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
+    from mergekit_bio.hub.push import check_ready
+    from mergekit_bio.hub.push import push as push_checkpoint
     from mergekit_bio.merging.directory import companions
     from mergekit_bio.merging.merge import carry_out, plan_merge
 
@@ -118,14 +119,14 @@ def merge(
     for note in _notes(plan):
         output.note(note)
     # 2. Find out before the long work whether its result could be pushed.
-    repositories = _repositories(push, plan) if push else []
+    # Those of a sweep go to a repository each.
+    repositories = [f"{push}-{planned.folder}" if planned.folder else push for planned in plan.outputs] if push else []
     for name in repositories:
-        from mergekit_bio.hub.push import check_ready
-
         check_ready(name, dry_run=dry_run)
     if dry_run:
         companions(plan)  # what would stop the merge stops this
-        output.result(_plan_document(plan), lambda console: _draw_plan(console, plan))
+        document = _plan_document(plan)
+        output.result(document, lambda console: _draw_plan(console, plan, document))
         return
     # 3. Merge, push, and say what came of it.
     with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
@@ -134,7 +135,11 @@ def merge(
     pushed: list[str] = []
     try:
         for checkpoint, name in zip(merged, repositories, strict=bool(push)):
-            pushed.append(_push(checkpoint, name, output))
+            report = push_checkpoint(
+                checkpoint.path, name, progress=lambda file: output.note(f"{file.state}  {file.path}")
+            )
+            output.note(report.url)
+            pushed.append(report.url)
     finally:  # what is merged is merged, whatever the hub says
         output.result(
             _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
@@ -149,25 +154,13 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
         name = planned.adapter.source.name
         for note in planned.adapter.notes:
             yield f"{name}: {note}"
-        for tensor, override in planned.overrides.items():
+        for tensor, override in planned.adapter.overrides.items():
             rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
             yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
-    for strength in (value for planned_output in plan.outputs for value in planned_output.alpha.values):
-        if not 0 <= strength <= 1:
-            yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
-
-
-def _repositories(repo_id: str, plan: "MergePlan") -> list[str]:
-    """Where the checkpoints are published: those of a sweep each in a repository of its own."""
-    return [f"{repo_id}-{planned.folder}" if planned.folder else repo_id for planned in plan.outputs]
-
-
-def _push(checkpoint: "MergedCheckpoint", repo_id: str, output: Output) -> str:
-    from mergekit_bio.hub.push import push
-
-    report = push(checkpoint.path, repo_id, progress=lambda file: output.note(f"{file.state}  {file.path}"))
-    output.note(report.url)
-    return report.url
+    for alpha in (planned_output.alpha for planned_output in plan.outputs):
+        for strength in (alpha.default, *dict(alpha.modules).values()):
+            if not 0 <= strength <= 1:
+                yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
 
 
 def _plan_document(plan: "MergePlan") -> dict[str, Any]:
@@ -176,7 +169,8 @@ def _plan_document(plan: "MergePlan") -> dict[str, Any]:
     return {
         "out": str(plan.request.destination),
         "outputs": [
-            {"alpha": planned.alpha.label, "folder": planned.folder, "files": planned.files} for planned in plan.outputs
+            {"alpha": planned.alpha.label, "folder": planned.folder, "files": [*planned.files]}
+            for planned in plan.outputs
         ],
         "modules": _modules(plan),
         "bytes": {"read": plan.bytes_read, "computed": plan.bytes_folded, "written": plan.bytes_on_disk},
@@ -203,15 +197,9 @@ def _title(plan: "MergePlan") -> str:
     return f"{plan.base.source.name} + {', '.join(planned.adapter.source.name for planned in plan.adapters)}"
 
 
-def _draw_plan(console: "Console", plan: "MergePlan") -> None:
-    from rich.table import Table
-
-    from mergekit_bio.merging import estimate
-
-    table = Table(title=_title(plan))
-    for column in ("modules", "folded", "converted", "copied"):
-        table.add_column(column, justify="left" if column == "modules" else "right")
-    for row in _modules(plan):
+def _draw_plan(console: "Console", plan: "MergePlan", document: dict[str, Any]) -> None:
+    table = table_of_numbers(_title(plan), "modules", "folded", "converted", "copied")
+    for row in document["modules"]:
         table.add_row(row["modules"], *(str(row.get(fate, "")) for fate in ("folded", "converted", "copied")))
     console.print(table)
     console.print(f"alphas   {', '.join(planned.alpha.label for planned in plan.outputs)}")
@@ -219,8 +207,8 @@ def _draw_plan(console: "Console", plan: "MergePlan") -> None:
     console.print(f"compute  {human_bytes(plan.bytes_folded)}")
     written, files = human_bytes(plan.bytes_on_disk), len(plan.shards)
     console.print(f"write    {written} in {files} files to {plan.request.destination}")
-    memory = human_bytes(estimate.memory_bytes(plan))
-    console.print(f"expect   {estimate.seconds(plan):.0f} s if the disk keeps up, {memory} memory")
+    memory = human_bytes(document["memory_bytes"])
+    console.print(f"expect   {document['seconds']:.0f} s if the disk keeps up, {memory} memory")
     console.print("nothing was written (--dry-run)")
 
 
@@ -229,12 +217,7 @@ def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds
 
     return {
         "checkpoints": [
-            {
-                "path": str(checkpoint.path),
-                "alpha": checkpoint.alpha.label,
-                "unchanged": checkpoint.unchanged,
-                "rounding_loss": [asdict(loss) for loss in checkpoint.rounding_loss],
-            }
+            {**asdict(checkpoint), "path": str(checkpoint.path), "alpha": checkpoint.alpha.label}
             for checkpoint in merged
         ],
         "bytes_on_disk": plan.bytes_on_disk,
@@ -243,17 +226,12 @@ def _document(plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds
 
 
 def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint, ...]", seconds: float) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=_title(plan),
-        caption="d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
-        "rounding drops. nearest: the same, had it been rounded as other tools do.",
-        caption_justify="left",
+    caption = (
+        "d: what is added to the weights W. loss: the noise of rounding, against d. bias: the share of d that "
+        "rounding drops. nearest: the same, had it been rounded as other tools do."
     )
-    table.add_column("alpha")
-    for column in ("|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest"):
-        table.add_column(column, justify="right")
+    columns = ("alpha", "|d| / |W|", "loss", "bias", "loss, nearest", "bias, nearest")
+    table = table_of_numbers(_title(plan), *columns, caption=caption, caption_justify="left")
     for checkpoint in merged:
         total = next((loss for loss in checkpoint.rounding_loss if loss.modules == "total"), None)
         cells = ["0: the base"] if checkpoint.unchanged else []

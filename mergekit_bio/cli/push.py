@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output, human_bytes
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_bytes, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,11 +56,8 @@ def push(
 
 
 def _draw(console: "Console", report: "PushReport") -> None:
-    from rich.table import Table
-
     if report.commit is None:
-        table = Table("file", "size", box=None)
-        table.columns[1].justify = "right"
+        table = table_of_numbers("", "file", "size", box=None)
         for file in report.files:
             table.add_row(file.path, human_bytes(file.bytes))
         console.print(table)

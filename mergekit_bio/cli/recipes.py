@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 
 if TYPE_CHECKING:
     from rich.console import Console

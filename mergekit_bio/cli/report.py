@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.records.cell import Cell
@@ -62,16 +61,9 @@ def report(
 def score_and_write(
     cells: "Sequence[Cell]", output: Output, *, scorer: str | None = None, folder: Path | None
 ) -> "tuple[Report, list[str]]":
-    """Score cells, say what a reader must be told, and write the report's files.
+    """Score cells, with what each run asks for by default, and write the report's files unless ``folder`` is None.
 
-    Args:
-        cells: Of ``read_runs``.
-        output: For progress and notes.
-        scorer: For all cells; by default what each run asks for.
-        folder: For the files; None writes none.
-
-    Returns:
-        The report and its files, the page first.
+    The report comes with the names of its files, the page first.
     """
     from mergekit_bio.eval.report.build import build_report
     from mergekit_bio.eval.report.files import write_report

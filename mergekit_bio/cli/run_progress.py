@@ -2,11 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from mergekit_bio.cli.console import Output
+from mergekit_bio.cli.console import Output, progress_bars
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -17,22 +17,13 @@ if TYPE_CHECKING:
 LINE_EVERY = 60.0
 
 
-class RunListener:
-    """A :class:`mergekit_bio.eval.run.progress.ProgressListener` that draws: a bar for the cell and one for the run."""
+class RunOutput(Output):
+    """An output that is a run's ``ProgressListener`` too, with a bar for the cell and one for the run."""
 
-    def __init__(self, output: Output) -> None:
-        self._output = output
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        super().__init__(as_json=as_json, quiet=quiet)
         self._bars: Progress | None = None
-        self._tasks: tuple[Any, Any] | None = None
         self._cell, self._spoken = 0, 0.0
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        self._output.note(text)
-
-    def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Open a bar."""
-        return self._output.progress(description, total, unit)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -45,7 +36,7 @@ class RunListener:
 
     def standing(self, standing: "Standing") -> None:
         """Draw both bars, or print a line where there is no terminal."""
-        if self._output.quiet:
+        if self.quiet:
             return
         cell = f"[{standing.number}/{standing.cells}] {standing.cell}"
         if sys.stderr.isatty():
@@ -55,38 +46,23 @@ class RunListener:
         if standing.number != self._cell or standing.done == standing.rows or now - self._spoken >= LINE_EVERY:
             self._cell, self._spoken = standing.number, now
             left = f"; {pace(standing.rate, standing.run_seconds_left)} for the run" if standing.rate else ""
-            self._output.note(
+            self.note(
                 f"{cell}: {standing.done} of {standing.rows}; run {standing.run_done} of {standing.run_rows}{left}"
             )
 
     def _draw(self, cell: str, standing: "Standing") -> None:
-        if self._bars is None or self._tasks is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        if self._bars is None:
+            from rich.progress import MofNCompleteColumn, TextColumn
 
-            self._bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[pace]}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            self._bars = progress_bars(MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
             self._bars.start()
-            self._tasks = (self._bars.add_task("", pace=""), self._bars.add_task("run", pace=""))
-        self._bars.update(
-            self._tasks[0],
-            description=cell,
-            total=standing.rows,
-            completed=standing.done,
-            pace=pace(standing.rate, standing.cell_seconds_left),
-        )
-        self._bars.update(
-            self._tasks[1],
-            total=standing.run_rows,
-            completed=standing.run_done,
-            pace=pace(standing.rate, standing.run_seconds_left),
-        )
+            for _ in range(2):
+                self._bars.add_task("", pace="")
+        cell_bar, run_bar = self._bars.task_ids
+        speed = pace(standing.rate, standing.cell_seconds_left)
+        self._bars.update(cell_bar, description=cell, total=standing.rows, completed=standing.done, pace=speed)
+        speed = pace(standing.rate, standing.run_seconds_left)
+        self._bars.update(run_bar, description="run", total=standing.run_rows, completed=standing.run_done, pace=speed)
 
 
 def pace(rate: float | None, seconds_left: float | None) -> str:

@@ -33,7 +33,7 @@ def serve(
     from mergekit_bio.serve.command import serve as start
     from mergekit_bio.serve.settings import ServeSettings
 
-    first_flag = next((n for n, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    first_flag = next((index for index, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     checkpoints, flags = arguments[:first_flag], arguments[first_flag:]
     if not checkpoints:
         raise typer.BadParameter("name a checkpoint before the flags")

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output
-from mergekit_bio.cli.options import JsonOption, QuietOption
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption, table_of_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,13 +45,8 @@ def verify(
             )
 
     def draw(console: "Console") -> None:
-        from rich.table import Table
-
-        table = Table(title=f"{directory}: as merged")
-        table.add_column("checkpoint")
         columns = ("files", "hashes right") + (("copied", "folded again", "off by, ulp") if against_sources else ())
-        for column in columns:
-            table.add_column(column, justify="right")
+        table = table_of_numbers(f"{directory}: as merged", "checkpoint", *columns)
         for result in results:
             row: list[object] = [result.files, result.hashed]
             row += [result.copied, result.recomputed, f"{result.worst_ulp or 0:.3f}"] if against_sources else []

@@ -8,8 +8,7 @@ is resumed by running it again, which sends only what did not arrive (whole file
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.manifest import MANIFEST
+from mergekit_bio.checkpoint.source import is_hub_id
 from mergekit_bio.errors import HubError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def push(
         HubError: The directory holds no single checkpoint, or the hub refuses or cannot be reached.
         VerificationError: The directory is not what its ``merge.json`` says.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
     from mergekit_bio.merging.verify import verify
 
@@ -101,8 +101,13 @@ def push(
     if dry_run:
         planned = tuple(PushedFile(path, (directory / path).stat().st_size, "planned") for path in paths)
         return PushReport(f"{constants.ENDPOINT}/{repo_id}", None, planned, (), left_out)
-    with _one_line_errors(repo_id, revision):
+    try:
         return _upload(directory, paths, left_out, repo_id, private, revision, progress)
+    # The client raises OSError (offline, Xet transport), ValueError (what the hub calls invalid) and RuntimeError
+    # (around what broke an upload) besides its HTTP errors.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(f"{repo_id}: {_explain(cause, repo_id, revision)}") from error
 
 
 def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
@@ -111,9 +116,17 @@ def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
     Raises:
         HubError: ``repo_id`` is no repository's name, or, but for a dry run, nobody is logged in.
     """
-    _check_repo_id(repo_id)
-    if not dry_run:
-        _check_logged_in()
+    from huggingface_hub import constants, get_token
+
+    if not is_hub_id(repo_id):
+        raise HubError(
+            f"{repo_id!r} is not the name of a repository; expected USER/REPO, such as owl/Llama-3.1-8B-owls"
+        )
+    if not dry_run and get_token() is None:
+        raise HubError(
+            f"not logged in to {constants.ENDPOINT}: run 'hf auth login', or set HF_TOKEN to a token that may write "
+            f"({constants.ENDPOINT}/settings/tokens)"
+        )
 
 
 def _upload(
@@ -133,7 +146,7 @@ def _upload(
     head = api.repo_info(repo_id, revision=revision)
     if private and not head.private:
         raise HubError(f"{repo_id}: exists and is public; make it private in its settings, or push without --private")
-    there = {
+    remote = {
         entry.path: entry
         for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
         if isinstance(entry, RepoFile)
@@ -143,7 +156,7 @@ def _upload(
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path in paths:
         size = (directory / path).stat().st_size
-        if _unchanged(directory / path, size, there.get(path)):
+        if _unchanged(directory / path, size, remote.get(path)):
             files.append(PushedFile(path, size, "unchanged"))
         else:
             addition = CommitOperationAdd(path, directory / path)
@@ -152,7 +165,7 @@ def _upload(
             files.append(PushedFile(path, size, "uploaded"))
         progress(files[-1])
 
-    removed = sorted(path for path in there.keys() - set(paths) if _WEIGHTS.fullmatch(path))
+    removed = sorted(path for path in remote.keys() - set(paths) if _WEIGHTS.fullmatch(path))
     operations += [CommitOperationDelete(path) for path in removed]
     commit = head.sha
     if operations:
@@ -194,51 +207,12 @@ def _check_single_checkpoint(directory: Path, paths: list[str], repo_id: str) ->
         raise HubError(f"{directory}: not a merged checkpoint: it has no {MANIFEST}")
 
 
-def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-        valid = repo_id.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise HubError(
-            f"{repo_id!r} is not the name of a repository; expected USER/REPO, such as owl/Llama-3.1-8B-owls"
-        )
-
-
-def _check_logged_in() -> None:
-    from huggingface_hub import constants, get_token
-
-    if get_token() is None:
-        raise HubError(
-            f"not logged in to {constants.ENDPOINT}: run 'hf auth login', or set HF_TOKEN to a token that may write "
-            f"({constants.ENDPOINT}/settings/tokens)"
-        )
-
-
-def _unchanged(path: Path, size: int, there: "RepoFile | None") -> bool:
-    if there is None or there.size != size:
+def _unchanged(path: Path, size: int, remote: "RepoFile | None") -> bool:
+    if remote is None or remote.size != size:
         return False
-    if there.lfs is not None:
-        return file_sha256(path) == there.lfs.sha256
-    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == there.blob_id
-
-
-@contextmanager
-def _one_line_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub's client raises into a HubError that says what to do."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    # The client raises OSError (offline, Xet transport), ValueError (what the hub calls invalid) and RuntimeError
-    # (around what broke an upload) besides its HTTP errors.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise HubError(f"{repo_id}: {_explain(cause, repo_id, revision)}") from error
+    if remote.lfs is not None:
+        return file_sha256(path) == remote.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == remote.blob_id
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:

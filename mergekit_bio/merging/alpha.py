@@ -33,11 +33,6 @@ class Alpha:
         parts += [f"{pattern}-{_number(value)}" for pattern, value in self.modules]
         return "-".join(parts)
 
-    @property
-    def values(self) -> tuple[float, ...]:
-        """Every strength in it."""
-        return (self.default, *(value for _, value in self.modules))
-
     def __str__(self) -> str:
         """As the command line takes it: :func:`parse_alphas` makes the same of it."""
         return ",".join([repr(self.default), *(f"{pattern}={value!r}" for pattern, value in self.modules)])

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mergekit_bio.outside_data import to_yaml
+
 _HUB = "https://huggingface.co"
 _LLAMA_MODELS = "https://github.com/meta-llama/llama-models/blob/main/models"
 
@@ -48,8 +50,6 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     Returns:
         Markdown with the hub's YAML metadata in front.
     """
-    from huggingface_hub import ModelCardData
-
     sections = (
         _introduction(manifest),
         _how_to_load(manifest),
@@ -59,24 +59,21 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         _citation(manifest),
     )
     body = "\n\n".join(section for section in sections if section)
-    # ModelCard itself would only parse this again, and importing it takes longer than folding an adapter.
-    return f"---\n{ModelCardData(**_metadata(manifest)).to_yaml()}\n---\n\n{body}\n"
+    return f"---\n{to_yaml(_metadata(manifest))}---\n\n{body}\n"
 
 
 def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    audio, kinds = manifest["audio_prefix"], {adapter["kind"] for adapter in manifest["adapters"]}
+    audio = manifest["audio_prefix"]
+    kinds = {adapter["peft_type"] or adapter["kind"] for adapter in manifest["adapters"]}
     parents = [source["id"] for source in _sources(manifest) if source["id"]]
     tags = ["merge", "mergekit-bio"]
-    tags += ["lora"] if kinds & {"peft", "naturelm-audio"} else []
+    tags += ["lora"] if kinds & {"LORA", "naturelm-audio"} else []
     tags += ["bioacoustics"] if "naturelm-audio" in kinds else []
     tags += ["audio"] if audio else []
-    data: dict[str, Any] = {
-        "base_model": parents or None,
-        "base_model_relation": "merge" if parents else None,
-        "library_name": "transformers",
-        "pipeline_tag": "audio-text-to-text" if audio else "text-generation",
-        "tags": tags,
-    }
+    data: dict[str, Any] = {"base_model": parents, "base_model_relation": "merge"} if parents else {}
+    data["library_name"] = "transformers"
+    data["pipeline_tag"] = "audio-text-to-text" if audio else "text-generation"
+    data["tags"] = tags
     licensed = {stated: source for source in _sources(manifest) if (stated := _license_id(source))}
     match list(licensed):
         case [only] if only != "other" and ", " not in only:
@@ -240,12 +237,12 @@ def _licences(manifest: Mapping[str, Any]) -> str:
     lines = []
     for source in _sources(manifest):
         files = ", ".join(f"`{_plain(name)}`" for name in source["license_files"])
-        here = f" The text is here: {files}." if files else ""
+        texts = f" The text is here: {files}." if files else ""
         if _license_id(source) is None:
-            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this on.{here}")
+            lines.append(f"- {_link(source)} states no licence: ask its authors before you pass this on.{texts}")
         else:
             name, url, terms = _license(source)
-            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.{here}")
+            lines.append(f"- {_link(source)}: [{name}]({url}){f' ({terms})' if terms else ''}.{texts}")
     if llama := _llama_version(manifest["base"]):
         lines.append(
             f"\nLlama {llama} is licensed under the Llama {llama} Community License, Copyright © Meta Platforms, Inc. "

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from mergekit_bio.adapter.interface import LM_HEAD, Adapter
+from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.layout import merged_config, processor_config
 from mergekit_bio.checkpoint.directory import INDEX, inside
 from mergekit_bio.checkpoint.source import licence_files
@@ -29,22 +28,9 @@ _SETTINGS = ("generation_config.json", "*processor_config.json")
 _EFFECTIVE = os.access in os.supports_effective_ids
 
 
-@dataclass(frozen=True)
-class Companions:
-    """What stands beside the weights of every checkpoint of a merge.
-
-    Attributes:
-        copies: Name -> the file it is copied from: tokenizer, generation settings, licences.
-        documents: Name -> configuration.
-    """
-
-    copies: Mapping[str, Path]
-    documents: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is copied."""
-        return sum(file.stat().st_size for file in self.copies.values())
+#: What stands beside the weights of every checkpoint of a merge: name -> the file that it is copied from (tokenizer,
+#: generation settings, licences), or a configuration to be written.
+Companions: TypeAlias = Mapping[str, Path | Mapping[str, Any]]
 
 
 def companions(plan: MergePlan) -> Companions:
@@ -64,7 +50,7 @@ def companions(plan: MergePlan) -> Companions:
             ) from None
         if not os.access(inside(file.parent, file.name), os.R_OK, effective_ids=_EFFECTIVE):
             raise CheckpointError(f"{file}: may not be read; change its permissions")
-    return Companions(copies, _documents(plan))
+    return {**copies, **_documents(plan)}
 
 
 def write_companions(beside: Companions, plan: MergePlan, output: Output, folder: Path) -> list[str]:
@@ -73,15 +59,14 @@ def write_companions(beside: Companions, plan: MergePlan, output: Output, folder
     Returns:
         The names of the files.
     """
-    for name, origin in beside.copies.items():
-        shutil.copyfile(origin, folder / name)
-    documents = dict(beside.documents)
-    if len(output.files) > 1:
-        documents[INDEX] = _index(plan, output)
-    for name, document in documents.items():
-        text = json.dumps(document, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    return sorted({*beside.copies, *documents})
+    contents = {**beside, INDEX: _index(output)} if len(output.files) > 1 else beside
+    for name, content in contents.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+    return sorted(contents)
 
 
 def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
@@ -90,7 +75,7 @@ def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
     licences = []
     for source in (planned.adapter.source for planned in plan.adapters):
         stem = source.name.lstrip(".")  # hidden files are not pushed
-        name = next(name for name in chain([stem], (f"{stem}-{number}" for number in count(2))) if name not in taken)
+        name = next(name for name in chain([stem], (f"{stem}-{suffix}" for suffix in count(2))) if name not in taken)
         taken.add(name)
         licences.append({f"{name}-{file}": source.path / file for file in licence_files(source)})
     return licences
@@ -120,10 +105,9 @@ def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
     }
 
 
-def _index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    shards = plan.files_of(output)
-    weight_map = {name: file for file, shard in shards.items() for name in shard.tensors}
-    total = sum(shard.size - len(shard.header) for shard in shards.values())
+def _index(output: Output) -> dict[str, Any]:
+    weight_map = {name: file for file, shard in output.files.items() for name in shard.tensors}
+    total = sum(shard.size - len(shard.header) for shard in output.files.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -131,25 +115,17 @@ def _tokenizer_source(plan: MergePlan) -> Path:
     """The base's tokenizer, or that of the adapter that brought new tokens."""
     if plan.vocabulary is not None:
         for adapter in (planned.adapter for planned in plan.adapters):
-            if (adapter.source.path / "tokenizer.json").is_file() and _grows(adapter, plan.vocabulary):
+            rows = {delta.shape[0] for deltas in adapter.deltas.values() for delta in deltas if delta.shape}
+            if plan.vocabulary in rows and (adapter.source.path / "tokenizer.json").is_file():
                 return adapter.source.path
     return plan.base.source.path
 
 
-def _grows(adapter: Adapter, rows: int) -> bool:
-    return any(delta.shape and delta.shape[0] == rows for deltas in adapter.deltas.values() for delta in deltas)
-
-
-def _head_apart(plan: MergePlan) -> bool:
-    """Whether an output head that the base stores beside an equal input embedding may differ from it now."""
-    changed = {fold.name for fold in plan.folds if fold.deltas}
-    stored = LM_HEAD in plan.base.checkpoint.tensors and bool(plan.base.checkpoint.config.get("tie_word_embeddings"))
-    return stored and bool(changed & {LM_HEAD, plan.base.input_embedding})
-
-
 def _text_config(plan: MergePlan) -> dict[str, Any]:
     config: dict[str, Any] = dict(plan.base.checkpoint.config)
-    if plan.untied or _head_apart(plan):
+    # A base may store the head beside an equal embedding and say that they are tied; they may differ from now on.
+    changed = {fold.name for fold in plan.folds if fold.deltas} & {LM_HEAD, plan.base.input_embedding}
+    if plan.untied or (changed and LM_HEAD in plan.base.checkpoint.tensors and config.get("tie_word_embeddings")):
         config["tie_word_embeddings"] = False
     if plan.vocabulary is not None:
         config["vocab_size"] = plan.vocabulary

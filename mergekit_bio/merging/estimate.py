@@ -1,6 +1,6 @@
 """What a merge will take, guessed from its plan."""
 
-from mergekit_bio.checkpoint.header import TensorInfo
+from mergekit_bio.checkpoint.header import nbytes_of
 from mergekit_bio.merging.plan import MergePlan
 from mergekit_bio.merging.write import cores
 
@@ -10,14 +10,8 @@ _WORKER_BYTES = 20 << 20
 
 def memory_bytes(plan: MergePlan) -> int:
     """Bytes of buffers and factors beside what torch itself takes: a few tensors, whatever the model's size."""
-    factors = (
-        tensor.nbytes
-        for fold in plan.folds
-        for delta in fold.deltas
-        for tensor in delta.stored
-        if isinstance(tensor, TensorInfo)
-    )
-    return cores() * _WORKER_BYTES + 4 * max(factors, default=0)
+    stored = [tensor for fold in plan.folds for delta in fold.deltas for tensor in delta.stored]
+    return cores() * _WORKER_BYTES + 4 * max((nbytes_of(tensor.dtype, tensor.shape) for tensor in stored), default=0)
 
 
 def seconds(plan: MergePlan) -> float:

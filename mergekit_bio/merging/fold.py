@@ -8,23 +8,22 @@ that one block's transfer runs beside another's arithmetic. On a CPU there is on
 import ctypes
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from mergekit_bio.adapter.delta import BlockDelta, not_finite
+from mergekit_bio.adapter.delta import not_finite
 from mergekit_bio.checkpoint.clone import write_exactly
 from mergekit_bio.checkpoint.header import DTYPES, TensorInfo, read_exactly
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging.plan import Fold
 from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.rounding import Noise, noise_key, round_into
-from mergekit_bio.merging.rounding_loss import BASE, DELTA, ERROR, NEAREST, ErrorSums
+from mergekit_bio.merging.rounding_loss import BASE, DELTA, ERROR, NEAREST
 
 #: Writes bytes at an offset of the tensor, at the target with this index.
 Write: TypeAlias = Callable[[int, int, memoryview], None]
@@ -43,62 +42,33 @@ class Folded:
     """What became of one fold.
 
     Attributes:
-        name: The tensor.
         sha256: Of the written bytes, one for each target.
-        errors: The rounding error, one for each target.
+        products: float64 [targets, 4, 4], on the device: what :mod:`~mergekit_bio.merging.rounding_loss` takes.
     """
 
-    name: str
     sha256: tuple[str, ...]
-    errors: tuple[ErrorSums, ...]
+    products: torch.Tensor
 
 
-@dataclass(frozen=True)
 class _Job:
     """What all blocks of one tensor have in common.
 
-    Attributes:
-        fold: The tensor.
-        compute: The dtype of the arithmetic.
-        dtype: The dtype of the result.
-        rows: Of the result, seen as a matrix.
-        cols: Likewise.
-        deltas: The fold's deltas, ready to compute blocks.
-        noise_key: Of the stochastic rounding; None for rounding to nearest.
-        sample_step: The error is measured on every ``sample_step``-th row.
+    Raises:
+        AdapterError: A delta holds NaN or infinity.
     """
 
-    fold: Fold
-    compute: torch.dtype
-    dtype: torch.dtype
-    rows: int
-    cols: int
-    deltas: list[BlockDelta]
-    noise_key: int | None
-    sample_step: int
-
-    @classmethod
-    def of(cls, fold: Fold, device: torch.device, request: MergeRequest) -> "_Job":
-        """Decide how to compute ``fold``, and read what its deltas need for every block.
-
-        Raises:
-            AdapterError: A delta holds NaN or infinity.
-        """
-        dtype = getattr(torch, DTYPES[fold.dtype][1])
-        narrow = dtype.itemsize == 2
+    def __init__(self, fold: Fold, device: torch.device, request: MergeRequest) -> None:
+        self.fold = fold
+        self.rows, self.cols = _matrix(fold.shape)
+        self.dtype: torch.dtype = getattr(torch, DTYPES[fold.dtype][1])
+        narrow = self.dtype.itemsize == 2
         # float32 is precise enough for a 16-bit result; a float32 result needs float64, or it would be rounded twice.
-        compute = torch.float32 if narrow else torch.float64
-        rows, cols = _matrix(fold.shape)
-        return cls(
-            fold,
-            compute,
-            dtype,
-            rows,
-            cols,
-            deltas=[delta.prepare(fold.base, device, compute) for delta in fold.deltas],
-            noise_key=noise_key(request.seed, fold.name) if narrow and request.rounding == "stochastic" else None,
-            sample_step=SAMPLED_ROWS if rows >= 4 * SAMPLED_ROWS else 1,
-        )
+        self.compute = torch.float32 if narrow else torch.float64
+        self.deltas = [delta.prepare(fold.base, device, self.compute) for delta in fold.deltas]
+        stochastic = narrow and request.rounding == "stochastic"
+        self.noise_key = noise_key(request.seed, fold.name) if stochastic else None
+        # The error is measured on some rows of a large tensor, and on all rows of a small one.
+        self.sample_step = SAMPLED_ROWS if self.rows >= 4 * SAMPLED_ROWS else 1
 
     def rows_per_block(self, device: torch.device) -> int:
         """A multiple of ``SAMPLED_ROWS`` where a block holds that many, so that samples are evenly spaced."""
@@ -124,24 +94,19 @@ class _BlockWorker:
         """Turn to another tensor. What one that failed has left is forgotten."""
         self._job = job
         self._unwritten.clear()
-        self.sums = [ErrorSums.zeros(self._device) for _ in job.fold.targets]
+        self.products = torch.zeros(len(job.fold.targets), 4, 4, dtype=torch.float64, device=self._device)
+        self.sampled = 0  # elements
         self._probe = torch.zeros((), dtype=torch.float64, device=self._device)
         if self._cuda:
             torch.cuda.current_stream(self._device).synchronize()  # what was prepared is used on other streams
 
     def start(self, base: int, start: int, stop: int, write: Write) -> None:
-        """Set the device to work on rows ``[start, stop)``.
+        """Set the device to work on rows ``[start, stop)``; ``base`` is a descriptor of the file that holds W0.
 
         A CPU is done when this returns, and the results are written. A GPU's are written by :meth:`drain`.
-
-        Args:
-            base: Descriptor of the file that holds W0.
-            start: The first row.
-            stop: The row after the last.
-            write: Takes the results.
         """
         job, offset = self._job, start * self._job.cols * self._job.dtype.itemsize
-        with self._on_stream():
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             # 1. Read W0, and compute what all strengths share: the deltas and the noise of rounding.
             weights = self._read(base, start, stop)
             deltas = self._compute_deltas(start, stop, weights)
@@ -174,9 +139,6 @@ class _BlockWorker:
     def finite(self) -> bool:
         """Whether all results of the tensor are finite; a False may be an overflow of the sum that tells."""
         return bool(self._probe.isfinite())
-
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _read(self, base: int, start: int, stop: int) -> torch.Tensor:
         """W0 [stop - start, cols] in the compute dtype; rows beyond the base's come from the adapter that has them."""
@@ -252,13 +214,15 @@ class _BlockWorker:
             sample[DELTA].add_(self._sampled(delta), alpha=strength)
         torch.sub(exact.to(job.dtype).to(job.compute), exact, out=sample[NEAREST])
         torch.sub(self._sampled(rounded).to(job.compute), exact, out=sample[ERROR])
-        self.sums[target_index].add(sample.flatten(1))
+        flat = sample.flatten(1)
+        self.products[target_index] += flat @ flat.T
 
     def _sample_of(self, weights: torch.Tensor) -> torch.Tensor:
         """A place for sampled rows of delta, error, error of nearest and base [4, rows, cols]; the base is in it."""
         rows = self._sampled(weights)
         sample = self._buffer("sample", (4, *rows.shape), self._job.compute)
         sample[BASE].copy_(rows)
+        self.sampled += rows.numel()
         return sample
 
     def _sampled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -301,7 +265,7 @@ class Folder:
             AdapterError: A delta holds NaN or infinity, or the result does not fit the output's dtype.
             OSError: As the system gives it.
         """
-        job = _Job.of(fold, self._device, self._request)
+        job = _Job(fold, self._device, self._request)
         digests = [hashlib.sha256() for _ in fold.targets]
         for worker in self._workers:
             worker.begin(job)
@@ -309,24 +273,27 @@ class Folder:
         def write(target_index: int, offset: int, block: memoryview) -> None:
             target = fold.targets[target_index]
             digests[target_index].update(block)
-            with _opened(self._root / target.file, os.O_WRONLY) as file:  # a sweep has more files than may be open
-                write_exactly(file, block, target.offset + offset)
+            # Opened for each block, because a sweep has more files than may be open.
+            with (self._root / target.file).open("r+b", buffering=0) as file:
+                write_exactly(file.fileno(), block, target.offset + offset)
             self._progress(len(block))
 
         # The workers take turns. Blocks are written in their order, as the digests need them.
         step = job.rows_per_block(self._device)
         starts = range(0, job.rows, step)
-        with _opened(fold.base.file, os.O_RDONLY) as base:
+        with fold.base.file.open("rb", buffering=0) as base:
             for turn, start in enumerate(starts):
                 worker = self._workers[turn % len(self._workers)]
                 worker.drain(write)
-                worker.start(base, start, min(start + step, job.rows), write)
+                worker.start(base.fileno(), start, min(start + step, job.rows), write)
             for turn in range(len(starts), len(starts) + len(self._workers)):
                 self._workers[turn % len(self._workers)].drain(write)
         if not all(worker.finite() for worker in self._workers):
             self._refuse_not_finite(fold)
-        errors = tuple(ErrorSums.total(sums) for sums in zip(*(worker.sums for worker in self._workers), strict=True))
-        return Folded(fold.name, tuple(digest.hexdigest() for digest in digests), errors)
+        # The sample stands for all elements.
+        products = torch.stack([worker.products for worker in self._workers]).sum(0)
+        products *= job.rows * job.cols / max(sum(worker.sampled for worker in self._workers), 1)
+        return Folded(tuple(digest.hexdigest() for digest in digests), products)
 
     def _refuse_not_finite(self, fold: Fold) -> None:
         """Find out whose fault it is: an adapter's, the base's, or the dtype's range."""
@@ -335,9 +302,7 @@ class Folder:
                 if not bool(tensor.read().isfinite().all()):
                     raise not_finite(tensor)
         if not bool(fold.base.read().isfinite().all()):
-            raise AdapterError(
-                f"{fold.base.file}: tensor {fold.base.name}: holds NaN or infinity; fetch the base again"
-            )
+            raise AdapterError(f"{fold.base.where}: holds NaN or infinity; fetch the base again")
         for target in fold.targets:
             written = TensorInfo(fold.name, fold.dtype, fold.shape, self._root / target.file, target.offset)
             if not bool(written.read().isfinite().all()):
@@ -354,12 +319,3 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     array: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
-
-
-@contextmanager
-def _opened(file: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(file, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

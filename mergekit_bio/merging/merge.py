@@ -3,27 +3,30 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
+from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, foreign_file
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, RoundingLoss, foreign_file
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
 from mergekit_bio.merging.alpha import Alpha
+from mergekit_bio.merging.card import model_card
 from mergekit_bio.merging.directory import Companions, companions, write_companions
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
+from mergekit_bio.merging.record import describe
 from mergekit_bio.merging.request import AdapterEntry, DType, MergeRequest, Rounding, Strength
+from mergekit_bio.merging.rounding_loss import summarise
 from mergekit_bio.merging.write import execute
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
-    from mergekit_bio.merging.rounding_loss import RoundingLoss
 
 #: A directory or hub id, alone or with a strength of its own.
 AdapterSource: TypeAlias = str | Path | tuple[str | Path, Strength] | AdapterEntry
@@ -45,7 +48,7 @@ class MergedCheckpoint:
 
     path: Path
     alpha: Alpha
-    rounding_loss: "tuple[RoundingLoss, ...]"
+    rounding_loss: tuple[RoundingLoss, ...]
     unchanged: bool
 
 
@@ -150,9 +153,10 @@ def carry_out(
     with staged(
         out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
     ) as scratch:
-        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * beside.nbytes)
+        copied = sum(content.stat().st_size for content in beside.values() if isinstance(content, Path))
+        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied)
         # 3. Write the shards: copy what is copied, fold what is folded.
-        folded = execute(plan, scratch, meanwhile=_import_recorders, progress=progress)
+        folded = execute(plan, scratch, progress)
         # 4. Write what stands beside them, for each output.
         return tuple(_finish(plan, output, beside, scratch, folded, command) for output in plan.outputs)
 
@@ -166,26 +170,21 @@ def _finish(
     command: str,
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
-    from mergekit_bio.checkpoint.digest import file_sha256
-    from mergekit_bio.merging.card import model_card
-    from mergekit_bio.merging.record import describe
-    from mergekit_bio.merging.rounding_loss import summarise
-
-    folder, files = scratch / output.folder, plan.files_of(output)
+    folder, files = scratch / output.folder, output.files
     # 1. Configuration, index, tokenizer, licences.
     companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
     # 2. Pick this output's share of the folds' results.
     stored_in = {shard.file for shard in files.values()}
-    tensor_hashes, errors = {}, []
+    tensor_hashes, measured = {}, []
     for fold, result in zip(plan.folds, folded, strict=True):
-        for target, sha256, error in zip(fold.targets, result.sha256, result.errors, strict=True):
+        for target, sha256, products in zip(fold.targets, result.sha256, result.products, strict=True):
             if target.file in stored_in:
                 tensor_hashes[fold.name] = sha256
-                errors += [(fold.name, math.prod(fold.shape), error)] if fold.deltas else []
-    losses = summarise(errors)
+                measured += [(fold.name, math.prod(fold.shape), products)] if fold.deltas else []
+    losses = summarise(measured)
     # 3. The record and the card. The record comes last: it makes a directory a checkpoint that verify accepts.
     manifest = describe(plan, output, command, tensor_hashes, companion_hashes, losses)
-    (folder / CARD).write_text(model_card(manifest.document()), encoding="utf-8")
+    (folder / CARD).write_text(model_card(asdict(manifest)), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
             (folder / name).chmod(0o444)
@@ -194,24 +193,14 @@ def _finish(
     return MergedCheckpoint(plan.request.destination / output.folder, output.alpha, losses, unchanged)
 
 
-def _import_recorders() -> None:
-    """Import what the record of a merge is written with; it takes a fifth of a second."""
-    from huggingface_hub import ModelCardData  # noqa: F401
-
-    from mergekit_bio.merging.devices import import_torch
-
-    import_torch()  # it is there already, but where nothing is folded
-    import mergekit_bio.merging.record  # noqa: F401
-
-
 def _check_place(out: Path, plan: MergePlan) -> None:
     """Refuse an output that is inside a source, or that a source is inside of."""
-    place = out.resolve()
+    target = out.resolve()
     for source in (plan.base.source, *(planned.adapter.source for planned in plan.adapters)):
-        home = source.path.resolve()
-        if place == home or place.is_relative_to(home):
+        root = source.path.resolve()
+        if target.is_relative_to(root):
             raise OutputError(f"{out}: is inside the source {source.given}; choose an --out elsewhere")
-        if home.is_relative_to(place):
+        if root.is_relative_to(target):
             raise OutputError(f"{out}: the source {source.given} is inside it; choose another --out")
 
 

@@ -3,14 +3,12 @@
 A plan can be printed, tested and compared before it is carried out.
 """
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bio.adapter.delta import Delta
-from mergekit_bio.adapter.interface import Adapter, Base, Override
+from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo, nbytes_of
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.request import MergeRequest
@@ -107,11 +105,6 @@ class OutputShard:
     mirrors: Path | None
     links: tuple[str, ...] = ()
 
-    @property
-    def header_sha256(self) -> str:
-        """Hex digest of the header: names, dtypes, shapes and offsets."""
-        return hashlib.sha256(self.header).hexdigest()
-
 
 @dataclass(frozen=True)
 class Output:
@@ -120,12 +113,12 @@ class Output:
     Attributes:
         alpha: Its strength.
         folder: Relative to the output directory; empty for the directory itself.
-        files: Its shards' names, in order.
+        files: Its shards, by the names that they have there, in order.
     """
 
     alpha: Alpha
     folder: str
-    files: tuple[str, ...]
+    files: dict[str, OutputShard] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,18 +129,11 @@ class PlannedAdapter:
         adapter: As it was read.
         alpha: The strength of its own; None where it gets the merge's.
         changed: The tensors that it changes.
-        overrides: The base's name -> the tensor of its own that is taken in the base's place, at every strength.
     """
 
     adapter: Adapter
     alpha: Alpha | None
     changed: tuple[str, ...]
-    overrides: Mapping[str, Override]
-
-    @property
-    def stored(self) -> dict[str, StoredTensor]:
-        """Everything of it that goes into the result, by name."""
-        return self.adapter.stored | {override.stored.name: override.stored for override in self.overrides.values()}
 
 
 @dataclass(frozen=True)
@@ -174,15 +160,6 @@ class MergePlan:
     untied: bool
     vocabulary: int | None
 
-    def files_of(self, output: Output) -> dict[str, OutputShard]:
-        """The shards of one output, by the name they have there."""
-        return {
-            Path(path).name: shard
-            for shard in self.shards
-            for path in (shard.file, *shard.links)
-            if Path(path).parent == Path(output.folder)
-        }
-
     @property
     def tower(self) -> tuple[TensorInfo, ...]:
         """The audio tower that goes along."""
@@ -204,6 +181,5 @@ class MergePlan:
     def bytes_read(self) -> int:
         """Bytes read into memory: folded tensors of the base, and their deltas."""
         stored = {id(tensor): tensor for fold in self.folds for delta in fold.deltas for tensor in delta.stored}
-        return sum(fold.base.nbytes for fold in self.folds) + sum(
-            tensor.nbytes for tensor in stored.values() if isinstance(tensor, TensorInfo)
-        )
+        of_adapters = sum(nbytes_of(tensor.dtype, tensor.shape) for tensor in stored.values())
+        return sum(fold.base.nbytes for fold in self.folds) + of_adapters

@@ -3,7 +3,8 @@
 Nothing here reads a weight or writes a file.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
@@ -33,6 +34,7 @@ class _Piece:
         shape: Of the output.
         changes: What is added to it.
         strengths: Output index -> the strength of each change. An output that is not there gets a copy of ``source``.
+        targets: Where it goes, once that is decided, in the outputs that do not get a copy.
     """
 
     name: str
@@ -41,6 +43,7 @@ class _Piece:
     shape: tuple[int, ...]
     changes: tuple[Change, ...] = ()
     strengths: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -54,12 +57,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _ShardPieces:
-    """What goes into one safetensors file, before the file has a name.
-
-    Attributes:
-        pieces: Its tensors.
-        outputs: Indexes of the outputs that it belongs to. Several share one file on the disk, by hard links.
-    """
+    """What goes into one safetensors file, before it has a name; several outputs share it by hard links."""
 
     pieces: list[_Piece]
     outputs: tuple[int, ...]
@@ -98,7 +96,6 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
             changed=tuple(
                 name for name, added in changes.items() if any(change.adapter_index == index for change in added)
             ),
-            overrides=adapter.overrides if base.overrides else {},
         )
         for index, (adapter, entry) in enumerate(zip(adapters, request.adapters, strict=True))
     )
@@ -113,8 +110,11 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
     }
     vocabulary = _grown_vocabulary(base, pieces)
 
-    # 4. Group the tensors into files. With several strengths, files that are equal are stored once.
-    groups = _base_groups(base, pieces, untied)
+    # 4. Group the tensors into files as the base has them; a new output head joins the input embedding. With several
+    # strengths, files that are equal are stored once.
+    groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
+    if untied:
+        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
     every_output = tuple(range(len(alphas)))
     each_output = [(output_index,) for output_index in every_output]
     if request.share and len(alphas) > 1:
@@ -125,10 +125,30 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         tower = [_Piece(merged_name(info.name), info, info.dtype, info.shape) for info in adapter.tower]
         shards += [_ShardPieces(tower, outputs) for outputs in ([every_output] if request.share else each_output)]
 
-    # 5. Name the files, and give every tensor its offset.
-    outputs = _name_files(shards, alphas)
-    written, folds = _place(shards, outputs, base)
-    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
+    # 5. Name each output's files as Transformers numbers them, and give every tensor its offset. Of the names that a
+    # shared file has, the first makes it, and the others are links to it.
+    outputs = tuple(Output(alpha, f"alpha-{alpha.label}" if len(alphas) > 1 else "") for alpha in alphas)
+    counts = Counter(output_index for shard in shards for output_index in shard.outputs)
+    placed: list[OutputShard] = []
+    for shard in shards:
+        names = {index: _file_name(len(outputs[index].files) + 1, counts[index]) for index in shard.outputs}
+        paths = [f"{outputs[index].folder}/{name}".lstrip("/") for index, name in names.items()]
+        placed.append(_place(shard, paths, base))
+        for index, name in names.items():
+            outputs[index].files[name] = placed[-1]
+    folds = tuple(
+        Fold(
+            piece.name,
+            piece.source,
+            piece.shape,
+            piece.dtype,
+            tuple(change.delta for change in piece.changes),
+            tuple(piece.targets),
+        )
+        for piece in pieces.values()
+        if piece.targets
+    )
+    return MergePlan(request, base, planned, outputs, tuple(placed), folds, untied, vocabulary)
 
 
 def _check_tower(adapter: Adapter, base: Base) -> None:
@@ -152,19 +172,18 @@ def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: 
     for adapter in adapters:
         for name, override in adapter.overrides.items():
             tensor, rows = override.tensor, override.rows
-            where = f"{tensor.file}: tensor {tensor.name}"
             if not base_from_adapter:
                 more = f" (and {len(adapter.overrides) - 1} more tensors do)" if len(adapter.overrides) > 1 else ""
                 in_rows = (
                     f" in {len(rows)} of {tensor.rows} rows, the first is row {rows[0]}" if tensor.rows > 1 else ""
                 )
                 raise AdapterError(
-                    f"{where}: differs from {name} of the base {base.source.given}{in_rows}{more}; this checkpoint was "
-                    "made from another base: give that, or take the adapter's own weights at every alpha with "
-                    "--base-from-adapter, as its original code does"
+                    f"{tensor.where}: differs from {name} of the base {base.source.given}{in_rows}{more}; this "
+                    "checkpoint was made from another base: give that, or take the adapter's own weights at every "
+                    "alpha with --base-from-adapter, as its original code does"
                 )
             if name in overrides:
-                raise AdapterError(f"{where}: another adapter brings its own {name} too; merge them in turn")
+                raise AdapterError(f"{tensor.where}: another adapter brings its own {name} too; merge them in turn")
             overrides[name] = tensor
     return replace(base, overrides=overrides)
 
@@ -189,16 +208,7 @@ def _piece(
     changes: tuple[Change, ...],
     wanted: str | None,
 ) -> _Piece:
-    """Decide what becomes of one tensor.
-
-    Args:
-        name: Of the tensor in the output.
-        base: What is merged into.
-        planned: The adapters.
-        alphas: The strengths, one output each.
-        changes: What is added to it.
-        wanted: The dtype of all weights; None for the base's own.
-    """
+    """Decide what becomes of one tensor; ``wanted`` is the dtype of all weights, None for the base's own."""
     source, in_base = base.origin(name), base.find(name)
     assert in_base is not None
     dtype = wanted if wanted and in_base.dtype in FLOATS else in_base.dtype
@@ -220,9 +230,7 @@ def _shape(name: str, source: TensorInfo, changes: tuple[Change, ...]) -> tuple[
         raise AdapterError(f"{name}: one adapter brings new rows for it and another changes it too; merge them in turn")
     if all(change.delta.new_rows is None for change in changes):
         first = changes[0].delta.stored[0]
-        raise AdapterError(
-            f"{first.file}: tensor {first.name}: is for a larger vocabulary, but the new rows are not there"
-        )
+        raise AdapterError(f"{first.where}: is for a larger vocabulary, but the new rows are not there")
     return next(iter(growing.values()))
 
 
@@ -241,14 +249,6 @@ def _grown_vocabulary(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
     return grown.pop()
 
 
-def _base_groups(base: Base, pieces: Mapping[str, _Piece], untied: bool) -> list[list[_Piece]]:
-    """The tensors in files as the base has them; a new output head joins the input embedding."""
-    groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
-    if untied:
-        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
-    return groups
-
-
 def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) -> list[_ShardPieces]:
     """Regroup for a sweep: what all outputs have in common once, the rest in files of each output's own."""
     common = [[piece for piece in group if not piece.differs] for group in groups]
@@ -264,89 +264,44 @@ def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) ->
     return shards + [_ShardPieces(group, (output_index,)) for output_index in every_output for group in differing]
 
 
-def _name_files(shards: Sequence[_ShardPieces], alphas: Sequence[Alpha]) -> tuple[Output, ...]:
-    """Each output's folder, and its files' names as Transformers numbers them."""
-    outputs = []
-    for output_index, alpha in enumerate(alphas):
-        count = sum(output_index in shard.outputs for shard in shards)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        folder = f"alpha-{alpha.label}" if len(alphas) > 1 else ""
-        outputs.append(Output(alpha, folder, (SINGLE,) if count == 1 else tuple(names)))
-    return tuple(outputs)
+def _file_name(place: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{place:05d}-of-{count:05d}.safetensors"
 
 
-def _place(
-    shards: Sequence[_ShardPieces], outputs: Sequence[Output], base: Base
-) -> tuple[tuple[OutputShard, ...], tuple[Fold, ...]]:
-    """Give every tensor its offset: as a copied range of a file, or as a target of a fold."""
-    names = [iter(output.files) for output in outputs]
-    originals = {
-        tuple((info.name, info.dtype, info.shape) for info in shard.tensors): shard for shard in base.checkpoint.shards
-    }
-    written: list[OutputShard] = []
-    folded: dict[str, _Piece] = {}
-    targets: dict[str, list[Target]] = {}
-    for shard in shards:
-        # 1. Its names: the first makes the file, the others are links to it.
-        paths = [f"{outputs[index].folder}/{next(names[index])}".lstrip("/") for index in shard.outputs]
-        # 2. Its header: the base's own where it holds the same tensors, so that the file system can clone the file.
-        pieces = shard.pieces
-        original = originals.get(tuple((piece.name, piece.dtype, piece.shape) for piece in pieces))
-        if original is not None:
-            header = original.header
-        else:
-            # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
-            pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype][0])
-            header = build_header(((piece.name, piece.dtype, piece.shape) for piece in pieces), {"format": "pt"})
-        # 3. Its tensors, one after the other. Outputs that share the file have the same strengths.
-        offset = len(header)
-        copies: list[Copy] = []
-        for piece in pieces:
-            strengths = piece.strengths.get(shard.outputs[0])
-            if strengths is None:
-                copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
-            else:
-                folded[piece.name] = piece
-                targets.setdefault(piece.name, []).append(Target(strengths, paths[0], offset))
-            offset += piece.nbytes
-        mirrors = original is not None and all(piece.source.file == original.file for piece in pieces)
-        written.append(
-            OutputShard(
-                file=paths[0],
-                header=header,
-                size=offset,
-                tensors=tuple(piece.name for piece in pieces),
-                copies=tuple(_joined(copies)),
-                mirrors=original.file if original is not None and mirrors else None,
-                links=tuple(paths[1:]),
-            )
-        )
-    folds = tuple(
-        Fold(
-            name,
-            piece.source,
-            piece.shape,
-            piece.dtype,
-            tuple(change.delta for change in piece.changes),
-            tuple(targets[name]),
-        )
-        for name, piece in folded.items()
+def _place(shard: _ShardPieces, paths: Sequence[str], base: Base) -> OutputShard:
+    """Give every tensor of a file its offset: as a copied range, or as a target of a fold."""
+    # 1. The header: the base's own where it holds the same tensors, so that the file system can clone the file.
+    pieces = shard.pieces
+    entries = [(piece.name, piece.dtype, piece.shape) for piece in pieces]
+    same = (
+        original
+        for original in base.checkpoint.shards
+        if [(info.name, info.dtype, info.shape) for info in original.tensors] == entries
     )
-    return tuple(written), folds
-
-
-def _joined(copies: Iterable[Copy]) -> list[Copy]:
-    """Neighbouring ranges of one file become one."""
-    joined: list[Copy] = []
-    for copy in copies:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.source == copy.source
-            and last.source_offset + last.count == copy.source_offset
-            and last.target_offset + last.count == copy.target_offset
-        ):
-            joined[-1] = Copy(last.source, last.source_offset, last.target_offset, last.count + copy.count)
-        elif copy.count:
-            joined.append(copy)
-    return joined
+    original = next(same, None)
+    if original is not None:
+        header = original.header
+    else:
+        # Wider types first, as safetensors' own writer has it: so every tensor is aligned to its elements.
+        pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype][0])
+        header = build_header(((piece.name, piece.dtype, piece.shape) for piece in pieces), {"format": "pt"})
+    # 2. The tensors, one after the other. Outputs that share the file have the same strengths.
+    offset = len(header)
+    copies: list[Copy] = []
+    for piece in pieces:
+        strengths = piece.strengths.get(shard.outputs[0])
+        if strengths is None:
+            copies.append(Copy(piece.source.file, piece.source.begin, offset, piece.nbytes))
+        else:
+            piece.targets.append(Target(strengths, paths[0], offset))
+        offset += piece.nbytes
+    mirrors = original.file if original and all(piece.source.file == original.file for piece in pieces) else None
+    return OutputShard(
+        file=paths[0],
+        header=header,
+        size=offset,
+        tensors=tuple(piece.name for piece in pieces),
+        copies=tuple(copies),
+        mirrors=mirrors,
+        links=tuple(paths[1:]),
+    )

@@ -2,9 +2,9 @@
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TypedDict
+from hashlib import sha256
+from typing import Any
 
 import mergekit_bio
 from mergekit_bio.checkpoint.manifest import (
@@ -12,9 +12,8 @@ from mergekit_bio.checkpoint.manifest import (
     AdapterOrigin,
     BaseOrigin,
     FileRecord,
-    LossRecord,
     Manifest,
-    SharedFiles,
+    RoundingLoss,
     Strength,
     TensorRecord,
     fingerprint,
@@ -24,15 +23,6 @@ from mergekit_bio.merging.alpha import matches
 from mergekit_bio.merging.devices import device_name
 from mergekit_bio.merging.directory import adapter_licences
 from mergekit_bio.merging.plan import MergePlan, Output, PlannedAdapter
-from mergekit_bio.merging.rounding_loss import RoundingLoss
-
-
-class _Found(TypedDict):
-    source: str
-    name: str
-    id: str | None
-    revision: str | None
-    license: str | None
 
 
 def describe(
@@ -55,7 +45,7 @@ def describe(
     """
     import torch
 
-    request, base, files = plan.request, plan.base, plan.files_of(output)
+    request, base, files = plan.request, plan.base, output.files
     shared = sorted(name for name, shard in files.items() if shard.links)
     others = [other.folder for other in plan.outputs if other is not output]
     return Manifest(
@@ -64,7 +54,7 @@ def describe(
         version=mergekit_bio.__version__,
         command=command.encode(errors="replace").decode(),  # it may name files that are not UTF-8
         base=BaseOrigin(
-            **_found(base.source),
+            **_where(base.source),
             fingerprint=fingerprint(base.checkpoint.tensors),
             license_files=licence_files(base.source),
             model_type=base.checkpoint.config.get("model_type"),
@@ -81,15 +71,12 @@ def describe(
         audio_prefix=bool(plan.tower),
         text_only=request.text_only,
         untied=plan.untied,
-        shared=SharedFiles(files=shared, with_=others) if shared else None,
+        shared={"files": shared, "with": others} if shared else None,
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        rounding_loss=[LossRecord(**asdict(loss)) for loss in losses],
-        files={
-            name: FileRecord(bytes=shard.size, header_sha256=shard.header_sha256)
-            for name, shard in sorted(files.items())
-        },
+        rounding_loss=list(losses),
+        files={name: FileRecord(shard.size, sha256(shard.header).hexdigest()) for name, shard in sorted(files.items())},
         companions=dict(companions),
-        tensors={name: TensorRecord(sha256=sha256) for name, sha256 in sorted(hashes.items())},
+        tensors={name: TensorRecord(digest) for name, digest in sorted(hashes.items())},
     )
 
 
@@ -101,19 +88,20 @@ def _adapter(planned: PlannedAdapter, licences: Iterable[str], output: Output) -
         if any(matches(pattern, name) for name in planned.changed)
     }
     return AdapterOrigin(
-        **_found(adapter.source),
-        fingerprint=fingerprint(planned.stored),
+        **_where(adapter.source),
+        fingerprint=fingerprint(adapter.stored),
         license_files=list(licences),
         kind=adapter.kind,
         peft_type=adapter.config.get("peft_type"),
         alpha=Strength(default=alpha.default, modules=modules),
         scaling=adapter.scalings,
         deltas=sum(len(deltas) for deltas in adapter.deltas.values()),
-        base_weights={name: override.stored.name for name, override in planned.overrides.items()},
+        base_weights={name: override.stored.name for name, override in adapter.overrides.items()},
     )
 
 
-def _found(source: Source) -> _Found:
+def _where(source: Source) -> dict[str, Any]:
+    """Where a source was found, as the first fields of an origin."""
     return {
         "source": source.given,
         "name": source.name,

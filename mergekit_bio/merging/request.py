@@ -27,8 +27,6 @@ class AdapterEntry:
         alpha: Its strength, whatever the merge's; None for the merge's.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
     source: str | Path
     alpha: Strength | None = None
 

@@ -10,73 +10,16 @@ For a tensor with delta ``d`` (at its strength) and rounding error ``e = round(W
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mergekit_bio.checkpoint.manifest import RoundingLoss
 
 if TYPE_CHECKING:
     import torch
 
-#: The rows of :class:`ErrorSums`: the delta, the error, the error of rounding to nearest, and the base.
+#: What is measured of sampled elements, and in which order: the delta, the error, the error of rounding to nearest, and
+#: the base. All figures come from the inner products of the four with each other.
 DELTA, ERROR, NEAREST, BASE = range(4)
-
-
-@dataclass
-class ErrorSums:
-    """What is summed up of one tensor, over sampled elements.
-
-    Attributes:
-        products: float64 [4, 4], on the device: inner products of delta, error, the error of rounding to nearest, and
-            base with each other.
-        count: Elements sampled.
-    """
-
-    products: "torch.Tensor"
-    count: int = 0
-
-    @classmethod
-    def zeros(cls, device: "torch.device") -> "ErrorSums":
-        """Nothing summed yet."""
-        import torch
-
-        return cls(torch.zeros(4, 4, dtype=torch.float64, device=device))
-
-    @classmethod
-    def total(cls, parts: Iterable["ErrorSums"]) -> "ErrorSums":
-        """Sums over several parts of one tensor."""
-        import torch
-
-        sums = list(parts)
-        return cls(torch.stack([part.products for part in sums]).sum(0), sum(part.count for part in sums))
-
-    def add(self, sample: "torch.Tensor") -> None:
-        """Take in [4, elements] of delta, error, error of nearest and base, in the compute dtype."""
-        self.products += sample @ sample.T
-        self.count += sample.shape[1]
-
-
-@dataclass(frozen=True)
-class RoundingLoss:
-    """The rounding loss of one module type, or of all together.
-
-    Attributes:
-        modules: ``"self_attn.q_proj"``, or ``"total"``.
-        tensors: How many.
-        elements: How many weights they have.
-        delta_over_weight: ``||d|| / ||W0||``.
-        loss: ``||e|| / ||d||`` of the rounding used.
-        bias: ``|<e, d>| / <d, d>`` of the rounding used.
-        loss_nearest: The loss, had it been rounded to nearest.
-        bias_nearest: The bias, had it been rounded to nearest.
-    """
-
-    modules: str
-    tensors: int
-    elements: int
-    delta_over_weight: float
-    loss: float
-    bias: float
-    loss_nearest: float
-    bias_nearest: float
 
 
 def module_type(tensor: str) -> str:
@@ -85,18 +28,16 @@ def module_type(tensor: str) -> str:
     return re.split(r"\.\d+\.", name)[-1] if re.search(r"\.\d+\.", name) else name.split(".")[-1]
 
 
-def summarise(errors: Iterable[tuple[str, int, ErrorSums]]) -> tuple[RoundingLoss, ...]:
+def summarise(folds: Iterable[tuple[str, int, "torch.Tensor"]]) -> tuple[RoundingLoss, ...]:
     """The rounding loss per module type, and in total.
 
     Args:
-        errors: (tensor name, its elements, its sums).
+        folds: (tensor name, its elements, float64 [4, 4] inner products for all of them).
     """
     groups: dict[str, list[tuple[int, list[list[float]]]]] = {}
-    for name, elements, sums in errors:
-        # A tensor's sample stands for all its elements.
-        products = (sums.products * (elements / max(sums.count, 1))).tolist()
+    for name, elements, products in folds:
         for group in (module_type(name), "total"):
-            groups.setdefault(group, []).append((elements, products))
+            groups.setdefault(group, []).append((elements, products.tolist()))
     order = sorted(groups, key=lambda group: (group == "total", group))
     return tuple(_loss(group, groups[group]) for group in order)
 
@@ -105,15 +46,15 @@ def _loss(modules: str, parts: list[tuple[int, list[list[float]]]]) -> RoundingL
     def total(row: int, col: int) -> float:
         return math.fsum(products[row][col] for _, products in parts)
 
-    dd, ww = total(DELTA, DELTA), total(BASE, BASE)
-    size = math.sqrt(dd)
+    delta_squared, base_norm = total(DELTA, DELTA), math.sqrt(total(BASE, BASE))
+    delta_norm = math.sqrt(delta_squared)
     return RoundingLoss(
         modules=modules,
         tensors=len(parts),
         elements=sum(elements for elements, _ in parts),
-        delta_over_weight=size / math.sqrt(ww) if ww else 0.0,
-        loss=math.sqrt(total(ERROR, ERROR)) / size if size else 0.0,
-        bias=abs(total(ERROR, DELTA)) / dd if dd else 0.0,
-        loss_nearest=math.sqrt(total(NEAREST, NEAREST)) / size if size else 0.0,
-        bias_nearest=abs(total(NEAREST, DELTA)) / dd if dd else 0.0,
+        delta_over_weight=delta_norm / base_norm if base_norm else 0.0,
+        loss=math.sqrt(total(ERROR, ERROR)) / delta_norm if delta_norm else 0.0,
+        bias=abs(total(ERROR, DELTA)) / delta_squared if delta_squared else 0.0,
+        loss_nearest=math.sqrt(total(NEAREST, NEAREST)) / delta_norm if delta_norm else 0.0,
+        bias_nearest=abs(total(NEAREST, DELTA)) / delta_squared if delta_squared else 0.0,
     )

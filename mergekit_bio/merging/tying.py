@@ -53,9 +53,9 @@ def _same_changes(of_embedding: Sequence[Change], of_head: Sequence[Change]) -> 
     """Whether both sides get the same deltas from the same adapters, in any order."""
     unmatched = list(of_head)
     for change in of_embedding:
-        for place, other in enumerate(unmatched):
+        for index, other in enumerate(unmatched):
             if change.adapter_index == other.adapter_index and change.delta.equals(other.delta):
-                del unmatched[place]
+                del unmatched[index]
                 break
         else:
             return False

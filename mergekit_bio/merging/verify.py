@@ -11,8 +11,8 @@ from mergekit_bio.audio.names import merged_name
 from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
-from mergekit_bio.checkpoint.header import TensorInfo
-from mergekit_bio.checkpoint.manifest import MANIFEST, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.checkpoint.header import TensorInfo, read_exactly
+from mergekit_bio.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Origin, fingerprint, read_manifest
 from mergekit_bio.errors import CheckpointError, VerificationError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.merge import plan_merge
@@ -82,13 +82,12 @@ def verify(
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
     _check_files(root, manifest, checkpoint)
-    _check_companions(root, manifest)
     for name, record in manifest.tensors.items():
         info = checkpoint.tensors.get(name)
         if info is None:
             raise VerificationError(f"{root}: tensor {name} is missing")
         if _sha256(info) != record.sha256:
-            raise VerificationError(f"{info.file}: tensor {name}: was changed after the merge (sha256 differs)")
+            raise VerificationError(f"{info.where}: was changed after the merge (sha256 differs)")
         progress(info.nbytes)
     result = Verification(root, len(manifest.files), len(manifest.companions), len(manifest.tensors))
     if not against_sources:
@@ -101,16 +100,13 @@ def _check_files(root: Path, manifest: Manifest, checkpoint: Checkpoint) -> None
     for name, record in manifest.files.items():
         if name not in shards:
             raise VerificationError(f"{root / name}: is in {MANIFEST} but not in the checkpoint")
-        if shards[name].size != record.bytes or shards[name].header_sha256 != record.header_sha256:
+        if FileRecord(shards[name].size, hashlib.sha256(shards[name].header).hexdigest()) != record:
             raise VerificationError(f"{root / name}: size or header is not what the merge wrote")
     present = {path.name for path in root.glob("*.safetensors")}
     for name in sorted(present - manifest.files.keys()):
         raise VerificationError(f"{root / name}: is not part of the merge; remove it")
     if len(shards) > 1 and (root / SINGLE).exists():
         raise VerificationError(f"{root / SINGLE}: stands beside {INDEX}; remove one")
-
-
-def _check_companions(root: Path, manifest: Manifest) -> None:
     for name, sha256 in manifest.companions.items():
         if not (root / name).is_file():
             raise VerificationError(f"{root / name}: is missing; the merge wrote it")
@@ -119,16 +115,12 @@ def _check_companions(root: Path, manifest: Manifest) -> None:
 
 
 def _sha256(info: TensorInfo) -> str:
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(info.nbytes, _CHUNK)))
     with info.file.open("rb", buffering=0) as stream:
-        stream.seek(info.begin)
-        left = info.nbytes
-        while left:
-            piece = stream.read(min(left, _CHUNK))
-            if not piece:
-                raise VerificationError(f"{info.file}: tensor {info.name}: ends early")
+        for offset in range(0, info.nbytes, _CHUNK):
+            piece = buffer[: info.nbytes - offset]
+            read_exactly(stream.fileno(), piece, info.begin + offset, info.file)
             digest.update(piece)
-            left -= len(piece)
     return digest.hexdigest()
 
 
@@ -140,28 +132,33 @@ def _against_sources(
     adapters: list[str] | None,
     progress: Callable[[int], None],
 ) -> Verification:
+    # 1. Plan the merge again, from the same weights.
     plan = _plan_again(manifest, base, adapters)
-    _check_fingerprints(plan, manifest)
-    copied = 0
-    folds = {fold.name: fold for fold in plan.folds}
+    identities = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
+    identities += [(planned.adapter.source.given, fingerprint(planned.adapter.stored)) for planned in plan.adapters]
+    for (given, identity), origin in zip(identities, [manifest.base, *manifest.adapters], strict=True):
+        if identity != origin.fingerprint:
+            raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
     planned = {name for shard in plan.shards for name in shard.tensors}
     if planned != checkpoint.tensors.keys():
-        odd = sorted(planned ^ checkpoint.tensors.keys())[0]
-        raise VerificationError(f"{result.directory}: tensor {odd}: is not in both the checkpoint and its sources")
+        name = min(planned ^ checkpoint.tensors.keys())
+        raise VerificationError(f"{result.directory}: tensor {name}: is not in both the checkpoint and its sources")
+    # 2. Compare what was copied, and fold the rest again.
+    folds = {fold.name: fold for fold in plan.folds}
     towers = {merged_name(info.name): info for info in plan.tower}
-    worst, where = 0.0, None
+    copied, worst, worst_tensor = 0, 0.0, None
     for name, info in checkpoint.tensors.items():
         if name in folds:
             distance = _recompute(folds[name], info, stochastic=manifest.rounding == "stochastic")
             if distance >= worst:
-                worst, where = distance, name
+                worst, worst_tensor = distance, name
         else:
             source = towers.get(name) or plan.base.origin(name)
             if source.nbytes != info.nbytes or not same_bytes(source, info):
-                raise VerificationError(f"{info.file}: tensor {name}: is not what {source.file} holds")
+                raise VerificationError(f"{info.where}: is not what {source.file} holds")
             copied += 1
         progress(info.nbytes)
-    return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=where)
+    return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=worst_tensor)
 
 
 def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
@@ -189,27 +186,12 @@ def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None
     )
 
 
-def _check_fingerprints(plan: MergePlan, manifest: Manifest) -> None:
-    found = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
-    found += [(planned.adapter.source.given, fingerprint(planned.stored)) for planned in plan.adapters]
-    for (given, fingerprint_now), origin in zip(found, [manifest.base, *manifest.adapters], strict=True):
-        if fingerprint_now != origin.fingerprint:
-            raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
-
-
 #: What float32 sums and products may be off by, relative to their terms: 2^-23 with room for a rank's worth of them.
 _TERMS_PRECISION = 2.0**-18
 
 
 def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
-    """Fold one tensor again in float64 and compare.
-
-    Returns:
-        The largest distance in units of the last place of the output's dtype.
-
-    Raises:
-        VerificationError: A value is further off than its rounding allows.
-    """
+    """Fold one tensor again in float64; return the largest distance in units of the last place of its dtype."""
     import torch
 
     device, double = torch.device("cpu"), torch.float64
@@ -223,9 +205,8 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
     worst = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        got = written.read(start, stop)
-        got = got.reshape(stop - start, -1)
-        w0 = fold.base_rows(start, stop).reshape(got.shape).to(double)
+        values = written.read(start, stop).reshape(stop - start, -1)
+        w0 = fold.base_rows(start, stop).reshape(values.shape).to(double)
         exact, terms = w0.clone(), w0.abs()
         for strength, block in zip(strengths, blocks, strict=True):
             delta = torch.empty_like(w0)
@@ -233,11 +214,11 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
             exact.add_(delta, alpha=strength)
             terms.add_(delta.abs(), alpha=abs(strength))
         # Where base and delta nearly cancel, the sum's own unit is finer than the precision of its terms.
-        excess = (got.to(double) - exact).abs() - terms * (_TERMS_PRECISION if narrow else 0)
-        distance = float((excess.clamp_(min=0) / _ulp(exact, got.dtype)).max())
+        excess = (values.to(double) - exact).abs() - terms * (_TERMS_PRECISION if narrow else 0)
+        distance = float((excess.clamp_(min=0) / _ulp(exact, values.dtype)).max())
         if not distance <= limit:
             raise VerificationError(
-                f"{written.file}: tensor {fold.name}: is {distance:.2f} units of the last place from what its sources "
+                f"{written.where}: is {distance:.2f} units of the last place from what its sources "
                 f"give; {limit:.2f} is the most that rounding explains"
             )
         worst = max(worst, distance)

@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event, Lock, local
 from typing import TYPE_CHECKING, Any
@@ -34,19 +34,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def execute(
-    plan: MergePlan,
-    root: Path,
-    *,
-    meanwhile: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> "tuple[Folded, ...]":
+def execute(plan: MergePlan, root: Path, progress: Callable[[int], None]) -> "tuple[Folded, ...]":
     """Write every shard of ``plan`` under ``root``.
 
     Args:
         plan: What to do.
         root: An existing, empty directory.
-        meanwhile: Called once the workers are busy.
         progress: Called from any worker with numbers of bytes that sum up to ``plan.bytes_on_disk``.
 
     Returns:
@@ -60,40 +53,38 @@ def execute(
         with lock:
             progress(count)
 
-    with ExitStack() as afterwards, ThreadPoolExecutor(cores(), "merge") as pool:
-        copying: list[Future[None]] = []
-        folding: list[Future[Folded]] = []
-        pools = [pool]
+    started: list[Future[Any]] = []
+    folding: list[Future[Folded]] = []
+    with ExitStack() as afterwards, ExitStack() as pools:
+        copiers = pools.enter_context(ThreadPoolExecutor(cores(), "merge"))
         try:
             # 1. Make the files, and start copying at once. Importing torch takes a second and runs beside it.
             for shard in plan.shards:
                 for copies in _create(shard, root, advance):
-                    copying.append(pool.submit(_copy, copies, root / shard.file, advance))
-            # 2. Start folding.
+                    started.append(copiers.submit(_copy, copies, root / shard.file, advance))
+            # 2. Start folding: on a CPU by those that copy, on GPUs by a few for each.
             if plan.folds:
                 devices = compute_devices(plan.request.device)
+                import torch
+
                 afterwards.enter_context(full_float32())
-                afterwards.enter_context(_thread_count_kept())
-                pools, folding = _start_folding(plan, root, devices, pool, advance)
-            meanwhile()
-            # 3. Wait for all of it, or for the first that fails.
-            everything: list[Future[Any]] = [*copying, *folding]
-            done, _ = wait(everything, return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
-        except BaseException:
+                # What a worker sets for itself is the default of later threads.
+                afterwards.callback(torch.set_num_threads, torch.get_num_threads())
+                folders = [copiers]
+                if devices[0].type != "cpu":
+                    folders = [pools.enter_context(ThreadPoolExecutor(_WORKERS_PER_GPU)) for _ in devices]
+                folding = _start_folding(plan, root, devices, folders, advance)
+                started += folding
+            # 3. Wait for all of it, or for the first that fails. Then whoever is at work leaves, and nobody begins.
+            wait(started, return_when=FIRST_EXCEPTION)
+        finally:
             stop.set()
-            for busy in pools:
-                busy.shutdown(wait=True, cancel_futures=True)
-            # What stopped the others is what counts.
-            started: list[Future[Any]] = [*copying, *folding]
             for job in started:
-                failure = None if job.cancelled() else job.exception()
-                if failure is not None and not isinstance(failure, _Stopped):
-                    raise failure from None
-            raise
-        for idle in pools:
-            idle.shutdown()
+                job.cancel()
+    for job in started:
+        failure = None if job.cancelled() else job.exception()
+        if failure is not None and not isinstance(failure, _Stopped):
+            raise failure
     # 4. Give files that several outputs share their other names.
     for shard in plan.shards:
         for link in shard.links:
@@ -135,30 +126,14 @@ def _copy(copies: Sequence[Copy], target: Path, advance: Callable[[int], None]) 
             advance(copy.count)
 
 
-@contextmanager
-def _thread_count_kept() -> Iterator[None]:
-    """Give torch its number of threads back: what a worker sets for itself is the default of later threads."""
-    import torch
-
-    count = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-
-
 def _start_folding(
     plan: MergePlan,
     root: Path,
     devices: "Sequence[torch.device]",
-    pool: ThreadPoolExecutor,
+    pools: Sequence[ThreadPoolExecutor],
     advance: Callable[[int], None],
-) -> "tuple[list[ThreadPoolExecutor], list[Future[Folded]]]":
-    """Hand the folds to workers: on a CPU to those that copy, on GPUs to a few for each.
-
-    Returns:
-        All pools of workers, ``pool`` first, and the folds' results in the plan's order.
-    """
+) -> "list[Future[Folded]]":
+    """Hand the folds to the workers of each device; the results come in the plan's order."""
     import torch
 
     from mergekit_bio.merging.fold import Folder
@@ -171,13 +146,11 @@ def _start_folding(
             state.folder = Folder(root=root, device=device, request=plan.request, progress=advance)
         return state.folder.fold(job)
 
-    on_cpu = devices[0].type == "cpu"
-    pools = [pool] if on_cpu else [ThreadPoolExecutor(_WORKERS_PER_GPU, f"merge-{device}") for device in devices]
     # The largest first, so that the workers end together; GPUs take turns.
     indexes = range(len(plan.folds))
     order = sorted(indexes, key=lambda index: -plan.folds[index].nbytes * len(plan.folds[index].targets))
     futures: dict[int, Future[Folded]] = {}
     for turn, index in enumerate(order):
-        place = turn % len(devices)
-        futures[index] = pools[place].submit(fold, plan.folds[index], devices[place])
-    return pools if on_cpu else [pool, *pools], [futures[index] for index in indexes]
+        device_index = turn % len(devices)
+        futures[index] = pools[device_index].submit(fold, plan.folds[index], devices[device_index])
+    return [futures[index] for index in indexes]

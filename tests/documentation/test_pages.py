@@ -67,13 +67,13 @@ def _merge_keys() -> set[str]:
 def _manifest_keys() -> set[str]:
     from mergekit_bio.checkpoint.manifest import Manifest
 
-    return set(Manifest.model_fields)
+    return {field.name for field in fields(Manifest)}
 
 
 def _rounding_keys() -> set[str]:
-    from mergekit_bio.checkpoint.manifest import LossRecord
+    from mergekit_bio.checkpoint.manifest import RoundingLoss
 
-    return set(LossRecord.model_fields)
+    return {field.name for field in fields(RoundingLoss)}
 
 
 def _scorers() -> set[str]:

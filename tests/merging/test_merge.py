@@ -1,10 +1,13 @@
 """What a merge writes: which files, which bytes, and what several strengths share."""
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.merging import fold
 from mergekit_bio.merging.merge import plan_merge
-from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.request import AdapterEntry, MergeRequest
 from mergekit_bio.merging.verify import verify
 
 COMPANIONS = {"README.md", "config.json", "merge.json"}
@@ -49,6 +52,43 @@ def exact(sources, alpha: float) -> dict[str, torch.Tensor]:
         a, b = (factors[f"base_model.model.{name[: -len('.weight')]}.lora_{x}.weight"].double() for x in "AB")
         weights[name] += alpha * (b @ a)
     return weights
+
+
+def test_the_keywords_of_merge_are_the_fields_of_a_request_with_their_defaults():
+    keywords = dict(inspect.signature(mergekit_bio.merge).parameters)
+    assert keywords.keys() == {field.name for field in fields(MergeRequest)}
+    assert keywords.pop("alphas").default is inspect.Parameter.empty  # of strengths alone there is no good default
+    assert {name: keyword.default for name, keyword in keywords.items()} == {
+        field.name: field.default for field in fields(MergeRequest) if field.name in keywords
+    }
+
+
+def test_every_keyword_of_merge_reaches_the_request(sources, monkeypatch):
+    monkeypatch.setattr("mergekit_bio.merging.merge.carry_out", lambda plan: plan.request)
+    options = {
+        "base": sources[0], "alphas": ["0:1:0.5"], "out": "elsewhere", "dtype": "float32", "rounding": "nearest",
+        "seed": 7, "device": "cpu", "text_only": True, "base_from_adapter": True, "share": False, "fsync": False,
+        "overwrite": True,
+    }  # fmt: skip
+    request = MergeRequest(**options, adapter=[AdapterEntry(sources[1], 0.3)])
+    assert mergekit_bio.merge(**options, adapter=(sources[1], 0.3)) == request
+    assert not [field.name for field in fields(MergeRequest) if getattr(request, field.name) == field.default]
+
+
+def test_the_example_of_the_package_does_what_it_says(sources, tmp_path, monkeypatch, capsys):
+    for name, source in zip(("llama", "lora"), sources, strict=True):
+        (tmp_path / name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    example = next(part for part in mergekit_bio.__doc__.split("\n\n") if "MergeRequest(" in part)
+    variables = {}
+    exec("from mergekit_bio import MergeRequest, carry_out, plan_merge\n" + textwrap.dedent(example), variables)
+    plan, checkpoints = variables["plan"], [variables[name] for name in ("base", "half", "whole")]
+    shown = f"['alpha-0.00', 'alpha-0.50', 'alpha-1.00']\n{len(plan.folds)} {plan.bytes_on_disk}\n"
+    assert capsys.readouterr().out == shown
+    assert [checkpoint.path for checkpoint in checkpoints] == [
+        Path(f"sweep/alpha-{n}") for n in ("0.00", "0.50", "1.00")
+    ]
+    assert all(verify(checkpoint.path, against_sources=True) for checkpoint in checkpoints)
 
 
 def test_one_strength_keeps_the_bases_sharding(sources, tmp_path):

@@ -127,7 +127,10 @@ def unadapted(base: Path, adapter: Path, names: Iterable[str]) -> dict[str, torc
 
 
 def rounded_to_nearest(rounded: torch.Tensor, exact: torch.Tensor, base: torch.Tensor) -> bool:
-    """Correctly rounded, or to the other neighbour where float32 arithmetic cannot tell ``exact`` from a tie.
+    """Correctly rounded, or as near to it as float32 arithmetic can tell.
+
+    That is the other neighbour where ``exact`` may be a tie; where base and delta nearly cancel, float32 errs by more
+    than the distance of the neighbours.
 
     Args:
         rounded: bfloat16, the result.
@@ -135,10 +138,11 @@ def rounded_to_nearest(rounded: torch.Tensor, exact: torch.Tensor, base: torch.T
         base: The weight at alpha 0. Float32 errs by a few last places of the larger of ``base`` and the result.
     """
     below, above = neighbours(exact)
-    magnitude = torch.maximum(exact.abs(), base.double().abs())
-    tie = (exact - (below.double() + above.double()) / 2).abs() <= 16 * torch.finfo(torch.float32).eps * magnitude
+    error = 16 * torch.finfo(torch.float32).eps * torch.maximum(exact.abs(), base.double().abs())
+    tie = (exact - (below.double() + above.double()) / 2).abs() <= error
     neighbour = (rounded == below) | (rounded == above)
-    return bool((neighbour & ((rounded == exact.to(torch.bfloat16)) | tie)).all())
+    nearest = (rounded == exact.to(torch.bfloat16)) | ((rounded.double() - exact).abs() <= error)
+    return bool((nearest | (neighbour & tie)).all())
 
 
 @each_case

@@ -100,6 +100,7 @@ def load(base: Path, *, added_tokens: int = 0, untie: bool = False, dtype: torch
 
 def train(case: Case, base: Path, adapter: Path) -> None:
     """Save what training would: every trainable parameter away from where it began."""
+    torch.manual_seed(1)  # PEFT's initialisation draws from the global generator
     generator = torch.Generator().manual_seed(1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # PEFT, on tied embeddings and on saving resized ones
