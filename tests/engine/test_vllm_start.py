@@ -84,3 +84,18 @@ def test_an_engine_that_does_not_come_up_is_an_error_and_a_bug_is_a_traceback(tm
         raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
     with pytest.raises(RuntimeError, match="a bug"), objections(tmp_path):
         raise RuntimeError("a bug")
+
+
+def test_a_script_without_a_main_guard_is_told_so(tiny_sweep, tmp_path):
+    """On a GPU vLLM spawns its engine's process, which imports the script again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import mergekit_bio.engine.vllm.offline as offline\n"
+        f"offline.VllmEngine({str(tiny_sweep[0.5])!r}, enforce_eager=True, max_model_len=512)\n"
+    )
+    environment = os.environ | {"VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    told = f"{script}: vLLM imports this script once more; put its work under: if __name__ == '__main__':"
+    assert done.returncode == 1 and done.stderr.splitlines().count(told) == 1
+    assert "bootstrapping" not in done.stderr and "direct cause" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("vLLM cannot start: its engine did not come up; why stands above")

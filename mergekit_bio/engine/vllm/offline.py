@@ -29,6 +29,7 @@ from mergekit_bio.engine.vllm.requests import (
     one_token,
     sampling_params,
 )
+from mergekit_bio.engine.vllm.start import interruptible, leave_if_imported_again, objections
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
@@ -104,6 +105,7 @@ class VllmEngine:
     @classmethod
     def set_environment(cls, *, quiet: bool) -> None:
         """Set what vLLM reads when it is imported, where the user has not."""
+        leave_if_imported_again()
         for variable, value in (_ENVIRONMENT | ({"VLLM_LOGGING_LEVEL": "ERROR"} if quiet else {})).items():
             os.environ.setdefault(variable, value)
 
@@ -146,8 +148,7 @@ class VllmEngine:
         prefixes: PrefixCache | None = None,
         **vllm_options: Any,
     ) -> None:
-        from mergekit_bio.engine.vllm.start import interruptible, objections
-
+        leave_if_imported_again()
         require_vllm()
         for option, value in (("max_model_len", max_model_len or 1), ("max_audios", max_audios)):
             if not isinstance(value, int) or value < 1:

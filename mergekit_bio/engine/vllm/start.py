@@ -1,5 +1,7 @@
 """While vLLM starts: an interruption ends it, and what it objects to is said in one line."""
 
+import multiprocessing
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,16 @@ from mergekit_bio.errors import EngineError
 
 class _Interruption(BaseException):
     """A KeyboardInterrupt that vLLM does not know."""
+
+
+def leave_if_imported_again() -> None:
+    """End a process of vLLM's that has only come to import the user's script, and finds it starting vLLM.
+
+    Where vLLM spawns its processes, as it does beside a tower on a GPU, each of them imports the script that started
+    it. One that is not guarded would be run by each of them, from its beginning.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself tells
+        sys.exit(f"{sys.argv[0]}: vLLM imports this script once more; put its work under: if __name__ == '__main__':")
 
 
 @contextmanager
@@ -45,7 +57,7 @@ def objections(checkpoint: Path) -> Iterator[None]:
     """Turn what vLLM objects to in its options, and an engine that did not come up, into an error of one line.
 
     Raises:
-        EngineError: What is wrong; the traceback is its cause.
+        EngineError: What is wrong; vLLM's own error is its cause, where it says more.
     """
     import torch
     from pydantic import ValidationError
@@ -61,7 +73,10 @@ def objections(checkpoint: Path) -> Iterator[None]:
         elif isinstance(error, (ValueError, torch.OutOfMemoryError)):
             reason = str(error)
         elif str(error).startswith("Engine core initialization failed"):
-            reason = "its engine did not come up; why stands above"
+            # vLLM's engine is another process, which has said why. Its own error says that it is not there.
+            raise EngineError(
+                f"{checkpoint}: vLLM cannot start: its engine did not come up; why stands above"
+            ) from None
         else:
             raise
         reason = " ".join(reason.replace("Value error, ", "").split())
