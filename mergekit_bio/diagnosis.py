@@ -15,7 +15,7 @@ from importlib.metadata import distributions, entry_points, requires
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mergekit_bio
 from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
@@ -124,22 +124,17 @@ def hub() -> Iterator[Finding]:
 
     from mergekit_bio.merging.request import DEFAULT_ADAPTER, DEFAULT_BASE
 
-    def ask_hub(repo: str | None) -> str:
-        if repo is None:
-            return str(HfApi().whoami()["name"])
-        HfApi().auth_check(repo)
-        return "may be downloaded"
-
     unreachable: Exception | None = None  # a hub that cannot be reached is asked once only
-    for name in ("hub login", DEFAULT_BASE, DEFAULT_ADAPTER):
-        repo = name if "/" in name else None
+    for repo in (None, DEFAULT_BASE, DEFAULT_ADAPTER):
+        name = repo or "hub login"
         if repo and (folder := _local_copy(repo)):
             yield Finding(repo, "ok", f"at hand: {folder}")
             continue
         try:
             if unreachable:
                 raise unreachable
-            yield Finding(name, "ok", _with_time_limit(partial(ask_hub, repo)))
+            answer = _with_time_limit(partial(HfApi().auth_check, repo) if repo else HfApi().whoami)
+            yield Finding(name, "ok", "may be downloaded" if repo else answer["name"])
         # ValueError: an answer that is no JSON, as from the log-in page of a network. ImportError: a SOCKS proxy.
         except (HTTPError, OSError, ValueError, ImportError) as error:
             unreachable = None if isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError)) else error
@@ -321,9 +316,9 @@ def _local_copy(repo: str) -> Path | None:
         return None
 
 
-def _with_time_limit(question: Callable[[], str]) -> str:
+def _with_time_limit(question: Callable[[], Any]) -> Any:
     """Answer ``question`` or raise TimeoutError: looking up a host's name heeds no timeout of the client's."""
-    answer: Future[str] = Future()
+    answer: Future[Any] = Future()
 
     def ask() -> None:
         try:
