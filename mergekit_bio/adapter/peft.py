@@ -90,8 +90,8 @@ def load(source: Source, base: Base) -> Adapter:
     # 1. Tell the parts of adapted modules from whole tensors: a bias, a module to save, a resized embedding.
     deltas: dict[str, list[Delta]] = defaultdict(list)
     modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    adapted: set[str] = set()
-    repeated: set[str] = set()
+    adapted: set[str] = set()  # modules with parts of the adapter's kind
+    repeated: set[str] = set()  # tensors that may say again what another one says
     part_of_module = re.compile(
         rf"(.+)\.({'|'.join(map(re.escape, kind.PARTS))}|base_layer|base_layer\.bias)(\.weight)?"
     )
@@ -111,7 +111,7 @@ def load(source: Source, base: Base) -> Adapter:
             repeated.add(key)
         else:
             deltas[name].append(Dense(tensor))
-    whole = set(deltas)
+    whole = set(deltas)  # tensors of the base that the adapter brings a whole one for
     # 2. Turn the parts of each module into deltas of its weight and bias.
     for module, parts in modules.items():
         weight, brought = f"{module}.weight", parts.get("base_layer")

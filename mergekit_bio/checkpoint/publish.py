@@ -128,14 +128,11 @@ def _refuse(out: Path, mark: str, foreign_file: Callable[[Path], str | None], ov
     if out.is_mount():
         raise OutputError(f"{out}: is a mount point, which cannot be exchanged; empty it, or choose another --out")
     for folder in [out] if (out / mark).is_file() else _entries(out):
-        if folder.is_symlink() or not (folder / mark).is_file():
-            foreign: Path | None = folder
-        else:
-            name = foreign_file(folder)
-            foreign = None if name is None else folder / name
+        ours = not folder.is_symlink() and (folder / mark).is_file()
+        foreign = foreign_file(folder) if ours else ""  # the folder itself
         if foreign is not None:
             raise OutputError(
-                f"{foreign}: no merge has written it, so {out} is not overwritten; move it away, or choose another "
+                f"{folder / foreign}: no merge has written it, so {out} is not overwritten; move it away, or choose another "
                 "--out"
             )
 

@@ -125,17 +125,9 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         tower = [_Piece(merged_name(info.name), info, info.dtype, info.shape) for info in adapter.tower]
         shards += [_ShardPieces(tower, outputs) for outputs in ([every_output] if request.share else each_output)]
 
-    # 5. Name each output's files as Transformers numbers them, and give every tensor its offset. Of the names that a
-    # shared file has, the first makes it, and the others are links to it.
+    # 5. Name the files, and give every tensor its offset.
     outputs = tuple(Output(alpha, f"alpha-{alpha.label}" if len(alphas) > 1 else "") for alpha in alphas)
-    counts = Counter(output_index for shard in shards for output_index in shard.outputs)
-    placed: list[OutputShard] = []
-    for shard in shards:
-        names = {index: _file_name(len(outputs[index].files) + 1, counts[index]) for index in shard.outputs}
-        paths = [f"{outputs[index].folder}/{name}".lstrip("/") for index, name in names.items()]
-        placed.append(_place(shard, paths, base))
-        for index, name in names.items():
-            outputs[index].files[name] = placed[-1]
+    written = _name_files(outputs, shards, base)
     folds = tuple(
         Fold(
             piece.name,
@@ -148,7 +140,7 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         for piece in pieces.values()
         if piece.targets
     )
-    return MergePlan(request, base, planned, outputs, tuple(placed), folds, untied, vocabulary)
+    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
 
 
 def _check_tower(adapter: Adapter, base: Base) -> None:
@@ -264,8 +256,23 @@ def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) ->
     return shards + [_ShardPieces(group, (output_index,)) for output_index in every_output for group in differing]
 
 
-def _file_name(place: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{place:05d}-of-{count:05d}.safetensors"
+def _name_files(outputs: Sequence[Output], shards: Sequence[_ShardPieces], base: Base) -> tuple[OutputShard, ...]:
+    """Name each output's files as Transformers numbers them, and note in the outputs what is in which file.
+
+    Of the names that a shared file has, the first makes it, and the others are links to it.
+    """
+    counts = Counter(output_index for shard in shards for output_index in shard.outputs)
+    written: list[OutputShard] = []
+    for shard in shards:
+        names: dict[int, str] = {}
+        for output_index in shard.outputs:
+            place, count = len(outputs[output_index].files) + 1, counts[output_index]
+            names[output_index] = SINGLE if count == 1 else f"model-{place:05d}-of-{count:05d}.safetensors"
+        paths = [f"{outputs[output_index].folder}/{name}".lstrip("/") for output_index, name in names.items()]
+        written.append(_place(shard, paths, base))
+        for output_index, name in names.items():
+            outputs[output_index].files[name] = written[-1]
+    return tuple(written)
 
 
 def _place(shard: _ShardPieces, paths: Sequence[str], base: Base) -> OutputShard:
