@@ -132,8 +132,8 @@ def _refuse(out: Path, mark: str, foreign_file: Callable[[Path], str | None], ov
         foreign = foreign_file(folder) if ours else ""  # the folder itself
         if foreign is not None:
             raise OutputError(
-                f"{folder / foreign}: no merge has written it, so {out} is not overwritten; move it away, or choose another "
-                "--out"
+                f"{folder / foreign}: no merge has written it, so {out} is not overwritten; move it away, or choose "
+                "another --out"
             )
 
 
