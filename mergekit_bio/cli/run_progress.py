@@ -55,7 +55,6 @@ class RunOutput(Output):
             from rich.progress import MofNCompleteColumn, TextColumn
 
             self._bars = progress_bars(MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-            self._bars.start()
             for _ in range(2):
                 self._bars.add_task("", pace="")
         cell_bar, run_bar = self._bars.task_ids
@@ -63,6 +62,7 @@ class RunOutput(Output):
         self._bars.update(cell_bar, description=cell, total=standing.rows, completed=standing.done, pace=speed)
         speed = pace(standing.rate, standing.run_seconds_left)
         self._bars.update(run_bar, description="run", total=standing.run_rows, completed=standing.run_done, pace=speed)
+        self._bars.start()  # once there is something to show; later it does nothing
 
 
 def pace(rate: float | None, seconds_left: float | None) -> str:
