@@ -85,12 +85,7 @@ def _with_bias(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def check_tower(tensors: Mapping[str, TensorInfo], config: AudioPrefixConfig, where: Path) -> None:
-    """Make sure, from headers alone, that a tower is whole.
-
-    Args:
-        tensors: What is there, by its original name; second names of shared tensors left out.
-        config: What they must fit.
-        where: The checkpoint, for messages.
+    """Make sure, from headers alone, that a tower is whole: every tensor by its original name, without second names.
 
     Raises:
         CheckpointError: A tensor is missing, unknown, of another shape or of whole numbers.

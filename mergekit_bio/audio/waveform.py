@@ -118,6 +118,7 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
     reach = (kernels.shape[1] - old) // 2
     context = math.ceil(reach / old) * old
 
+    # Every ``old`` samples become ``new`` ones, each weighed by its own kernel: a convolution of ``new`` channels.
     def convert(piece: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(piece, (reach, reach + old))
         phases = torch.nn.functional.conv1d(padded[None, None], kernels[:, None], stride=old)[0]
@@ -128,6 +129,8 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
     for block in blocks:
         received += block.numel()
         pending = torch.cat((pending, block))
+        # Whole steps whose kernels reach no further than what has come. What lies before them is resampled again with
+        # them, for its neighbourhood, and its part of the result skipped.
         ready = (pending.numel() - reach) // old * old
         if ready > 0:
             skipped = before.numel() // old * new
@@ -136,6 +139,7 @@ def resample_blocks(blocks: "Iterable[torch.Tensor]", *, sampling_rate: int) -> 
             emitted += ready // old * new
             before = torch.cat((before, pending[:ready]))[-context:]
             pending = pending[ready:]
+    # The end, behind which there is silence.
     rest = torch.cat((before, pending))
     skipped = before.numel() // old * new
     yield (convert(rest) if received else rest)[skipped : skipped + received * new // old - emitted]

@@ -17,7 +17,6 @@ class Component:
 
     Attributes:
         name: The value of the column ``dataset_name``.
-        rows: Number of clips.
         duration: Seconds that every clip is cut or padded to: the longest duration that the component states, or 10.
         labels: Every label, "None" included where a detection clip may be empty; None for captioning.
     """

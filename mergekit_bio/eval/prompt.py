@@ -97,7 +97,6 @@ def query_prompt(
     Orders and examples depend on ``key``, the clip and the flag only: not on the checkpoint, not on other clips.
 
     Args:
-        query: As in the recipe.
         clip: The id of the clip that is asked about.
         key: Seed, dataset and query number.
         species: Their names, in the recipe's order or by frequency.

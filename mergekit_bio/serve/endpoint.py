@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMClientError
@@ -34,6 +34,9 @@ from mergekit_bio.serve.settings import PLUGIN, ServeSettings
 _GONE = 499
 
 
+router = APIRouter()
+
+
 class PredictionsEndpoint:
     """The predictions_v1 contract on vLLM's port. vLLM makes it and calls its two methods."""
 
@@ -42,33 +45,52 @@ class PredictionsEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
-
-        async def predict(request: Request) -> Response:
-            state = request.app.state
-            try:
-                document = json.loads(await request.body())
-            except (ValueError, RecursionError):
-                return _error(400, "the body is not JSON")
-            try:
-                items = read_requests(document, max_batch=state.mergekit_bio_settings.max_batch)
-            except BadRequest as error:
-                return _error(error.status, str(error))
-            responses = await with_cancellation(_respond_to_all)(items, request)
-            if responses is None:
-                return Response(status_code=_GONE)
-            return JSONResponse({"schema_version": SCHEMA, "responses": responses})
-
-        async def info(request: Request) -> JSONResponse:
-            return JSONResponse(_info(request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]))
-
-        app.add_api_route("/predict", predict, methods=["POST"])
-        app.add_api_route("/info", info, methods=["GET"])
+        app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep what the routes need."""
         settings = ServeSettings.from_environment()
         state.mergekit_bio_settings = settings
         state.mergekit_bio_tokenization = Tokenization.from_checkpoint(settings.directory(settings.default_model))
+
+
+@router.post("/predict")
+async def predict(request: Request) -> Response:
+    """Answer the items of a request, each with a prediction or an error of its own."""
+    try:
+        document = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        return _error(400, "the body is not JSON")
+    try:
+        items = read_requests(document, max_batch=request.app.state.mergekit_bio_settings.max_batch)
+    except BadRequest as error:
+        return _error(error.status, str(error))
+    responses = await with_cancellation(_respond_to_all)(items, request)
+    if responses is None:
+        return Response(status_code=_GONE)
+    return JSONResponse({"schema_version": SCHEMA, "responses": responses})
+
+
+@router.get("/info")
+async def info(request: Request) -> JSONResponse:
+    """Say what is served, and what ``/predict`` takes."""
+    settings, model = request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]
+    manifest = settings.directory(model) / MANIFEST
+    payloads = ["base64_wav"]
+    payloads += ["file_path"] if settings.allowed_local_media_path else []
+    payloads += ["file_url"] if settings.allowed_media_domains else []
+    about = {
+        "name": "mergekit-bio",
+        "model": model,
+        "prompt_template": settings.prompt_template,
+        "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
+        "audio_payload_types": payloads,
+        "max_batch_size": settings.max_batch,
+        "supports_batching": True,
+        "schema_versions": [SCHEMA],
+        "max_num_beams": MAX_BEAMS,
+    }
+    return JSONResponse(about)
 
 
 async def _respond_to_all(items: list[tuple[str, Item | str]], request: Request) -> list[dict[str, Any]]:
@@ -109,24 +131,6 @@ async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -
         raise AudioError("the audio is empty")
     # The contract knows no shortest audio: beans-next's own check of a server sends a millisecond.
     return await read_clip(data, settings, seconds=seconds, shortest=False)
-
-
-def _info(settings: ServeSettings, model: str) -> dict[str, Any]:
-    manifest = settings.directory(model) / MANIFEST
-    payloads = ["base64_wav"]
-    payloads += ["file_path"] if settings.allowed_local_media_path else []
-    payloads += ["file_url"] if settings.allowed_media_domains else []
-    return {
-        "name": "mergekit-bio",
-        "model": model,
-        "prompt_template": settings.prompt_template,
-        "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
-        "audio_payload_types": payloads,
-        "max_batch_size": settings.max_batch,
-        "supports_batching": True,
-        "schema_versions": [SCHEMA],
-        "max_num_beams": MAX_BEAMS,
-    }
 
 
 def _error(status: int, message: str) -> JSONResponse:

@@ -46,7 +46,7 @@ class Guard:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._settings = ServeSettings.from_environment()
-        self._loaded = self._settings.directory(self._settings.default_model)
+        self._loaded_from = self._settings.directory(self._settings.default_model)
         self._loaded_model: LoadedModel | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +54,7 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        # 1. Which model the path names, and whether the client may ask. What has no body needs no more.
         scope = self._route(scope)
         if not _has_key(scope):
             await _refuse(scope, receive, send, 401, "a valid API key is needed: Authorization: Bearer KEY")
@@ -61,6 +62,7 @@ class Guard:
         if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
             await self._app(scope, receive, send)
             return
+        # 2. The whole body, within its limit, and nothing in it that would harm vLLM.
         body = await self._body(scope, receive)
         if body is None:
             message = f"the request is larger than {self._settings.max_body_bytes} bytes"
@@ -71,6 +73,7 @@ class Guard:
         if flaw is not None:
             await _refuse(scope, receive, send, 400, f"the request holds {flaw}")
             return
+        # 3. On to vLLM, with several models once the weights of this one are loaded.
         replay = _replay(body, receive)
         if len(self._settings.models) == 1:
             await self._answer(scope, replay, send)
@@ -136,17 +139,17 @@ class Guard:
 
         engine, served = state.engine_client, state.openai_serving_models
         target = Path(self._settings.models[model])
-        change = difference(self._loaded, target)
+        change = difference(self._loaded_from, target)
         if change.names:
             try:
                 for loaded in await _replace(engine, target, change.names):
                     change.check(*loaded)
             except EngineError:
-                for _, failure in await _replace(engine, self._loaded, change.names):  # back to what was sound
+                for _, failure in await _replace(engine, self._loaded_from, change.names):  # back to what was sound
                     if failure is not None:
                         raise EngineError(f"{failure}; the server holds a mix of two checkpoints: restart it") from None
                 raise
-        self._loaded = target
+        self._loaded_from = target
         # A prefix computed with other weights would be silently wrong.
         await engine.reset_mm_cache()
         await engine.reset_encoder_cache()

@@ -20,7 +20,6 @@ class ServeSettings:
         max_body_bytes: Larger requests are refused before they are read.
         max_batch: Items in one ``/predict`` request.
         max_audio_seconds: Longer recordings are refused before they are decoded.
-        max_audio_bytes: Larger files are refused.
         max_new_tokens: What ``/predict`` generates where the request does not say.
         prompt_template: What the chat template makes of one user's turn, with ``{}`` for it; None where a user gave a
             chat template of their own.

@@ -185,17 +185,16 @@ def _one_line_errors(source: str) -> Iterator[None]:
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
     """The libraries' warnings and, unless ``bars``, their progress bars kept from the terminal."""
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("datasets", "huggingface_hub"))}
     shown = not datasets.are_progress_bars_disabled()
-    for logger in loggers:
+    for logger in levels:
         logger.setLevel(logging.CRITICAL)
     if not bars:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()

@@ -42,7 +42,6 @@ class Dataset:
         examples: The rows that in-context examples are drawn from.
         labels: The number of labels that the dataset has as a whole; None where nobody counts.
         seconds: What every recording is cut or padded to before the model hears it.
-        source: Where it came from, for the record.
         notes: What a user must be told about the data.
         recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
     """

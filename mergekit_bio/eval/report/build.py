@@ -181,7 +181,6 @@ def build_report(
     Args:
         cells: Of ``read_runs``, in its order.
         scorer: For all cells; None takes what each run asks for ("paper" for the published layout).
-        seed: Of the bootstrap.
         progress: Called with 1 after each cell.
     """
     sweeps = []

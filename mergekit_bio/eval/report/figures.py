@@ -79,7 +79,6 @@ class Figure:
 
     Attributes:
         kind: A key of ``_KINDS``.
-        draw: Draws it.
         sweep: The sweep that it is about; None where it compares several.
         files: The PNG and the PDF, once it is drawn.
     """

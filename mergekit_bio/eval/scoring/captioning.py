@@ -85,8 +85,6 @@ def spice(*, references: Sequence[str], captions: Sequence[str]) -> list[float]:
     """SPICE of every caption (Anderson et al. 2016), by the authors' Java program; see ``spice_missing`` first."""
     from pycocoevalcap.spice.spice import Spice
 
-    def keyed(texts: Sequence[str]) -> dict[str, list[str]]:
-        return {f"{index:09d}": [text] for index, text in enumerate(texts)}
-
-    _, rows = Spice().compute_score(keyed(references), keyed(captions))
+    keyed = ({f"{index:09d}": [text] for index, text in enumerate(texts)} for texts in (references, captions))
+    _, rows = Spice().compute_score(*keyed)
     return [float(row["All"]["f"]) for row in rows]
