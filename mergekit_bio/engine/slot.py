@@ -34,13 +34,14 @@ class EngineSlot:
         self._class, self._settings = engine, settings
         self._engine: Engine | None = None
         self._family: str | None = None
+        self._checkpoint: str | None = None
         self._encoded_before = 0
 
     def __enter__(self) -> "EngineSlot":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._close()
+        self.close()
 
     @property
     def encoded(self) -> int:
@@ -63,16 +64,20 @@ class EngineSlot:
         return self._at(str(path), family_of_it=family(path))
 
     def _at(self, checkpoint: str, *, family_of_it: str) -> Engine:
+        if self._engine is not None and self._checkpoint == checkpoint:
+            return self._engine
+        self._checkpoint = None
         # Checkpoints of one family differ in a few tensors, which are replaced; any other needs an engine of its own.
         if self._engine is not None and self._family == family_of_it:
             try:
                 self._engine.load(checkpoint)
             except BaseException:
-                self._close()  # it may be closed already; whoever asks next gets one that starts anew
+                self.close()  # it may be closed already; whoever asks next gets one that starts anew
                 raise
-            return self._engine
-        self._close()
-        self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it
+        else:
+            self.close()
+            self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it
+        self._checkpoint = checkpoint
         return self._engine
 
     def revision(self, checkpoint: str) -> str:
@@ -84,7 +89,8 @@ class EngineSlot:
         if self._engine is not None and self._engine.prefixes is not None:
             self._engine.prefixes(clips)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the engine, if one is up; the next use starts another."""
         if self._engine is not None:
             self._encoded_before = self.encoded
             self._engine.close()

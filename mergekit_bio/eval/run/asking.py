@@ -1,11 +1,11 @@
-"""The loop of a run: every cell's open questions, batch by batch, to one engine."""
+"""A worker of a run: hears and asks a batch of questions, and makes predictions of the answers."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.waveform import pad_to_minimum
@@ -13,84 +13,120 @@ from mergekit_bio.engine.interface import Decoding, Engine, Generation, Prompt
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.data.dataset import Dataset
+from mergekit_bio.eval.prompt import Instruction
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.records.run_directory import RunDirectory
 from mergekit_bio.eval.run.plan import RunPlan
-from mergekit_bio.eval.run.progress import AnswerCounter, ProgressListener
 from mergekit_bio.eval.run.questions import Question, options, questions
 
-#: Audios handed to an engine at once: 1.3 MB of samples each.
-AUDIOS_AT_ONCE = 512
 #: Prepared clips that are kept for the next query or as examples.
 CLIPS_KEPT = 400
-#: Seconds between two updates of a cell's time in run.json.
-SAVE_TIME_EVERY = 30.0
-
-#: A question with its place in the cell, from which its seed follows.
-Placed = tuple[int, Question]
 
 
-def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: ProgressListener) -> None:
-    """Ask every cell, checkpoint by checkpoint; a checkpoint that has answered everything is not loaded."""
-    counter = AnswerCounter(plan, listener)
-    reader = AudioReader(plan.datasets)
-    for _, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
-        engine: Engine | None = None
-        for cell in cells:
-            dataset = plan.dataset(cell)
-            with run.writer(cell) as writer:
-                # 1. What an earlier start has not answered.
-                todo = [
-                    (place, question)
-                    for place, question in enumerate(questions(plan.recipe, dataset, cell.query, plan.limit))
-                    if question.row.id not in writer.done
-                ]
-                done = (cell.rows or 0) - len(todo)
-                if not todo:
-                    continue
-                counter.tell(cell, done)
-                # 2. The engine, moved to the checkpoint for its first open cell.
-                engine = engine or slot.at(plan.checkpoint(cell).source)
-                counter.engine_is_up()
-                labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, cell.query)
-                since = time.perf_counter()
-                try:
-                    # 3. Ask batch by batch. While the engine answers one, the recordings of the next are decoded.
-                    for batch, prompts in reader.prompts(cell, _batches(todo, engine.prompts_at_once)):
-                        slot.encode([clip for prompt in prompts for clip in prompt.audios])
-                        seed = plan.recipe.seed + batch[0][0]
-                        answers = _answers(engine, plan.recipe, prompts, labels, seed=seed)
-                        for (_, question), prompt, answer in zip(batch, prompts, answers, strict=True):
-                            writer.append(_prediction(cell, question, answer, asked=engine.render(prompt)))
-                        done += len(batch)
-                        counter.tell(cell, done, new=len(batch))
-                        # 4. Keep the time that was spent, now and then for a run that will be killed.
-                        if (now := time.perf_counter()) - since > SAVE_TIME_EVERY:
-                            run.add_seconds(cell, now - since)
-                            since = now
-                finally:
-                    run.add_seconds(cell, time.perf_counter() - since)
+@dataclass(frozen=True)
+class Batch:
+    """Questions of one cell that are asked together: plain data, for whichever worker is free.
+
+    Attributes:
+        cell: The name of its predictions file.
+        checkpoint: The name of what answers it.
+        places: Of the questions in the cell, one after the other: the seed of a question follows from its place.
+        first: The id of the first question's clip.
+        last: And of the last one's.
+    """
+
+    cell: str
+    checkpoint: str
+    places: range
+    first: str
+    last: str
+
+    def __str__(self) -> str:
+        clips = f"clip {self.first}" if len(self.places) == 1 else f"clips {self.first} to {self.last}"
+        return f"{self.cell}, {clips}"
 
 
-def _batches(todo: Sequence[Placed], size: int) -> Iterator[list[Placed]]:
-    """Consecutive questions, so that the n-th of a batch draws with the seed of its place in the cell."""
-    batch: list[Placed] = []
-    audios = 0
-    for place, question in todo:
-        count = len(question.instruction.clips)
-        if batch and (len(batch) == size or audios + count > AUDIOS_AT_ONCE or place != batch[-1][0] + 1):
-            yield batch
-            batch, audios = [], 0
-        batch.append((place, question))
-        audios += count
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class Answered:
+    """What a worker gives back for a batch.
+
+    Attributes:
+        predictions: One for each of its questions.
+        seconds: From the moment the engine was on the checkpoint.
+        encoded: Clips that the worker has sent through the tower since its last batch.
+    """
+
+    predictions: tuple[Prediction, ...]
+    seconds: float
+    encoded: int
+
+
+class RunWorker:
+    """Answers batches of a run with one engine, on whichever checkpoint they belong to.
+
+    Args:
+        plan: The run.
+        slot: Holds the engine; whoever made it closes it.
+    """
+
+    def __init__(self, plan: RunPlan, slot: EngineSlot) -> None:
+        self._plan, self._slot = plan, slot
+        self._cells = {cell.file: cell for cell in plan.cells}
+        self._reader = AudioReader(plan.datasets)
+        self._told = slot.encoded
+        self._questions = lru_cache(4)(self._questions_of)
+        self._labels = lru_cache(4)(self._labels_of)
+
+    def answer(self, batch: Batch, following: Batch | None) -> Answered:
+        """Ask one batch.
+
+        Args:
+            batch: Which questions.
+            following: What will probably be asked next: its recordings are decoded while the engine answers.
+
+        Raises:
+            MergekitBioError: The engine cannot run the checkpoint, or a recording is no use.
+        """
+        cell, recipe = self._cells[batch.cell], self._plan.recipe
+        asked = self._asked(batch)
+        # 1. The engine on the checkpoint. Meanwhile the recordings are decoded, if they are not yet.
+        self._reader.read_ahead(cell.dataset, [question.instruction for question in asked])
+        engine = self._slot.at(self._plan.checkpoint(cell).source)
+        since = time.perf_counter()
+        # 2. The prompts, and the next batch's while the engine answers this one.
+        prompts = self._reader.prompts(cell.dataset, [question.instruction for question in asked])
+        if following is not None:
+            dataset = self._cells[following.cell].dataset
+            self._reader.read_ahead(dataset, [question.instruction for question in self._asked(following)])
+        self._slot.encode([clip for prompt in prompts for clip in prompt.audios])
+        # 3. Ask.
+        labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
+        answers = _answers(engine, recipe, prompts, labels, seed=recipe.seed + batch.places.start)
+        predictions = tuple(
+            _prediction(cell, question, answer, asked=engine.render(prompt))
+            for question, prompt, answer in zip(asked, prompts, answers, strict=True)
+        )
+        encoded, self._told = self._slot.encoded - self._told, self._slot.encoded
+        return Answered(predictions, time.perf_counter() - since, encoded)
+
+    def close(self) -> None:
+        """Read no further ahead."""
+        self._reader.close()
+
+    def _asked(self, batch: Batch) -> list[Question]:
+        cell = self._cells[batch.cell]
+        return self._questions(cell.dataset, cell.query)[batch.places.start : batch.places.stop]
+
+    def _questions_of(self, dataset: str, query: int) -> list[Question]:
+        return list(questions(self._plan.recipe, self._plan.dataset_named(dataset), query, self._plan.limit))
+
+    def _labels_of(self, dataset: str, query: int) -> list[str]:
+        return options(self._plan.recipe, self._plan.dataset_named(dataset), query)
 
 
 class AudioReader:
-    """Makes prompts of questions: decodes their recordings, one batch ahead of the engine.
+    """Makes prompts of instructions: decodes their recordings, ahead of the engine.
 
     Args:
         datasets: Where the recordings are.
@@ -99,28 +135,33 @@ class AudioReader:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._clip = lru_cache(CLIPS_KEPT)(self._decode)
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: tuple[str, Sequence[Instruction], Future[list[Prompt]]] | None = None
 
-    def prompts(self, cell: Cell, batches: Iterator[list[Placed]]) -> Iterator[tuple[list[Placed], list[Prompt]]]:
-        """The batches, each with its prompts.
+    def read_ahead(self, dataset: str, instructions: Sequence[Instruction]) -> None:
+        """Begin with what :meth:`prompts` will be asked for, if that is not under way."""
+        if self._ahead is None or self._ahead[:2] != (dataset, instructions):
+            self._ahead = dataset, instructions, self._pool.submit(self._read, dataset, instructions)
+
+    def prompts(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
+        """The instructions with what is heard.
 
         Raises:
             DatasetError: A recording is no use.
         """
-        with ThreadPoolExecutor(1) as pool:
-            batch = next(batches, None)
-            pending = pool.submit(self._read, cell, batch or [])
-            while batch is not None:
-                prompts = pending.result()
-                following = next(batches, None)
-                pending = pool.submit(self._read, cell, following or [])
-                yield batch, prompts
-                batch = following
+        self.read_ahead(dataset, instructions)
+        assert self._ahead is not None
+        (*_, reading), self._ahead = self._ahead, None
+        return reading.result()
 
-    def _read(self, cell: Cell, batch: list[Placed]) -> list[Prompt]:
-        instructions = [question.instruction for _, question in batch]
+    def close(self) -> None:
+        """Read no further."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
         # In the order of their places, which is how they lie in the data; each once, though the cache may be small.
         ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
-        clips = {clip_id: self._clip(cell.dataset, clip_id) for clip_id in ids}
+        clips = {clip_id: self._clip(dataset, clip_id) for clip_id in ids}
         return [
             Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
             for instruction in instructions

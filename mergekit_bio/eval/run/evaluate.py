@@ -3,7 +3,7 @@
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine, engine_class
 from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.pool import OneWorker
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.eval.label_map import missing_names
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
-from mergekit_bio.eval.run.asking import ask_all
+from mergekit_bio.eval.run.asking import RunWorker
+from mergekit_bio.eval.run.batches import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
 from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
 from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
@@ -164,7 +166,6 @@ def carry_out(
         if slot is None:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
             slot = stack.enter_context(EngineSlot(engine, settings))
-        encoded_before = slot.encoded
         # 2. Write down what decides the answers; a run of another configuration is refused here.
         weights = {
             checkpoint: {"served": slot.revision(checkpoint.source)}
@@ -184,9 +185,8 @@ def carry_out(
         )
         # 3. Ask.
         with RunDirectory(plan.out, wanted) as run:
-            ask_all(plan, run, slot, listener)
-            encoded = slot.encoded - encoded_before
-            run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + encoded})
+            with closing(RunWorker(plan, slot)) as worker:
+                ask_all(plan, run, OneWorker(worker), listener)
             if prefixes is not None:
                 shutil.rmtree(prefixes, ignore_errors=True)
             return run.record

@@ -48,7 +48,11 @@ class RunPlan:
 
     def dataset(self, cell: Cell) -> Dataset:
         """The dataset that a cell asks about."""
-        return next(dataset for dataset in self.datasets if dataset.name == cell.dataset)
+        return self.dataset_named(cell.dataset)
+
+    def dataset_named(self, name: str) -> Dataset:
+        """The dataset of that name."""
+        return next(dataset for dataset in self.datasets if dataset.name == name)
 
     def answered(self, cell: Cell) -> int:
         """How many answers of a cell an earlier start has left."""

@@ -1,11 +1,13 @@
 """How far a run is, and who is told."""
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.run.asking import Batch
 from mergekit_bio.eval.run.plan import RunPlan
 
 
@@ -18,7 +20,8 @@ class Standing:
         number: Which of ``cells`` it is, from 1.
         done: Answers of the cell, of ``rows``.
         run_done: Answers of the run, of ``run_rows``.
-        rate: Answers a second since the engine was up, changes of checkpoint included; None before the first.
+        rate: Answers a second since the first engine was up, changes of checkpoint included; None before the first.
+        workers: How many engines work.
     """
 
     cell: str
@@ -29,6 +32,7 @@ class Standing:
     run_done: int
     run_rows: int
     rate: float | None
+    workers: int = 1
 
     @property
     def cell_seconds_left(self) -> float | None:
@@ -70,33 +74,49 @@ class AnswerCounter:
 
     Args:
         plan: The run.
+        batches: What is to be asked.
         listener: Who is told.
+        workers: Says how many work.
     """
 
-    def __init__(self, plan: RunPlan, listener: ProgressListener) -> None:
-        self._plan, self._listener = plan, listener
-        self._run_done = sum(plan.answered(cell) for cell in plan.cells)
+    def __init__(
+        self, plan: RunPlan, batches: Sequence[Batch], listener: ProgressListener, *, workers: Callable[[], int]
+    ) -> None:
+        self._plan, self._listener, self._workers = plan, listener, workers
+        self._done = {cell.file: cell.rows or 0 for cell in plan.cells}
+        for batch in batches:
+            self._done[batch.cell] -= len(batch.places)
+        self._run_done = sum(self._done.values())
         self._numbers = {cell.file: number for number, cell in enumerate(plan.cells, start=1)}
+        self._begun: set[str] = set()
         self._new_answers, self._engine_up_since = 0, 0.0
 
-    def engine_is_up(self) -> None:
-        """The rate counts from the first such moment on."""
-        self._engine_up_since = self._engine_up_since or time.perf_counter()
+    def begin(self, cell: Cell) -> None:
+        """Tell of a cell whose first batch is being asked."""
+        if cell.file not in self._begun:
+            self._begun.add(cell.file)
+            self._tell(cell)
 
-    def tell(self, cell: Cell, done: int, new: int = 0) -> None:
-        """Tell that a cell has ``done`` answers, ``new`` ones among them."""
-        self._new_answers += new
-        self._run_done += new
+    def answered(self, cell: Cell, count: int, *, seconds: float) -> None:
+        """Tell of answers that have come, and how long the engine took for them once it was up."""
+        self._engine_up_since = self._engine_up_since or time.perf_counter() - seconds
+        self._new_answers += count
+        self._run_done += count
+        self._done[cell.file] += count
+        self._tell(cell)
+
+    def _tell(self, cell: Cell) -> None:
         seconds = time.perf_counter() - self._engine_up_since
         self._listener.standing(
             Standing(
                 cell=f"{cell.checkpoint}, {cell.dataset}, query {cell.query}",
                 number=self._numbers[cell.file],
                 cells=len(self._plan.cells),
-                done=done,
+                done=self._done[cell.file],
                 rows=cell.rows or 0,
                 run_done=self._run_done,
                 run_rows=self._plan.rows,
                 rate=self._new_answers / seconds if self._new_answers else None,
+                workers=self._workers(),
             )
         )

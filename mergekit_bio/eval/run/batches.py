@@ -1,0 +1,144 @@
+"""The loop of a run: its open questions in batches, handed to workers; what comes back is written, here alone."""
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.engine.pool import Workers, hand_out
+from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
+from mergekit_bio.eval.records.run_directory import RunDirectory
+from mergekit_bio.eval.run.asking import Answered, Batch
+from mergekit_bio.eval.run.plan import RunPlan
+from mergekit_bio.eval.run.progress import AnswerCounter, ProgressListener
+from mergekit_bio.eval.run.questions import questions
+
+#: Audios handed to an engine at once: 1.3 MB of samples each.
+AUDIOS_AT_ONCE = 512
+#: Batches for each of several workers, at least, so that all of them are done at about the same time.
+BATCHES_EACH = 4
+#: Seconds between two updates of the cells' time in run.json.
+SAVE_TIME_EVERY = 30.0
+
+
+def ask_all(
+    plan: RunPlan, run: RunDirectory, workers: Workers[Batch, Answered], listener: ProgressListener
+) -> list[Batch]:
+    """Ask whatever is not answered yet; a checkpoint that has answered everything is not loaded.
+
+    Returns:
+        What was given up, because workers died of it.
+
+    Raises:
+        MergekitBioError: The run cannot go on. Answers so far are kept.
+    """
+    # 1. What earlier starts have not answered.
+    batches = open_batches(plan, workers.count)
+    cells = {cell.file: cell for cell in plan.cells}
+    left = Counter(batch.cell for batch in batches)
+    counter = AnswerCounter(plan, batches, listener, workers=lambda: workers.up)
+    writers: dict[str, PredictionWriter] = {}
+    unsaved: defaultdict[str, float] = defaultdict(float)
+    given_up: list[Batch] = []
+    saved, encoded = time.perf_counter(), 0
+    encoded_before = run.record.environment.get("clips_encoded", 0)
+    try:
+        # 2. Have it answered. Batches of one checkpoint are a group: to change it, an engine has to load weights.
+        for batch, answered in hand_out(
+            workers,
+            batches,
+            group=lambda batch: batch.checkpoint,
+            started=lambda batch: counter.begin(cells[batch.cell]),
+            note=listener.note,
+        ):
+            cell = cells[batch.cell]
+            if answered is None:
+                given_up.append(batch)
+            else:
+                # 3. Write a batch when all of it is back: whatever happens to a worker loses and doubles nothing.
+                writer = writers.get(batch.cell) or writers.setdefault(batch.cell, run.writer(cell))
+                for prediction in answered.predictions:
+                    writer.append(prediction)
+                counter.answered(cell, len(batch.places), seconds=answered.seconds)
+                unsaved[batch.cell] += answered.seconds
+                encoded += answered.encoded
+            left[batch.cell] -= 1
+            if not left[batch.cell] and batch.cell in writers:
+                writers.pop(batch.cell).close()
+            # 4. Keep the time that was spent, now and then for a run that will be killed.
+            if time.perf_counter() - saved > SAVE_TIME_EVERY:
+                _save_time(run, cells, unsaved)
+                saved = time.perf_counter()
+    finally:
+        for writer in writers.values():
+            writer.close()
+        _save_time(run, cells, unsaved)
+        run.note({"clips_encoded": encoded_before + encoded})
+    return given_up
+
+
+def _save_time(run: RunDirectory, cells: Mapping[str, Cell], unsaved: dict[str, float]) -> None:
+    for file, seconds in unsaved.items():
+        run.add_seconds(cells[file], seconds)
+    unsaved.clear()
+
+
+def open_batches(plan: RunPlan, workers: int = 1) -> list[Batch]:
+    """All questions of a run that have no answer yet.
+
+    Which questions stand together changes with the number of workers and with what is answered; what is drawn for a
+    question does not, because its seed goes by its place in the cell.
+
+    Args:
+        plan: The run.
+        workers: How many will share the batches.
+
+    Returns:
+        Checkpoint by checkpoint. Of several workers, each of which begins with a checkpoint of its own, no two begin
+        with the same clips: what one has heard, the others find in the prefix cache.
+    """
+    # 1. The questions are the same for all checkpoints: each one's clip, and how many audios it has.
+    clips: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    open_places: dict[str, list[int]] = {}
+    for cell in plan.cells:
+        if (cell.dataset, cell.query) not in clips:
+            asked = questions(plan.recipe, plan.dataset(cell), cell.query, plan.limit)
+            clips[cell.dataset, cell.query] = [(one.row.id, len(one.instruction.clips)) for one in asked]
+        file = plan.out / cell.file
+        done = {row.id for row in read_predictions(file)} if file.exists() else set()
+        places = enumerate(clips[cell.dataset, cell.query])
+        open_places[cell.file] = [place for place, (clip, _) in places if clip not in done]
+    # 2. As many at once as the engine takes, or fewer where there would be too few batches for all workers.
+    size = engine_class(plan.engine).prompts_at_once
+    if workers > 1:
+        size = min(size, max(1, math.ceil(sum(map(len, open_places.values())) / (workers * BATCHES_EACH))))
+    # 3. Cut.
+    batches: list[Batch] = []
+    for number, (checkpoint, cells) in enumerate(groupby(plan.cells, key=lambda cell: cell.checkpoint)):
+        of_checkpoint = [
+            Batch(cell.file, checkpoint, places, asked[places[0]][0], asked[places[-1]][0])
+            for cell in cells
+            for asked in [clips[cell.dataset, cell.query]]
+            for places in _cut(open_places[cell.file], [audios for _, audios in asked], size)
+        ]
+        first = number % workers * len(of_checkpoint) // workers
+        batches += of_checkpoint[first:] + of_checkpoint[:first]
+    return batches
+
+
+def _cut(places: Sequence[int], audios: Sequence[int], size: int) -> Iterator[range]:
+    """Consecutive places, so that the n-th question of a batch draws with the seed of its place in the cell."""
+    start, stop, heard = 0, 0, 0
+    for place in places:
+        full = stop - start == size or heard + audios[place] > AUDIOS_AT_ONCE
+        if stop > start and (full or place != stop):
+            yield range(start, stop)
+            start, stop, heard = place, place, 0
+        if stop == start:  # the first of a batch
+            start = place
+        stop, heard = place + 1, heard + audios[place]
+    if stop > start:
+        yield range(start, stop)
