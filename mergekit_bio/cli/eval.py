@@ -53,6 +53,20 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask about the first N clips of each dataset only.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Engines that answer side by side, on Ray. [default: one for every GPU, if Ray is installed, else 1]",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A running Ray cluster for the workers, or auto. [default: Ray on this machine only]",
+        ),
+    ] = None,
     show_prompts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Print the first N prompts of each query, and load nothing.")
     ] = None,
@@ -96,7 +110,7 @@ def evaluate(
         _print_plan(plan, output)
         return
     with output.shown():
-        carry_out(plan, settings, listener=output)
+        carry_out(plan, settings, listener=output, workers=workers, ray=ray)
     _print_run(plan, output, scored=report)
 
 

@@ -23,7 +23,8 @@ class RunOutput(Output):
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         super().__init__(as_json=as_json, quiet=quiet)
         self._bars: Progress | None = None
-        self._cell, self._spoken = 0, 0.0
+        self._begun: set[int] = set()
+        self._spoken = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -43,12 +44,13 @@ class RunOutput(Output):
             self._draw(cell, standing)
             return
         now = time.monotonic()
-        if standing.number != self._cell or standing.done == standing.rows or now - self._spoken >= LINE_EVERY:
-            self._cell, self._spoken = standing.number, now
+        begins, ends = standing.number not in self._begun, standing.done == standing.rows
+        if begins or ends or now - self._spoken >= LINE_EVERY:
+            self._begun.add(standing.number)
+            self._spoken = now
             left = f"; {pace(standing.rate, standing.run_seconds_left)} for the run" if standing.rate else ""
-            self.note(
-                f"{cell}: {standing.done} of {standing.rows}; run {standing.run_done} of {standing.run_rows}{left}"
-            )
+            run = f"{_run(standing)} {standing.run_done} of {standing.run_rows}"
+            self.note(f"{cell}: {standing.done} of {standing.rows}; {run}{left}")
 
     def _draw(self, cell: str, standing: "Standing") -> None:
         if self._bars is None:
@@ -58,11 +60,22 @@ class RunOutput(Output):
             for _ in range(2):
                 self._bars.add_task("", pace="")
         cell_bar, run_bar = self._bars.task_ids
-        speed = pace(standing.rate, standing.cell_seconds_left)
+        speed = pace(standing.rate, standing.cell_seconds_left) if standing.workers == 1 else ""
         self._bars.update(cell_bar, description=cell, total=standing.rows, completed=standing.done, pace=speed)
         speed = pace(standing.rate, standing.run_seconds_left)
-        self._bars.update(run_bar, description="run", total=standing.run_rows, completed=standing.run_done, pace=speed)
+        self._bars.update(
+            run_bar,
+            description=_run(standing),
+            total=standing.run_rows,
+            completed=standing.run_done,
+            pace=speed,
+        )
         self._bars.start()  # once there is something to show; later it does nothing
+
+
+def _run(standing: "Standing") -> str:
+    """``"run"``, or ``"run, 4 workers"``."""
+    return "run" if standing.workers == 1 else f"run, {standing.workers} workers"
 
 
 def pace(rate: float | None, seconds_left: float | None) -> str:

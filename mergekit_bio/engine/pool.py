@@ -1,7 +1,7 @@
 """Jobs handed out to workers, each of which holds one engine: one in this process, or many on Ray."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -127,22 +127,25 @@ def hand_out(
         EngineError: Workers die whatever they are given.
     """
     queue = _Queue(jobs, group)
-    running: dict[int, Job] = {}
+    running: dict[int, tuple[Job, Job | None]] = {}
     deaths: Counter[Job] = Counter()
+    suspected: set[Job] = set()
     given_up_in_a_row = 0
     while queue or running:
-        # 1. Every free worker gets a job, and is told what it will probably get next.
+        # 1. Every free worker gets a job, and is told what it will probably get next. A job that a worker may have died
+        # of is neither read ahead nor done while another is: if the worker dies again, it is clear of what.
         for worker in workers.free():
             if (job := queue.take(worker)) is None:
                 break
+            following = None if job in suspected else queue.reserve(worker, suspected)
             started(job)
-            running[worker] = job
-            workers.start(worker, job, queue.reserve(worker))
-        # 2. Nothing is sent to a worker that is not free, so its death is the doing of no other job than this one.
+            running[worker] = job, following
+            workers.start(worker, job, following)
+        # 2. A worker has come to an end, one way or the other.
         finished = workers.wait()
         if finished is None:
             continue
-        job = running.pop(finished.worker)
+        job, following = running.pop(finished.worker)
         if not finished.died:
             given_up_in_a_row = 0
             yield job, finished.result
@@ -150,6 +153,7 @@ def hand_out(
         # 3. The job of a worker that died goes to the next free one, unless it is what kills them.
         queue.forget(finished.worker)
         deaths[job] += 1
+        suspected |= {job} if following is None else {job, following}
         if deaths[job] < DEATHS_OF_A_JOB:
             note(f"note: a worker died; asked again: {job}")
             queue.put_back(job)
@@ -189,11 +193,15 @@ class _Queue(Generic[Job]):
             self._at[worker] = self._group(job)
         return job
 
-    def reserve(self, worker: int) -> Job | None:
+    def reserve(self, worker: int, avoid: Collection[Job]) -> Job | None:
         """Keep a job for a worker, as long as the others have enough to do."""
         job = self._next(worker)
-        if job is not None:
-            self._reserved[worker] = job
+        if job is None:
+            return None
+        if job in avoid:
+            self.put_back(job)
+            return None
+        self._reserved[worker] = job
         return job
 
     def put_back(self, job: Job) -> None:

@@ -9,7 +9,8 @@ from functools import lru_cache
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.waveform import pad_to_minimum
-from mergekit_bio.engine.interface import Decoding, Engine, Generation, Prompt
+from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.engine.interface import Decoding, Engine, EngineSettings, Generation, Prompt
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.data.dataset import Dataset
@@ -123,6 +124,23 @@ class RunWorker:
 
     def _labels_of(self, dataset: str, query: int) -> list[str]:
         return options(self._plan.recipe, self._plan.dataset_named(dataset), query)
+
+
+class OwnEngine(RunWorker):
+    """A worker with an engine of its own.
+
+    Args:
+        plan: The run.
+        settings: What the engine is started with.
+    """
+
+    def __init__(self, plan: RunPlan, settings: EngineSettings) -> None:
+        super().__init__(plan, EngineSlot(engine_class(plan.engine), settings))
+
+    def close(self) -> None:
+        """Close the engine too."""
+        super().close()
+        self._slot.close()
 
 
 class AudioReader:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine, engine_class
 from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.pool import OneWorker
+from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
+from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.label_map import missing_names
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
-from mergekit_bio.eval.run.asking import RunWorker
+from mergekit_bio.eval.run.asking import OwnEngine, RunWorker
 from mergekit_bio.eval.run.batches import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
 from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
@@ -65,6 +68,8 @@ def evaluate(
     api_key: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     listener: ProgressListener | None = None,
 ) -> Run:
     """Run a recipe, or go on with a run of it.
@@ -83,6 +88,9 @@ def evaluate(
         api_key: The servers' key.
         engine_options: More arguments for the engine, such as ``dtype``.
         limit: Ask about the first so many clips of every dataset only.
+        workers: Engines that answer, each in a process of its own, on Ray; by default one for every GPU, if Ray is
+            installed. A run may go on with another number.
+        ray: The address of a running Ray cluster, or ``"auto"``; by default Ray is started on this machine.
         listener: Hears how it goes.
 
     Raises:
@@ -94,7 +102,7 @@ def evaluate(
         listener=listener,
     )  # fmt: skip
     settings = EngineSettings(options=engine_options or {}, servers=tuple(servers), api_key=api_key)
-    return Run(plan.out, carry_out(plan, settings, listener=listener))
+    return Run(plan.out, carry_out(plan, settings, listener=listener, workers=workers, ray=ray))
 
 
 def prepare_run(
@@ -141,7 +149,13 @@ def prepare_run(
 
 
 def carry_out(
-    plan: RunPlan, settings: EngineSettings, *, listener: ProgressListener, slot: EngineSlot | None = None
+    plan: RunPlan,
+    settings: EngineSettings,
+    *,
+    listener: ProgressListener,
+    slot: EngineSlot | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> RunRecord:
     """Merge what is missing and ask every checkpoint.
 
@@ -150,26 +164,37 @@ def carry_out(
         settings: What the engine is started with; the run adds what it needs itself.
         listener: Is told how it goes.
         slot: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+        workers: See :func:`evaluate`; with a slot there is one.
+        ray: See :func:`evaluate`.
 
     Raises:
         MergekitBioError: See :func:`evaluate`. Answers so far are kept.
     """
     engine = engine_class(plan.engine)
-    # 1. Merge.
-    if plan.recipe.merge is not None and not engine.remote:
-        merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
-        if merged:
-            listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
-    # One cell uses every prefix once; for more they are kept on the disk, until the run is complete.
-    prefixes = plan.out / PREFIXES if slot is None and len(plan.cells) > len(plan.datasets) else None
     with ExitStack() as stack:
+        # 1. Who will answer: one engine in this process, or Ray's workers with one each.
+        cluster = None
+        if slot is None:
+            cluster = stack.enter_context(
+                cluster_for(engine, settings.options, workers=workers, address=ray, note=listener.note)
+            )
+        # 2. Merge.
+        if plan.recipe.merge is not None and not engine.remote:
+            merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
+            if merged:
+                listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
+        # One cell uses every prefix once; for more, or for several engines, they are kept on the disk, until the run is
+        # complete.
+        many = len(plan.cells) > len(plan.datasets) or cluster is not None
+        prefixes = plan.out / PREFIXES if slot is None and many else None
         if slot is None:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
+        if slot is None and cluster is None:
             slot = stack.enter_context(EngineSlot(engine, settings))
-        # 2. Write down what decides the answers; a run of another configuration is refused here.
+        # 3. Write down what decides the answers; a run of another configuration is refused here.
         weights = {
             checkpoint: {"served": slot.revision(checkpoint.source)}
-            if engine.remote
+            if engine.remote and slot is not None
             else weights_identity(resolve(checkpoint.source).path)
             for checkpoint in plan.checkpoints
         }
@@ -181,18 +206,29 @@ def carry_out(
             scorer=plan.recipe.scorer,
             cells=cells,
             label_map=plan.recipe.label_map,
-            environment=_environment(plan, settings.options),
+            environment=_environment(plan, settings.options, workers=cluster.count if cluster else 1),
         )
-        # 3. Ask.
-        with RunDirectory(plan.out, wanted) as run:
+        # 4. Ask.
+        run = stack.enter_context(RunDirectory(plan.out, wanted))
+        if slot is not None:
             with closing(RunWorker(plan, slot)) as worker:
                 ask_all(plan, run, OneWorker(worker), listener)
-            if prefixes is not None:
-                shutil.rmtree(prefixes, ignore_errors=True)
-            return run.record
+        elif cluster is not None:
+            with cluster.workers(partial(OwnEngine, plan, settings)) as pool:
+                given_up = ask_all(plan, run, pool, listener)
+            if given_up:
+                missing = sum(len(batch.places) for batch in given_up)
+                raise EngineError(
+                    f"{plan.out}: {missing} of {plan.rows} answers are missing, because workers died when they were "
+                    f"asked: {'; '.join(map(str, given_up[:3]))}{'; ...' * (len(given_up) > 3)}. All others are there; "
+                    "run the command again to ask what is missing"
+                )
+        if prefixes is not None:
+            shutil.rmtree(prefixes, ignore_errors=True)
+        return run.record
 
 
-def _environment(plan: RunPlan, engine_options: Mapping[str, Any]) -> dict[str, Any]:
+def _environment(plan: RunPlan, engine_options: Mapping[str, Any], *, workers: int) -> dict[str, Any]:
     """What a reader of the record may want to know and the predictions should not depend on."""
     versions = {}
     for package in (*_PACKAGES, *engine_class(plan.engine).packages):
@@ -205,6 +241,7 @@ def _environment(plan: RunPlan, engine_options: Mapping[str, Any]) -> dict[str, 
         "python": platform.python_version(),
         "machine": platform.platform(),
         "engine": {"name": plan.engine, "options": {key: str(value) for key, value in engine_options.items()}},
+        "workers": workers,
         "checkpoints": {checkpoint.name: checkpoint.source for checkpoint in plan.checkpoints},
         "data": {dataset.name: dataset.source for dataset in plan.datasets},
     }
