@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic
@@ -20,14 +22,14 @@ from mergekit_bio.engine.pool import Finished, Job, Result, Worker
 from mergekit_bio.errors import EngineError, MergekitBioError, MissingPackageError
 
 #: What Ray reads when it is imported and started, where it is started here. The user's own settings win.
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOCAL_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else it turns 127.0.0.1 into the machine's address, and listens there
+    _CLUSTERS: "0",  # else it turns 127.0.0.1 into the machine's address, and listens there
     "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else one is written into the home folder
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # it would kill workers on a machine whose memory others have filled
 }
-#: It prints the death of a worker to stdout, where results belong; that is told here.
-_SILENCE = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 #: What vLLM reads in a worker. Its engine is in the worker's own process, and ends with it whichever way that ends.
 _WORKER_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 #: Bytes of Ray's object store: what goes to and fro are questions' places and answers.
@@ -163,10 +165,35 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def _silent() -> Iterator[None]:
+    """Ray prints every death of a worker to stdout, where results belong. Such things are told here."""
+    from ray._private.worker import stdout_deduplicator as printed
+
+    before, printed.skip_re = printed.skip_re, re.compile("")  # which matches every line
+    try:
+        yield
+    finally:
+        printed.skip_re = before
+
+
+@contextmanager
+def _read_again() -> Iterator[None]:
+    """Have Ray read its environment, which it does when it is imported. vLLM may have done that before."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[_CLUSTERS] != "0"
+    import_module("ray._raylet").Config.initialize("")
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
 def _ray_here(workers: int) -> Iterator[None]:
     """Ray on this machine, or what the process has started of it already."""
-    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if "RAY_AUTH_MODE" not in os.environ else {}
-    with _environment({**_LOCAL_ENVIRONMENT, **token, **_SILENCE}):
+    with _environment(_LOCAL_ENVIRONMENT), _silent(), _read_again():
         import ray
 
         if ray.is_initialized():
@@ -190,7 +217,7 @@ def _ray_here(workers: int) -> Iterator[None]:
 
 @contextmanager
 def _ray_at(address: str) -> Iterator[None]:
-    with _environment(_SILENCE):
+    with _silent():
         import ray
 
         if ray.is_initialized():
@@ -388,6 +415,6 @@ class RayWorkers(Generic[Job, Result]):
             self._free.add(worker)
         except ray.exceptions.ActorDiedError:
             self._note(f"note: a worker is gone for good; {self.up} of {self.count} are up")
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayActorError:  # it is still on its way
             time.sleep(_SECONDS_BETWEEN_PROBES)
             self._probe(worker)

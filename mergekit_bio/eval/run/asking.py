@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,12 +55,13 @@ class Answered:
     Attributes:
         predictions: One for each of its questions.
         seconds: From the moment the engine was on the checkpoint.
-        encoded: Clips that the worker has sent through the tower since its last batch.
+        counts: What the worker has done since its last batch, for the run's record, such as ``clips_encoded``: clips
+            that went through the tower.
     """
 
     predictions: tuple[Prediction, ...]
     seconds: float
-    encoded: int
+    counts: Mapping[str, int]
 
 
 class RunWorker:
@@ -75,9 +76,11 @@ class RunWorker:
         self._plan, self._slot = plan, slot
         self._cells = {cell.file: cell for cell in plan.cells}
         self._reader = AudioReader(plan.datasets)
-        self._told = slot.encoded
         self._questions = lru_cache(4)(self._questions_of)
         self._labels = lru_cache(4)(self._labels_of)
+        self._ahead = ThreadPoolExecutor(1)
+        self._reading: tuple[Batch, Future[list[Prompt]]] | None = None
+        self._counted = self._counts()
 
     def answer(self, batch: Batch, following: Batch | None) -> Answered:
         """Ask one batch.
@@ -90,30 +93,41 @@ class RunWorker:
             MergekitBioError: The engine cannot run the checkpoint, or a recording is no use.
         """
         cell, recipe = self._cells[batch.cell], self._plan.recipe
-        asked = self._asked(batch)
-        # 1. The engine on the checkpoint. Meanwhile the recordings are decoded, if they are not yet.
-        self._reader.read_ahead(cell.dataset, [question.instruction for question in asked])
+        # 1. The engine on the checkpoint. The recordings are decoded meanwhile, if they are not yet.
+        reading = self._read(batch)
         engine = self._slot.at(self._plan.checkpoint(cell).source)
         since = time.perf_counter()
-        # 2. The prompts, and the next batch's while the engine answers this one.
-        prompts = self._reader.prompts(cell.dataset, [question.instruction for question in asked])
+        # 2. The prompts. The next batch's recordings are decoded while the engine answers this one.
+        prompts = reading.result()
+        self._reading = None
         if following is not None:
-            dataset = self._cells[following.cell].dataset
-            self._reader.read_ahead(dataset, [question.instruction for question in self._asked(following)])
+            self._read(following)
         self._slot.encode([clip for prompt in prompts for clip in prompt.audios])
         # 3. Ask.
         labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
         answers = _answers(engine, recipe, prompts, labels, seed=recipe.seed + batch.places.start)
         predictions = tuple(
             _prediction(cell, question, answer, asked=engine.render(prompt))
-            for question, prompt, answer in zip(asked, prompts, answers, strict=True)
+            for question, prompt, answer in zip(self._asked(batch), prompts, answers, strict=True)
         )
-        encoded, self._told = self._slot.encoded - self._told, self._slot.encoded
-        return Answered(predictions, time.perf_counter() - since, encoded)
+        before, self._counted = self._counted, self._counts()
+        counts = {name: count - before[name] for name, count in self._counted.items()}
+        return Answered(predictions, time.perf_counter() - since, counts)
 
     def close(self) -> None:
         """Read no further ahead."""
-        self._reader.close()
+        self._ahead.shutdown(cancel_futures=True)
+
+    def _read(self, batch: Batch) -> "Future[list[Prompt]]":
+        """Begin to read a batch, if that is not under way."""
+        if self._reading is None or self._reading[0] != batch:
+            instructions = [question.instruction for question in self._asked(batch)]
+            self._reading = batch, self._ahead.submit(self._reader.read, self._cells[batch.cell].dataset, instructions)
+        return self._reading[1]
+
+    def _counts(self) -> dict[str, int]:
+        """What a run counts, as :class:`Answered` says."""
+        return {"clips_encoded": self._slot.encoded}
 
     def _asked(self, batch: Batch) -> list[Question]:
         cell = self._cells[batch.cell]
@@ -144,7 +158,7 @@ class OwnEngine(RunWorker):
 
 
 class AudioReader:
-    """Makes prompts of instructions: decodes their recordings, ahead of the engine.
+    """Makes prompts of instructions: decodes their recordings.
 
     Args:
         datasets: Where the recordings are.
@@ -153,30 +167,13 @@ class AudioReader:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._clip = lru_cache(CLIPS_KEPT)(self._decode)
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[str, Sequence[Instruction], Future[list[Prompt]]] | None = None
 
-    def read_ahead(self, dataset: str, instructions: Sequence[Instruction]) -> None:
-        """Begin with what :meth:`prompts` will be asked for, if that is not under way."""
-        if self._ahead is None or self._ahead[:2] != (dataset, instructions):
-            self._ahead = dataset, instructions, self._pool.submit(self._read, dataset, instructions)
-
-    def prompts(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
+    def read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
         """The instructions with what is heard.
 
         Raises:
             DatasetError: A recording is no use.
         """
-        self.read_ahead(dataset, instructions)
-        assert self._ahead is not None
-        (*_, reading), self._ahead = self._ahead, None
-        return reading.result()
-
-    def close(self) -> None:
-        """Read no further."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
         # In the order of their places, which is how they lie in the data; each once, though the cache may be small.
         ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
         clips = {clip_id: self._clip(dataset, clip_id) for clip_id in ids}

@@ -43,8 +43,8 @@ def ask_all(
     writers: dict[str, PredictionWriter] = {}
     unsaved: defaultdict[str, float] = defaultdict(float)
     given_up: list[Batch] = []
-    saved, encoded = time.perf_counter(), 0
-    encoded_before = run.record.environment.get("clips_encoded", 0)
+    saved = time.perf_counter()
+    counts: Counter[str] = Counter()
     try:
         # 2. Have it answered. Batches of one checkpoint are a group: to change it, an engine has to load weights.
         for batch, answered in hand_out(
@@ -64,7 +64,7 @@ def ask_all(
                     writer.append(prediction)
                 counter.answered(cell, len(batch.places), seconds=answered.seconds)
                 unsaved[batch.cell] += answered.seconds
-                encoded += answered.encoded
+                counts.update(answered.counts)
             left[batch.cell] -= 1
             if not left[batch.cell] and batch.cell in writers:
                 writers.pop(batch.cell).close()
@@ -76,7 +76,7 @@ def ask_all(
         for writer in writers.values():
             writer.close()
         _save_time(run, cells, unsaved)
-        run.note({"clips_encoded": encoded_before + encoded})
+        run.note({name: run.record.environment.get(name, 0) + count for name, count in counts.items()})
     return given_up
 
 
