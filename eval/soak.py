@@ -58,6 +58,11 @@ SOAKS = {
         ("tests/eval/test_run_loop.py::test_a_run_killed_many_times_ends_with_the_same_predictions",),
         100,
     ),
+    "worker-kills": Soak(
+        "a run by two workers, each time with workers and driver killed, ends with the predictions of one engine",
+        ("tests/eval/test_workers.py::test_runs_with_workers_and_drivers_killed_end_the_same",),
+        10,
+    ),
     "server-bodies": Soak(
         "whatever is sent to the server, it answers and stays up (times: requests of each of three kinds)",
         (f"{SERVER}_body_makes_predict_fail", f"{SERVER}_body_makes_chat_fail", f"{SERVER}_bytes_make_the_server_fail"),

@@ -89,6 +89,11 @@ class HttpEngine:
         check_options(cls.name, options, known=("concurrency", "timeout"))
 
     @classmethod
+    def gpus(cls, options: Mapping[str, Any]) -> int:
+        """None: the servers have them."""
+        return 0
+
+    @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
         """Ask the servers, and for the checkpoint that has this directory's name."""
         engine = cls(settings.servers, api_key=settings.api_key, **settings.options)

@@ -164,6 +164,10 @@ class Engine(Protocol):
         """
 
     @classmethod
+    def gpus(cls, options: Mapping[str, Any]) -> int:
+        """How many GPUs one of them takes on a machine that has them; 0 if it computes elsewhere all the same."""
+
+    @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> "Engine":
         """Start it on a checkpoint.
 

@@ -104,20 +104,24 @@ def cluster_for(
             raise EngineError(f"--workers, --ray: --engine {engine.name} asks all its servers at once; leave them out")
         yield None
         return
-    gpus_each = _gpus_each(options)
+    gpus_each = engine.gpus(options)
     if address is None:
-        gpus = _gpus_here(options)
+        import torch
+
+        gpus = torch.cuda.device_count() if gpus_each else 0
         if workers is None:
-            workers = max(1, gpus // gpus_each)
+            workers = max(1, gpus // gpus_each) if gpus else 1
             if workers > 1 and missing_ray(""):
-                note(
-                    f"note: one worker answers, on {gpus_each} of {gpus} GPUs; to use all of them: "
-                    "pip install 'mergekit-bio[cluster]'"
-                )
+                note(f"note: {gpus_each} of {gpus} GPUs in use; for all: pip install 'mergekit-bio[cluster]'")
                 workers = 1
         if workers == 1:
             yield None
             return
+        if gpus and workers * gpus_each > gpus:
+            raise EngineError(
+                f"--workers {workers}: each takes {gpus_each} GPU{'s' * (gpus_each > 1)}, and there are {gpus}; take "
+                f"{max(1, gpus // gpus_each)}"
+            )
     # 2. Ray.
     if error := missing_ray(f"--workers {workers}" if address is None else "--ray"):
         raise error
@@ -125,31 +129,12 @@ def cluster_for(
         import ray
 
         if address is not None:
-            gpus = 0 if _on_cpu(options) else int(ray.cluster_resources().get("GPU", 0))
+            # Of a cluster that is still growing, workers may wait for their part.
+            gpus = int(ray.cluster_resources().get("GPU", 0)) if gpus_each else 0
             machines = sum(bool(node["Alive"]) for node in ray.nodes())
             workers = workers or (max(1, gpus // gpus_each) if gpus else machines)
         assert workers is not None
-        if gpus and workers * gpus_each > gpus:
-            raise EngineError(
-                f"--workers {workers}: each takes {gpus_each} GPU{'s' * (gpus_each > 1)}, and there are {gpus} in all; "
-                f"take {max(1, gpus // gpus_each)}"
-            )
         yield Cluster(workers, gpus_each if gpus else 0, note)
-
-
-def _on_cpu(options: Mapping[str, Any]) -> bool:
-    return str(options.get("device", "")).startswith("cpu")
-
-
-def _gpus_each(options: Mapping[str, Any]) -> int:
-    sizes = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
-    return max(1, sizes[0] * sizes[1]) if all(isinstance(size, int) for size in sizes) else 1
-
-
-def _gpus_here(options: Mapping[str, Any]) -> int:
-    import torch
-
-    return 0 if _on_cpu(options) else torch.cuda.device_count()
 
 
 @contextmanager

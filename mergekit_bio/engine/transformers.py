@@ -76,6 +76,11 @@ class TransformersEngine:
         check_options(cls.name, options, known=("dtype", "device"))
 
     @classmethod
+    def gpus(cls, options: Mapping[str, Any]) -> int:
+        """One, unless ``device`` says otherwise."""
+        return 0 if str(options.get("device", "")).startswith("cpu") else 1
+
+    @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
         """Start it on a checkpoint, with a prefix cache of its own."""
         from transformers.utils import logging

@@ -27,6 +27,10 @@ class Parrot:
         assert options == {"volume": 11}
 
     @classmethod
+    def gpus(cls, options):
+        return 0
+
+    @classmethod
     def start(cls, checkpoint, settings):
         return cls(settings.servers, checkpoint)
 

@@ -126,6 +126,12 @@ class VllmEngine:
             )
 
     @classmethod
+    def gpus(cls, options: Mapping[str, Any]) -> int:
+        """As many as Llama is spread over; vLLM has options for that."""
+        sizes = [options.get(f"{way}_parallel_size") for way in ("tensor", "pipeline", "data")]
+        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+
+    @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
         """Start it on a checkpoint, with a prefix cache in front of its tower, which runs on the option ``device``."""
         directory, options = resolve(checkpoint).path, {"max_audios": settings.max_audios, **settings.options}
