@@ -52,6 +52,8 @@ def commands() -> Iterator[Block]:
             start += len(line) + 1
 
 
+#: Scripts, each run as a whole.
+SCRIPTS = in_language("bash")
 COMMANDS = list(commands())
 OURS = [command for command in COMMANDS if command.words[0] == "mergekit-bio"]
 

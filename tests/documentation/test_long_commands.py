@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from documentation.pages import COMMANDS, PAGES, ROOT, Block, starts_an_engine
+from documentation.pages import COMMANDS, PAGES, ROOT, SCRIPTS, Block, starts_an_engine
 from documentation.standins import write_recipes
 
 VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -60,6 +61,35 @@ def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -
     (run,) = Path("runs").iterdir()
     assert json.loads((run / "run.json").read_text())["environment"]["engine"]["name"] == "vllm"
     assert (run / "report/report.html").exists()
+
+
+@VLLM
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_clusters_scripts_run_one_after_the_other_as_they_stand(here: Path, tmp_path: Path) -> None:
+    """With Slurm's variables for this machine, and without the machines that its srun would start."""
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    slurm = {"SLURM_GPUS": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_NNODES": "1", "SECONDS_FOR_THE_OTHERS": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as sockets:  # their paths must be short
+        loopback = {"HEAD_ADDRESS": "127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": sockets}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        shell("mergekit-bio merge --alpha 0.4 --alpha 0.5 --out merged/sweep")
+        shutil.rmtree("runs")
+        one_node, a_task, report, cluster = SCRIPTS
+        shell(one_node.text, **slurm, **quiet)
+        record = json.loads(Path("runs/closed_set/run.json").read_text())
+        assert record["environment"]["workers"] == 2 and len(record["cells"]) > 1
+        for task in ("4", "5"):
+            shell(a_task.text, **slurm | {"SLURM_ARRAY_TASK_ID": task}, **quiet)
+        shell(report.text)
+        scores = json.loads(Path("runs/array/report/scores.json").read_text())
+        assert {len(sweep["cells"]) for sweep in scores["sweeps"]} == {2}
+        shutil.rmtree("runs/closed_set")
+        shell(cluster.text, **slurm, **quiet, **loopback)
+        record = json.loads(Path("runs/closed_set/run.json").read_text())
+        assert record["environment"]["workers"] == 1
+        assert Path("runs/closed_set/report/report.html").exists()
 
 
 @contextmanager

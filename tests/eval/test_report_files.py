@@ -318,6 +318,16 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
     assert len(build_report(read_runs([first, second])).sweeps) == 2
 
 
+def test_the_runs_of_an_array_over_alphas_are_one_sweep_unless_more_than_the_alpha_differs(make_run):
+    runs = [make_run(alphas=(alpha,)) for alpha in (1.0, 0.0, 0.5)]
+    (sweep,) = build_report(read_runs(runs)).sweeps
+    assert [item.cell.alpha for item in sweep.scores] == [0.0, 0.5, 1.0] and sweep.cell.run == "frogs"
+    record = json.loads((runs[1] / "run.json").read_text())
+    record["cells"][0]["identity"]["seed"] = 1
+    (runs[1] / "run.json").write_text(json.dumps(record))
+    assert {cell.run for cell in read_runs(runs)} == {str(run) for run in runs}
+
+
 def test_a_run_that_several_paths_lead_to_is_counted_once(make_run, tmp_path):
     shutil.copytree(make_run(), tmp_path / "all/frogs")
     (tmp_path / "again").symlink_to(tmp_path / "all/frogs")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -65,13 +65,15 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
 def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
     """The cells with names that tell them apart.
 
-    Runs of one name in different folders are called by their folders. Two checkpoints of a sweep have one name where a
-    run was started again with another checkpoint of the same strength; their files are added to the name.
+    Runs of one name in different folders are called by their folders, unless they are parts of one. Two checkpoints of
+    a sweep have one name where a run was started again with another checkpoint of the same strength; their files are
+    added to the name.
     """
-    folders: dict[str, set[Path]] = {}
+    by_name: dict[str, list[Cell]] = {}
     for cell in cells:
-        folders.setdefault(cell.run, set()).add(cell.folder)
-    cells = [replace(cell, run=str(cell.folder)) if len(folders[cell.run]) > 1 else cell for cell in cells]
+        by_name.setdefault(cell.run, []).append(cell)
+    whole = {name: _are_one_run(of_name) for name, of_name in by_name.items()}
+    cells = [cell if whole[cell.run] else replace(cell, run=str(cell.folder)) for cell in cells]
     cells_of_name = Counter((cell.sweep, cell.checkpoint) for cell in cells)
     return [
         replace(cell, checkpoint=f"{cell.checkpoint} ({cell.file})")
@@ -79,6 +81,18 @@ def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
         else cell
         for cell in cells
     ]
+
+
+def _are_one_run(cells: Sequence[Cell]) -> bool:
+    """Whether cells are of one folder, or what the tasks of an array leave: other checkpoints, and all else equal."""
+    if len({cell.folder for cell in cells}) == 1:
+        return True
+    asked: dict[object, dict[str, Any]] = {}
+    for cell in cells:
+        identity = {key: value for key, value in cell.identity.items() if key != "checkpoint"}
+        if asked.setdefault(cell.sweep, identity) != identity:
+            return False
+    return len({cell.file for cell in cells}) == len(cells)
 
 
 def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
