@@ -118,9 +118,9 @@ def main() -> None:
         described = machine.describe(folder)
     what = (
         f"`mergekit-bio eval --workers N` on a tiny random model: {given.clips} clips of 10 s at {given.alphas} "
-        f"strengths, 32 new tokens at most, greedy, float32; medians of {given.rounds} interleaved rounds. The whole is "
-        "all of a run, from Python's imports of the engine and the start of Ray to the last answer; the rate counts from "
-        f"the start of the first engine. Machine: {described}."
+        f"strengths, 32 new tokens at most, greedy, float32; medians of {given.rounds} interleaved rounds. The whole "
+        "is all of a run, from Python's imports of the engine and the start of Ray to the last answer; the rate counts "
+        f"from the start of the first engine. Machine: {described}."
     )
     lines = [
         HEADING,
