@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,7 @@ _WORKER_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THRE
 _OBJECT_STORE = 100 << 20
 #: A path of Ray's sockets, of which a folder is the beginning, has 107 bytes at most.
 _LONGEST_FOLDER = 40
+_SECONDS_TO_KNOCK = 10.0
 _SECONDS_TO_CLOSE = 30.0
 _SECONDS_BETWEEN_PROBES = 0.2
 #: Seconds without any worker, after which the user is told.
@@ -208,18 +209,27 @@ def _ray_at(address: str) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
-        try:
-            started = _started(address=address)
-            started.__enter__()
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise EngineError(
-                f"--ray {address}: cannot be reached ({reason}); start it with: ray start --head"
-            ) from error
-        try:
+        with ExitStack() as stack:
+            try:
+                _knock(address)
+                stack.enter_context(_started(address=address))
+            except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise EngineError(
+                    f"--ray {address}: cannot be reached ({reason}); start it with: ray start --head"
+                ) from error
             yield
-        finally:
-            started.__exit__(None, None, None)
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes to reach a place where nobody is.
+
+    Raises:
+        OSError: Nobody is there.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_KNOCK).close()
 
 
 @contextmanager

@@ -105,6 +105,19 @@ def test_workers_without_ray_say_what_to_install(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "nonsense"])
+def test_a_cluster_that_is_not_there_is_said_in_one_line(address, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
+    with (
+        pytest.raises(EngineError, match=rf"--ray {address}: cannot be reached .* ray start --head") as caught,
+        cluster_for(ENGINE, {}, workers=2, address=address, note=print),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_what_no_pool_can_do_is_refused():
     http = engine_class("http")
     for engine, arguments, said in [
