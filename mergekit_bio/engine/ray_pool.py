@@ -139,15 +139,25 @@ def cluster_for(
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables, for as long as the block lasts, where they are not set."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
+def _local_settings() -> Iterator[None]:
+    """``_LOCAL_ENVIRONMENT`` for as long as the block lasts, where the user has not set it.
+
+    Ray reads its environment when it is imported, which vLLM may have done before: it is made to read it again.
+    """
+    new = {name: value for name, value in _LOCAL_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(new)
+    from ray._private import ray_constants
+
+    config, clusters = import_module("ray._raylet").Config, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[_CLUSTERS] != "0"
+    config.initialize("")
     try:
         yield
     finally:
         for name in new:
             os.environ.pop(name, None)
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        config.initialize("")
 
 
 @contextmanager
@@ -163,23 +173,9 @@ def _silent() -> Iterator[None]:
 
 
 @contextmanager
-def _read_again() -> Iterator[None]:
-    """Have Ray read its environment, which it does when it is imported. vLLM may have done that before."""
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ[_CLUSTERS] != "0"
-    import_module("ray._raylet").Config.initialize("")
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
 def _ray_here(workers: int) -> Iterator[None]:
     """Ray on this machine, or what the process has started of it already."""
-    with _environment(_LOCAL_ENVIRONMENT), _silent(), _read_again():
+    with _local_settings(), _silent():
         import ray
 
         if ray.is_initialized():
@@ -258,15 +254,15 @@ class _Actor:
 
     def __init__(self, folder: str, environment: Mapping[str, str], threads: str | None, sharing: int) -> None:
         self._folder = folder
-        self._make: Callable[[], Worker[Any, Any]] | None = None
+        self._make: list[Any] = []
         self._worker: Worker[Any, Any] | None = None
         # Ray has set this one: 1 for an actor that takes one CPU.
         os.environ["OMP_NUM_THREADS"] = threads or str(max(1, len(os.sched_getaffinity(0)) // sharing))
         for name, value in environment.items():
             os.environ.setdefault(name, value)
 
-    def ready(self, make: Callable[[], Worker[Any, Any]]) -> None:
-        """Answers once the process is there, and has got what makes its worker."""
+    def ready(self, make: list[Any]) -> None:
+        """Answers once the process is there, and knows where to get what makes its worker: a reference in a list."""
         self._make = make
 
     def answer(self, job: Any, following: Any) -> tuple[Any, tuple[type[MergekitBioError], str] | None]:
@@ -291,8 +287,12 @@ class _Actor:
                 f"{self._folder}: cannot be entered on {socket.gethostname()} ({error.strerror}); run the command in "
                 "a folder that every machine of the cluster has"
             ) from None
-        assert self._make is not None
-        return self._make()
+        import ray
+
+        # Only now, as it may open files by their relative paths.
+        (reference,) = self._make
+        make: Callable[[], Worker[Any, Any]] = ray.get(reference)
+        return make()
 
 
 class RayWorkers(Generic[Job, Result]):
@@ -400,7 +400,7 @@ class RayWorkers(Generic[Job, Result]):
             self._probe(worker)
 
     def _probe(self, worker: int) -> None:
-        self._probes[self._actors[worker].ready.remote(self._pickled)] = worker
+        self._probes[self._actors[worker].ready.remote([self._pickled])] = worker
 
     def _probed(self, worker: int, reference: Any) -> None:
         import ray
