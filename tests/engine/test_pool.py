@@ -105,7 +105,7 @@ def test_workers_without_ray_say_what_to_install(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
 def test_a_cluster_that_is_not_there_is_said_in_one_line(address, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
