@@ -28,6 +28,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else one is written into the home folder
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray before 2.60 warns of what this will do
     "RAY_memory_monitor_refresh_ms": "0",  # it would kill workers on a machine whose memory others have filled
 }
 #: What vLLM reads in a worker. Its engine is in the worker's own process, and ends with it whichever way that ends.

@@ -148,11 +148,11 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 def cluster(notes, monkeypatch_module):
     """Ray on this machine, for two workers."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    before = {process.pid for process in offspring()}
+    before = offspring()
     monkeypatch_module.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # where its processes find these workers
     with cluster_for(ENGINE, {}, workers=2, address=None, note=notes.append) as cluster:
         yield cluster
-    assert {process.pid for process in offspring()} <= before
+    assert not psutil.wait_procs([process for process in offspring() if process not in before], timeout=60)[1]
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
