@@ -66,10 +66,13 @@ def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -
 @VLLM
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_a_clusters_scripts_run_one_after_the_other_as_they_stand(here: Path, tmp_path: Path) -> None:
+def test_a_clusters_scripts_run_one_after_the_other_as_they_stand(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With Slurm's variables for this machine, and without the machines that its srun would start."""
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     slurm = {"SLURM_GPUS": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_NNODES": "1", "SECONDS_FOR_THE_OTHERS": "0"}
     with tempfile.TemporaryDirectory(prefix="ray-") as sockets:  # their paths must be short
         loopback = {"HEAD_ADDRESS": "127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_TMPDIR": sockets}
