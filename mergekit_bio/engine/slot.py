@@ -8,9 +8,7 @@ from mergekit_bio.engine.interface import Engine, EngineSettings
 from mergekit_bio.engine.sweep import family
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mergekit_bio.audio.clip import Clip
+    from mergekit_bio.engine.prefix_cache import PrefixCache
 
 
 class EngineSlot:
@@ -22,6 +20,8 @@ class EngineSlot:
 
     Attributes:
         name: The engine's.
+        settings: As given.
+        notes: What a user should know about the prefixes.
 
     Raises:
         EngineError: The engine has no such option.
@@ -31,7 +31,9 @@ class EngineSlot:
         engine.set_environment(quiet=settings.quiet)
         engine.check_options(settings.options)
         self.name = engine.name
-        self._class, self._settings = engine, settings
+        self.settings = settings
+        self.notes: list[str] = []
+        self._class = engine
         self._engine: Engine | None = None
         self._family: str | None = None
         self._encoded_before = 0
@@ -43,10 +45,14 @@ class EngineSlot:
         self._close()
 
     @property
+    def prefixes(self) -> "PrefixCache | None":
+        """Where the engine's audio prefixes come from; None where there is none, or it makes its own."""
+        return self._engine.prefixes if self._engine else None
+
+    @property
     def encoded(self) -> int:
         """Clips that went through an audio tower so far."""
-        prefixes = self._engine.prefixes if self._engine else None
-        return self._encoded_before + (prefixes.encoded if prefixes else 0)
+        return self._encoded_before + (self.prefixes.encoded if self.prefixes else 0)
 
     def at(self, checkpoint: str | Path) -> Engine:
         """The engine, on this checkpoint.
@@ -72,20 +78,23 @@ class EngineSlot:
                 raise
             return self._engine
         self._close()
-        self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it
+        self._engine, self._family = self._class.start(checkpoint, self.settings), family_of_it
         return self._engine
 
     def revision(self, checkpoint: str) -> str:
         """What tells the weights of a checkpoint from others, as servers say it."""
         return self.at(checkpoint).load(checkpoint)
 
-    def encode(self, clips: "Sequence[Clip]") -> None:
-        """Have the prefixes of clips at hand, made in batches rather than one by one."""
-        if self._engine is not None and self._engine.prefixes is not None:
-            self._engine.prefixes(clips)
+    def flush(self) -> None:
+        """Wait until all prefixes are on disk, or say why they are not."""
+        if self.prefixes:
+            self.prefixes.flush()
+            if self.prefixes.problem and self.prefixes.problem not in self.notes:
+                self.notes.append(self.prefixes.problem)
 
     def _close(self) -> None:
         if self._engine is not None:
+            self.flush()
             self._encoded_before = self.encoded
             self._engine.close()
         self._engine = None

@@ -173,6 +173,8 @@ class VllmEngine:
                 generation_config="vllm",  # every setting comes with the request
                 **{"worker_cls": worker_class(), "use_tqdm_on_load": False} | vllm_options,
             )
+        if prefixes is not None:
+            prefixes.keep_in(self._llm.llm_engine.model_config.dtype)
         self._to_stop = [self._llm]
         self._running.add(self)
 

@@ -4,27 +4,21 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import groupby
 
-from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.engine.interface import Decoding, Engine, Generation, Prompt
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.data.dataset import Dataset
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.run_directory import RunDirectory
+from mergekit_bio.eval.run.audio_reader import AudioReader
 from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.progress import AnswerCounter, ProgressListener
 from mergekit_bio.eval.run.questions import Question, options, questions
 
 #: Audios handed to an engine at once: 1.3 MB of samples each.
 AUDIOS_AT_ONCE = 512
-#: Prepared clips that are kept for the next query or as examples.
-CLIPS_KEPT = 400
 #: Seconds between two updates of a cell's time in run.json.
 SAVE_TIME_EVERY = 30.0
 
@@ -32,10 +26,14 @@ SAVE_TIME_EVERY = 30.0
 Placed = tuple[int, Question]
 
 
-def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: ProgressListener) -> None:
-    """Ask every cell, checkpoint by checkpoint; a checkpoint that has answered everything is not loaded."""
+def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: ProgressListener) -> int:
+    """Ask every cell, checkpoint by checkpoint; a checkpoint that has answered everything is not loaded.
+
+    Returns:
+        How many clips were decoded.
+    """
     counter = AnswerCounter(plan, listener)
-    reader = AudioReader(plan.datasets)
+    reader, told = AudioReader(plan.datasets, slot), len(slot.notes)
     for _, cells in groupby(plan.cells, key=lambda cell: cell.checkpoint):
         engine: Engine | None = None
         for cell in cells:
@@ -57,9 +55,8 @@ def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: Progre
                 labels = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, cell.query)
                 since = time.perf_counter()
                 try:
-                    # 3. Ask batch by batch. While the engine answers one, the recordings of the next are decoded.
-                    for batch, prompts in reader.prompts(cell, _batches(todo, engine.prompts_at_once)):
-                        slot.encode([clip for prompt in prompts for clip in prompt.audios])
+                    # 3. Ask batch by batch. While the engine answers one, the clips of the next are heard.
+                    for batch, prompts in _read_ahead(reader, cell, _batches(todo, engine.prompts_at_once)):
                         seed = plan.recipe.seed + batch[0][0]
                         answers = _answers(engine, plan.recipe, prompts, labels, seed=seed)
                         for (_, question), prompt, answer in zip(batch, prompts, answers, strict=True):
@@ -72,6 +69,10 @@ def ask_all(plan: RunPlan, run: RunDirectory, slot: EngineSlot, listener: Progre
                             since = now
                 finally:
                     run.add_seconds(cell, time.perf_counter() - since)
+    slot.flush()
+    for text in slot.notes[told:]:
+        listener.note(f"note: {text}")
+    return reader.decoded
 
 
 def _batches(todo: Sequence[Placed], size: int) -> Iterator[list[Placed]]:
@@ -89,51 +90,23 @@ def _batches(todo: Sequence[Placed], size: int) -> Iterator[list[Placed]]:
         yield batch
 
 
-class AudioReader:
-    """Makes prompts of questions: decodes their recordings, one batch ahead of the engine.
+def _read_ahead(
+    reader: AudioReader, cell: Cell, batches: Iterator[list[Placed]]
+) -> Iterator[tuple[list[Placed], list[Prompt]]]:
+    """The batches, each with its prompts; one is read while the one before is asked."""
 
-    Args:
-        datasets: Where the recordings are.
-    """
+    def read(batch: list[Placed]) -> list[Prompt]:
+        return reader.read(cell.dataset, [question.instruction for _, question in batch])
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._clip = lru_cache(CLIPS_KEPT)(self._decode)
-
-    def prompts(self, cell: Cell, batches: Iterator[list[Placed]]) -> Iterator[tuple[list[Placed], list[Prompt]]]:
-        """The batches, each with its prompts.
-
-        Raises:
-            DatasetError: A recording is no use.
-        """
-        with ThreadPoolExecutor(1) as pool:
-            batch = next(batches, None)
-            pending = pool.submit(self._read, cell, batch or [])
-            while batch is not None:
-                prompts = pending.result()
-                following = next(batches, None)
-                pending = pool.submit(self._read, cell, following or [])
-                yield batch, prompts
-                batch = following
-
-    def _read(self, cell: Cell, batch: list[Placed]) -> list[Prompt]:
-        instructions = [question.instruction for _, question in batch]
-        # In the order of their places, which is how they lie in the data; each once, though the cache may be small.
-        ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
-        clips = {clip_id: self._clip(cell.dataset, clip_id) for clip_id in ids}
-        return [
-            Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
-            for instruction in instructions
-        ]
-
-    def _decode(self, dataset_name: str, clip_id: str) -> Clip:
-        dataset = self._datasets[dataset_name]
-        samples, rate = dataset.audio(clip_id)
-        try:
-            # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
-            return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=dataset.seconds)
-        except AudioError as error:
-            raise DatasetError(f"{dataset_name}: clip {clip_id}: {error}") from None
+    with ThreadPoolExecutor(1) as ahead:
+        batch = next(batches, None)
+        pending = ahead.submit(read, batch or [])
+        while batch is not None:
+            prompts = pending.result()
+            following = next(batches, None)
+            pending = ahead.submit(read, following or [])
+            yield batch, prompts
+            batch = following
 
 
 #: An answer's text, with its generation or the log-probability of every label, whichever the recipe's decoding gives.

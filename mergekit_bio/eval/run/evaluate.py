@@ -159,7 +159,8 @@ def carry_out(
         if merged:
             listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
     # One cell uses every prefix once; for more they are kept on the disk, until the run is complete.
-    prefixes = plan.out / PREFIXES if slot is None and len(plan.cells) > len(plan.datasets) else None
+    keep = slot is None and not engine.remote and len(plan.cells) > len(plan.datasets)
+    prefixes = plan.out / PREFIXES if keep else None
     with ExitStack() as stack:
         if slot is None:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
@@ -184,9 +185,10 @@ def carry_out(
         )
         # 3. Ask.
         with RunDirectory(plan.out, wanted) as run:
-            ask_all(plan, run, slot, listener)
-            encoded = slot.encoded - encoded_before
-            run.note({"clips_encoded": run.record.environment.get("clips_encoded", 0) + encoded})
+            decoded = ask_all(plan, run, slot, listener)
+            counts = {"clips_decoded": decoded, "clips_encoded": slot.encoded - encoded_before}
+            before = run.record.environment
+            run.note({name: before.get(name, 0) + count for name, count in counts.items()})
             if prefixes is not None:
                 shutil.rmtree(prefixes, ignore_errors=True)
             return run.record
