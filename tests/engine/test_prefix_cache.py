@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from engine.starting import start_vllm
 from safetensors.torch import load_file
 
 from mergekit_bio.audio.clip import Clip
@@ -124,14 +125,28 @@ def test_prefixes_are_kept_in_llamas_dtype_rounded_once(tower, clips, tmp_path, 
     assert cache.encoded == 2  # of another dtype, they are others
 
 
-def test_bfloat16_answers_are_the_same_to_the_last_bit(tiny_sweep, tower, clips):
-    engine = TransformersEngine(tiny_sweep[0.5], dtype="bfloat16", device="cpu", prefixes=PrefixCache(tower))
+def start_transformers(checkpoint, prefixes):
+    return TransformersEngine(checkpoint, dtype="bfloat16", device="cpu", prefixes=prefixes)
+
+
+def start_vllm_in_bfloat16(checkpoint, prefixes):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    return start_vllm(checkpoint, dtype="bfloat16", prefixes=prefixes)
+
+
+@pytest.mark.parametrize("start", [start_transformers, start_vllm_in_bfloat16])
+def test_bfloat16_answers_are_the_same_to_the_last_bit(tiny_sweep, tower, clips, start):
+    """From prefixes in bfloat16, and from the same in float32, which the engine rounds."""
+    engine = start(tiny_sweep[0.5], PrefixCache(tower))
     prompts, decoding = [Prompt("Which?", [clip]) for clip in clips], Decoding(max_new_tokens=5)
     answers = engine.generate(prompts, decoding)
     assert engine.prefixes.dtype == torch.bfloat16
     engine.prefixes = PrefixCache(tower)
+    engine.load(tiny_sweep[1.0])
+    engine.load(tiny_sweep[0.5])  # whatever vLLM keeps of the prompts is forgotten
     expected = engine.generate(prompts, decoding)
-    assert engine.prefixes.dtype == torch.float32
+    assert engine.prefixes.dtype == torch.float32 and engine.prefixes.encoded == len(clips)
+    engine.close()
     assert [(a.token_ids, a.logprobs) for a in answers] == [(a.token_ids, a.logprobs) for a in expected]
 
 
