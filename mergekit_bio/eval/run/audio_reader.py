@@ -80,11 +80,12 @@ class AudioReader:
         # 2. The others are decoded now.
         for clip_id, clip in recordings.decode([clip_id for clip_id in keys if clip_id not in clips]):
             clips[clip_id] = clip
-            self._digests.add(keys[clip_id], clip.digest)
-            if prefixes is None:
-                self._kept[keys[clip_id]] = clip
-                if len(self._kept) > _KEPT:
-                    del self._kept[next(iter(self._kept))]
+            if prefixes:
+                self._digests.add(keys[clip_id], clip.digest)
+                continue
+            self._kept[keys[clip_id]] = clip
+            if len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
         return clips
 
 
@@ -96,7 +97,7 @@ class _Recordings:
         self._dataset = dataset
         self._counting = Lock()
         self._paths = {row.id: row.path for row in (*dataset.clips, *dataset.examples) if row.path is not None}
-        # A recording that is no file of its own is told from others by all rows' texts and by the files they lie in.
+        # A recording that is no file of its own is told from others by all rows' texts and the tables that they lie in.
         self._rows = None if self._paths else [dataset.fingerprint(), dataset.source, _stamps(Path(dataset.source))]
 
     def key(self, clip_id: str) -> str:
@@ -135,7 +136,7 @@ class _Recordings:
 
 
 def _stamps(source: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of the last change (ns) of a file or of all in a folder; of what is not here, nothing."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    """Path, size and time of the last change (ns) of a file, or of a folder's tables; of what is not here, nothing."""
+    files = sorted({*source.rglob("*.parquet"), *source.rglob("*.arrow")}) if source.is_dir() else [source]
     stats = [(file, file.stat()) for file in files if file.is_file()]
     return [(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
