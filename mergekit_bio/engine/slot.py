@@ -8,7 +8,9 @@ from mergekit_bio.engine.interface import Engine, EngineSettings
 from mergekit_bio.engine.sweep import family
 
 if TYPE_CHECKING:
-    from mergekit_bio.engine.prefix_cache import PrefixCache
+    from collections.abc import Iterable, Sequence
+
+    from mergekit_bio.audio.clip import Clip
 
 
 class EngineSlot:
@@ -20,6 +22,7 @@ class EngineSlot:
 
     Attributes:
         name: The engine's.
+        remote: Whether servers hear the clips, and need their samples.
         settings: As given.
         notes: What a user should know about the prefixes.
 
@@ -30,7 +33,7 @@ class EngineSlot:
     def __init__(self, engine: type[Engine], settings: EngineSettings) -> None:
         engine.set_environment(quiet=settings.quiet)
         engine.check_options(settings.options)
-        self.name = engine.name
+        self.name, self.remote = engine.name, engine.remote
         self.settings = settings
         self.notes: list[str] = []
         self._class = engine
@@ -45,14 +48,10 @@ class EngineSlot:
         self._close()
 
     @property
-    def prefixes(self) -> "PrefixCache | None":
-        """Where the engine's audio prefixes come from; None where there is none, or it makes its own."""
-        return self._engine.prefixes if self._engine else None
-
-    @property
     def encoded(self) -> int:
         """Clips that went through an audio tower so far."""
-        return self._encoded_before + (self.prefixes.encoded if self.prefixes else 0)
+        prefixes = self._engine.prefixes if self._engine else None
+        return self._encoded_before + (prefixes.encoded if prefixes else 0)
 
     def at(self, checkpoint: str | Path) -> Engine:
         """The engine, on this checkpoint.
@@ -85,12 +84,28 @@ class EngineSlot:
         """What tells the weights of a checkpoint from others, as servers say it."""
         return self.at(checkpoint).load(checkpoint)
 
+    def known(self, digests: "Iterable[str]") -> set[str]:
+        """The digests of clips whose samples are not needed, because their prefixes are at hand.
+
+        Before the engine is up, that is supposed of all.
+        """
+        if self.remote:
+            return set()
+        prefixes = self._engine.prefixes if self._engine else None
+        return prefixes.known(digests) if prefixes else set(digests)
+
+    def encode(self, clips: "Sequence[Clip]") -> None:
+        """Have the prefixes of clips at hand, made in batches rather than one by one; not before the engine is up."""
+        if self._engine is not None and self._engine.prefixes is not None:
+            self._engine.prefixes(clips)
+
     def flush(self) -> None:
-        """Wait until all prefixes are on disk, or say why they are not."""
-        if self.prefixes:
-            self.prefixes.flush()
-            if self.prefixes.problem and self.prefixes.problem not in self.notes:
-                self.notes.append(self.prefixes.problem)
+        """Wait until all prefixes are on disk, or note why they are not."""
+        if (prefixes := self._engine.prefixes if self._engine else None) is None:
+            return
+        prefixes.flush()
+        if prefixes.problem and prefixes.problem not in self.notes:
+            self.notes.append(prefixes.problem)
 
     def _close(self) -> None:
         if self._engine is not None:

@@ -125,3 +125,15 @@ def test_a_damaged_prefix_costs_its_clip_another_decoding(heard, folder, tmp_pat
     sound[-1] ^= 1
     file.write_bytes(sound)
     assert heard(opened(folder)) == (1, 1)
+
+
+def test_what_is_known_may_be_read_before_the_engine_is_up(heard, folder):
+    dataset = opened(folder)
+    heard(dataset)
+    with EngineSlot(engine_class("transformers"), heard.settings) as slot:
+        reader = AudioReader([dataset], slot)
+        (prompt,) = reader.read(dataset.name, [Instruction("?", ("0.wav",), 0)])
+        slot.at(heard.checkpoint)
+        slot.encode(prompt.audios)
+        assert (reader.decoded, slot.encoded) == (0, 0)
+        assert len(prompt.audios[0].waveform) == 160_000 and reader.decoded == 1  # somebody asked for the samples

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Recordings that are decoded at the same time.
 _THREADS = min(4, os.cpu_count() or 1)
-#: Decoded clips that are kept for an engine that wants the samples: 1.3 MB each.
+#: Decoded clips that are kept where servers need the samples: 1.3 MB each.
 _KEPT = 400
 
 
@@ -33,7 +33,7 @@ class AudioReader:
 
     Args:
         datasets: Where the recordings are.
-        slot: The engine that will be asked; it must be up when something is read for it.
+        slot: The engine that will be asked.
     """
 
     def __init__(self, datasets: Iterable[Dataset], slot: EngineSlot) -> None:
@@ -57,20 +57,18 @@ class AudioReader:
         # In the order of their places, which is how they lie in the data.
         ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
         clips = self._clips(self._recordings[dataset], ids)
-        if self._slot.prefixes:
-            self._slot.prefixes(list(clips.values()))
+        self._slot.encode(list(clips.values()))
         return [
             Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
             for instruction in instructions
         ]
 
     def _clips(self, recordings: "_Recordings", ids: Iterable[str]) -> dict[str, Clip]:
-        prefixes = self._slot.prefixes
         keys = {clip_id: recordings.key(clip_id) for clip_id in ids}
         digests = {clip_id: self._digests.get(key) for clip_id, key in keys.items()}
-        at_hand = prefixes.known(filter(None, digests.values())) if prefixes else set()
-        # 1. A clip whose prefix is at hand is decoded only where somebody asks for its samples after all. An engine
-        #    without prefixes, which sends the samples to a server, is given the last clips as they are.
+        at_hand = self._slot.known(filter(None, digests.values()))
+        # 1. A clip whose prefix is at hand is decoded only where somebody asks for its samples after all. Where servers
+        #    need the samples, the last clips are kept as they are.
         clips: dict[str, Clip] = {}
         for clip_id, digest in digests.items():
             if digest in at_hand:
@@ -80,12 +78,12 @@ class AudioReader:
         # 2. The others are decoded now.
         for clip_id, clip in recordings.decode([clip_id for clip_id in keys if clip_id not in clips]):
             clips[clip_id] = clip
-            if prefixes:
+            if self._slot.remote:
+                self._kept[keys[clip_id]] = clip
+                if len(self._kept) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
+            else:
                 self._digests.add(keys[clip_id], clip.digest)
-                continue
-            self._kept[keys[clip_id]] = clip
-            if len(self._kept) > _KEPT:
-                del self._kept[next(iter(self._kept))]
         return clips
 
 
