@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock, Thread
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from mergekit_bio.checkpoint.digest import tensor_bytes
 
@@ -38,7 +38,7 @@ class PrefixFolder:
         self._files: dict[str, list[Path]] = {}
         self._seen: set[str] = set()
         self._looking = Lock()
-        self._locks: int | None = None
+        self._locks: IO[bytes] | None = None
         self._writing: Thread | None = None
 
     def known(self, digests: Iterable[str]) -> set[str]:
@@ -55,7 +55,7 @@ class PrefixFolder:
         known = self.known(digests)
         by_file: dict[Path, list[str]] = {}
         for digest in known:
-            for file in self._files[digest]:
+            for file in self._files.get(digest, ()):
                 by_file.setdefault(file, []).append(digest)
         found = {}
         for file, inside in by_file.items():
@@ -103,7 +103,7 @@ class PrefixFolder:
         try:
             if self._locks is None:
                 self._path.mkdir(parents=True, exist_ok=True)
-                self._locks = os.open(self._path / _LOCKS, os.O_RDWR | os.O_CREAT, 0o666)
+                self._locks = (self._path / _LOCKS).open("ab")
             fcntl.lockf(self._locks, how, 1, int(digest[:15], 16))
         except OSError as error:
             return self._locks is None or error.errno not in (errno.EACCES, errno.EAGAIN)  # another process has it

@@ -246,8 +246,9 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from mergekit_bio.engine.prefix_folder import PrefixFolder
-print(len(PrefixFolder(Path(sys.argv[1])).claim([sys.argv[2]])), flush=True)
-time.sleep(3600)
+folder = PrefixFolder(Path(sys.argv[1]))
+print(len(folder.claim([sys.argv[2]])), flush=True)
+time.sleep(600)
 """
 
 
