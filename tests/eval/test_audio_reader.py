@@ -43,7 +43,7 @@ class Heard:
         with EngineSlot(engine_class("transformers"), self.settings) as slot:
             slot.at(self.checkpoint)
             reader = AudioReader([dataset], slot)
-            asked = [Instruction(row.instruction or "?", (row.id,), 0) for row in dataset.clips]
+            asked = [Instruction(row.instruction or "?", (row.id,), 0) for row in dataset.asked]
             for _ in range(2):
                 prompts = reader.read(dataset.name, asked)
             assert [prompt.text for prompt in prompts] == [instruction.text for instruction in asked]
@@ -106,7 +106,7 @@ def test_rows_of_beans_zero_are_decoded_once_and_again_when_their_file_has_chang
     (shard,) = source.iterdir()
     os.utime(shard, ns=(0, 0))
     assert heard(open_component(component, source=str(source), streaming=streaming)) == (rows, 0)
-    relabelled = replace(dataset, clips=(replace(dataset.clips[0], label="Wren"), *dataset.clips[1:]))
+    relabelled = replace(dataset, asked=(replace(dataset.asked[0], label="Wren"), *dataset.asked[1:]))
     assert heard(relabelled) == (rows, 0)
 
 

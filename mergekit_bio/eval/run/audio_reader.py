@@ -94,7 +94,7 @@ class _Recordings:
         self.decoded = 0
         self._dataset = dataset
         self._counting = Lock()
-        self._paths = {row.id: row.path for row in (*dataset.clips, *dataset.examples) if row.path is not None}
+        self._paths = {row.id: row.path for row in (*dataset.asked, *dataset.examples) if row.path is not None}
         # A recording that is no file of its own is told from others by all rows' texts and the tables that they lie in.
         self._rows = None if self._paths else [dataset.fingerprint(), dataset.source, _stamps(Path(dataset.source))]
 
