@@ -15,14 +15,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import machine
 from process import measure
 from rehearsal import LAYERS, RehearsalError, base_bytes, check_disk, disk_needed, scratch_folder
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA, ALPHAS = "0.50", ("0.25", "0.50", "0.75")
@@ -132,35 +135,53 @@ def write_files(setup: Setup) -> Iterator[Row]:
 
 def merge_one(setup: Setup) -> Iterator[Row]:
     """One alpha beside cp, and on the CPU."""
-    import torch
-
-    import mergekit_bio
-
     base, _ = setup.sources()
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     copy = setup.folder / "copy"
     seconds, _ = timed(lambda: subprocess.run(["cp", "-rL", base, copy], check=True))
     yield Row("`cp -rL` of the base", _speed(size, seconds))
     shutil.rmtree(copy)
-    os.sync()
-    torch.zeros(1, device=setup.device)  # a GPU's start is no part of a merge
-    for device, kind in ((setup.device, "one"), ("cpu", "few-layers")):
-        base, adapter = setup.sources(few_layers=kind == "few-layers")
-        request = mergekit_bio.MergeRequest(
-            base=base, adapter=adapter, alphas=ALPHA, out=setup.merged(kind), device=device, fsync=False
-        )
-        plan = mergekit_bio.plan_merge(request)
-        seconds, _ = timed(lambda plan=plan: mergekit_bio.carry_out(plan))
-        if kind == "one":
-            folded = f", {plan.bytes_folded / 1e9:.2f} GB of it folded{setup.peak_memory()}"
-            yield Row(f"`merge --alpha {ALPHA} --no-fsync`", _speed(plan.bytes_on_disk, seconds) + folded)
+    yield _merge(setup, "one", [ALPHA])
+    _merge(replace(setup, device="cpu"), "few-layers", [ALPHA])
     yield same_merges(setup.merged("one"), setup.merged("few-layers"))
+
+
+def merge_sweep(setup: Setup) -> Iterator[Row]:
+    """Several alphas in one run, in the place of the one, for the disk's sake."""
+    shutil.rmtree(setup.merged("one"), ignore_errors=True)
+    yield _merge(setup, "sweep", ALPHAS)
+    if setup.merged("few-layers").exists():
+        yield same_merges(setup.checkpoint(), setup.merged("few-layers"))
+
+
+def _merge(setup: Setup, kind: str, alphas: Sequence[str]) -> Row:
+    import torch
+
+    import mergekit_bio
+
+    base, adapter = setup.sources(few_layers=kind == "few-layers")
+    plan = mergekit_bio.plan_merge(
+        mergekit_bio.MergeRequest(
+            base=base, adapter=adapter, alphas=alphas, out=setup.merged(kind), device=setup.device, fsync=False
+        )
+    )
+    os.sync()  # what was written before is not to be waited for
+    torch.zeros(1, device=setup.device)  # a GPU's start is no part of a merge
+    seconds, _ = timed(lambda: mergekit_bio.carry_out(plan))
+    folded = f", {plan.bytes_folded / 1e9:.2f} GB of it folded{setup.peak_memory()}"
+    return Row(f"`merge --alpha {' --alpha '.join(alphas)}`", _speed(plan.bytes_on_disk, seconds) + folded)
+
+
+def places(values: "torch.Tensor") -> "torch.Tensor":
+    """bfloat16 as integers in its order: neighbours are one apart, also across zero."""
+    import torch
+
+    bits = values.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
 def same_merges(one: Path, other: Path) -> Row:
     """Whether the folded tensors that two merges have in common are as both merge.json say, and as good as equal."""
-    import torch
-
     from mergekit_bio.checkpoint.digest import tensor_sha256
     from mergekit_bio.checkpoint.directory import Checkpoint
 
@@ -173,34 +194,13 @@ def same_merges(one: Path, other: Path) -> Row:
         digests = [tensor_sha256(tensor) for tensor in tensors]
         as_recorded &= digests == [record[name]["sha256"] for record in recorded]
         equal += digests[0] == digests[1]
-        # bfloat16 in its order as an integer: neighbours are one apart, also across zero.
-        places = [tensor.view(torch.int16).int() for tensor in tensors]
-        apart = torch.sub(*[torch.where(place < 0, -(place & 0x7FFF), place) for place in places]).abs()
+        apart = (places(tensors[0]) - places(tensors[1])).abs()
         differing += int(apart.count_nonzero())
         total += apart.numel()
         steps = max(steps, int(apart.max()))
     figure = f"{equal} of {len(names)} tensors equal by sha256; {differing:,} of {total:,} values differ"
     right = as_recorded and steps <= 1 and differing <= MERGE_PRECISION * total
     return Row("against a CPU's merge", figure + (f", by {steps} of bfloat16's steps at most" * bool(steps)), right)
-
-
-def merge_sweep(setup: Setup) -> Iterator[Row]:
-    """Several alphas in one run."""
-    import torch
-
-    import mergekit_bio
-
-    shutil.rmtree(setup.merged("one"), ignore_errors=True)  # the disk need not hold both
-    os.sync()
-    torch.zeros(1, device=setup.device)
-    base, adapter = setup.sources()
-    request = mergekit_bio.MergeRequest(
-        base=base, adapter=adapter, alphas=ALPHAS, out=setup.merged("sweep"), device=setup.device, fsync=False
-    )
-    plan = mergekit_bio.plan_merge(request)
-    seconds, _ = timed(lambda: mergekit_bio.carry_out(plan))
-    figure = f"{_speed(plan.bytes_on_disk, seconds)}, {plan.bytes_folded / 1e9:.2f} GB of it folded"
-    yield Row(f"`merge --alpha {' --alpha '.join(ALPHAS)} --no-fsync`", figure + setup.peak_memory())
 
 
 def hear(setup: Setup) -> Iterator[Row]:
@@ -226,6 +226,9 @@ def hear(setup: Setup) -> Iterator[Row]:
     rate = 16 * len(batches) / seconds
     flops = f", {rate * flops_per_clip() / 1e12:.1f} TFLOP/s" if setup.layers else ""
     yield Row("clips of 10 s in batches of 16", f"{rate:.1f} clips/s{flops}{setup.peak_memory()}")
+    if memory:
+        more = memory[0] - torch.cuda.mem_get_info()[0]
+        yield Row("beyond the memory that was reserved", f"{more / 1e6:.0f} MB", more <= 1 << 26)
     difference = float((found - expected).abs().max() / expected.abs().max())
     yield Row("against a CPU's tower", f"{difference:.1e} of the largest value", difference <= TOWER_PRECISION)
 
@@ -252,7 +255,7 @@ def answer_with_transformers(setup: Setup) -> Iterator[Row]:
 
 
 def answer_with_vllm(setup: Setup) -> Iterator[Row]:
-    """vLLM as an evaluation starts it: the tower beside it, on the same GPU."""
+    """vLLM, in one process with the tower and on the same GPU."""
     from bench_serving import make_prompts
 
     from mergekit_bio.engine.interface import EngineSettings
@@ -358,8 +361,8 @@ PARTS = {
     "tower": Part(hear, 0.09, ("files",)),
     "sweep": Part(merge_sweep, 0.12, ("files",), ("ruamel.yaml",)),
     "Transformers": Part(answer_with_transformers, 0.18, ("merge", "sweep"), ("transformers",)),
-    "vLLM": Part(answer_with_vllm, 0.15, ("sweep",), ("transformers", "vllm")),
-    "workers": Part(evaluate_with_workers, 0.10, (), ("vllm", "ray")),
+    "vLLM": Part(answer_with_vllm, 0.20, ("sweep",), ("transformers", "vllm")),
+    "workers": Part(evaluate_with_workers, 0.05, (), ("vllm", "ray")),
 }
 
 
@@ -401,7 +404,7 @@ def run_all(setup: Setup, names: Sequence[str], *, seconds: float) -> Iterator[t
     for name, part in ((name, PARTS[name]) for name in names):
         share += part.share
         lacking = [before for before in part.after if before not in done]
-        skipped = _missing(*part.packages) or f"skipped: needs what {' and '.join(lacking)} make" * bool(lacking)
+        skipped = _missing(*part.packages) or f"skipped: needs the files of {', '.join(lacking)}" * bool(lacking)
         if skipped:
             rows = [Row("", skipped)]
         else:
@@ -470,7 +473,7 @@ def main() -> None:
             raise RehearsalError(f"--layers {given.layers}: write {FEW_LAYERS} or more")
         if layers:
             # The sources, the sweep (whose outputs differ in the attention), and the same in small.
-            check_disk(given.scratch, disk_needed(layers, sweep=True) + 3 * base_bytes(FEW_LAYERS))
+            check_disk(given.scratch, disk_needed(layers, sweep=True) + 4 * base_bytes(FEW_LAYERS))
         with scratch_folder(given.scratch, keep=False) as folder:
             setup = Setup(folder, layers, "cuda" if torch.cuda.is_available() else "cpu")
             rows = list(run_all(setup, given.parts, seconds=60 * given.minutes))
