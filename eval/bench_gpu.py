@@ -343,7 +343,7 @@ class Part:
 
     Attributes:
         run: Does it.
-        share: Of all the time; what the parts before it have left over comes on top.
+        share: Of the time that is left, among this and the later parts.
         after: The parts whose files it reads.
         packages: What it imports that may not be there.
     """
@@ -356,38 +356,37 @@ class Part:
 
 #: In the order of their worth.
 PARTS = {
-    "files": Part(write_files, 0.18),
+    "files": Part(write_files, 0.25),
     "merge": Part(merge_one, 0.18, ("files",), ("ruamel.yaml",)),
-    "tower": Part(hear, 0.09, ("files",)),
+    "tower": Part(hear, 0.08, ("files",)),
     "sweep": Part(merge_sweep, 0.12, ("files",), ("ruamel.yaml",)),
-    "Transformers": Part(answer_with_transformers, 0.18, ("merge", "sweep"), ("transformers",)),
-    "vLLM": Part(answer_with_vllm, 0.20, ("sweep",), ("transformers", "vllm")),
+    "Transformers": Part(answer_with_transformers, 0.16, ("merge", "sweep"), ("transformers",)),
+    "vLLM": Part(answer_with_vllm, 0.16, ("sweep",), ("transformers", "vllm")),
     "workers": Part(evaluate_with_workers, 0.05, (), ("vllm", "ray")),
 }
 
 
-def run_part(name: str, setup: Setup, *, seconds: float) -> tuple[list[Row], bool]:
-    """A part in a process of its own, which ends when the seconds are over.
+def run_part(name: str, setup: Setup, *, limit: int) -> tuple[list[Row], bool]:
+    """A part in a process of its own, which ends after ``limit`` seconds.
 
     Returns:
         What it said until it ended, and whether that was all.
     """
-    said, log = setup.folder / "rows.jsonl", setup.folder / f"{name}.log"
+    said = setup.folder / "rows.jsonl"
     said.unlink(missing_ok=True)
     told = json.dumps(asdict(setup) | {"folder": str(setup.folder)})
-    command = [sys.executable, __file__, "--part", name, "--setup", told, "--seconds", str(max(1, int(seconds)))]
-    start, problem = time.perf_counter(), None
+    command = [sys.executable, __file__, "--part", name, "--setup", told, "--seconds", str(limit)]
+    start, finished = time.perf_counter(), False
     try:
-        memory = measure(command, log=log, env=ENVIRONMENT).anonymous
-        last = Row("all of it", f"{time.perf_counter() - start:.0f} s, {memory / 1e9:.1f} GB of memory")
+        memory = measure(command, log=setup.folder / "log", env=ENVIRONMENT).anonymous
+        finished, last = True, Row("all of it", f"{time.perf_counter() - start:.0f} s, {memory / 1e9:.1f} GB of memory")
     except RuntimeError as error:
         print(error, file=sys.stderr)
-        problem = str(error).splitlines()[-1]
-        last = Row("", f"failed: {problem}", False)
-        if time.perf_counter() - start >= int(seconds):
-            last = Row("", f"stopped after {seconds:.0f} s; a larger --minutes gives it longer")
+        last = Row("", f"failed: {str(error).splitlines()[-1]}", False)
+        if time.perf_counter() - start >= limit:
+            last = Row("", f"stopped after {limit} s; a larger --minutes gives it longer")
     lines = said.read_text().splitlines() if said.exists() else []
-    return [*(Row(**json.loads(line)) for line in lines), last], problem is None
+    return [*(Row(**json.loads(line)) for line in lines), last], finished
 
 
 def run_here(name: str, setup: Setup, *, seconds: int) -> None:
@@ -400,15 +399,15 @@ def run_here(name: str, setup: Setup, *, seconds: int) -> None:
 
 def run_all(setup: Setup, names: Sequence[str], *, seconds: float) -> Iterator[tuple[str, Row]]:
     """The name of every part with each of its rows."""
-    start, share, done = time.perf_counter(), 0.0, set()
-    for name, part in ((name, PARTS[name]) for name in names):
-        share += part.share
-        lacking = [before for before in part.after if before not in done]
-        skipped = _missing(*part.packages) or f"skipped: needs the files of {', '.join(lacking)}" * bool(lacking)
-        if skipped:
+    end, done = time.perf_counter() + seconds, set()
+    for index, name in enumerate(names):
+        part, to_come = PARTS[name], sum(PARTS[later].share for later in names[index:])
+        lacking = ", ".join(before for before in part.after if before not in done)
+        if skipped := _missing(*part.packages) or (lacking and f"skipped: needs the files of {lacking}"):
             rows = [Row("", skipped)]
         else:
-            rows, finished = run_part(name, setup, seconds=start + share * seconds - time.perf_counter())
+            limit = max(1, int((end - time.perf_counter()) * part.share / to_come))
+            rows, finished = run_part(name, setup, limit=limit)
             done |= {name} if finished else set()
         for row in rows:
             print(f"{name}: {row.what}: {row.figure}", file=sys.stderr, flush=True)

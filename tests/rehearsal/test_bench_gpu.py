@@ -55,7 +55,7 @@ def test_a_package_that_is_missing_is_named_with_all_that_needs_it(tmp_path: Pat
 def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
     rows = table(tmp_path, "--parts", "files", "merge", "--minutes", 0.01)
     assert [(part, figure.split(";")[0]) for part, _, figure, _ in rows] == [
-        ("files", "stopped after 0 s"),
+        ("files", "stopped after 1 s"),
         ("merge", "skipped: needs the files of files"),
     ]
 
