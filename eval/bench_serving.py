@@ -88,6 +88,27 @@ class Swept:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A sweep over recordings, from recipe to predictions: ``mergekit-bio eval`` with vLLM.
+
+    Attributes:
+        clips: Recordings of 10 s at 48 kHz.
+        alphas: How many checkpoints were asked about each.
+        decoded: How often a recording was decoded and resampled.
+        encoded: Clips that went through the tower.
+        seconds: Of the whole run.
+        cpu: Seconds of all cores.
+    """
+
+    clips: int
+    alphas: int
+    decoded: int
+    encoded: int
+    seconds: float
+    cpu: float
+
+
 class TowerClock:
     """Adds up the time spent in filter bank and tower, whoever calls them; installs itself when made."""
 
@@ -214,6 +235,7 @@ ENGINES = {
     LOOP: reference_loop,
 }
 SWEEP = "sweep"
+RECORDINGS = "recordings"
 
 
 def measure(name: str, checkpoint: Path, *, count: int, audios: int, decoding: Decoding) -> Measured:
@@ -263,6 +285,55 @@ def sweep(checkpoints: Sequence[Path], *, count: int, audios: int, decoding: Dec
     return Swept(audios, count, len(checkpoints), heard, encoded, first, tower, seconds)
 
 
+def sweep_recordings(checkpoints: Sequence[Path], *, clips: int, folder: Path) -> Heard:
+    """One question about each of many recordings, of every checkpoint; files are counted where they are decoded."""
+    from mergekit_bio.eval.data import audio_folder
+
+    recipe, decoded, read = write_recordings(folder, clips), [], audio_folder.read_beginning
+    audio_folder.read_beginning = lambda path, **named: decoded.append(path) or read(path, **named)
+    start, cpu = time.perf_counter(), time.process_time()
+    options = {"max_model_len": 4096, "enforce_eager": not torch.cuda.is_available()}
+    run = mergekit_bio.evaluate(
+        recipe=recipe, out=folder / "run", models=checkpoints, engine="vllm", engine_options=options
+    )
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    encoded = run.record.environment["clips_encoded"]
+    return Heard(clips, len(checkpoints), len(decoded), encoded, seconds, cpu)
+
+
+def write_recordings(folder: Path, clips: int) -> Path:
+    """Chirps of 10 s at 48 kHz and a recipe that asks about them; the file of the recipe."""
+    import numpy as np
+    import soundfile
+
+    recordings = folder / "recordings"
+    recordings.mkdir()
+    seconds = np.arange(480_000) / 48_000
+    lines = ["file_name,label"]
+    for n in range(clips):
+        chirp = 0.5 * np.sin((2000 + 10 * n) * seconds * (1 + 0.2 * seconds))
+        soundfile.write(recordings / f"{n}.wav", chirp, 48_000)
+        lines.append(f"{n}.wav,{('marsh wren', 'tree frog')[n % 2]}")
+    (recordings / "metadata.csv").write_text("\n".join(lines))
+    recipe = {
+        "checkpoints": ["given"],
+        "datasets": [{"path": str(recordings)}],
+        "queries": ["Which species is it?"],
+        "generate": {"max_new_tokens": 1, "num_beams": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder / "recipe.yaml"
+
+
+def heard_report(heard: Heard) -> str:
+    """The sweep over recordings as Markdown."""
+    counts = [heard.clips, heard.alphas, heard.decoded, heard.encoded, round(heard.seconds), round(heard.cpu)]
+    what = "asks the model at every alpha the same about each of many recordings of 10 s at 48 kHz"
+    lines = ["## A sweep over recordings", "", f"`mergekit-bio eval` with vLLM {what}; an answer is one token.", ""]
+    lines += ["| clips | alphas | decoded | encoded | seconds | seconds of CPU |", "|---:|---:|---:|---:|---:|---:|"]
+    return "\n".join([*lines, f"| {' | '.join(map(str, counts))} |", ""])
+
+
 def report(rows: Sequence[Measured], sweeps: Sequence[Swept], what: str) -> str:
     """The results as Markdown."""
     lines = ["# Serving", "", what, ""]
@@ -302,8 +373,9 @@ def main() -> None:
     parser.add_argument("--loop-prompts", type=int, help="Fewer for what is slow: the loop and Transformers.")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--alphas", type=int, default=11, help="Of the tiny model's sweep.")
+    parser.add_argument("--recordings", type=int, default=1000, help="Of the sweep over recordings.")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "serving.md")
-    parser.add_argument("--measure", choices=[*ENGINES, SWEEP], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=[*ENGINES, SWEEP, RECORDINGS], help=argparse.SUPPRESS)
     parser.add_argument("--audios", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -331,7 +403,8 @@ def main() -> None:
             "audios the first 10 are the same in all. A process for every measurement. Machine: "
             f"{machine.describe(Path(scratch))}."
         )
-        text = report(rows, sweeps, what)
+        heard = Heard(**in_a_process(RECORDINGS, 1, checkpoints, given, Path(scratch) / "result.json"))
+        text = report(rows, sweeps, what) + "\n" + heard_report(heard)
     print(text)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(text)
@@ -353,6 +426,7 @@ def in_a_process(name: str, audios: int, checkpoints: Sequence[Path], given: arg
     slow = name in (LOOP, "Transformers engine")
     count = given.loop_prompts or given.prompts if slow else given.prompts
     command = [sys.executable, __file__, "--measure", name, "--audios", str(audios), "--prompts", str(count)]
+    command += ["--recordings", str(given.recordings)]
     command += ["--tokens", str(given.tokens), "--results", str(result), "--checkpoint", *map(str, checkpoints)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads(result.read_text())
@@ -360,9 +434,12 @@ def in_a_process(name: str, audios: int, checkpoints: Sequence[Path], given: arg
 
 def measure_here(given: argparse.Namespace) -> None:
     """One measurement, in this process."""
-    found: Measured | Swept
+    found: Measured | Swept | Heard
     decoding = Decoding(max_new_tokens=given.tokens)
-    if given.measure == SWEEP:
+    if given.measure == RECORDINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = sweep_recordings(given.checkpoint, clips=given.recordings, folder=Path(folder))
+    elif given.measure == SWEEP:
         found = sweep(given.checkpoint, count=given.prompts, audios=given.audios, decoding=decoding)
     else:
         found = measure(given.measure, given.checkpoint[0], count=given.prompts, audios=given.audios, decoding=decoding)

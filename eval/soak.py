@@ -73,6 +73,11 @@ SOAKS = {
         ("tests/engine/test_engines_random.py",),
         200,
     ),
+    "beams": Soak(
+        "on random prompts vLLM's beam searches are Transformers', with all kinds of settings, offline and online",
+        ("tests/engine/test_beams.py",),
+        500,
+    ),
     "installations": Soak(
         "every installation that the pages name works: those with vLLM too",
         (

@@ -143,25 +143,37 @@ def make_base(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
     return folder
 
 
-def make_naturelm(folder: Path, *, seed: int = 1, base: Path | None = None, prefix: AudioPrefix | None = None) -> Path:
+def make_naturelm(
+    folder: Path,
+    *,
+    seed: int = 1,
+    base: Path | None = None,
+    prefix: AudioPrefix | None = None,
+    llama: Path | None = None,
+) -> Path:
     """An original NatureLM-audio checkpoint: the LoRA and the tower, ``prefix`` or one whose matrices are random.
 
     With ``base`` it is in the published layout: the LoRA in bfloat16, BEATs' classifier and BERT's positions, and the
-    base's input embedding with the row of [PAD] more.
+    base's input embedding with the row of [PAD] more. With ``llama``, the directory of another Llama than
+    :func:`make_base` makes, it has that one's shapes.
     """
     folder.mkdir(parents=True)
+    sizes = json.loads((llama / "config.json").read_text()) if llama else {}
+    hidden, head_dim = sizes.get("hidden_size", HIDDEN), sizes.get("head_dim", HEAD_DIM)
+    queries = sizes.get("num_attention_heads", HEADS) * head_dim
+    keys = sizes.get("num_key_value_heads", KV_HEADS) * head_dim
     torch.manual_seed(seed)
-    tower = prefix or AudioPrefix(audio_config())
+    tower = prefix or AudioPrefix(AudioPrefixConfig.from_naturelm(NATURELM, hidden_size=hidden))
     tensors = dict(tower.state_dict())
     if prefix is None:
         tensors = {name: t if t.ndim < 2 else torch.randn_like(t) * 0.3 for name, t in tensors.items()}
     layers = {"encoder_layers": tower.config.beats.num_hidden_layers}
     (folder / "config.json").write_text(json.dumps(NATURELM | {"beats_cfg": BEATS | layers}))
-    widths = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
-    for n in range(LAYERS):
+    widths = {"q": queries, "k": keys, "v": keys, "o": hidden}
+    for n in range(sizes.get("num_hidden_layers", LAYERS)):
         for kind, width in widths.items():
             module = f"llama_model.base_model.model.model.layers.{n}.self_attn.{kind}_proj"
-            inner = HEADS * HEAD_DIM if kind == "o" else HIDDEN
+            inner = queries if kind == "o" else hidden
             tensors[f"{module}.lora_A.default.weight"] = torch.randn(RANK, inner) * 0.15
             tensors[f"{module}.lora_B.default.weight"] = torch.randn(width, RANK) * 0.3
     if base is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 #: Frames that are decoded at a time: ten seconds at 52 kHz. So an hour of ultrasound takes no more memory than a clip.
 _BLOCK_FRAMES = 1 << 19
+
+#: Raised whenever decoding, mixing or resampling gives other samples than it did.
+_DECODER = 1
 
 _SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
 
@@ -91,6 +95,20 @@ def read_beginning(path: Path, *, seconds: float) -> "tuple[np.ndarray, int]":
     """
     with _opened(path) as file:
         return file.read(round(seconds * file.samplerate), dtype="float64"), file.samplerate
+
+
+@lru_cache
+def decoder() -> str:
+    """What the samples of a clip depend on beside its recording: our own way, and the versions of the libraries."""
+    import torch
+
+    try:
+        import soundfile
+    except (ImportError, OSError):
+        libraries = "no soundfile"
+    else:
+        libraries = f"soundfile {soundfile.__version__}, {soundfile.__libsndfile_version__}"
+    return f"{_DECODER}, {libraries}, torch {torch.__version__}"
 
 
 def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[tuple[int, torch.Tensor]]":

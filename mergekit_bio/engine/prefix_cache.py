@@ -1,33 +1,29 @@
 """Audio prefixes encoded once, for all alphas, queries and repetitions: in memory and on disk."""
 
 import hashlib
-import os
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.checkpoint.digest import tensor_bytes, tensor_sha256
+from mergekit_bio.checkpoint.digest import tensor_bytes
+from mergekit_bio.engine.prefix_folder import PrefixFolder
 
 if TYPE_CHECKING:
     import torch
 
     from mergekit_bio.audio.prefix import AudioPrefix
 
-_KEY = "prefix"
-
 
 class PrefixCache:
-    """Encodes clips with one tower, each at most once.
+    """Encodes clips with one tower, each once.
 
-    A prefix is known by its clip's digest (length and every sample) and the content of the tower that made it. Any
-    number of threads and processes may share a folder: files appear whole or not at all, and of two that are made
-    at once, equal up to the rounding of a batch, one stays. A file that cannot be read, or is not what its name
-    says, is made again.
+    A prefix is known by its clip's digest (length and every sample), by the content of the tower that made it and by
+    the dtype that it is kept in. A clip whose prefix is at hand is not decoded. Any number of threads and processes
+    may share a folder; a clip that one of them is encoding is left to it by the others.
 
     Args:
         tower: Encodes what is not known yet.
@@ -37,6 +33,7 @@ class PrefixCache:
 
     Attributes:
         tower_digest: sha256 of the tower's configuration and tensors.
+        dtype: What prefixes are kept in: float32, until an engine says what its Llama computes in.
         encoded: Clips that this object has sent through the tower.
     """
 
@@ -48,14 +45,16 @@ class PrefixCache:
         memory_bytes: int = 1 << 30,
         batch_size: int | None = None,
     ) -> None:
+        import torch
+
         self.tower_digest = tower_digest(tower)
         self.encoded = 0
         self._tower = tower
         self._batch_size = batch_size or (1 if next(tower.parameters()).device.type == "cpu" else 16)
-        self._folder = folder / self.tower_digest[:16] if folder else None
-        self._memory_bytes, self._held_bytes = memory_bytes, 0
-        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._memory_bytes = memory_bytes
+        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._parent = folder
+        self.keep_in(torch.float32)
 
     @classmethod
     def of_checkpoint(cls, directory: Path, *, device: str = "auto", folder: Path | None = None) -> "PrefixCache":
@@ -91,45 +90,99 @@ class PrefixCache:
             self._tower(torch.zeros(self._batch_size, samples, dtype=torch.float64, device=device))
         return torch.cuda.mem_get_info(device)
 
+    def keep_in(self, dtype: "torch.dtype") -> None:
+        """Round prefixes to what Llama computes in, once: each time it reads one, it would do the same."""
+        import torch
+
+        self.dtype = dtype if dtype.itemsize < torch.float32.itemsize else torch.float32  # the tower's own
+        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._held_bytes = 0
+        name = f"{self.tower_digest[:16]}-{str(self.dtype).removeprefix('torch.')}"
+        self._folder = PrefixFolder(self._parent / name) if self._parent else None
+
     def __call__(self, clips: Sequence[Clip]) -> "list[torch.Tensor]":
         """Prefixes of clips.
 
         Returns:
-            float32 ``[n_prefix, hidden]`` on the CPU for each clip; not to be written to.
+            ``[n_prefix, hidden]`` in ``dtype``, on the CPU, for each clip; not to be written to.
         """
         wanted = {clip.digest: clip for clip in clips}
-        found: dict[str, torch.Tensor] = {}
-        for digest in wanted:
-            if (prefix := self._from_memory(digest)) is None and (prefix := self._from_disk(digest)) is not None:
-                self._remember(digest, prefix)
-            if prefix is not None:
-                found[digest] = prefix
-        missing = [digest for digest in wanted if digest not in found]
-        if not missing:
-            return [found[clip.digest] for clip in clips]
-        from mergekit_bio.audio.prefix import equally_long
-
-        for batch in equally_long([wanted[digest].waveform for digest in missing], at_most=self._batch_size):
-            digests = [missing[n] for n in batch]
-            for digest, prefix in zip(digests, self._encode([wanted[d] for d in digests]), strict=True):
-                found[digest] = prefix
-                self._remember(digest, prefix)
-                self._write(digest, prefix)
+        found = self._at_hand(wanted)
+        if len(found) < len(wanted):
+            with self._encoding:
+                found |= self._make({digest: clip for digest, clip in wanted.items() if digest not in found})
         return [found[clip.digest] for clip in clips]
+
+    def known(self, digests: Iterable[str]) -> set[str]:
+        """The digests of those clips whose prefixes are at hand, in memory or on disk."""
+        wanted = set(digests)
+        with self._lock:
+            held = wanted & self._held.keys()
+        return held | self._folder.known(wanted - held) if self._folder else held
+
+    def flush(self) -> None:
+        """Wait until all prefixes are on disk."""
+        if self._folder:
+            self._folder.flush()
+
+    @property
+    def problem(self) -> str | None:
+        """Why prefixes could not be kept on disk, if they could not."""
+        return self._folder.problem if self._folder else None
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the prefixes in memory."""
         return self._held_bytes
 
-    def _encode(self, clips: "Sequence[Clip]") -> "list[torch.Tensor]":
+    def _at_hand(self, digests: Iterable[str]) -> "dict[str, torch.Tensor]":
+        found = {digest: prefix for digest in digests if (prefix := self._from_memory(digest)) is not None}
+        if self._folder and (missing := [digest for digest in digests if digest not in found]):
+            read = self._folder.read(missing)
+            self._remember(read)
+            found |= read
+        return found
+
+    def _make(self, missing: dict[str, Clip]) -> "dict[str, torch.Tensor]":
+        """Encode clips; those that another process is encoding are waited for."""
+        if self._folder is None:
+            found = self._at_hand(missing)
+            return found | self._encode({digest: clip for digest, clip in missing.items() if digest not in found})
+        made: dict[str, torch.Tensor] = {}
+        while True:
+            # 1. What was encoded before is on disk, and its claims are given up.
+            self._folder.flush()
+            claimed = self._folder.claim(missing)
+            # 2. The clips that are ours now; another process may have encoded one a moment ago.
+            new: dict[str, torch.Tensor] = {}
+            try:
+                found = self._at_hand(claimed)
+                new = self._encode({digest: missing[digest] for digest in claimed if digest not in found})
+            finally:
+                self._folder.write(new, claimed=claimed)
+            made |= found | new
+            missing = {digest: clip for digest, clip in missing.items() if digest not in made}
+            if not missing:
+                return made
+            # 3. The others are being encoded elsewhere. A process that is killed leaves its clips to us.
+            self._folder.wait_for(next(iter(missing)))
+
+    def _encode(self, missing: Mapping[str, Clip]) -> "dict[str, torch.Tensor]":
         import torch
 
+        from mergekit_bio.audio.prefix import equally_long
+
         device = next(self._tower.parameters()).device
-        with torch.inference_mode():
-            prefixes = self._tower(torch.stack([clip.waveform for clip in clips]).to(device)).float().cpu()
-        self.encoded += len(clips)
-        return [prefix.clone() for prefix in prefixes]
+        digests = list(missing)
+        encoded: dict[str, torch.Tensor] = {}
+        for batch in equally_long([missing[digest].waveform for digest in digests], at_most=self._batch_size):
+            waveforms = torch.stack([missing[digests[n]].waveform for n in batch]).to(device)
+            with torch.inference_mode():
+                prefixes = self._tower(waveforms).to(self.dtype).cpu()
+            encoded |= {digests[n]: prefix.clone() for n, prefix in zip(batch, prefixes, strict=True)}
+        self.encoded += len(encoded)
+        self._remember(encoded)
+        return encoded
 
     def _from_memory(self, digest: str) -> "torch.Tensor | None":
         with self._lock:
@@ -137,50 +190,15 @@ class PrefixCache:
                 self._held.move_to_end(digest)
             return self._held.get(digest)
 
-    def _remember(self, digest: str, prefix: "torch.Tensor") -> None:
+    def _remember(self, prefixes: "Mapping[str, torch.Tensor]") -> None:
         with self._lock:
-            if digest in self._held or prefix.nbytes > self._memory_bytes:
-                return
-            self._held[digest] = prefix
-            self._held_bytes += prefix.nbytes
-            while self._held_bytes > self._memory_bytes:
-                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
-
-    def _path(self, digest: str) -> Path | None:
-        return self._folder / digest[:2] / f"{digest}.safetensors" if self._folder else None
-
-    def _from_disk(self, digest: str) -> "torch.Tensor | None":
-        from safetensors import SafetensorError, safe_open
-
-        path = self._path(digest)
-        if path is None:
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                prefix: torch.Tensor = file.get_tensor(_KEY)
-        except (OSError, SafetensorError):
-            return None
-        # safetensors has no checksum of its own, and a flipped bit would poison every answer about this clip.
-        sound = metadata.get("clip") == digest and metadata.get("sha256") == tensor_sha256(prefix)
-        return prefix if sound else None
-
-    def _write(self, digest: str, prefix: "torch.Tensor") -> None:
-        from safetensors.torch import save
-
-        path = self._path(digest)
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = save({_KEY: prefix}, metadata={"clip": digest, "sha256": tensor_sha256(prefix)})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            for digest, prefix in prefixes.items():
+                if digest in self._held or prefix.nbytes > self._memory_bytes:
+                    continue
+                self._held[digest] = prefix
+                self._held_bytes += prefix.nbytes
+                while self._held_bytes > self._memory_bytes:
+                    self._held_bytes -= self._held.popitem(last=False)[1].nbytes
 
 
 def tower_digest(tower: "AudioPrefix") -> str:

@@ -8,7 +8,7 @@ from mergekit_bio.engine.interface import Engine, EngineSettings
 from mergekit_bio.engine.sweep import family
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from mergekit_bio.audio.clip import Clip
 
@@ -22,6 +22,9 @@ class EngineSlot:
 
     Attributes:
         name: The engine's.
+        remote: Whether servers hear the clips, and need their samples.
+        settings: As given.
+        notes: What a user should know about the prefixes.
 
     Raises:
         EngineError: The engine has no such option.
@@ -30,8 +33,10 @@ class EngineSlot:
     def __init__(self, engine: type[Engine], settings: EngineSettings) -> None:
         engine.set_environment(quiet=settings.quiet)
         engine.check_options(settings.options)
-        self.name = engine.name
-        self._class, self._settings = engine, settings
+        self.name, self.remote = engine.name, engine.remote
+        self.settings = settings
+        self.notes: list[str] = []
+        self._class = engine
         self._engine: Engine | None = None
         self._family: str | None = None
         self._checkpoint: str | None = None
@@ -76,7 +81,7 @@ class EngineSlot:
                 raise
         else:
             self.close()
-            self._engine, self._family = self._class.start(checkpoint, self._settings), family_of_it
+            self._engine, self._family = self._class.start(checkpoint, self.settings), family_of_it
         self._checkpoint = checkpoint
         return self._engine
 
@@ -84,14 +89,37 @@ class EngineSlot:
         """What tells the weights of a checkpoint from others, as servers say it."""
         return self.at(checkpoint).load(checkpoint)
 
+    def known(self, digests: "Iterable[str]") -> set[str]:
+        """The digests of clips whose samples are not needed, because their prefixes are at hand.
+
+        Before the engine is up, that is supposed of all.
+        """
+        if self.remote:
+            return set()
+        prefixes = self._engine.prefixes if self._engine else None
+        return prefixes.known(digests) if prefixes else set(digests)
+
     def encode(self, clips: "Sequence[Clip]") -> None:
-        """Have the prefixes of clips at hand, made in batches rather than one by one."""
+        """Have the prefixes of clips at hand, made in batches rather than one by one; not before the engine is up."""
         if self._engine is not None and self._engine.prefixes is not None:
             self._engine.prefixes(clips)
+
+    def flush(self) -> None:
+        """Wait until all prefixes are on disk, or note why they are not."""
+        if self._engine is not None and self._engine.prefixes is not None:
+            self._engine.prefixes.flush()
+            self.note_problem()
+
+    def note_problem(self) -> None:
+        """Note why prefixes could not be kept on disk, if they could not."""
+        prefixes = self._engine.prefixes if self._engine else None
+        if prefixes is not None and prefixes.problem and prefixes.problem not in self.notes:
+            self.notes.append(prefixes.problem)
 
     def close(self) -> None:
         """Close the engine, if one is up; the next use starts another."""
         if self._engine is not None:
+            self.flush()
             self._encoded_before = self.encoded
             self._engine.close()
         self._engine = None

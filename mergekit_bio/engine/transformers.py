@@ -110,6 +110,7 @@ class TransformersEngine:
         self._model: Any = model.to(device).eval()
         self._device, self._batch_size = device, batch_size
         self.prefixes = prefixes or PrefixCache(self._model.audio_prefix)
+        self.prefixes.keep_in(self._model.model.embed_tokens.weight.dtype)
 
     def render(self, prompt: Prompt) -> str:
         """The prompt in the checkpoint's own template."""

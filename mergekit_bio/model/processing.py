@@ -89,12 +89,11 @@ class NatureLMAudioProcessor(ProcessorMixin):
         Raises:
             AudioError: The clip is too short for the tower, or of another length than this processor knows.
         """
-        samples = len(clip.waveform)
-        if samples == self.clip_samples:
+        if clip.samples == self.clip_samples:
             return self.prefix_length
         if self.audio_config is None:
             raise AudioError(f"a clip of {clip.seconds:g} s needs the processor's audio_config; load it with its model")
-        length = AudioPrefixConfig.from_dict(self.audio_config).prefix_length(samples)
+        length = AudioPrefixConfig.from_dict(self.audio_config).prefix_length(clip.samples)
         if not length:
             raise AudioError(f"a clip of {clip.seconds:g} s is too short for this model")
         return length

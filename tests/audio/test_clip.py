@@ -121,8 +121,26 @@ def test_the_cache_tells_the_lengths_of_one_recording_apart(tower: AudioPrefix, 
     prefixes = cache(clips)
 
     assert cache.encoded == 3
+    cache.flush()
     later = PrefixCache(tower, folder=tmp_path)  # from the disk
     for again in (cache(clips), later(clips)):
         assert [len(prefix) for prefix in again] == [8, 29, 14, 8]
         assert all(torch.equal(*pair) for pair in zip(again, prefixes, strict=True))
     assert (cache.encoded, later.encoded) == (3, 0)
+
+
+def test_a_clip_is_decoded_once_and_when_its_samples_are_asked_for() -> None:
+    whole = Clip.from_samples(recording(5), sampling_rate=16_000, seconds=5)
+    decoded = []
+
+    def decode() -> torch.Tensor:
+        decoded.append(1)
+        return whole.waveform
+
+    clip = Clip(decode, 5, end=5, digest=whole.digest)
+    assert (clip.seconds, clip.samples, clip.digest, decoded) == (5, 80_000, whole.digest, [])
+    assert torch.equal(clip.waveform, whole.waveform) and torch.equal(clip.waveform, whole.waveform)
+    assert decoded == [1]
+    assert Clip(decode, 5, end=5).digest == whole.digest
+    with pytest.raises(ValueError, match="a clip of 10 s has not the shape"):
+        _ = Clip(decode).waveform

@@ -13,7 +13,7 @@ from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.transformers import TransformersEngine
 
-DECODING = Decoding(max_new_tokens=8)
+DECODINGS = (Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, num_beams=2))
 
 
 def prompts() -> list[Prompt]:
@@ -28,11 +28,16 @@ def answer(first: str, second: str) -> None:
     from engine.starting import start_vllm
 
     engine = start_vllm(Path(first), tensor_parallel_size=2)
-    before = engine.generate(prompts(), DECODING)
+    before = answers(engine)
     engine.load(second)
-    after = engine.generate(prompts(), DECODING)
+    after = answers(engine)
     engine.close()
-    print(json.dumps([[answer.token_ids for answer in answers] for answers in (before, after)]))
+    print(json.dumps([before, after]))
+
+
+def answers(engine) -> list[list[int]]:
+    """Greedy ones, then those of a beam search."""
+    return [list(answer.token_ids) for decoding in DECODINGS for answer in engine.generate(prompts(), decoding)]
 
 
 @pytest.mark.long
@@ -56,10 +61,6 @@ def test_two_ranks_answer_as_one_process_does(tiny_sweep):
     )
 
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = [
-        [answer.token_ids for answer in TransformersEngine(path, device="cpu").generate(prompts(), DECODING)]
-        for path in checkpoints
-    ]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert [list(map(tuple, answers)) for answers in found] == expected
+    expected = [answers(TransformersEngine(path, device="cpu")) for path in checkpoints]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
     assert expected[0] != expected[1]

@@ -3,6 +3,7 @@
 import http.server
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ from eval.evaluation import CLIPS, SPECIES, Evaluation, shipped_copy, write_eval
 from tiny_naturelm import make_base
 
 from eval import beans_zero_tool
+from mergekit_bio.audio import waveform
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
@@ -124,9 +126,49 @@ def test_the_record_says_what_was_run(run, evaluation):
     assert record.environment["versions"]["torch"]
 
 
-def test_audio_is_encoded_once_for_all_alphas_queries_and_examples(run):
-    assert run.record.environment["clips_encoded"] == CLIPS
+def test_audio_is_decoded_and_encoded_once_for_all_alphas_queries_and_examples(run):
+    environment = run.record.environment
+    assert (environment["clips_decoded"], environment["clips_encoded"]) == (CLIPS, CLIPS)
     assert not (run.path / "prefixes").exists()
+
+
+class Stopping(Listening):
+    """Stops a run when it has so many answers."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def standing(self, standing):
+        if standing.run_done >= self.answers:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_goes_on_decodes_only_what_has_changed(run, evaluation, tmp_path, monkeypatch):
+    recordings, decoded = shutil.copytree(evaluation.recordings, tmp_path / "recordings"), []
+    prepare = waveform.prepare
+    monkeypatch.setattr(waveform, "prepare", lambda *samples, **named: decoded.append(1) or prepare(*samples, **named))
+    recipe = evaluation.variant("stopped", datasets=[{"path": str(recordings)}])
+    arguments = {"recipe": recipe, "out": tmp_path / "run", "models": [run.path / "checkpoints"], **CPU}
+    for answers in (CLIPS, 2 * CLIPS):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(**arguments, listener=Stopping(answers))
+        assert len(decoded) == CLIPS
+    os.utime(recordings / "0.wav", ns=(0, 0))
+    done = evaluate(**arguments)
+    assert len(decoded) == CLIPS + 1
+    assert (done.record.environment["clips_decoded"], done.record.environment["clips_encoded"]) == (1, 0)
+    assert by_id(done.path).keys() == set(FILES) and not (done.path / "prefixes").exists()
+
+
+def test_a_run_whose_prefixes_cannot_be_written_says_so_once_and_goes_on(run, evaluation, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/prefixes").write_text("in the way")
+    arguments = {"recipe": evaluation.recipe, "models": [run.path / "checkpoints"], **CPU}
+    listening = Listening()
+    done = evaluate(out=tmp_path / "run", listener=listening, **arguments)
+    assert len(listening.notes) == 1 and "audio prefixes cannot be written" in listening.notes[0]
+    assert by_id(done.path) == nearly(by_id(run.path))
 
 
 def test_progress_tells_cell_and_run(run, listening):

@@ -72,12 +72,14 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 def test_two_workers_give_the_predictions_of_one_engine(ray, one, evaluation, tmp_path):
     """A run that one engine has begun; greedy, with audio examples."""
     arguments = {"recipe": evaluation.recipe, "out": tmp_path / "run", "models": [one.path / "checkpoints"], **CPU}
-    evaluate(limit=3, **arguments)
+    begun = evaluate(limit=3, **arguments)
     listening = Listening()
     done = evaluate(workers=2, listener=listening, **arguments)
     assert by_id(done.path) == nearly(by_id(one.path))
     assert answers_in(done.path) == len(FILES) * CLIPS
     assert done.record.environment["workers"] == 2
+    encoded = [run.record.environment["clips_encoded"] for run in (begun, done)]
+    assert encoded[1] - encoded[0] == CLIPS, "each once in the whole pool"
     assert {standing.workers for standing in listening.heard[2:]} == {2}
     assert listening.heard[-1].run_done == listening.heard[-1].run_rows == len(FILES) * CLIPS
     assert [cell.seconds > 0 for cell in done.record.cells] == [True] * len(FILES)

@@ -91,7 +91,7 @@ class AudioParser(MultiModalDataParser):
 
     def _clip(self, audio: Any) -> Clip:
         if isinstance(audio, Clip):
-            if not self._config.prefix_length(len(audio.waveform)):
+            if not self._config.prefix_length(audio.samples):
                 raise VLLMValidationError(
                     f"a clip of {audio.seconds:g} s is too short for this model", parameter="audio"
                 )

@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,10 +21,10 @@ from mergekit_bio.engine.interface import (
 from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference, replace_weights
 from mergekit_bio.engine.tokenization import Tokenization
+from mergekit_bio.engine.vllm.beams import PromptBeams, Rollout
 from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
 from mergekit_bio.engine.vllm.requests import (
     MAX_LOGPROBS,
-    PromptBeams,
     continued,
     generation,
     one_token,
@@ -66,8 +67,8 @@ def gpu_share(*, free: int, total: int) -> float:
 class VllmEngine:
     """Continuous batching and prefix caching; on GPUs, also tensor parallel and on Ray.
 
-    Beams and closed lists are loops over one-token requests: each step's prompts lie in the prefix cache, whole
-    blocks of them at least.
+    Beams are greedy requests that a search reads as they go on, closed lists one-token requests; the prompts of those
+    that follow the first lie in the prefix cache, whole blocks of them at least.
 
     Args:
         checkpoint: A merged directory, or a hub id.
@@ -179,6 +180,8 @@ class VllmEngine:
                 generation_config="vllm",  # every setting comes with the request
                 **{"worker_cls": worker_class(), "use_tqdm_on_load": False} | vllm_options,
             )
+        if prefixes is not None:
+            prefixes.keep_in(self._llm.llm_engine.model_config.dtype)
         self._to_stop = [self._llm]
         self._running.add(self)
 
@@ -300,24 +303,82 @@ class VllmEngine:
     def _beams(
         self, requests: Sequence[dict[str, Any]], lengths: Sequence[int], decoding: Decoding
     ) -> list[Generation]:
-        generations: list[Generation] = []
-        for group in self._groups(lengths, beams=decoding.num_beams, room=decoding.max_new_tokens):
-            start = time.perf_counter()
-            searches = [PromptBeams(requests[n], decoding, self.tokenization) for n in group]
-            seconds = [0.0] * len(group)
-            while going := [n for n, search in enumerate(searches) if not search.done]:
-                # One step of every search that goes on, all in one call.
-                steps = {n: searches[n].requests() for n in going}
-                params = searches[going[0]].params
-                outputs = iter(self._step([request for asked in steps.values() for request in asked], params))
-                for n, asked in steps.items():
-                    searches[n].advance([next(outputs) for _ in asked])
-                    seconds[n] = time.perf_counter() - start
-            generations += [
-                search.generation(prompt_tokens=lengths[n], seconds=taken)
-                for n, search, taken in zip(group, searches, seconds, strict=True)
-            ]
-        return generations
+        engine, start = self._llm.llm_engine, time.perf_counter()
+        fits = self._room(lengths, decoding)
+        waiting = deque(range(len(requests)))
+        searches: dict[int, PromptBeams] = {}
+        running: dict[str, tuple[int, Rollout]] = {}
+        generations: dict[int, Generation] = {}
+
+        def ask(n: int, rollouts: Sequence[Rollout]) -> None:
+            for rollout in rollouts:
+                running[rollout.request_id] = n, rollout
+                engine.add_request(rollout.request_id, self._rendered(rollout.request), rollout.params)
+
+        def give_up(rollouts: Sequence[str]) -> None:
+            engine.abort_request(list(rollouts))
+            for request_id in rollouts:
+                del running[request_id]
+
+        try:
+            while waiting or engine.has_unfinished_requests():
+                # 1. Begin with the prompts that fit beside those under way.
+                while waiting and fits(waiting[0], searches):
+                    n = waiting.popleft()
+                    searches[n] = PromptBeams(requests[n], decoding, self.tokenization)
+                    ask(n, searches[n].rollouts)
+                # 2. One step of the engine decodes a token for each rollout.
+                for output in engine.step():
+                    if output.request_id not in running:  # given up in this step
+                        continue
+                    n, rollout = running[output.request_id]
+                    forks, abandoned = searches[n].take(rollout, output)
+                    if output.finished:
+                        del running[output.request_id]
+                    give_up([other.request_id for other in abandoned])
+                    ask(n, forks)
+                    if searches[n].done:
+                        seconds = time.perf_counter() - start
+                        generations[n] = searches.pop(n).generation(prompt_tokens=lengths[n], seconds=seconds)
+        finally:  # after an error too: the engine may be asked again
+            give_up(list(running))
+        return [generations[n] for n in range(len(requests))]
+
+    def _rendered(self, request: dict[str, Any]) -> Any:
+        """A request as vLLM's engine takes it."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        engine = self._llm.llm_engine
+        parsed = parse_model_prompt(engine.model_config, request)
+        (rendered,) = engine.renderer.render_cmpl([parsed], engine.renderer.default_cmpl_tok_params)
+        return rendered
+
+    def _room(self, lengths: Sequence[int], decoding: Decoding) -> Callable[[int, Mapping[int, PromptBeams]], bool]:
+        """Says whether the engine has room for a prompt beside the searches under way.
+
+        Forks are to run at once, with their beginning in the prefix cache, and not to queue behind other prompts. So a
+        prompt waits while the engine has a step's worth of others to read, no row for its beams, or no blocks.
+        """
+        config = self._llm.llm_engine.vllm_config
+        block_size = config.cache_config.block_size
+        blocks = (config.cache_config.num_gpu_blocks or 1) * block_size
+        rows, step = config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens
+
+        def needed(n: int) -> int:
+            # A beam has blocks of its own from where it parts from the others.
+            return lengths[n] + decoding.num_beams * (decoding.max_new_tokens + block_size)
+
+        def fits(n: int, searches: Mapping[int, PromptBeams]) -> bool:
+            if not searches:
+                return True
+            unread = sum(lengths[other] for other, search in searches.items() if not search.begun)
+            return (
+                (len(searches) + 1) * decoding.num_beams <= rows
+                and unread < step
+                and needed(n) + sum(map(needed, searches)) <= blocks
+            )
+
+        return fits
 
     def _next_logprobs(self, requests: list[dict[str, Any]]) -> NextLogprobs:
         """What walks a trie of labels: each query is a one-token request that names its candidates."""
@@ -349,20 +410,3 @@ class VllmEngine:
             return []
         outputs: list[Any] = self._llm.generate(requests, params, use_tqdm=False)
         return outputs
-
-    def _groups(self, lengths: Sequence[int], *, beams: int, room: int) -> Iterator[list[int]]:
-        """Prompts in order, so many at once that their beams stay in the prefix cache from step to step."""
-        cache = self._llm.llm_engine.vllm_config.cache_config
-        capacity = (cache.num_gpu_blocks or 1) * cache.block_size
-        group: list[int] = []
-        used = 0
-        for n, length in enumerate(lengths):
-            # A beam has blocks of its own from where it parts from the others.
-            needed = length + beams * (room + cache.block_size)
-            if group and used + needed > capacity:
-                yield group
-                group, used = [], 0
-            group.append(n)
-            used += needed
-        if group:
-            yield group

@@ -2,13 +2,15 @@
 
 import asyncio
 import uuid
+from contextlib import aclosing
 from typing import Any
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.engine.vllm.requests import PromptBeams, generation, sampling_params
-from mergekit_bio.errors import EngineError, PromptError
+from mergekit_bio.engine.vllm.beams import PromptBeams, Rollout, gave_up
+from mergekit_bio.engine.vllm.requests import generation, sampling_params
+from mergekit_bio.errors import PromptError
 
 
 async def answer(
@@ -43,11 +45,36 @@ async def answer(
         request["multi_modal_uuids"] = {"audio": [clip.digest for clip in clips]}
     if decoding.num_beams > 1:
         beams = PromptBeams(request, decoding, tokenization)
-        while not beams.done:
-            beams.advance(await asyncio.gather(*(_run(engine, step, beams.params) for step in beams.requests())))
+        await _search(engine, beams)
         return beams.generation(prompt_tokens=length, seconds=loop.time() - start)
     output = await _run(engine, request, sampling_params(decoding, tokenization, seed=decoding.seed))
     return generation(output, decoding, tokenization, prompt_tokens=length, seconds=loop.time() - start)
+
+
+async def _search(engine: Any, beams: PromptBeams) -> None:
+    """Run a beam search; when the client goes away, vLLM is told to drop all its requests."""
+    tasks: dict[Rollout, asyncio.Task[None]] = {}
+
+    async def follow(rollout: Rollout) -> None:
+        # Closed where the search has left it, vLLM's stream drops the request.
+        async with aclosing(engine.generate(rollout.request, rollout.params, rollout.request_id)) as outputs:
+            async for output in outputs:
+                forks, abandoned = beams.take(rollout, output)
+                for other in abandoned:
+                    if other is not rollout:
+                        tasks.pop(other).cancel()
+                for fork in forks:
+                    tasks[fork] = group.create_task(follow(fork))
+                if rollout in abandoned:
+                    return
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for rollout in beams.rollouts:
+                tasks[rollout] = group.create_task(follow(rollout))
+    except ExceptionGroup as failures:
+        # One request failed, and the others were dropped.
+        raise failures.exceptions[0] from None
 
 
 async def _run(engine: Any, request: dict[str, Any], params: Any) -> Any:
@@ -56,5 +83,5 @@ async def _run(engine: Any, request: dict[str, Any], params: Any) -> Any:
     async for partial in engine.generate(request, params, f"predict-{uuid.uuid4().hex}"):
         output = partial
     if output is None or output.outputs[0].finish_reason == "abort":  # its answer may have no token
-        raise EngineError("vLLM gave the request up, as it does when the server stops")
+        raise gave_up()
     return output

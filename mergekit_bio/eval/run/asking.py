@@ -3,26 +3,19 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import Decoding, Engine, EngineSettings, Generation, Prompt
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.data.dataset import Dataset
-from mergekit_bio.eval.prompt import Instruction
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.run.audio_reader import AudioReader
 from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.questions import Question, options, questions
-
-#: Prepared clips that are kept for the next query or as examples.
-CLIPS_KEPT = 400
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,13 @@ class Answered:
         seconds: From the moment the engine was on the checkpoint.
         counts: What the worker has done since its last batch, for the run's record, such as ``clips_encoded``: clips
             that went through the tower.
+        notes: What a user should know.
     """
 
     predictions: tuple[Prediction, ...]
     seconds: float
     counts: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 class RunWorker:
@@ -75,34 +70,34 @@ class RunWorker:
     def __init__(self, plan: RunPlan, slot: EngineSlot) -> None:
         self._plan, self._slot = plan, slot
         self._cells = {cell.file: cell for cell in plan.cells}
-        self._reader = AudioReader(plan.datasets)
+        self._reader = AudioReader(plan.datasets, slot)
         self._questions = lru_cache(4)(self._questions_of)
         self._labels = lru_cache(4)(self._labels_of)
         self._ahead = ThreadPoolExecutor(1)
         self._reading: tuple[Batch, Future[list[Prompt]]] | None = None
-        self._counted = self._counts()
+        self._counted, self._told = self._counts(), len(slot.notes)
 
     def answer(self, batch: Batch, following: Batch | None) -> Answered:
         """Ask one batch.
 
         Args:
             batch: Which questions.
-            following: What will probably be asked next: its recordings are decoded while the engine answers.
+            following: What will probably be asked next: its clips are heard while the engine answers.
 
         Raises:
             MergekitBioError: The engine cannot run the checkpoint, or a recording is no use.
         """
         cell, recipe = self._cells[batch.cell], self._plan.recipe
-        # 1. The engine on the checkpoint. The recordings are decoded meanwhile, if they are not yet.
-        reading = self._read(batch)
+        # 1. The engine on the checkpoint. It is not changed while it hears what comes next.
+        if self._reading is not None:
+            wait([self._reading[1]])
         engine = self._slot.at(self._plan.checkpoint(cell).source)
         since = time.perf_counter()
-        # 2. The prompts. The next batch's recordings are decoded while the engine answers this one.
-        prompts = reading.result()
+        # 2. The prompts. The next batch's clips are heard while the engine answers this one.
+        prompts = self._read(batch).result()
         self._reading = None
         if following is not None:
             self._read(following)
-        self._slot.encode([clip for prompt in prompts for clip in prompt.audios])
         # 3. Ask.
         labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
         answers = _answers(engine, recipe, prompts, labels, seed=recipe.seed + batch.places.start)
@@ -112,11 +107,19 @@ class RunWorker:
         )
         before, self._counted = self._counted, self._counts()
         counts = {name: count - before[name] for name, count in self._counted.items()}
-        return Answered(predictions, time.perf_counter() - since, counts)
+        return Answered(predictions, time.perf_counter() - since, counts, self.notes())
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the prefixes, and has not been told."""
+        self._slot.note_problem()
+        new = tuple(self._slot.notes[self._told :])
+        self._told += len(new)
+        return new
 
     def close(self) -> None:
-        """Read no further ahead."""
+        """Read no further ahead, and have the prefixes on disk."""
         self._ahead.shutdown(cancel_futures=True)
+        self._slot.flush()
 
     def _read(self, batch: Batch) -> "Future[list[Prompt]]":
         """Begin to read a batch, if that is not under way."""
@@ -127,7 +130,7 @@ class RunWorker:
 
     def _counts(self) -> dict[str, int]:
         """What a run counts, as :class:`Answered` says."""
-        return {"clips_encoded": self._slot.encoded}
+        return {"clips_decoded": self._reader.decoded, "clips_encoded": self._slot.encoded}
 
     def _asked(self, batch: Batch) -> list[Question]:
         cell = self._cells[batch.cell]
@@ -155,41 +158,6 @@ class OwnEngine(RunWorker):
         """Close the engine too."""
         super().close()
         self._slot.close()
-
-
-class AudioReader:
-    """Makes prompts of instructions: decodes their recordings.
-
-    Args:
-        datasets: Where the recordings are.
-    """
-
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._clip = lru_cache(CLIPS_KEPT)(self._decode)
-
-    def read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
-        """The instructions with what is heard.
-
-        Raises:
-            DatasetError: A recording is no use.
-        """
-        # In the order of their places, which is how they lie in the data; each once, though the cache may be small.
-        ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
-        clips = {clip_id: self._clip(dataset, clip_id) for clip_id in ids}
-        return [
-            Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
-            for instruction in instructions
-        ]
-
-    def _decode(self, dataset_name: str, clip_id: str) -> Clip:
-        dataset = self._datasets[dataset_name]
-        samples, rate = dataset.audio(clip_id)
-        try:
-            # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
-            return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=dataset.seconds)
-        except AudioError as error:
-            raise DatasetError(f"{dataset_name}: clip {clip_id}: {error}") from None
 
 
 #: An answer's text, with its generation or the log-probability of every label, whichever the recipe's decoding gives.

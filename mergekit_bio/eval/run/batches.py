@@ -65,6 +65,8 @@ def ask_all(
                 counter.answered(cell, len(batch.places), seconds=answered.seconds)
                 unsaved[batch.cell] += answered.seconds
                 counts.update(answered.counts)
+                for text in answered.notes:
+                    listener.note(f"note: {text}")
             left[batch.cell] -= 1
             if not left[batch.cell] and batch.cell in writers:
                 writers.pop(batch.cell).close()
@@ -76,7 +78,7 @@ def ask_all(
         for writer in writers.values():
             writer.close()
         _save_time(run, cells, unsaved)
-        run.note({name: run.record.environment.get(name, 0) + count for name, count in counts.items()})
+    run.note({name: run.record.environment.get(name, 0) + count for name, count in counts.items()})
     return given_up
 
 

@@ -186,7 +186,7 @@ def carry_out(
         # One cell uses every prefix once; for more, or for several engines, they are kept on the disk, until the run is
         # complete.
         many = len(plan.cells) > len(plan.datasets) or cluster is not None
-        prefixes = plan.out / PREFIXES if slot is None and many else None
+        prefixes = plan.out / PREFIXES if slot is None and not engine.remote and many else None
         if slot is None:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
         if slot is None and cluster is None:
@@ -213,6 +213,8 @@ def carry_out(
         if slot is not None:
             with closing(RunWorker(plan, slot)) as worker:
                 ask_all(plan, run, OneWorker(worker), listener)
+            for text in worker.notes():
+                listener.note(f"note: {text}")
         elif cluster is not None:
             with cluster.workers(partial(OwnEngine, plan, settings)) as pool:
                 given_up = ask_all(plan, run, pool, listener)

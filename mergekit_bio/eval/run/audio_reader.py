@@ -1,0 +1,140 @@
+"""Hears what a run asks about: clips are decoded on several threads and encoded, each once for all alphas."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.waveform import pad_to_minimum
+from mergekit_bio.engine.clip_digests import ClipDigests, clip_key
+from mergekit_bio.engine.interface import Prompt
+from mergekit_bio.engine.slot import EngineSlot
+from mergekit_bio.errors import AudioError, DatasetError
+from mergekit_bio.eval.data.dataset import Dataset
+from mergekit_bio.eval.prompt import Instruction
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Recordings that are decoded at the same time.
+_THREADS = min(4, os.cpu_count() or 1)
+#: Decoded clips that are kept where servers need the samples: 1.3 MB each.
+_KEPT = 400
+
+
+class AudioReader:
+    """Makes prompts of instructions, with clips whose prefixes are at hand.
+
+    What was heard before, for another alpha or query or by an earlier start, is neither decoded nor encoded again.
+
+    Args:
+        datasets: Where the recordings are.
+        slot: The engine that will be asked.
+    """
+
+    def __init__(self, datasets: Iterable[Dataset], slot: EngineSlot) -> None:
+        self._recordings = {dataset.name: _Recordings(dataset) for dataset in datasets}
+        self._slot = slot
+        folder = slot.settings.prefixes
+        self._digests = ClipDigests(folder / "clips" if folder else None)
+        self._kept: dict[str, Clip] = {}
+
+    @property
+    def decoded(self) -> int:
+        """How often a clip was decoded so far."""
+        return sum(recordings.decoded for recordings in self._recordings.values())
+
+    def read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
+        """The instructions as prompts.
+
+        Raises:
+            DatasetError: A recording is no use.
+        """
+        # In the order of their places, which is how they lie in the data.
+        ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
+        clips = self._clips(self._recordings[dataset], ids)
+        self._slot.encode(list(clips.values()))
+        return [
+            Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
+            for instruction in instructions
+        ]
+
+    def _clips(self, recordings: "_Recordings", ids: Iterable[str]) -> dict[str, Clip]:
+        keys = {clip_id: recordings.key(clip_id) for clip_id in ids}
+        digests = {clip_id: self._digests.get(key) for clip_id, key in keys.items()}
+        at_hand = self._slot.known(filter(None, digests.values()))
+        # 1. A clip whose prefix is at hand is decoded only where somebody asks for its samples after all. Where servers
+        #    need the samples, the last clips are kept as they are.
+        clips: dict[str, Clip] = {}
+        for clip_id, digest in digests.items():
+            if digest in at_hand:
+                clips[clip_id] = recordings.clip(clip_id, digest)
+            elif keys[clip_id] in self._kept:
+                clips[clip_id] = self._kept[keys[clip_id]]
+        # 2. The others are decoded now.
+        for clip_id, clip in recordings.decode([clip_id for clip_id in keys if clip_id not in clips]):
+            clips[clip_id] = clip
+            if self._slot.remote:
+                self._kept[keys[clip_id]] = clip
+                if len(self._kept) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
+            else:
+                self._digests.add(keys[clip_id], clip.digest)
+        return clips
+
+
+class _Recordings:
+    """The recordings of a dataset, as clips; counts those that are decoded."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.decoded = 0
+        self._dataset = dataset
+        self._counting = Lock()
+        self._paths = {row.id: row.path for row in (*dataset.asked, *dataset.examples) if row.path is not None}
+        # A recording that is no file of its own is told from others by all rows' texts and the tables that they lie in.
+        self._rows = None if self._paths else [dataset.fingerprint(), dataset.source, _stamps(Path(dataset.source))]
+
+    def key(self, clip_id: str) -> str:
+        """What decides the samples of a clip; see :func:`mergekit_bio.engine.clip_digests.clip_key`."""
+        recording = self._rows or _stamps(self._paths[clip_id])
+        return clip_key(recording, clip_id, start=0.0, end=self._dataset.seconds, seconds=self._dataset.seconds)
+
+    def clip(self, clip_id: str, digest: str) -> Clip:
+        """A clip that is known already: decoded where somebody asks for its samples after all."""
+        seconds = self._dataset.seconds
+        return Clip(lambda: self._decode(clip_id).waveform, seconds, end=seconds, digest=digest)
+
+    def decode(self, clip_ids: Iterable[str]) -> Iterator[tuple[str, Clip]]:
+        """Clips in their order, decoded on threads, a few at a time."""
+        waiting: deque[tuple[str, Future[Clip]]] = deque()
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for clip_id in clip_ids:
+                # Files are read on the threads; rows here, one after the other, for a stream goes from front to back.
+                recording = None if self._paths else self._dataset.audio(clip_id)
+                waiting.append((clip_id, threads.submit(self._decode, clip_id, recording)))
+                if len(waiting) > 2 * _THREADS:
+                    first, decoding = waiting.popleft()
+                    yield first, decoding.result()
+            for first, decoding in waiting:
+                yield first, decoding.result()
+
+    def _decode(self, clip_id: str, recording: "tuple[np.ndarray, int] | None" = None) -> Clip:
+        samples, rate = recording or self._dataset.audio(clip_id)
+        with self._counting:
+            self.decoded += 1
+        try:
+            # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
+            return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=self._dataset.seconds)
+        except AudioError as error:
+            raise DatasetError(f"{self._dataset.name}: clip {clip_id}: {error}") from None
+
+
+def _stamps(source: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of the last change (ns) of a file, or of a folder's tables; of what is not here, nothing."""
+    files = sorted({*source.rglob("*.parquet"), *source.rglob("*.arrow")}) if source.is_dir() else [source]
+    stats = [(file, file.stat()) for file in files if file.is_file()]
+    return [(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]

@@ -1,0 +1,139 @@
+"""A clip is decoded and encoded once for a run, and again where anything that decides its samples has changed."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from eval.conftest import COMPONENTS
+from eval.evaluation import CLIPS, write_evaluation, write_recordings
+
+import mergekit_bio
+from mergekit_bio.audio import recording, waveform
+from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.engine.interface import EngineSettings
+from mergekit_bio.engine.slot import EngineSlot
+from mergekit_bio.eval.components import components
+from mergekit_bio.eval.data.audio_folder import open_audio_folder
+from mergekit_bio.eval.data.beans_zero import open_component
+from mergekit_bio.eval.data.dataset import Dataset
+from mergekit_bio.eval.prompt import Instruction
+from mergekit_bio.eval.run.audio_reader import AudioReader
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    evaluation = write_evaluation(tmp_path_factory.mktemp("evaluation"))
+    merged = mergekit_bio.merge(
+        base=evaluation.base, adapter=evaluation.adapter, alphas=[0.5], out=evaluation.recipe.with_name("merged")
+    )
+    return merged[0].path
+
+
+class Heard:
+    """Reads whole datasets, each time with a new engine and reader on the same folder."""
+
+    def __init__(self, checkpoint: Path, folder: Path):
+        self.checkpoint = checkpoint
+        self.settings = EngineSettings(options={"device": "cpu"}, prefixes=folder)
+
+    def __call__(self, dataset: Dataset) -> tuple[int, int]:
+        """How many clips were decoded and encoded."""
+        with EngineSlot(engine_class("transformers"), self.settings) as slot:
+            slot.at(self.checkpoint)
+            reader = AudioReader([dataset], slot)
+            asked = [Instruction(row.instruction or "?", (row.id,), 0) for row in dataset.asked]
+            for _ in range(2):
+                prompts = reader.read(dataset.name, asked)
+            assert [prompt.text for prompt in prompts] == [instruction.text for instruction in asked]
+            assert all(clip.seconds == dataset.seconds for prompt in prompts for clip in prompt.audios)
+            return reader.decoded, slot.encoded
+
+
+@pytest.fixture
+def heard(checkpoint, tmp_path) -> Heard:
+    return Heard(checkpoint, tmp_path / "prefixes")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_recordings(tmp_path / "recordings")
+
+
+def opened(folder: Path) -> Dataset:
+    return open_audio_folder(folder, name="recordings", task="classification")
+
+
+def test_a_clip_is_decoded_once_whoever_asks_again(heard, folder, monkeypatch):
+    prepared = []
+    prepare = waveform.prepare
+    monkeypatch.setattr(waveform, "prepare", lambda *samples, **named: prepared.append(1) or prepare(*samples, **named))
+    assert heard(opened(folder)) == (CLIPS, CLIPS) and len(prepared) == CLIPS
+    assert heard(opened(folder)) == (0, 0) and len(prepared) == CLIPS
+
+
+def test_a_recording_that_changed_in_time_or_size_is_decoded_again(heard, folder):
+    heard(opened(folder))
+    stat = (folder / "3.wav").stat()
+    os.utime(folder / "3.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert heard(opened(folder)) == (1, 0)  # what is heard is what it was
+    shutil.copyfile(folder / "8.wav", folder / "3.wav")  # the short one
+    os.utime(folder / "3.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert heard(opened(folder)) == (1, 0)  # it is known under another name
+    assert heard(opened(folder)) == (0, 0)
+
+
+def test_a_recording_elsewhere_or_of_another_length_or_decoder_is_decoded_again(heard, folder, tmp_path, monkeypatch):
+    heard(opened(folder))
+    assert heard(opened(shutil.copytree(folder, tmp_path / "copy"))) == (CLIPS, 0)
+    assert heard(replace(opened(folder), seconds=3.0)) == (CLIPS, CLIPS)
+    monkeypatch.setattr(recording, "_DECODER", "another")
+    recording.decoder.cache_clear()
+    assert heard(opened(folder)) == (CLIPS, 0)
+    recording.decoder.cache_clear()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_beans_zero_are_decoded_once_and_again_when_their_file_has_changed(
+    heard, beans_zero, tmp_path, streaming
+):
+    source = shutil.copytree(beans_zero("parquet"), tmp_path / "beans-zero")
+    component, rows = components()["unseen-family-cmn"], len(COMPONENTS["unseen-family-cmn"])
+    dataset = open_component(component, source=str(source), streaming=streaming)
+    assert heard(dataset) == (rows, rows)
+    assert heard(open_component(component, source=str(source), streaming=streaming)) == (0, 0)
+    (shard,) = source.iterdir()
+    os.utime(shard, ns=(0, 0))
+    assert heard(open_component(component, source=str(source), streaming=streaming)) == (rows, 0)
+    relabelled = replace(dataset, asked=(replace(dataset.asked[0], label="Wren"), *dataset.asked[1:]))
+    assert heard(relabelled) == (rows, 0)
+
+
+@pytest.mark.parametrize("lost", ["prefixes", "digests"])
+def test_half_of_what_is_known_is_as_good_as_nothing(heard, folder, tmp_path, lost):
+    heard(opened(folder))
+    (tower,) = (path for path in (tmp_path / "prefixes").iterdir() if path.is_dir())
+    shutil.rmtree(tower) if lost == "prefixes" else (tmp_path / "prefixes/clips").unlink()
+    assert heard(opened(folder)) == (CLIPS, CLIPS if lost == "prefixes" else 0)
+
+
+def test_a_damaged_prefix_costs_its_clip_another_decoding(heard, folder, tmp_path):
+    heard(opened(folder))
+    (file,) = (tmp_path / "prefixes").rglob("*.safetensors")
+    sound = bytearray(file.read_bytes())
+    sound[-1] ^= 1
+    file.write_bytes(sound)
+    assert heard(opened(folder)) == (1, 1)
+
+
+def test_what_is_known_may_be_read_before_the_engine_is_up(heard, folder):
+    dataset = opened(folder)
+    heard(dataset)
+    with EngineSlot(engine_class("transformers"), heard.settings) as slot:
+        reader = AudioReader([dataset], slot)
+        (prompt,) = reader.read(dataset.name, [Instruction("?", ("0.wav",), 0)])
+        slot.at(heard.checkpoint)
+        slot.encode(prompt.audios)
+        assert (reader.decoded, slot.encoded) == (0, 0)
+        assert len(prompt.audios[0].waveform) == 160_000 and reader.decoded == 1  # somebody asked for the samples
