@@ -26,6 +26,8 @@ from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 T = TypeVar("T")
 
+#: Requests under way at each server, where nobody says otherwise.
+CONCURRENCY = 32
 #: Answers that another try, or another server, may better.
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
@@ -69,7 +71,6 @@ class HttpEngine:
 
     name: ClassVar = "http"
     remote: ClassVar = True
-    prompts_at_once: ClassVar = 64
     packages: ClassVar = ("httpx",)
     advice: ClassVar = ""
     prefixes: None = None  # the servers have their own
@@ -89,6 +90,11 @@ class HttpEngine:
         check_options(cls.name, options, known=("concurrency", "timeout"))
 
     @classmethod
+    def prompts_at_once(cls, settings: EngineSettings) -> int:
+        """Twice what all servers have under way. A run sends the next as many before the last of these are answered."""
+        return 2 * settings.options.get("concurrency", CONCURRENCY) * max(1, len(settings.servers))
+
+    @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:
         """None: the servers have them."""
         return 0
@@ -106,7 +112,7 @@ class HttpEngine:
         *,
         model: str | None = None,
         api_key: str | None = None,
-        concurrency: int = 32,
+        concurrency: int = CONCURRENCY,
         timeout: float = 600.0,
         retries: Retries | None = None,
     ) -> None:
@@ -209,9 +215,17 @@ class HttpEngine:
 
     def close(self) -> None:
         """Close the connections; the servers stay."""
-        if self._loop.is_running():
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:  # what other threads still wait for
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
             if self._client is not None:
-                self._wait_for(self._client.aclose())
+                await self._client.aclose()
+
+        if self._loop.is_running():
+            self._wait_for(end())
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:

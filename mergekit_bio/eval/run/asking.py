@@ -75,6 +75,8 @@ class RunWorker:
         self._labels = lru_cache(4)(self._labels_of)
         self._ahead = ThreadPoolExecutor(1)
         self._reading: tuple[Batch, Future[list[Prompt]]] | None = None
+        self._sending = ThreadPoolExecutor(2)
+        self._sent: dict[Batch, Future[tuple[Prediction, ...]]] = {}
         self._counted, self._told = self._counts(), len(slot.notes)
 
     def answer(self, batch: Batch, following: Batch | None) -> Answered:
@@ -87,27 +89,38 @@ class RunWorker:
         Raises:
             MergekitBioError: The engine cannot run the checkpoint, or a recording is no use.
         """
-        cell, recipe = self._cells[batch.cell], self._plan.recipe
         # 1. The engine on the checkpoint. It is not changed while it hears what comes next.
         if self._reading is not None:
             wait([self._reading[1]])
-        engine = self._slot.at(self._plan.checkpoint(cell).source)
+        engine = self._slot.at(self._plan.checkpoint(self._cells[batch.cell]).source)
         since = time.perf_counter()
-        # 2. The prompts. The next batch's clips are heard while the engine answers this one.
-        prompts = self._read(batch).result()
-        self._reading = None
-        if following is not None:
-            self._read(following)
-        # 3. Ask.
-        labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
-        answers = _answers(engine, recipe, prompts, labels, seed=recipe.seed + batch.places.start)
-        predictions = tuple(
-            _prediction(cell, question, answer, asked=engine.render(prompt))
-            for question, prompt, answer in zip(self._asked(batch), prompts, answers, strict=True)
-        )
+        # 2. Ask. While the engine answers, the next batch's clips are heard.
+        if not self._slot.remote:
+            prompts = self._read(batch)
+            if following is not None:
+                self._read(following)
+            predictions = self._predict(engine, batch, prompts)
+        # Servers get the next batch too, to have something to do while the last answers of this one are awaited.
+        else:
+            sent = self._sent.pop(batch, None) or self._send(engine, batch)
+            if following is not None and following.checkpoint == batch.checkpoint:
+                self._sent[following] = self._send(engine, following)
+            predictions = sent.result()
         before, self._counted = self._counted, self._counts()
         counts = {name: count - before[name] for name, count in self._counted.items()}
         return Answered(predictions, time.perf_counter() - since, counts, self.notes())
+
+    def _send(self, engine: Engine, batch: Batch) -> "Future[tuple[Prediction, ...]]":
+        return self._sending.submit(self._predict, engine, batch, self._read(batch))
+
+    def _predict(self, engine: Engine, batch: Batch, prompts: "Future[list[Prompt]]") -> tuple[Prediction, ...]:
+        cell, recipe = self._cells[batch.cell], self._plan.recipe
+        labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
+        answers = _answers(engine, recipe, prompts.result(), labels, seed=recipe.seed + batch.places.start)
+        return tuple(
+            _prediction(cell, question, answer, asked=engine.render(prompt))
+            for question, prompt, answer in zip(self._asked(batch), prompts.result(), answers, strict=True)
+        )
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the prefixes, and has not been told."""
@@ -119,6 +132,7 @@ class RunWorker:
     def close(self) -> None:
         """Read no further ahead, and have the prefixes on disk."""
         self._ahead.shutdown(cancel_futures=True)
+        self._sending.shutdown(wait=False, cancel_futures=True)
         self._slot.flush()
 
     def _read(self, batch: Batch) -> "Future[list[Prompt]]":

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.pool import Workers, hand_out
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
@@ -25,9 +24,9 @@ SAVE_TIME_EVERY = 30.0
 
 
 def ask_all(
-    plan: RunPlan, run: RunDirectory, workers: Workers[Batch, Answered], listener: ProgressListener
+    plan: RunPlan, run: RunDirectory, workers: Workers[Batch, Answered], listener: ProgressListener, *, at_once: int
 ) -> list[Batch]:
-    """Ask whatever is not answered yet; a checkpoint that has answered everything is not loaded.
+    """Ask whatever is not answered yet, ``at_once`` questions a batch; a checkpoint without such is not loaded.
 
     Returns:
         What was given up, because workers died of it.
@@ -36,7 +35,7 @@ def ask_all(
         MergekitBioError: The run cannot go on. Answers so far are kept.
     """
     # 1. What earlier starts have not answered.
-    batches = open_batches(plan, workers.count)
+    batches = open_batches(plan, at_once=at_once, workers=workers.count)
     cells = {cell.file: cell for cell in plan.cells}
     left = Counter(batch.cell for batch in batches)
     counter = AnswerCounter(plan, batches, listener, workers=lambda: workers.up)
@@ -88,7 +87,7 @@ def _save_time(run: RunDirectory, cells: Mapping[str, Cell], unsaved: dict[str, 
     unsaved.clear()
 
 
-def open_batches(plan: RunPlan, workers: int = 1) -> list[Batch]:
+def open_batches(plan: RunPlan, *, at_once: int, workers: int = 1) -> list[Batch]:
     """All questions of a run that have no answer yet.
 
     Which questions stand together changes with the number of workers and with what is answered; what is drawn for a
@@ -96,6 +95,7 @@ def open_batches(plan: RunPlan, workers: int = 1) -> list[Batch]:
 
     Args:
         plan: The run.
+        at_once: Questions of a batch at most; see :meth:`mergekit_bio.engine.interface.Engine.prompts_at_once`.
         workers: How many will share the batches.
 
     Returns:
@@ -114,7 +114,7 @@ def open_batches(plan: RunPlan, workers: int = 1) -> list[Batch]:
         places = enumerate(clips[cell.dataset, cell.query])
         open_places[cell.file] = [place for place, (clip, _) in places if clip not in done]
     # 2. As many at once as the engine takes, or fewer where there would be too few batches for all workers.
-    size = engine_class(plan.engine).prompts_at_once
+    size = at_once
     if workers > 1:
         size = min(size, max(1, math.ceil(sum(map(len, open_places.values())) / (workers * BATCHES_EACH))))
     # 3. Cut.

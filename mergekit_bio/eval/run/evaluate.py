@@ -209,15 +209,16 @@ def carry_out(
             environment=_environment(plan, settings.options, workers=cluster.count if cluster else 1),
         )
         # 4. Ask.
+        at_once = engine.prompts_at_once(settings)
         run = stack.enter_context(RunDirectory(plan.out, wanted))
         if slot is not None:
             with closing(RunWorker(plan, slot)) as worker:
-                ask_all(plan, run, OneWorker(worker), listener)
+                ask_all(plan, run, OneWorker(worker), listener, at_once=at_once)
             for text in worker.notes():
                 listener.note(f"note: {text}")
         elif cluster is not None:
             with cluster.workers(partial(OwnEngine, plan, settings)) as pool:
-                given_up = ask_all(plan, run, pool, listener)
+                given_up = ask_all(plan, run, pool, listener, at_once=at_once)
             if given_up:
                 missing = sum(len(batch.places) for batch in given_up)
                 raise EngineError(
