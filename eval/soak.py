@@ -105,7 +105,7 @@ def run(soak: Soak, count: int | None) -> tuple[str, float, float]:
     Raises:
         RuntimeError: A test failed; the message ends with pytest's last lines.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", "-rs", *soak.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", "--hypothesis-profile=random", "-rs", *soak.tests]
     command += ["--count", str(count)] if count else []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

@@ -14,8 +14,10 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-# How long an example takes says how busy the machine is; what hangs is caught by pytest's own timeout.
-hypothesis.settings.register_profile("suite", deadline=None)
+# How long an example takes says how busy the machine is; what hangs is caught by pytest's own timeout. The suite tries
+# the same examples every time, so that a change is judged by what it does; --hypothesis-profile=random tries others.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 
