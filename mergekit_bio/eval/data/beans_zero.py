@@ -1,19 +1,17 @@
-"""BEANS-Zero through the ``datasets`` library: one component at a time, never the whole benchmark."""
+"""BEANS-Zero: the rows and recordings of one component, never the whole benchmark."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 
 from mergekit_bio.errors import DatasetError, MissingPackageError
-from mergekit_bio.eval.components import Component
-from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
-from mergekit_bio.outside_data import parse_json
 
 try:
     import datasets
@@ -22,36 +20,55 @@ try:
 except ImportError:
     raise MissingPackageError("datasets", "eval", "reading BEANS-Zero") from None
 
-CONFIGURATION, SPLIT = "BEANS-Zero", "test"
-#: Everything about a row that is asked before its recording is.
-TEXT_COLUMNS = ("id", "dataset_name", "instruction", "output")
-AUDIO_COLUMNS = ("id", "dataset_name", "audio", "metadata")
-#: Row id -> the row's ``AUDIO_COLUMNS``.
+from mergekit_bio.eval.components import Component
+from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, Download, checked_samples, unique_rows
+from mergekit_bio.eval.data.parquet_rows import (
+    COMPONENT_COLUMN,
+    RECORDING_COLUMNS,
+    TEXT_COLUMNS,
+    CachedRecordings,
+    Place,
+    RowGroup,
+    component_rows,
+    local_files,
+    recording_row,
+    recordings_of,
+)
+from mergekit_bio.outside_data import parse_json
+
+#: Row id -> the row's ``RECORDING_COLUMNS``.
 FindRow = Callable[[str], dict[str, Any]]
 
 
 def open_component(component: Component, *, source: str, streaming: bool = False) -> Dataset:
     """Open a component.
 
-    From the Hub only its row groups are fetched: without ``streaming`` into the ``datasets`` cache, from where
-    recordings are read in any order; with it the texts only, and the recordings as they are asked for, front to back.
+    Of parquet files on the Hub the rows' texts are fetched; of the recordings only those row groups that hold rows
+    which are heard, into the cache of the ``datasets`` library, from where they are read in any order.
 
     Args:
         component: What to open, and what it should hold.
         source: A hub id, a ``save_to_disk`` folder, or a parquet or arrow file or a folder of such files.
-        streaming: See above; folders of arrow files are read in place either way.
+        streaming: Keep nothing in the cache: recordings are read as they are asked for, front to back. Arrow files are
+            read in place either way.
 
     Raises:
         DatasetError: The data cannot be had, or is not of BEANS-Zero's schema.
     """
+    cached: CachedRecordings | None = None
     with _one_line_errors(source):
-        if streaming and not _files(source, "arrow"):
-            texts: Iterable[dict[str, Any]] = _streamed(source, component.name, TEXT_COLUMNS)
-            find = _front_to_back(source, component.name)
+        if local_files(source, "arrow"):
+            table = _arrow_table(source, component.name)
+            texts, find = list(table.select_columns([*TEXT_COLUMNS])), _in_any_order(table)
         else:
-            table = _table(source, component.name)
-            texts = table.select_columns([*TEXT_COLUMNS])
-            find = _in_any_order(table)
+            rows = component_rows(source, component.name, keep=not streaming)
+            texts = list(rows.texts)
+            places = {values["id"]: place for values, place in zip(texts, rows.places, strict=True)}
+            if streaming:
+                find = _front_to_back(places)
+            else:
+                cached = CachedRecordings(source, component.name, places)
+                find = cached.row
         asked = unique_rows([_row(values, source) for values in texts], f"{source}: component {component.name}")
     return Dataset(
         name=component.name,
@@ -62,8 +79,19 @@ def open_component(component: Component, *, source: str, streaming: bool = False
         seconds=component.duration,
         source=source,
         recording=partial(_recording, find, source),
+        downloads=partial(_downloads, cached) if cached else None,
         notes=tuple(_differences(component, asked)),
     )
+
+
+def _downloads(cached: CachedRecordings, ids: Sequence[str]) -> list[Download]:
+    """A download for every row group that is not here yet."""
+    return [Download(group.bytes, partial(_fetch, cached, group)) for group in cached.to_fetch(ids)]
+
+
+def _fetch(cached: CachedRecordings, group: RowGroup) -> None:
+    with _one_line_errors(cached.source):
+        cached.fetch(group)
 
 
 def _row(values: dict[str, Any], source: str) -> DatasetRow:
@@ -106,68 +134,45 @@ def _in_any_order(table: Any) -> FindRow:
     return lambda row_id: dict(rows[index[row_id]])
 
 
-def _front_to_back(source: str, component: str) -> FindRow:
+def _front_to_back(places: dict[str, Place]) -> FindRow:
     """Rows of a stream: it is read on until the row comes, once more from the beginning if that has gone by."""
-    rows: Iterator[dict[str, Any]] = iter(())
+    rows: Iterator[tuple[str, dict[str, Any]]] = iter(())
 
     def find(row_id: str) -> dict[str, Any]:
         nonlocal rows
-        for again in (rows, _streamed(source, component, AUDIO_COLUMNS)):
+        for again in (rows, _streamed(places)):
             rows = again
-            for row in rows:
-                if row["id"] == row_id:
+            for name, row in rows:
+                if name == row_id:
                     return row
-        raise DatasetError(f"{source}: the row '{row_id}' is gone")
+        raise KeyError(row_id)
 
     return find
 
 
-def _streamed(source: str, component: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The rows of a component from the Hub or from parquet files, read row group by row group."""
-    files = _files(source, "parquet")
-    where = {"path": "parquet", "data_files": files} if files else {"path": source, "name": CONFIGURATION}
-    yield from datasets.load_dataset(
-        **where,
-        split="train" if files else SPLIT,
-        streaming=True,
-        filters=[("dataset_name", "==", component)],
-        columns=list(columns),
-    )
+def _streamed(places: dict[str, Place]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows with their ids, read row group by row group."""
+    for group, of_group in groupby(places.items(), key=lambda item: item[1].group):
+        ids = {place.row: row_id for row_id, place in of_group}
+        for row_id, batch in zip(ids.values(), recordings_of(group, [*ids]), strict=True):
+            yield row_id, recording_row(batch)
 
 
-def _table(source: str, component: str) -> Any:
-    """The rows of a component as a ``datasets.Dataset`` on this disk."""
-    columns = tuple(sorted({*TEXT_COLUMNS, *AUDIO_COLUMNS}))
-    if arrow := _files(source, "arrow"):
-        table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in arrow])
-        missing = set(columns) - set(table.column_names)
-        if missing:
-            raise DatasetError(f"{source}: no column '{min(missing)}'; BEANS-Zero has {', '.join(columns)}")
-        kept = [index for index, name in enumerate(table.data.column("dataset_name").to_pylist()) if name == component]
-        return table.select(kept).select_columns([*columns])
-    # Cached under the function and its arguments: the second run reads nothing from the source.
-    arguments = {"source": source, "component": component, "columns": columns}
-    try:
-        return datasets.Dataset.from_generator(_streamed, gen_kwargs=arguments)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):
-            raise DatasetError(f"{source}: component {component}: no clip in it") from None
-        raise
-
-
-def _files(source: str, suffix: str) -> list[str]:
-    """The files of a kind that a local source has; none for a hub id."""
-    path = Path(source)
-    if path.is_dir():
-        return sorted(map(str, path.rglob(f"*.{suffix}")))
-    return [source] if path.is_file() and path.suffix == f".{suffix}" else []
+def _arrow_table(source: str, component: str) -> Any:
+    """The rows of a component in arrow files as a ``datasets.Dataset``."""
+    table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in local_files(source, "arrow")])
+    columns = sorted({COMPONENT_COLUMN, *TEXT_COLUMNS, *RECORDING_COLUMNS})
+    if missing := set(columns) - set(table.column_names):
+        raise DatasetError(f"{source}: no column '{min(missing)}'; BEANS-Zero has {', '.join(columns)}")
+    names = table.data.column(COMPONENT_COLUMN).to_pylist()
+    return table.select([index for index, name in enumerate(names) if name == component]).select_columns(columns)
 
 
 @contextmanager
 def _one_line_errors(source: str) -> Iterator[None]:
     """What ``datasets``, pyarrow and the Hub raise, as one line."""
     local = Path(source).exists()
-    if local and not _files(source, "parquet") and not _files(source, "arrow"):
+    if local and not local_files(source, "parquet") and not local_files(source, "arrow"):
         raise DatasetError(f"{source}: no parquet or arrow file in it")
     try:
         with _quiet(bars=not local and sys.stderr.isatty()):

@@ -32,6 +32,19 @@ class DatasetRow:
     path: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Recordings that are fetched together.
+
+    Attributes:
+        bytes: How many.
+        fetch: Gets them, whole or not at all.
+    """
+
+    bytes: int
+    fetch: Callable[[], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """The rows of one dataset.
@@ -44,6 +57,7 @@ class Dataset:
         seconds: What every recording is cut or padded to before the model hears it.
         notes: What a user must be told about the data.
         recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
+        downloads: Row ids -> what has to be fetched before their recordings are on this disk; None where nothing is.
     """
 
     name: str
@@ -55,6 +69,7 @@ class Dataset:
     source: str
     recording: Callable[[str], tuple[np.ndarray, int]]
     notes: tuple[str, ...] = ()
+    downloads: Callable[[Sequence[str]], list[Download]] | None = None
 
     def audio(self, row_id: str) -> tuple[np.ndarray, int]:
         """The recording of a row, cut at the dataset's longest duration; samples and rate as ``recording`` gives them.
