@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -77,6 +77,7 @@ class Hub:
         requests: ``"METHOD /path"`` of every request answered, in order.
         part_bytes: Files larger than this are uploaded in parts of this size.
         uploaded_bytes: Bytes of large files received so far.
+        sent_bytes: Bytes of large files sent so far.
     """
 
     def __init__(self) -> None:
@@ -86,6 +87,7 @@ class Hub:
         self.requests: list[str] = []
         self.part_bytes = 1 << 20
         self.uploaded_bytes = 0
+        self.sent_bytes = 0
         self.lock = threading.Lock()
         self._bytes_left: int | None = None
         self._stays_down = False
@@ -279,16 +281,18 @@ class _Handler(BaseHTTPRequestHandler):
         files = sorted(found.commits[self.revision(found, revision)].items())
         query = urlsplit(self.path).query
         start = int(cursor[1]) if (cursor := re.search(r"cursor=(\d+)", query)) else 0
-        entries = [
-            {"type": "file", "path": path, "oid": file.oid, "size": file.size}
-            | ({"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 134}} if file.sha256 else {})
-            for path, file in files[start : start + PAGE]
-        ]
+        entries = [_entry(path, file) for path, file in files[start : start + PAGE]]
         more = {}
         if start + PAGE < len(files):
             here = self.hub.url + urlsplit(self.path).path
             more = {"Link": f'<{here}?recursive=true&cursor={start + PAGE}>; rel="next"'}
         self.send_json(entries, headers=more)
+
+    def paths_info(self, repo: str, revision: str) -> None:
+        asked = parse_qs(b"".join(self.body()).decode())["paths"]
+        found = self.repo(repo)
+        files = found.commits[self.revision(found, revision)]
+        self.send_json([_entry(path, files[path]) for path in asked if path in files])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         found = self.readable(repo)
@@ -416,9 +420,15 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            self.send(content[start : end + 1], 206, headers)
+            self.send_large(content[start : end + 1], 206, headers)
         else:
-            self.send(content, headers=headers)
+            self.send_large(content, 200, headers)
+
+    def send_large(self, content: bytes, status: int, headers: dict[str, str]) -> None:
+        """Send a large file, or a range of one."""
+        with self.hub.lock:
+            self.hub.sent_bytes += len(content)
+        self.send(content, status, headers)
 
     def _upload(self) -> bytes:
         chunks = []
@@ -434,10 +444,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = content
 
 
+def _entry(path: str, file: File) -> dict[str, Any]:
+    """A file as the hub lists it."""
+    large = {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 134}} if file.sha256 else {}
+    return {"type": "file", "path": path, "oid": file.oid, "size": file.size} | large
+
+
 def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+_KIND = "(?:models|datasets)"
 _REPO, _REVISION, _OID = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
 _ROUTES = [
     (method, re.compile(pattern), answer)
@@ -446,14 +463,15 @@ _ROUTES = [
         ("GET", "/api/whoami-v2", _Handler.whoami),
         ("GET", f"/api/models/{_REPO}/auth-check", _Handler.auth_check),
         ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-        ("GET", f"/api/models/{_REPO}", _Handler.repo_info),
-        ("GET", f"/api/models/{_REPO}/revision/{_REVISION}", _Handler.repo_info),
-        ("GET", f"/api/models/{_REPO}/tree/{_REVISION}", _Handler.tree),
+        ("GET", f"/api/{_KIND}/{_REPO}", _Handler.repo_info),
+        ("GET", f"/api/{_KIND}/{_REPO}/revision/{_REVISION}", _Handler.repo_info),
+        ("GET", f"/api/{_KIND}/{_REPO}/tree/{_REVISION}", _Handler.tree),
+        ("POST", f"/api/{_KIND}/{_REPO}/paths-info/{_REVISION}", _Handler.paths_info),
         ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
         ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
         ("POST", rf"/{_REPO}\.git/info/lfs/verify", _Handler.lfs_verify),
-        ("GET HEAD", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve),
+        ("GET HEAD", rf"/(?:datasets/)?{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve),
         ("PUT", f"/storage/{_OID}", _Handler.store),
         ("PUT", rf"/storage/{_OID}/(?P<number>\d+)", _Handler.store_part),
         ("POST", f"/storage/{_OID}/complete", _Handler.complete),

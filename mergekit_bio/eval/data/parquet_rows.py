@@ -9,8 +9,9 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,7 @@ def recordings_of(group: RowGroup, rows: Sequence[int]) -> Iterator[pyarrow.Reco
         rows: Numbers of rows in it, ascending.
     """
     first, wanted = 0, list(rows)
-    with _open(group.file) as stream:
-        file = pyarrow.parquet.ParquetFile(stream)
+    with _opened(group.file, group.version) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group.number], columns=[*RECORDING_COLUMNS]):
             while wanted and wanted[0] < first + len(batch):
                 yield batch.slice(wanted.pop(0) - first, 1)
@@ -209,8 +209,28 @@ def _files_on_the_hub(source: str) -> list[str]:
     return list(files)
 
 
-def _open(file: str) -> Any:
-    """A file for reading. On the Hub every read is one request for exactly what is read."""
+def _version(file: str) -> str:
+    """What tells a local file from a later one of its name."""
+    if file.startswith("hf://"):
+        return ""
+    status = Path(file).stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+@contextmanager
+def _opened(file: str, version: str) -> Iterator[Any]:
+    """A parquet file for reading. On the Hub every read is one request for exactly what is read."""
+    with _stream(file) as stream:
+        yield pyarrow.parquet.ParquetFile(stream, metadata=_footer(file, version))
+
+
+@lru_cache(maxsize=1024)
+def _footer(file: str, version: str) -> Any:
+    with _stream(file) as stream:
+        return pyarrow.parquet.read_metadata(stream)
+
+
+def _stream(file: str) -> Any:
     if not file.startswith("hf://"):
         return Path(file).open("rb")
     return HfFileSystem(endpoint=datasets.config.HF_ENDPOINT).open(file, cache_type="none")
@@ -219,15 +239,11 @@ def _open(file: str) -> Any:
 def _rows_of_file(file: str, *, component: str) -> list[tuple[dict[str, Any], Place]]:
     """The component's rows in a file."""
     rows = []
-    with _open(file) as stream:
-        parquet = pyarrow.parquet.ParquetFile(stream)
+    version = _version(file)
+    with _opened(file, version) as parquet:
         missing = {COMPONENT_COLUMN, *TEXT_COLUMNS, *RECORDING_COLUMNS} - set(parquet.schema_arrow.names)
         if missing:
             raise pyarrow.ArrowInvalid(f"{file}: no column '{min(missing)}'")
-        version = ""
-        if not file.startswith("hf://"):
-            status = Path(file).stat()
-            version = f"{status.st_size} {status.st_mtime_ns}"
         for number in range(parquet.num_row_groups):
             if not _may_hold(parquet.metadata.row_group(number), component):
                 continue
