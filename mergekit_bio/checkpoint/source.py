@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, inside
 from mergekit_bio.errors import SourceError
@@ -68,6 +69,65 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     return _from_hub(given, _name_in_cache(repo, revision or None), revision or None, patterns or PATTERNS)
 
 
+@dataclass(frozen=True)
+class MissingFiles:
+    """What :func:`resolve` would download.
+
+    Attributes:
+        source: The hub id, as the user named it.
+        files: How many files.
+        bytes: Their sizes together, as the hub states them.
+    """
+
+    source: str
+    files: int
+    bytes: int
+
+
+def missing_files(source: str | Path) -> MissingFiles:
+    """What of ``source`` is not on this machine, by the hub's own listing; nothing of it is downloaded.
+
+    Raises:
+        SourceError: As :func:`resolve`.
+    """
+    given = str(source)
+    repo, _, revision = given.partition("@")
+    if Path(source).exists() or not is_hub_id(repo):
+        resolve(source)
+        return MissingFiles(given, 0, 0)
+    from huggingface_hub import errors, snapshot_download
+
+    name = _name_in_cache(repo, revision or None)
+
+    def listed(patterns: Sequence[str]) -> list[Any]:
+        """Every file that the patterns name, those in the cache too."""
+        return snapshot_download(
+            name, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED), dry_run=True
+        )
+
+    try:
+        files = listed(PATTERNS)
+        config, weights, old = _OLD_LORA
+        names = {file.filename for file in files}
+        if config in names and weights not in names:
+            files += listed([old])
+    except errors.DryRunError:  # the hub is switched off or does not answer: the cache may have everything
+        resolve(source)
+        return MissingFiles(given, 0, 0)
+    except hub_errors() as error:
+        raise SourceError(f"{given}: {_explain(error, name, revision or None)}") from error
+    missing = [file for file in files if file.will_download]
+    return MissingFiles(given, len(missing), sum(file.file_size or 0 for file in missing))
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: errors of its own, of the disk, and of the HTTP library below it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The client's own errors are OSErrors, or an HTTPError of whichever library this release of it uses.
+    return (*HfHubHTTPError.__bases__, OSError)
+
+
 def _from_directory(given: str, path: Path) -> Source:
     # A snapshot folder of the Hugging Face cache still knows where it came from: models--USER--REPO/snapshots/COMMIT.
     home = path.resolve()
@@ -102,12 +162,12 @@ def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[st
         config, weights, old = (folder / name for name in _OLD_LORA)
         if patterns is PATTERNS and config.exists() and not weights.exists() and not old.exists():
             snapshot_download(repo, revision=folder.name, allow_patterns=[old.name])
-    except OSError as error:  # the client's own errors are OSErrors too
+    except hub_errors() as error:
         raise SourceError(f"{given}: {_explain(error, repo, revision)}") from error
     return Source(given, folder, repo, folder.name)
 
 
-def _explain(error: OSError, repo: str, revision: str | None) -> str:
+def _explain(error: Exception, repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_bio.cli.console import JsonOption, Output, QuietOption, table_of_numbers
+from mergekit_bio.cli.eval_plan import print_fetch
 from mergekit_bio.cli.run_progress import RunOutput
 from mergekit_bio.engine.choice import ENGINES
 
@@ -71,6 +72,14 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Print the first N prompts of each query, and load nothing.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be merged and asked.")] = False,
+    fetch_only: Annotated[
+        bool,
+        typer.Option(
+            "--fetch-only",
+            help="Fetch the models, rows and recordings that the run needs, and stop: after it the run asks offline "
+            "(HF_HUB_OFFLINE=1). With --dry-run only the sizes are said.",
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Score at the end and write RUN/report.")] = True,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -83,6 +92,8 @@ def evaluate(
     Examples:
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
+      mergekit-bio eval closed_set --fetch-only         # on a machine with a network
+      HF_HUB_OFFLINE=1 mergekit-bio eval closed_set     # on one without, with the same cache
     """
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
@@ -104,8 +115,12 @@ def evaluate(
         servers=server or [],
         limit=limit,
         listener=output,
-        fetch=not dry_run,
+        fetch=not (dry_run or fetch_only),
+        check_access=fetch_only,
     )
+    if fetch_only:
+        print_fetch(plan, output, fetch=not dry_run)
+        return
     if dry_run:
         _print_plan(plan, output)
         return

@@ -1,32 +1,12 @@
-"""A hub on this machine, and a small merged checkpoint to put there."""
+"""A small merged checkpoint to put on the hub."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.server import Hub, running_hub
 from merging.tiny import Case, train, write_base
 
 import mergekit_bio
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process' huggingface_hub talks to, logged in as ``owl``, with an empty cache."""
-    from huggingface_hub import constants
-
-    with running_hub() as hub:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_owl")
-        # The client waits for seconds between its retries.
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class Hub:
         part_bytes: Files larger than this are uploaded in parts of this size.
         uploaded_bytes: Bytes of large files received so far.
         sent_bytes: Bytes of large files sent so far.
+        sends_at_most: What would make them more than this is not sent.
     """
 
     def __init__(self) -> None:
@@ -88,12 +90,19 @@ class Hub:
         self.part_bytes = 1 << 20
         self.uploaded_bytes = 0
         self.sent_bytes = 0
+        self.sends_at_most = sys.maxsize
         self.lock = threading.Lock()
         self._bytes_left: int | None = None
         self._stays_down = False
         self.url = ""
         #: Large files live on another host, as on the real hub: the client follows redirects within one host only.
         self.storage_url = ""
+
+    def keep(self, content: bytes) -> File:
+        """A large file with this content, for a commit."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.objects[sha256] = content
+        return File.large(sha256, len(content))
 
     def create(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repo:
         repo = self.repos[repo_id] = Repo(repo_id, private, gated)
@@ -427,6 +436,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send_large(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         """Send a large file, or a range of one."""
         with self.hub.lock:
+            if self.hub.sent_bytes + len(content) > self.hub.sends_at_most:
+                raise ConnectionLost
             self.hub.sent_bytes += len(content)
         self.send(content, status, headers)
 

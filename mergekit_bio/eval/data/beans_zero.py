@@ -9,8 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-
 from mergekit_bio.errors import DatasetError, MissingPackageError
 
 try:
@@ -20,6 +18,7 @@ try:
 except ImportError:
     raise MissingPackageError("datasets", "eval", "reading BEANS-Zero") from None
 
+from mergekit_bio.checkpoint.source import hub_errors
 from mergekit_bio.eval.components import Component
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, Download, checked_samples, unique_rows
 from mergekit_bio.eval.data.parquet_rows import (
@@ -79,7 +78,7 @@ def open_component(component: Component, *, source: str, streaming: bool = False
         seconds=component.duration,
         source=source,
         recording=partial(_recording, find, source),
-        downloads=partial(_downloads, cached) if cached else None,
+        downloads=partial(_downloads, cached) if cached and not Path(source).exists() else None,
         notes=tuple(_differences(component, asked)),
     )
 
@@ -177,7 +176,7 @@ def _one_line_errors(source: str) -> Iterator[None]:
     try:
         with _quiet(bars=not local and sys.stderr.isatty()):
             yield
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, HfHubHTTPError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, *hub_errors()) as error:
         first = str(error.__cause__ or error).split("\n")[0]
         if local:
             raise DatasetError(f"{source}: not BEANS-Zero's parquet or arrow data: {first}") from None

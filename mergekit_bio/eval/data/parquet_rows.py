@@ -110,13 +110,14 @@ def component_rows(source: str, component: str, *, keep: bool = True) -> Compone
         return _from_table(_read_arrow(kept).read_all())
     files = local or _files_on_the_hub(source)
     rows: list[tuple[dict[str, Any], Place]] = []
-    with (
-        ThreadPoolExecutor(FILES_AT_ONCE) as pool,
-        datasets.utils.tqdm(total=len(files), desc=f"finding {component}", unit="file") as bar,
-    ):
-        for of_file in pool.map(partial(_rows_of_file, component=component), files):
-            rows += of_file
-            bar.update()
+    pool = ThreadPoolExecutor(FILES_AT_ONCE)
+    try:
+        with datasets.utils.tqdm(total=len(files), desc=f"finding {component}", unit="file") as bar:
+            for of_file in pool.map(partial(_rows_of_file, component=component), files):
+                rows += of_file
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C waits for what is being read, not for all files
     found = ComponentRows([texts for texts, _ in rows], [place for _, place in rows])
     if kept is not None and rows:
         table = _to_table(found)
@@ -155,8 +156,6 @@ class CachedRecordings:
 
     def to_fetch(self, ids: Sequence[str]) -> list[RowGroup]:
         """The row groups on the Hub that hold recordings of these rows and are not here yet, in the files' order."""
-        if local_files(self.source, "parquet"):
-            return []
         groups = dict.fromkeys(self.places[row_id].group for row_id in ids)
         return [group for group in groups if not self._file(group).is_file()]
 
@@ -189,7 +188,7 @@ def recording_row(batch: pyarrow.RecordBatch) -> dict[str, Any]:
     """The one row of a batch; ``audio`` as a numpy array, or None."""
     audio, metadata = (batch.column(name)[0] for name in RECORDING_COLUMNS)
     return {
-        "audio": audio.values.to_numpy(zero_copy_only=False) if audio.is_valid else None,
+        "audio": audio.values.to_numpy(zero_copy_only=False).copy() if audio.is_valid else None,
         "metadata": metadata.as_py(),
     }
 
@@ -247,7 +246,7 @@ def _rows_of_file(file: str, *, component: str) -> list[tuple[dict[str, Any], Pl
         for number in range(parquet.num_row_groups):
             if not _may_hold(parquet.metadata.row_group(number), component):
                 continue
-            # 1. Which rows of the group are the component's: one column, of which most groups may turn out to have none.
+            # 1. Which rows of the group are the component's: it may have none in spite of the statistics.
             names = parquet.read_row_group(number, columns=[COMPONENT_COLUMN]).column(0)
             inside = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(names, component)).to_pylist()
             if not inside:

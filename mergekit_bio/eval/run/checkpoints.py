@@ -12,7 +12,7 @@ from typing import Any
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
-from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.checkpoint.source import missing_files, resolve
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.merging.alpha import parse_alphas
@@ -75,7 +75,9 @@ def recipe_for(recipe: Recipe, *, models: Sequence[str | Path] = (), alphas: Seq
     return replace(recipe, merge=replace(recipe.merge, alphas=tuple(strength.default for strength in strengths)))
 
 
-def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: bool = True) -> list[RunCheckpoint]:
+def run_checkpoints(
+    recipe: Recipe, *, out: Path, served: bool = False, fetch: bool = True, check_access: bool = False
+) -> list[RunCheckpoint]:
     """What a run compares, in the recipe's order; a directory that holds a sweep stands for all of it.
 
     Args:
@@ -84,6 +86,7 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
         served: Servers have them: nothing is merged or fetched, and only directories that are here tell their alpha.
         fetch: Download hub ids, and make sure that what is to be merged can be had; without it their alpha is not
             known.
+        check_access: Without ``fetch``, make sure that all of it can be had.
 
     Raises:
         SourceError: A directory or hub id cannot be had.
@@ -100,13 +103,16 @@ def run_checkpoints(recipe: Recipe, *, out: Path, served: bool = False, fetch: b
             for strength in recipe.merge.strengths
             for folder in [f"alpha-{strength.label}"]
         ]
-        if fetch and any(checkpoint.missing for checkpoint in checkpoints):
+        if (fetch or check_access) and any(checkpoint.missing for checkpoint in checkpoints):
             _check_access(recipe.merge)
         return checkpoints
     sources = [source for given in recipe.checkpoints for source in _sweep(given)]
-    if fetch and not served:
+    if not served:
         for source in sources:
-            resolve(source)
+            if fetch:
+                resolve(source)
+            elif check_access:
+                missing_files(source)
     twice = next((source for source, count in Counter(sources).items() if count > 1), None)
     if twice is not None:
         raise RecipeError(f"checkpoints: {twice} stands twice")

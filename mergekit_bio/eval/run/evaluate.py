@@ -24,6 +24,7 @@ from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import OwnEngine, RunWorker
 from mergekit_bio.eval.run.batches import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
+from mergekit_bio.eval.run.fetching import fetch_recordings, missing_recordings
 from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
 from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
 from mergekit_bio.eval.run.questions import query_numbers
@@ -117,11 +118,13 @@ def prepare_run(
     limit: int | None = None,
     listener: ProgressListener | None = None,
     fetch: bool = True,
+    check_access: bool = False,
 ) -> RunPlan:
     """Everything of ``evaluate`` that comes before a checkpoint is made or loaded.
 
     Args:
         fetch: Download checkpoints that are hub ids.
+        check_access: Where they are not downloaded, make sure that they could be.
 
     Raises:
         MergekitBioError: See ``evaluate``.
@@ -133,7 +136,7 @@ def prepare_run(
     for text in (*loaded.notes, *([note] if note else [])):
         listener.note(f"note: {text}")
     folder = Path("runs") / resolved.name if out is None else Path(out)
-    checkpoints = run_checkpoints(resolved, out=folder, served=chosen.remote, fetch=fetch)
+    checkpoints = run_checkpoints(resolved, out=folder, served=chosen.remote, fetch=fetch, check_access=check_access)
     plan = plan_run(resolved, checkpoints, out=folder, engine=chosen.name, limit=limit)
     for dataset in plan.datasets:
         for text in dataset.notes:
@@ -178,7 +181,8 @@ def carry_out(
             cluster = stack.enter_context(
                 cluster_for(engine, settings.options, workers=workers, address=ray, note=listener.note)
             )
-        # 2. Merge.
+        # 2. Fetch the recordings that are heard, and merge.
+        fetch_recordings(missing_recordings(plan), listener)
         if plan.recipe.merge is not None and not engine.remote:
             merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
             if merged:

@@ -59,6 +59,18 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
         yield Question(row, instruction)
 
 
+def clips_heard(recipe: Recipe, dataset: Dataset, limit: int | None = None) -> list[str]:
+    """The ids of all clips that are heard with a recipe's questions, examples included; each once."""
+    return [
+        *dict.fromkeys(
+            clip
+            for query in query_numbers(recipe)
+            for question in questions(recipe, dataset, query, limit)
+            for clip in question.instruction.clips
+        )
+    ]
+
+
 def check_examples(recipe: Recipe, dataset: Dataset, limit: int | None = None) -> None:
     """Make sure that every clip can be asked about with the examples that the recipe wants.
 
