@@ -120,6 +120,22 @@ def missing_files(source: str | Path) -> MissingFiles:
     return MissingFiles(given, len(missing), sum(file.file_size or 0 for file in missing))
 
 
+def on_this_machine(source: str | Path, *files: str) -> Path | None:
+    """The directory of a source, if these files of it are on this machine; nothing is asked of the hub."""
+    path = Path(source)
+    if path.is_dir():
+        return path if all((path / file).is_file() for file in files) else None
+    repo, _, revision = str(source).partition("@")
+    if not is_hub_id(repo):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    name = _name_in_cache(repo, revision or None)
+    cached = [try_to_load_from_cache(name, file, revision=revision or None) for file in files]
+    here = [Path(file).parent for file in cached if isinstance(file, str)]
+    return here[0] if len(here) == len(files) else None
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's client raises: errors of its own, of the disk, and of the HTTP library below it."""
     from huggingface_hub.errors import HfHubHTTPError

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_bio.cli.console import JsonOption, Output, QuietOption, table_of_numbers
-from mergekit_bio.cli.eval_plan import print_fetch
+from mergekit_bio.cli.console import JsonOption, Output, QuietOption
+from mergekit_bio.cli.eval_plan import print_fetch, print_plan
 from mergekit_bio.cli.run_progress import RunOutput
 from mergekit_bio.engine.choice import ENGINES
 
@@ -71,7 +71,17 @@ def evaluate(
     show_prompts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Print the first N prompts of each query, and load nothing.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be merged and asked.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be merged and asked, and how many tokens that is.")
+    ] = False,
+    probe: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="With --dry-run: ask the engine real questions for so long, and say how many hours the run will take.",
+        ),
+    ] = None,
     fetch_only: Annotated[
         bool,
         typer.Option(
@@ -92,12 +102,16 @@ def evaluate(
     Examples:
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
+      mergekit-bio eval closed_set --dry-run --probe 60
       mergekit-bio eval closed_set --fetch-only         # on a machine with a network
       HF_HUB_OFFLINE=1 mergekit-bio eval closed_set     # on one without, with the same cache
     """
     from mergekit_bio.engine.interface import EngineSettings
+    from mergekit_bio.errors import RecipeError
     from mergekit_bio.eval.run.evaluate import carry_out, prepare_run
 
+    if probe is not None and (fetch_only or not dry_run):
+        raise RecipeError("--probe: give it with --dry-run, and without --fetch-only")
     output = RunOutput(as_json=as_json, quiet=quiet)
     if show_prompts is not None:
         _show_prompts(recipe, data, show_prompts, output)
@@ -122,7 +136,7 @@ def evaluate(
         print_fetch(plan, output, fetch=not dry_run)
         return
     if dry_run:
-        _print_plan(plan, output)
+        print_plan(plan, output, settings=settings, probe_seconds=probe)
         return
     with output.shown():
         carry_out(plan, settings, listener=output, workers=workers, ray=ray)
@@ -174,30 +188,6 @@ def _show_prompts(recipe: str, data: str | None, count: int, output: Output) -> 
 def _print_lines(console: "Console", lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
-
-
-def _print_plan(plan: "RunPlan", output: Output) -> None:
-    from mergekit_bio.eval.run.plan import to_document
-
-    document = to_document(plan)
-
-    def table(console: "Console") -> None:
-        from rich import box
-
-        columns = ("checkpoint", "dataset", "query", "clips", "answered")
-        rows = table_of_numbers("", *columns, texts=2, box=box.SIMPLE_HEAD)
-        for cell in document["cells"]:
-            rows.add_row(*(str(cell[column]) for column in columns))
-        console.print(rows)
-        if document["to_merge"]:
-            console.print(f"to merge first: {', '.join(document['to_merge'])}")
-        lines = [
-            f"{plan.rows} answers in {len(plan.cells)} cells by the {plan.engine} engine, to {plan.out}",
-            "nothing was merged, loaded or asked (--dry-run)",
-        ]
-        _print_lines(console, lines)
-
-    output.result(document, table, [cell["file"] for cell in document["cells"]])
 
 
 def _print_run(plan: "RunPlan", output: Output, *, scored: bool) -> None:

@@ -163,6 +163,7 @@ def to_document(plan: RunPlan) -> dict[str, Any]:
         "out": str(plan.out),
         "engine": plan.engine,
         "to_merge": [checkpoint.name for checkpoint in plan.checkpoints if checkpoint.missing],
+        "prompts": plan.rows,
         "answers": plan.rows,
         "cells": [
             {
