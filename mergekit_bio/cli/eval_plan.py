@@ -58,7 +58,7 @@ def print_plan(
             f"{plan.rows} answers in {len(plan.cells)} cells by the {plan.engine} engine, to {plan.out}",
             _tokens_in_words(document),
             *(_probe_in_words(measured) if measured else []),
-            "nothing was written to the run, nothing fetched (--dry-run --probe)"
+            "nothing was written to the run's directory (--dry-run)"
             if measured
             else "nothing was merged, loaded or asked (--dry-run)",
         ]

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 import yaml
@@ -26,7 +27,8 @@ class Block:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text, comments=True)
+        """Of a command, without the variables that are set for it."""
+        return [*dropwhile(re.compile(r"\w+=").match, shlex.split(self.text, comments=True))]
 
 
 def blocks() -> Iterator[Block]:
@@ -65,4 +67,6 @@ def is_merge_recipe(block: Block) -> bool:
 def starts_an_engine(command: Block) -> bool:
     """Whether it asks a model many things, for minutes, through vLLM where that is installed."""
     _, name, *options = command.words
-    return name in ("serve", "demo") or (name == "eval" and not {"--dry-run", "--show-prompts"} & {*options})
+    if name == "eval" and "--probe" not in options:
+        return not {"--dry-run", "--show-prompts", "--fetch-only"} & {*options}
+    return name in ("serve", "demo", "eval")

@@ -51,9 +51,13 @@ def shell(line: str, *, programs: Path = PYTHONS, cwd: Path | None = None, **mor
     return done.stdout
 
 
+EVALUATIONS = [command for command in named("mergekit-bio", "eval") if starts_an_engine(command)]
+PROBES = [command for command in EVALUATIONS if "--probe" in command.words]
+
+
 @VLLM
 @pytest.mark.long
-@pytest.mark.parametrize("command", [one for one in named("mergekit-bio", "eval") if starts_an_engine(one)], ids=str)
+@pytest.mark.parametrize("command", [one for one in EVALUATIONS if one not in PROBES], ids=str)
 def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -> None:
     write_recipes(command.page, here)
     shutil.rmtree("runs")
@@ -93,6 +97,17 @@ def test_a_clusters_scripts_run_one_after_the_other_as_they_stand(
         record = json.loads(Path("runs/closed_set/run.json").read_text())
         assert record["environment"]["workers"] == 1
         assert Path("runs/closed_set/report/report.html").exists()
+
+
+@VLLM
+@pytest.mark.long
+@pytest.mark.parametrize("command", PROBES, ids=str)
+def test_a_probe_says_hours_as_it_stands_with_vllm(command: Block, here: Path) -> None:
+    write_recipes(command.page, here)
+    shutil.rmtree("runs")
+    said = shell(command.text)
+    assert "for the run with one engine, merging not counted" in said and "a question" in said
+    assert not Path("runs").exists()
 
 
 @contextmanager

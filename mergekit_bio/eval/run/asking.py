@@ -116,7 +116,7 @@ class RunWorker:
     def _predict(self, engine: Engine, batch: Batch, prompts: "Future[list[Prompt]]") -> tuple[Prediction, ...]:
         cell, recipe = self._cells[batch.cell], self._plan.recipe
         labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
-        answers = _answers(engine, recipe, prompts.result(), labels, seed=recipe.seed + batch.places.start)
+        answers = answers_to(engine, recipe, prompts.result(), labels, seed=recipe.seed + batch.places.start)
         return tuple(
             _prediction(cell, question, answer, asked=engine.render(prompt))
             for question, prompt, answer in zip(self._asked(batch), prompts.result(), answers, strict=True)
@@ -178,7 +178,7 @@ class OwnEngine(RunWorker):
 Answer = tuple[str, Generation | None, dict[str, float] | None]
 
 
-def _answers(
+def answers_to(
     engine: Engine, recipe: Recipe, prompts: Sequence[Prompt], labels: Sequence[str], *, seed: int
 ) -> list[Answer]:
     """Ask in the way that the recipe says."""

@@ -16,7 +16,8 @@ from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.data.dataset import Dataset
 from mergekit_bio.eval.records.cell import Cell
-from mergekit_bio.eval.run.asking import AUDIOS_AT_ONCE, _answers
+from mergekit_bio.eval.run.asking import answers_to
+from mergekit_bio.eval.run.batches import AUDIOS_AT_ONCE
 from mergekit_bio.eval.run.checkpoints import FOLDER, RunCheckpoint, merge_missing
 from mergekit_bio.eval.run.fetching import plan_fetch
 from mergekit_bio.eval.run.plan import RunPlan
@@ -171,7 +172,7 @@ class _Asker:
             since = time.perf_counter()
             prompts = self._prompts(dataset, batch)
             answering = time.perf_counter()
-            _answers(self._engine, recipe, prompts, labels, seed=recipe.seed + place)
+            answers_to(self._engine, recipe, prompts, labels, seed=recipe.seed + place)
             now = time.perf_counter()
             taken.setdefault(len(batch), []).append(now - answering)
             place, size = place + len(batch), min(2 * size, most)
