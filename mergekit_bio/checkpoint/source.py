@@ -1,7 +1,8 @@
 """A base or an adapter by name: a directory, or a Hugging Face Hub id with an optional @revision."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,14 @@ def missing_files(source: str | Path) -> MissingFiles:
 
     def listed(patterns: Sequence[str]) -> list[Any]:
         """Every file that the patterns name, those in the cache too."""
-        return snapshot_download(
-            name, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED), dry_run=True
-        )
+        with without_bars():
+            return snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_IGNORED),
+                dry_run=True,
+            )
 
     try:
         files = listed(PATTERNS)
@@ -134,6 +140,20 @@ def on_this_machine(source: str | Path, *files: str) -> Path | None:
     cached = [try_to_load_from_cache(name, file, revision=revision or None) for file in files]
     here = [Path(file).parent for file in cached if isinstance(file, str)]
     return here[0] if len(here) == len(files) else None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The hub client's progress bars are not shown while the block runs."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -1,5 +1,6 @@
 """What ``eval`` says of a run that it does not make: ``--dry-run`` what is asked, ``--fetch-only`` what is fetched."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.cli.console import human_bytes, table_of_numbers
@@ -105,6 +106,7 @@ def print_fetch(plan: "RunPlan", output: "RunOutput", *, fetch: bool) -> None:
         output: The command's.
         fetch: Whether it is fetched, too.
     """
+    from mergekit_bio.checkpoint.source import without_bars
     from mergekit_bio.eval.run.fetching import fetch_models, fetch_recordings, plan_fetch, to_document
 
     missing = plan_fetch(plan)
@@ -112,7 +114,8 @@ def print_fetch(plan: "RunPlan", output: "RunOutput", *, fetch: bool) -> None:
     if fetch and missing.bytes:
         for part in _parts(document):
             output.note(f"to fetch: {part['what']}: {part['of']}, {human_bytes(part['bytes'])}")
-        fetch_models(missing.models)
+        with without_bars() if output.quiet else nullcontext():
+            fetch_models(missing.models)
         fetch_recordings(missing.recordings, output)
 
     def table(console: "Console") -> None:

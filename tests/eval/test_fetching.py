@@ -208,7 +208,7 @@ def test_only_row_groups_with_a_clip_that_is_heard_are_fetched(
 
 
 def test_a_fetch_that_was_cut_off_goes_on_with_what_is_missing(
-    stocked: Hub, recipe: Path, command_line: Command
+    stocked: Hub, recipe: Path, command_line: Command, tmp_path: Path
 ) -> None:
     said = document(command_line, recipe, "--dry-run")
     whole = said["recordings"][0]
@@ -217,6 +217,7 @@ def test_a_fetch_that_was_cut_off_goes_on_with_what_is_missing(
     code, stdout, stderr = command_line("eval", recipe, "--fetch-only", "--engine", "transformers")
     assert code == 1 and not stdout
     assert stderr.splitlines()[-1].startswith(f"error: {DATA}: cannot be fetched from the Hub")
+    assert not list((tmp_path / "datasets-cache").rglob("*.part"))
     stocked.sends_at_most = stocked.sent_bytes + whole["bytes"]
     rest = document(command_line, recipe)
     assert all(model["bytes"] == 0 for model in rest["models"])
@@ -250,6 +251,12 @@ def test_checkpoints_on_the_hub_are_fetched_instead_of_what_would_be_merged(
     code, _, stderr = command_line("eval", recipe, *options, "--out", tmp_path / "run", *ON_CPU)
     assert code == 0, stderr
     assert not stocked.requests and len(answers(tmp_path / "run")) == 1
+
+
+def test_a_recipe_that_keeps_nothing_is_not_prepared(stocked: Hub, recipe: Path, command_line: Command) -> None:
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"streaming": True}))
+    code, _, stderr = command_line("eval", recipe, "--fetch-only", "--engine", "transformers")
+    assert code == 1 and "streaming keeps no recording on this machine" in stderr
 
 
 def test_whoever_asks_servers_fetches_no_model(stocked: Hub, recipe: Path, command_line: Command) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
-from mergekit_bio.checkpoint.source import missing_files, resolve
+from mergekit_bio.checkpoint.source import missing_files, resolve, without_bars
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.merging.alpha import parse_alphas
@@ -129,18 +129,12 @@ def run_checkpoints(
 
 def _check_access(merge: MergeRequest) -> None:
     """Ask for a small file of both sources: a licence not accepted is said before the data is fetched."""
-    from huggingface_hub import utils
-
-    bars = not utils.are_progress_bars_disabled()
-    utils.disable_progress_bars()
     try:
-        for source in (merge.base, *(entry.source for entry in merge.adapters)):
-            resolve(source, patterns=("*config.json",))
+        with without_bars():
+            for source in (merge.base, *(entry.source for entry in merge.adapters)):
+                resolve(source, patterns=("*config.json",))
     except SourceError as error:
         raise SourceError(f"{error}; or give checkpoints merged before (--model DIR)") from None
-    finally:
-        if bars:
-            utils.enable_progress_bars()
 
 
 def _sweep(source: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mergekit_bio.checkpoint.source import MissingFiles, missing_files, resolve
+from mergekit_bio.checkpoint.source import MissingFiles, is_hub_id, missing_files, resolve
 from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.data.dataset import Download
 from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.progress import ProgressListener
@@ -60,7 +62,14 @@ def plan_fetch(plan: RunPlan) -> FetchPlan:
 
     Raises:
         SourceError: A model cannot be had.
+        RecipeError: The recipe streams from the hub, so that what is fetched would not be kept.
     """
+    sources = [dataset.source for dataset in plan.datasets]
+    if plan.recipe.streaming and any(is_hub_id(source) and not Path(source).exists() for source in sources):
+        raise RecipeError(
+            f"{plan.recipe.name}: streaming keeps no recording on this machine, so that none can be fetched for later; "
+            "set streaming: false, or give a local copy (--data FOLDER)"
+        )
     return FetchPlan(models=tuple(map(missing_files, _models(plan))), recordings=missing_recordings(plan))
 
 

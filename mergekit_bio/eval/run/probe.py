@@ -106,6 +106,7 @@ def probe(plan: RunPlan, settings: EngineSettings, *, seconds: float, listener: 
     engine = engine_class(plan.engine)
     settings = replace(settings, max_audios=plan.max_audios, prefixes=None)
     with _checkpoint(plan, listener) as checkpoint, EngineSlot(engine, settings) as slot:
+        listener.note(f"probe: {checkpoint.name}, about {seconds:g} s once the engine is up")
         since = time.perf_counter()
         slot.at(checkpoint.source)
         start_seconds = time.perf_counter() - since
