@@ -79,7 +79,7 @@ def probe_document(probe: Probe) -> dict[str, Any]:
 
 
 def probe(plan: RunPlan, settings: EngineSettings, *, seconds: float, listener: ProgressListener) -> Probe:
-    """Ask the engine some of a run's open questions. Nothing is written to the run's directory.
+    """Ask the engine some of a run's questions. Nothing is written to the run's directory.
 
     How fast a checkpoint answers does not depend on its alpha, so that one is enough: the first of the run that there
     is. Where none is merged yet, one is, into a folder beside the run's directory that is removed at the end: the run
