@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +57,13 @@ def test_only_the_species_asked_for_are_kept(beans_zero):
     assert len(named.asked) == len(named.examples) == 2
     with pytest.raises(DatasetError, match=r"no clip of the species 'Coruru'; did you mean 'Coruro'\?"):
         open_dataset(choice, recipe(data, species=(Species(name="Coruru"),)))
+
+
+def test_a_dataset_goes_to_another_process(beans_zero):
+    dataset = open_component(components()["watkins"], source=str(beans_zero("parquet")))
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.asked == dataset.asked
+    np.testing.assert_array_equal(copy.audio("watkins-1")[0], dataset.audio("watkins-1")[0])
 
 
 def test_a_component_that_is_not_there_is_said_so(beans_zero):
