@@ -94,7 +94,7 @@ def _probe_in_words(probe: "Probe") -> list[str]:
         f" {query.open:,} open"
         for query in probe.queries
     ]
-    time = f"{probe.hours:.1f} hours" if probe.hours >= 1 else f"{max(1, round(60 * probe.hours))} minutes"
+    time = f"{probe.hours:.1f} hours" if probe.hours >= 1 else f"{60 * probe.hours:.2g} minutes"
     return [*lines, f"about {time} for the run with one engine, merging not counted"]
 
 
@@ -124,7 +124,8 @@ def print_fetch(plan: "RunPlan", output: "RunOutput", *, fetch: bool) -> None:
         rows = table_of_numbers("", "from", "", "fetched" if fetch else "to fetch", texts=2, box=box.SIMPLE_HEAD)
         for part in _parts(document):
             rows.add_row(part["what"], part["of"], human_bytes(part["bytes"]))
-        console.print(rows)
+        if rows.row_count:
+            console.print(rows)
         if fetch:
             console.print("all that the run reads is on this machine; HF_HUB_OFFLINE=1 keeps it from asking the Hub")
         else:

@@ -70,7 +70,10 @@ def plan_fetch(plan: RunPlan) -> FetchPlan:
             f"{plan.recipe.name}: streaming keeps no recording on this machine, so that none can be fetched for later; "
             "set streaming: false, or give a local copy (--data FOLDER)"
         )
-    return FetchPlan(models=tuple(map(missing_files, _models(plan))), recordings=missing_recordings(plan))
+    models = [missing_files(source) for source in _models(plan)]
+    return FetchPlan(
+        models=tuple(model for model in models if not Path(model.source).exists()), recordings=missing_recordings(plan)
+    )
 
 
 def missing_recordings(plan: RunPlan) -> tuple[MissingRecordings, ...]:

@@ -125,7 +125,7 @@ def probe(plan: RunPlan, settings: EngineSettings, *, seconds: float, listener: 
             checkpoint=checkpoint.name,
             start_seconds=start_seconds,
             clips=sum(len(clips_heard(plan.recipe, dataset, plan.limit)) for dataset in datasets.values()),
-            clip_seconds=asker.encoding_seconds / slot.encoded if slot.encoded else 0.0,
+            clip_seconds=asker.clip_seconds,
             queries=queries,
         )
 
@@ -152,7 +152,14 @@ class _Asker:
     def __init__(self, plan: RunPlan, slot: EngineSlot, checkpoint: RunCheckpoint) -> None:
         self._plan, self._slot = plan, slot
         self._engine = slot.at(checkpoint.source)
-        self.encoding_seconds = 0.0
+        self._encoded: list[tuple[int, float]] = []
+
+    @property
+    def clip_seconds(self) -> float:
+        """To encode one clip; 0 where none was encoded here. The first batch only counts where there is no other."""
+        measured = self._encoded[1:] or self._encoded
+        clips = sum(count for count, _ in measured)
+        return sum(seconds for _, seconds in measured) / clips if clips else 0.0
 
     def probed(self, cell: Cell, *, seconds: float, left: int) -> ProbedQuery:
         """Ask a cell's questions for some seconds.
@@ -188,9 +195,10 @@ class _Asker:
         """Decode and encode what the questions hear; the time of encoding is kept apart."""
         ids = dict.fromkeys(clip_id for question in batch for clip_id in question.instruction.clips)
         clips = {clip_id: self._clip(*dataset.audio(clip_id), seconds=dataset.seconds) for clip_id in ids}
-        since = time.perf_counter()
+        since, before = time.perf_counter(), self._slot.encoded
         self._slot.encode(list(clips.values()))
-        self.encoding_seconds += time.perf_counter() - since
+        if count := self._slot.encoded - before:
+            self._encoded.append((count, time.perf_counter() - since))
         return [
             Prompt(question.instruction.text, tuple(clips[clip_id] for clip_id in question.instruction.clips))
             for question in batch
