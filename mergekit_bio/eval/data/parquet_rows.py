@@ -138,6 +138,8 @@ def recordings_of(group: RowGroup, rows: Sequence[int]) -> Iterator[pyarrow.Reco
             while wanted and wanted[0] < first + len(batch):
                 yield batch.slice(wanted.pop(0) - first, 1)
             first += len(batch)
+            if not wanted:
+                return  # the rest of the group need not be decoded
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class CachedRecordings:
     places: dict[str, Place]
 
     def to_fetch(self, ids: Sequence[str]) -> list[RowGroup]:
-        """The row groups on the Hub that hold recordings of these rows and are not here yet, in the files' order."""
+        """The row groups on the Hub that hold recordings of these rows and are not here yet, in the order of the rows."""
         groups = dict.fromkeys(self.places[row_id].group for row_id in ids)
         return [group for group in groups if not self._file(group).is_file()]
 
