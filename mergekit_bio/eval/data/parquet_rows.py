@@ -157,7 +157,7 @@ class CachedRecordings:
     places: dict[str, Place]
 
     def to_fetch(self, ids: Sequence[str]) -> list[RowGroup]:
-        """The row groups on the Hub that hold recordings of these rows and are not here yet, in the order of the rows."""
+        """The row groups that hold recordings of these rows and are not here yet, in the order of the rows."""
         groups = dict.fromkeys(self.places[row_id].group for row_id in ids)
         return [group for group in groups if not self._file(group).is_file()]
 

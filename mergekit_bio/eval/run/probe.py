@@ -171,7 +171,7 @@ class _Asker:
         asked = list(questions(recipe, dataset, cell.query, self._plan.limit))
         labels = [] if recipe.decoding == "generate" else options(recipe, dataset, cell.query)
         audios = len(asked[0].instruction.clips)
-        most = max(1, min(self._engine.prompts_at_once, AUDIOS_AT_ONCE // audios))
+        most = max(1, min(self._engine.prompts_at_once(self._slot.settings), AUDIOS_AT_ONCE // audios))
         began = time.perf_counter()
         place, size = 0, 1
         taken: dict[int, list[float]] = {}
