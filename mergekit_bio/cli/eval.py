@@ -103,8 +103,7 @@ def evaluate(
       mergekit-bio eval closed_set
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
       mergekit-bio eval closed_set --dry-run --probe 60
-      mergekit-bio eval closed_set --fetch-only         # on a machine with a network
-      HF_HUB_OFFLINE=1 mergekit-bio eval closed_set     # on one without, with the same cache
+      mergekit-bio eval closed_set --fetch-only
     """
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.errors import RecipeError
