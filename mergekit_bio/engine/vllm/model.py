@@ -139,7 +139,8 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
     """The longest possible input, for memory profiling: clips of 10 s."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return AUDIO_SLOT * mm_counts.get("audio", 0)
+        # Where prefixes come from elsewhere there is no audio in it, and a prompt is not empty.
+        return AUDIO_SLOT * mm_counts.get("audio", 0) or "."
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
