@@ -63,6 +63,11 @@ SOAKS = {
         ("tests/eval/test_workers.py::test_runs_with_workers_and_drivers_killed_end_the_same",),
         10,
     ),
+    "cluster-scripts": Soak(
+        "the scripts of docs/cluster.md run as they stand: one node, an array over alphas, a cluster of Ray",
+        ("tests/documentation/test_long_commands.py::test_a_clusters_scripts_run_one_after_the_other_as_they_stand",),
+        None,
+    ),
     "server-bodies": Soak(
         "whatever is sent to the server, it answers and stays up (times: requests of each of three kinds)",
         (f"{SERVER}_body_makes_predict_fail", f"{SERVER}_body_makes_chat_fail", f"{SERVER}_bytes_make_the_server_fail"),

@@ -30,13 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give ``count`` its values: of ``@repeated(few, many)`` the many belong to the long tests."""
+    """Give ``count`` its values: of ``@repeated(few, many)`` the many, if there are any, belong to the long tests."""
     marker = metafunc.definition.get_closest_marker("repeated")
     if marker is None or "count" not in metafunc.fixturenames:
         return
-    few, many = marker.args
+    few, *many = marker.args
     asked = metafunc.config.getoption("--count")
-    counts = [asked] if asked else [few, pytest.param(many, marks=pytest.mark.long)]
+    counts = [asked] if asked else [few, *(pytest.param(number, marks=pytest.mark.long) for number in many)]
     metafunc.parametrize("count", counts, ids="{} times".format, scope="module")
 
 

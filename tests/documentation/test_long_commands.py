@@ -68,7 +68,7 @@ def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -
 
 
 @VLLM
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_a_clusters_scripts_run_one_after_the_other_as_they_stand(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

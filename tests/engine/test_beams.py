@@ -93,7 +93,7 @@ def is_free(engine) -> bool:
     return not engine._llm.llm_engine.has_unfinished_requests() and engine._llm.reset_prefix_cache()
 
 
-@pytest.mark.repeated(24, 500)
+@pytest.mark.repeated(24, 50)
 def test_beams_are_transformers_and_cost_no_more_than_a_request_a_token(
     clips, count, vllm_engine, transformers_engine, requests, monkeypatch
 ):

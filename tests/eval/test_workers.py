@@ -199,7 +199,7 @@ def test_an_interruption_ends_the_workers_too(one, evaluation, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.repeated(1, 2)
+@pytest.mark.repeated(1)
 def test_runs_with_workers_and_drivers_killed_end_the_same(evaluation, one, tmp_path, count):
     """Each run loses a worker and its driver, at least, at random moments; two in three are sampled."""
     moments = random.Random(count)
