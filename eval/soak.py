@@ -63,6 +63,11 @@ SOAKS = {
         ("tests/eval/test_workers.py::test_runs_with_workers_and_drivers_killed_end_the_same",),
         10,
     ),
+    "bench-gpu": Soak(
+        "the benchmark for machines with a GPU runs whole on a CPU, and finds its results right",
+        ("tests/rehearsal/test_bench_gpu.py",),
+        None,
+    ),
     "cluster-scripts": Soak(
         "the scripts of docs/cluster.md run as they stand: one node, an array over alphas, a cluster of Ray",
         ("tests/documentation/test_long_commands.py::test_a_clusters_scripts_run_one_after_the_other_as_they_stand",),
@@ -84,7 +89,7 @@ SOAKS = {
         500,
     ),
     "installations": Soak(
-        "every installation that the pages name works: those with vLLM too",
+        "every installation that the pages name works, with all extras",
         (
             "tests/documentation/test_long_commands.py::test_pip_installs_as_it_stands",
             "tests/documentation/test_long_commands.py::test_make_installs_as_it_stands",

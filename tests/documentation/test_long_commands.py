@@ -215,9 +215,9 @@ def try_out(programs: Path) -> None:
 
 
 def installations() -> list:
-    """Those with vLLM take gigabytes: they are soaks."""
+    """Those with extras take minutes or gigabytes: they are soaks."""
     return [
-        pytest.param(command, id=str(command), marks=pytest.mark.soak if "vllm" in command.text else pytest.mark.long)
+        pytest.param(command, id=str(command), marks=pytest.mark.soak if "[" in command.text else pytest.mark.long)
         for command in named("pip", "install")
     ]
 

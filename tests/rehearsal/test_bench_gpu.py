@@ -26,7 +26,7 @@ def table(tmp_path: Path, *words: object, env: dict[str, str] | None = None) -> 
     ]
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_all_of_it_runs_without_a_gpu_and_finds_its_results_right(tmp_path: Path) -> None:
     rows = table(tmp_path, "--out", tmp_path / "gpu.md")
     right = {(part, what) for part, what, _, check in rows if check == "right"}
