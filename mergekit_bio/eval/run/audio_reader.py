@@ -123,14 +123,24 @@ class _Recordings:
                 yield first, decoding.result()
 
     def _decode(self, clip_id: str, recording: "tuple[np.ndarray, int] | None" = None) -> Clip:
-        samples, rate = recording or self._dataset.audio(clip_id)
+        recording = recording or self._dataset.audio(clip_id)
         with self._counting:
             self.decoded += 1
-        try:
-            # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
-            return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=self._dataset.seconds)
-        except AudioError as error:
-            raise DatasetError(f"{self._dataset.name}: clip {clip_id}: {error}") from None
+        return decoded_clip(self._dataset, clip_id, recording)
+
+
+def decoded_clip(dataset: Dataset, clip_id: str, recording: "tuple[np.ndarray, int]") -> Clip:
+    """A recording, as ``dataset.audio`` gives it, as the model hears it.
+
+    Raises:
+        DatasetError: It is no use.
+    """
+    samples, rate = recording
+    try:
+        # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
+        return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=dataset.seconds)
+    except AudioError as error:
+        raise DatasetError(f"{dataset.name}: clip {clip_id}: {error}") from None
 
 
 def _stamps(source: Path) -> list[tuple[str, int, int]]:

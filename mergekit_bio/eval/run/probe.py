@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings, Prompt
 from mergekit_bio.engine.slot import EngineSlot
@@ -17,6 +15,7 @@ from mergekit_bio.errors import RunError
 from mergekit_bio.eval.data.dataset import Dataset
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.run.asking import answers_to
+from mergekit_bio.eval.run.audio_reader import decoded_clip
 from mergekit_bio.eval.run.batches import AUDIOS_AT_ONCE
 from mergekit_bio.eval.run.checkpoints import FOLDER, RunCheckpoint, merge_missing
 from mergekit_bio.eval.run.fetching import plan_fetch
@@ -194,7 +193,7 @@ class _Asker:
     def _prompts(self, dataset: Dataset, batch: list[Question]) -> list[Prompt]:
         """Decode and encode what the questions hear; the time of encoding is kept apart."""
         ids = dict.fromkeys(clip_id for question in batch for clip_id in question.instruction.clips)
-        clips = {clip_id: self._clip(*dataset.audio(clip_id), seconds=dataset.seconds) for clip_id in ids}
+        clips = {clip_id: decoded_clip(dataset, clip_id, dataset.audio(clip_id)) for clip_id in ids}
         since, before = time.perf_counter(), self._slot.encoded
         self._slot.encode(list(clips.values()))
         if count := self._slot.encoded - before:
@@ -203,6 +202,3 @@ class _Asker:
             Prompt(question.instruction.text, tuple(clips[clip_id] for clip_id in question.instruction.clips))
             for question in batch
         ]
-
-    def _clip(self, samples: Any, rate: int, *, seconds: float) -> Clip:
-        return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=seconds)
