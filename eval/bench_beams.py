@@ -1,6 +1,6 @@
 """Beam search by vLLM: greedy requests that feed it, against a request a token and beam, and against greedy decoding.
 
-    python eval/bench_beams.py                   # writes eval/results/beams.md
+    python eval/bench_beams.py                   # puts its section into eval/results/serving.md
 
 Every answer has as many tokens as it may have: there are no end tokens. The three ways take turns, on one engine.
 """
@@ -25,6 +25,7 @@ import machine
 import numpy as np
 import psutil
 import smollm2
+from results_page import put_section
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
@@ -35,7 +36,7 @@ from mergekit_bio.engine.interface import Decoding, Prompt
 from mergekit_bio.engine.vllm.offline import VllmEngine
 from mergekit_bio.engine.vllm.requests import continued, one_token
 
-RESULT = Path(__file__).parent / "results" / "beams.md"
+RESULT = Path(__file__).parent / "results" / "serving.md"
 ROUNDS = 3
 QUESTION = "What is the common name for the focal species in the audio?"
 SPECIES = ("marsh wren", "tree frog", "gray wolf", "humpback whale")
@@ -217,7 +218,7 @@ def main() -> None:
     rows = []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            engine = VllmEngine(model.make(Path(folder)), max_model_len=1024, enforce_eager=True)
+            engine = VllmEngine(model.make(Path(folder)), dtype="float32", max_model_len=1024, enforce_eager=True)
             measure(engine, model.prompts, Decoding(max_new_tokens=2, num_beams=2, eos_token_ids=()))  # warm up
             for beams in given.beams:
                 for tokens in model.tokens:
@@ -226,8 +227,9 @@ def main() -> None:
                     rows.append(row(model.name, decoding, list(costs.values())))
                     print(rows[-1], flush=True)
             engine.close()
-    given.results.write_text(
-        f"""# Beam search
+    put_section(
+        given.results,
+        f"""## Beam search
 
 Three ways: a request for one token of each beam at each step, as it was before / rollouts, as it is now / greedy
 decoding, which has one beam. Requests and milliseconds are those of a prompt. Driver is the process that has the
@@ -235,16 +237,14 @@ search; all CPU is that and vLLM's process, with the model in it. Medians of {RO
 turns on one engine whose prefix cache is empty at first. The two searches give the same scores. Answers end at the
 length given.
 
-The random model is asked about 32 clips of noise, the demo's about 24,
-SmolLM2-135M-Instruct 4 questions in words; float32 on a CPU, where a block of the prefix cache has 128 tokens.
-Made by `python eval/bench_beams.py`.
-
-Machine: {machine.describe(RESULT.parent)}.
+The random model is asked about 32 clips of noise, the demo's about 24, SmolLM2-135M-Instruct 4 questions in words;
+float32 on a CPU, where a block of the prefix cache has 128 tokens. A random model forks at almost every token.
+Made by `python eval/bench_beams.py`. Machine: {machine.describe(RESULT.parent)}.
 
 | model | beams | tokens | requests | fewer | driver CPU, ms | less | all CPU, ms | less | prompts/s |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {chr(10).join(rows)}
-"""
+""",
     )
 
 

@@ -1,13 +1,17 @@
 """Prompts a second through vLLM, our Transformers engine and a loop in the reference's style, on the same prompts.
 
-Writes eval/results/serving.md. On a tiny model made from random numbers by default: its tower and Llama cost little,
-so what is compared is mostly the engines themselves. ``--checkpoint`` measures a real merge. Every measurement has a
-process of its own: vLLM binds its process's threads to cores, which would slow the others down.
+    python eval/bench_serving.py                      # writes eval/results/serving.md
+    python eval/bench_serving.py --before ../older    # and measures another checkout of this project in turns with it
+
+On a tiny model made from random numbers by default: its tower and Llama cost little, so what is compared is mostly the
+engines themselves. ``--checkpoint`` measures a real merge. Every measurement has a process of its own: vLLM binds its
+process's threads to cores, which would slow the others down.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +42,8 @@ HERE = Path(__file__).resolve().parent
 BATCH = 16
 QUESTION = "What is the common name for the focal species in the audio? Answer with one of: marsh wren, tree frog."
 
+#: (What, audios a prompt) -> what each round gave.
+Rounds = dict[tuple[str, int], list[Any]]
 #: Answers prompts.
 Run = Callable[[Sequence[Prompt], Decoding], object]
 
@@ -325,44 +331,66 @@ def write_recordings(folder: Path, clips: int) -> Path:
     return folder / "recipe.yaml"
 
 
-def heard_report(heard: Heard) -> str:
+def heard_report(heards: Sequence[Heard], before: Sequence[Heard]) -> str:
     """The sweep over recordings as Markdown."""
-    counts = [heard.clips, heard.alphas, heard.decoded, heard.encoded, round(heard.seconds), round(heard.cpu)]
     what = "asks the model at every alpha the same about each of many recordings of 10 s at 48 kHz"
     lines = ["## A sweep over recordings", "", f"`mergekit-bio eval` with vLLM {what}; an answer is one token.", ""]
-    lines += ["| clips | alphas | decoded | encoded | seconds | seconds of CPU |", "|---:|---:|---:|---:|---:|---:|"]
-    return "\n".join([*lines, f"| {' | '.join(map(str, counts))} |", ""])
+    lines += [
+        "| | clips | alphas | decoded | encoded | seconds | seconds of CPU |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, rounds in (("before", before), ("now", heards)):
+        lines += [
+            f"| {name} | {heard.clips} | {heard.alphas} | {heard.decoded} | {heard.encoded} | {heard.seconds:.0f} | "
+            f"{heard.cpu:.0f} |"
+            for heard in rounds
+        ]
+    return "\n".join([*lines, ""])
 
 
-def report(rows: Sequence[Measured], sweeps: Sequence[Swept], what: str) -> str:
-    """The results as Markdown."""
+def report(rows: Rounds, before: Rounds, sweeps: Rounds, sweeps_before: Rounds, what: str) -> str:
+    """The results as Markdown; the rates are medians over the rounds."""
+    rates = {key: statistics.median(row.prompts / row.seconds for row in rounds) for key, rounds in rows.items()}
     lines = ["# Serving", "", what, ""]
-    lines += ["| engine | audios | prompts | prompts/s | against the loop | in the tower | first token, alone |"]
+    lines += [
+        "| engine | audios | prompts/s, rounds | before, in turns | against the loop | in the tower | first token |"
+    ]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        (base,) = [other for other in rows if other.audios == row.audios and other.engine == LOOP]
-        rate, reference = row.prompts / row.seconds, base.prompts / base.seconds
+    for (name, audios), rounds in rows.items():
+        tower = statistics.median(row.tower / row.seconds for row in rounds)
+        first = statistics.median(row.first_token for row in rounds)
         lines.append(
-            f"| {row.engine} | {row.audios} | {row.prompts} | {rate:.2f} | {rate / reference:.1f}x | "
-            f"{row.tower / row.seconds:.0%} | {1000 * row.first_token:.0f} ms |"
+            f"| {name} | {audios} | {_rates(rounds)} | {_rates(before.get((name, audios), []))} | "
+            f"{rates[name, audios] / rates[LOOP, audios]:.1f}x | {tower:.0%} | {1000 * first:.0f} ms |"
         )
-    lines += ["", "| vLLM with the prefix cache, a sweep | audios | prompts/s | against the loop | in the tower |"]
-    lines += ["|---|---:|---:|---:|---:|"]
-    for swept in sweeps:
-        (base,) = [row for row in rows if row.audios == swept.audios and row.engine == LOOP]
-        rate, reference = swept.alphas * swept.prompts / swept.seconds, base.prompts / base.seconds
+    lines += [
+        "",
+        "| a sweep by vLLM | audios | prompts/s, rounds | before, in turns | against the loop | in the tower |",
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for (name, audios), rounds in sweeps.items():
+        tower = statistics.median(swept.all / swept.seconds for swept in rounds)
+        rate = statistics.median(swept.alphas * swept.prompts / swept.seconds for swept in rounds)
         lines.append(
-            f"| {swept.alphas} alphas x {swept.prompts} prompts | {swept.audios} | {rate:.2f} | "
-            f"{rate / reference:.1f}x | {swept.all / swept.seconds:.0%} |"
+            f"| {rounds[0].alphas} alphas x {rounds[0].prompts} prompts | {audios} | {_rates(rounds)} | "
+            f"{_rates(sweeps_before.get((name, audios), []))} | {rate / rates[LOOP, audios]:.1f}x | {tower:.0%} |"
         )
-    lines += ["", "With 1 audio a prompt every clip is new to everybody, and hearing it is most of the work.", ""]
+    lines += [
+        "",
+        "With 1 audio a prompt every clip is new to everybody, and hearing it is most of the work. First token: of",
+    ]
+    lines += ["a prompt that comes alone. The sweep has the prefix cache.", ""]
     lines += [
         f"- A sweep with {swept.audios} audio{'s' * (swept.audios > 1)} a prompt hears {swept.heard} audios and sends "
         f"{swept.encoded} clips through the tower: {swept.first:.1f} s at the first alpha, {swept.all:.1f} s at all "
         f"{swept.alphas}."
-        for swept in sweeps
+        for swept, *_ in sweeps.values()
     ]
     return "\n".join([*lines, ""])
+
+
+def _rates(rounds: Sequence[Any]) -> str:
+    return ", ".join(f"{getattr(row, 'alphas', 1) * row.prompts / row.seconds:.0f}" for row in rounds)
 
 
 def main() -> None:
@@ -374,6 +402,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--alphas", type=int, default=11, help="Of the tiny model's sweep.")
     parser.add_argument("--recordings", type=int, default=1000, help="Of the sweep over recordings.")
+    parser.add_argument("--before", type=Path, help="Another checkout of this project, to measure in turns with it.")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "serving.md")
     parser.add_argument("--measure", choices=[*ENGINES, SWEEP, RECORDINGS], help=argparse.SUPPRESS)
     parser.add_argument("--audios", type=int, help=argparse.SUPPRESS)
@@ -381,6 +411,7 @@ def main() -> None:
     if given.measure:
         measure_here(given)
         return
+    trees = [HERE.parent, *([given.before.resolve()] if given.before else [])]
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints, model = given.checkpoint, "the checkpoints " + ", ".join(map(str, given.checkpoint or ()))
         if not checkpoints:
@@ -388,23 +419,32 @@ def main() -> None:
                 make_sweep(Path(scratch), given.alphas),
                 "a tiny random model (Llama of 2 layers, tower of 1), float32",
             )
-        rows: list[Measured] = []
-        sweeps: list[Swept] = []
-        for audios in (1, 11):
-            for name in [*ENGINES, SWEEP]:
-                result = in_a_process(name, audios, checkpoints, given, Path(scratch) / "result.json")
-                print(name, result, file=sys.stderr)
-                if name == SWEEP:
-                    sweeps.append(Swept(**result))
-                else:
-                    rows.append(Measured(**result))
+        # (tree, what, audios) -> what each round gave. The trees take turns, and in another order in each round.
+        found: dict[tuple[Path, str, int], list[Any]] = {}
+        for number in range(given.rounds):
+            for audios in (1, 11):
+                for name, kind in [*((name, Measured) for name in ENGINES), (SWEEP, Swept)]:
+                    for tree in trees if number % 2 else trees[::-1]:
+                        result = in_a_process(tree, name, audios, checkpoints, given, Path(scratch) / "result.json")
+                        print(tree.name, name, result, file=sys.stderr, flush=True)
+                        found.setdefault((tree, name, audios), []).append(kind(**result))
+        for tree in trees:
+            result = in_a_process(tree, RECORDINGS, 1, checkpoints, given, Path(scratch) / "result.json")
+            print(tree.name, RECORDINGS, result, file=sys.stderr, flush=True)
+            found.setdefault((tree, RECORDINGS, 1), []).append(Heard(**result))
         what = (
             f"{given.prompts} prompts, greedy, {given.tokens} new tokens at most, on {model}. In the prompts with 11 "
-            "audios the first 10 are the same in all. A process for every measurement. Machine: "
-            f"{machine.describe(Path(scratch))}."
+            "audios the first 10 are the same in all. A process for every measurement, and the two states of the "
+            f"project in turns where there are two. Machine: {machine.describe(Path(scratch))}."
         )
-        heard = Heard(**in_a_process(RECORDINGS, 1, checkpoints, given, Path(scratch) / "result.json"))
-        text = report(rows, sweeps, what) + "\n" + heard_report(heard)
+
+    def of(tree: Path, names: Sequence[str]) -> Rounds:
+        return {key[1:]: rounds for key, rounds in found.items() if key[0] == tree and key[1] in names}
+
+    now, before = trees[0], trees[-1] if given.before else Path()
+    text = report(of(now, [*ENGINES]), of(before, [*ENGINES]), of(now, [SWEEP]), of(before, [SWEEP]), what)
+    heards, heards_before = (found.get((tree, RECORDINGS, 1), []) for tree in (now, before))
+    text += "\n" + heard_report(heards, heards_before)
     print(text)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(text)
@@ -421,14 +461,19 @@ def make_sweep(folder: Path, alphas: int) -> list[Path]:
     return [checkpoint.path for checkpoint in merged]
 
 
-def in_a_process(name: str, audios: int, checkpoints: Sequence[Path], given: argparse.Namespace, result: Path) -> dict:
-    """Run one measurement in a process of its own, and read what it wrote."""
+def in_a_process(
+    tree: Path, name: str, audios: int, checkpoints: Sequence[Path], given: argparse.Namespace, result: Path
+) -> dict:
+    """Run one measurement of a checkout of the project in a process of its own, and read what it wrote."""
     slow = name in (LOOP, "Transformers engine")
     count = given.loop_prompts or given.prompts if slow else given.prompts
-    command = [sys.executable, __file__, "--measure", name, "--audios", str(audios), "--prompts", str(count)]
-    command += ["--recordings", str(given.recordings)]
+    # The recordings are counted by this script in every checkout; an older one's script may not know of them.
+    script = __file__ if name == RECORDINGS else tree / "eval" / "bench_serving.py"
+    command = [sys.executable, str(script), "--measure", name, "--audios", str(audios), "--prompts", str(count)]
+    command += ["--recordings", str(given.recordings)] if name == RECORDINGS else []
     command += ["--tokens", str(given.tokens), "--results", str(result), "--checkpoint", *map(str, checkpoints)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "eval")))}
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     return json.loads(result.read_text())
 
 

@@ -18,6 +18,7 @@ import machine
 import numpy as np
 import soundfile
 from bench_serving import make_sweep
+from results_page import put_section
 
 HERE = Path(__file__).resolve().parent
 HEADING = "## One worker and several\n"
@@ -135,11 +136,7 @@ def main() -> None:
         lines.append(f"| {engine} | {workers} | {runs[0].answers} | {seconds:.1f} s | {rate:.1f} | {encoded} |")
     section = "\n".join([*lines, ""])
     print(section)
-    before = given.results.read_text() if given.results.exists() else "# Serving\n"
-    start = before.find(HEADING)
-    end = before.find("\n## ", start + 1) + 1 if start >= 0 else -1
-    head = before[:start] if start >= 0 else before.rstrip("\n") + "\n\n"
-    given.results.write_text(head + section + (f"\n{before[end:]}" if start >= 0 and end > 0 else ""))
+    put_section(given.results, section)
 
 
 if __name__ == "__main__":

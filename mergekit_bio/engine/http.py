@@ -133,17 +133,24 @@ class HttpEngine:
         self._room = _Room(self._servers, concurrency=concurrency, given_up_after=self._retries.given_up_after)
         self._client: Any = None
         self._most_beams = 1
-        offered = [self._wait_for(self._models(server)) for server in self._servers]
-        common = [name for name in offered[0] if all(name in names for names in offered)]
-        if model is not None and model not in common:
-            raise EngineError(
-                f"not every server offers the model {model}; in common are: {', '.join(common) or 'none'}"
-            )
-        if not common:
-            raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
-        self._model = model or common[0]
-        self._offered = common
         self._template = "{}"
+        try:
+            self._offered = self._in_common()
+            if model is not None and model not in self._offered:
+                raise EngineError(
+                    f"not every server offers the model {model}; in common are: {', '.join(self._offered) or 'none'}"
+                )
+            if not self._offered:
+                raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
+        except BaseException:
+            self.close()
+            raise
+        self._model = model or self._offered[0]
+
+    def _in_common(self) -> list[str]:
+        """The models that every server offers."""
+        first, *others = [self._wait_for(self._models(server)) for server in self._servers]
+        return [name for name in first if all(name in names for names in others)]
 
     def render(self, prompt: Prompt) -> str:
         """The prompt in the template that the servers tell, else the user's words alone."""

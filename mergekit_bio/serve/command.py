@@ -48,6 +48,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from mergekit_bio.engine.vllm.plugin import worker_class
+    from mergekit_bio.engine.vllm.start import engine_dtype
 
     first = next(iter(models.values()))
     longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
@@ -57,6 +58,7 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         "--chat-template": _chat_template(first),
         "--chat-template-content-format": "openai",
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
+        "--dtype": engine_dtype(first),
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
         "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise

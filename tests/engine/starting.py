@@ -18,5 +18,5 @@ def start_vllm(checkpoint: Path, **options):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from mergekit_bio.engine.vllm.offline import VllmEngine
 
-    given = {"dtype": "float32", "max_model_len": 2048, "max_audios": MAX_AUDIOS, "enforce_eager": True}
+    given = {"max_model_len": 2048, "max_audios": MAX_AUDIOS, "enforce_eager": True}
     return VllmEngine(checkpoint, **given | options)

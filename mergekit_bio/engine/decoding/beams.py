@@ -80,15 +80,13 @@ class BeamSearch:
             extensions: For each running beam its likeliest next tokens with their log-probabilities.
         """
         # 1. Rank all extensions of all beams by their log-probability.
-        ranked = sorted(
-            (
-                beam.extended(*extension)
-                for beam, options in zip(self.running, extensions, strict=True)
-                for extension in options
-            ),
-            key=lambda hypothesis: hypothesis.total,
-            reverse=True,
-        )[: self.width]
+        every = [
+            (beam.total + logprob, beam, token_id, logprob)
+            for beam, options in zip(self.running, extensions, strict=True)
+            for token_id, logprob in options
+        ]
+        best = sorted(every, key=lambda extension: extension[0], reverse=True)[: self.width]
+        ranked = [beam.extended(token_id, logprob) for _, beam, token_id, logprob in best]
         length = len(ranked[0].token_ids)
         ended = [h.token_ids[-1] in self._eos or length == self._max_new_tokens for h in ranked]
         # 2. Those that end are finished if they are among the best num_beams; a worse one that ends is dropped.

@@ -12,7 +12,7 @@ likeliest tokens at each step: a rollout.
 So the engine decodes about one row for each beam, as if it knew of beams, and is asked once for each fork.
 """
 
-import uuid
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from mergekit_bio.errors import EngineError
 #: Tokens of a rollout at most. In a busy server a fork waits for its turn while the other rollouts of its prompt go on,
 #: perhaps for nothing; this bounds how far.
 _ROLLOUT_TOKENS = 64
+
+#: Numbers the rollouts of this process.
+_numbers = itertools.count()
 
 
 @dataclass(eq=False)
@@ -64,6 +67,7 @@ class PromptBeams:
 
     def __init__(self, request: dict[str, Any], decoding: Decoding, tokenization: Tokenization) -> None:
         self._eos = tokenization.end_tokens(decoding)
+        self._placeholder = tokenization.audio_token_id
         self._search = BeamSearch(
             num_beams=decoding.num_beams,
             max_new_tokens=decoding.max_new_tokens,
@@ -71,9 +75,10 @@ class PromptBeams:
             length_penalty=decoding.length_penalty,
             early_stopping=decoding.early_stopping,
         )
-        if self._search.width >= MAX_LOGPROBS:
+        self._width = self._search.width
+        if self._width >= MAX_LOGPROBS:
             raise EngineError(
-                f"{decoding.num_beams} beams with {len(self._eos)} end tokens need {self._search.width + 1} "
+                f"{decoding.num_beams} beams with {len(self._eos)} end tokens need {self._width + 1} "
                 f"log-probabilities a step; the engine gives {MAX_LOGPROBS}: take fewer beams"
             )
         self._request, self._decoding, self._tokenization = request, decoding, tokenization
@@ -114,9 +119,11 @@ class PromptBeams:
         if output.finished:
             self.rollouts.remove(rollout)
         # 2. Search as far as all beams are known.
-        search = self._search
+        search, before = self._search, self._search.running
         while not search.done and all(beam.token_ids in self._known for beam in search.running):
             search.advance([self._known[beam.token_ids] for beam in search.running])
+        if search.running is before and not output.finished:  # as at most tokens: others are waited for
+            return [], []
         # 3. Forget what no beam follows. All beams are of one length, and nothing that they follow is shorter.
         beams = [] if search.done else [beam.token_ids for beam in search.running]
         length = len(beams[0]) if beams else 0
@@ -149,19 +156,18 @@ class PromptBeams:
             temperature=0,
             ignore_eos=True,
             # No beam goes on behind an end token, or behind the placeholder, which is no token to generate.
-            stop_token_ids=[*self._eos, self._tokenization.audio_token_id],
+            stop_token_ids=[*self._eos, self._placeholder],
             # One more than the search looks at, for the placeholder, which is left out.
-            logprobs=self._search.width + 1,
+            logprobs=self._width + 1,
             output_kind=RequestOutputKind.DELTA,
             detokenize=False,
         )
-        return Rollout(f"beam-{uuid.uuid4().hex}", continued(self._request, beam), params, beam)
+        return Rollout(f"beam-{next(_numbers)}", continued(self._request, beam), params, beam)
 
     def _likeliest(self, entries: Any) -> list[tuple[int, float]]:
         """The likeliest next tokens but the placeholder, with their log-probabilities."""
-        placeholder = self._tokenization.audio_token_id
-        extensions = [(token, entry.logprob) for token, entry in entries.items() if token != placeholder]
-        return sorted(extensions, key=lambda extension: extension[1], reverse=True)[: self._search.width]
+        extensions = [(token, entry.logprob) for token, entry in entries.items() if token != self._placeholder]
+        return sorted(extensions, key=lambda extension: extension[1], reverse=True)[: self._width]
 
 
 def gave_up() -> EngineError:

@@ -30,7 +30,7 @@ from mergekit_bio.engine.vllm.requests import (
     one_token,
     sampling_params,
 )
-from mergekit_bio.engine.vllm.start import interruptible, leave_if_imported_again, objections
+from mergekit_bio.engine.vllm.start import engine_dtype, interruptible, leave_if_imported_again, objections
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
 
 _EXTENSION = "mergekit_bio.engine.vllm.model.WeightReload"
@@ -175,7 +175,7 @@ class VllmEngine:
         with interruptible(), objections(self.checkpoint):
             self._llm = LLM(
                 str(self.checkpoint),
-                dtype=dtype,
+                dtype=engine_dtype(self.checkpoint) if dtype == "auto" else dtype,
                 max_model_len=self._max_len,
                 limit_mm_per_prompt={"audio": max_audios if prefixes is None else 0},  # 0: prefixes only, no tower
                 enable_mm_embeds=True,
@@ -339,7 +339,8 @@ class VllmEngine:
                     forks, abandoned = searches[n].take(rollout, output)
                     if output.finished:
                         del running[output.request_id]
-                    give_up([other.request_id for other in abandoned])
+                    if abandoned:
+                        give_up([other.request_id for other in abandoned])
                     ask(n, forks)
                     if searches[n].done:
                         seconds = time.perf_counter() - start

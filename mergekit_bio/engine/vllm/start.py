@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
 
 
@@ -22,6 +23,17 @@ def leave_if_imported_again() -> None:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself tells
         sys.exit(f"{sys.argv[0]}: vLLM imports this script once more; put its work under: if __name__ == '__main__':")
+
+
+def engine_dtype(checkpoint: Path) -> str:
+    """The data type that vLLM is to compute in where nobody says which: the checkpoint's.
+
+    vLLM's own ``"auto"`` makes bfloat16 of float32 without a word.
+
+    Raises:
+        CheckpointError: It is no merge with an audio tower.
+    """
+    return "float32" if read_audio_model_config(checkpoint)["text_config"].get("dtype") == "float32" else "auto"
 
 
 @contextmanager
