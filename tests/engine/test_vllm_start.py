@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from engine.starting import start_vllm
 from eval.evaluation import write_evaluation
 
@@ -70,6 +71,11 @@ def test_an_option_that_vllm_objects_to_is_named_in_one_line(tiny_sweep, option,
         start_vllm(tiny_sweep[0.5], **option)
     assert str(refusal.value).startswith(f"{tiny_sweep[0.5]}: vLLM cannot start: ")
     assert "\n" not in str(refusal.value) and refusal.value.__cause__
+
+
+def test_a_float32_checkpoint_is_computed_in_float32(vllm_engine):
+    """vLLM's own default makes bfloat16 of it."""
+    assert vllm_engine._llm.llm_engine.model_config.dtype == torch.float32
 
 
 @pytest.mark.parametrize("option", [{"max_model_len": "long"}, {"max_model_len": -1}, {"max_audios": 0}])
