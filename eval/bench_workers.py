@@ -117,9 +117,10 @@ def main() -> None:
                     print(engine, workers, measured, file=sys.stderr, flush=True)
                     found.setdefault((engine, workers), []).append(measured)
         described = machine.describe(folder)
+    rounds = "one round" if given.rounds == 1 else f"medians of {given.rounds} interleaved rounds"
     what = (
         f"`mergekit-bio eval --workers N` on a tiny random model: {given.clips} clips of 10 s at {given.alphas} "
-        f"strengths, 32 new tokens at most, greedy, float32; medians of {given.rounds} interleaved rounds. The whole "
+        f"strengths, 32 new tokens at most, greedy, float32; {rounds}. The whole "
         "is all of a run, from Python's imports of the engine and the start of Ray to the last answer; the rate counts "
         f"from the start of the first engine. Machine: {described}."
     )
