@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
-from mergekit_bio.audio.recording import read_beginning
+from mergekit_bio.audio.decoding import Note
+from mergekit_bio.audio.recording import read_samples
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
@@ -21,13 +22,16 @@ REQUIRED = ("file_name", "label")
 EXAMPLES, ASKED = ("examples", "train"), ("", "test")
 
 
-def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
+def open_audio_folder(folder: Path, *, name: str, task: Task, channel: int | None = None) -> Dataset:
     """Open a folder of recordings.
 
     Args:
         folder: Holds the recordings and one of ``METADATA`` with the columns ``file_name`` (relative to the folder),
             ``label`` and, if wanted, ``split``: "examples" (or "train") sets a row apart for in-context examples.
             Without such rows examples are drawn from the rows that are asked.
+        name: The dataset's name.
+        task: What is asked of it.
+        channel: The channel that is heard, counted from 1; None for the mean of all.
 
     Raises:
         DatasetError: The metadata is missing, damaged or names a file that is not there, or two labels differ only in
@@ -54,7 +58,8 @@ def open_audio_folder(folder: Path, *, name: str, task: Task) -> Dataset:
         labels=len({row.label for row in unique}),
         seconds=CLIP_SECONDS,
         source=str(folder),
-        recording=partial(_recording, {row.id: row.path for row in rows if row.path}),
+        recording=partial(_recording, {row.id: row.path for row in rows if row.path}, channel),
+        channel=channel,
     )
 
 
@@ -100,6 +105,6 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def _recording(paths: dict[str, Path], row_id: str) -> tuple[np.ndarray, int]:
-    samples, rate = read_beginning(paths[row_id], seconds=CLIP_SECONDS)
+def _recording(paths: dict[str, Path], channel: int | None, row_id: str, note: Note) -> tuple[np.ndarray, int]:
+    samples, rate = read_samples(paths[row_id], seconds=CLIP_SECONDS, channel=channel, note=note)
     return checked_samples(samples, str(paths[row_id])), rate
