@@ -14,9 +14,9 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.file_kind import HEAD_BYTES, what_else
@@ -40,12 +40,14 @@ _CONTAINERS = (
     "aac,ac3,adx,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,iff,ircam,matroska,mov,mp3,mpc,mpc8,"
     "mpeg,mpegts,nistsphere,ogg,oma,rm,sox,tak,truehd,tta,voc,w64,wav,wv,xwma"
 )
-#: Of these, those without a header: how long they are is FFmpeg's guess.
-_HEADERLESS = {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "mpeg", "mpegts", "truehd"}
+#: Of these, those whose header says nothing about their length: FFmpeg guesses it.
+_HEADERLESS = {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "mpeg", "mpegts", "truehd", "voc"}
 
 #: FFmpeg's sample formats, without the "p" of planar ones -> the value of silence, and of full scale above it.
 _SCALES = {"u8": (128, 128.0), "s16": (0, 2.0**15), "s32": (0, 2.0**31), "flt": (0, 1.0), "dbl": (0, 1.0)}
 
+#: Seconds behind the end of a WAV by its header that are worth to be heard.
+_LEAST_MISSED = 0.1
 #: Seconds by which a lossy encoder's frames may differ from what the header says without a note, and a lossless one's.
 _LOSSY_TOLERANCE, _LOSSLESS_TOLERANCE = 0.25, 0.01
 
@@ -70,30 +72,35 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
         AudioError: The file is no recording, or breaks: what was decoded until then has been given. No file is named.
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    # Without a buffer, because libsndfile reads on where the descriptor stands.
+    with path.open("rb", buffering=0) as file:
         head = file.read(HEAD_BYTES)
         if head[:4] == b"OggS":
             yield from _skipped(_ogg(path, file, note), start)
             return
         # Where a WAV's header says less than there is, FFmpeg reads on to the end of the file.
         stated, there = _wav_seconds(file, head)
-        stale = stated < there
+        stale = stated < there - _LEAST_MISSED
         if head[:4] in (b"RIFF", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"riff") and not stale:
             with _libsndfile(file) as sound:
                 if sound is not None and sound.frames and not sound.subtype.startswith("MPEG"):
                     yield from _libsndfile_blocks(sound, round(start * sound.samplerate))
-                    if stated > there:
-                        note(_differs(stated, sound.frames / sound.samplerate))
+                    heard = sound.frames / sound.samplerate
+                    stated = stated if there else heard * _stated_share(sound)
+                    if stated > (there or heard) + _LOSSLESS_TOLERANCE:
+                        note(_differs(stated, heard))
                     return
     yield from _skipped(_ffmpeg(path, note, stated if stale else None), start)
 
 
 def _skipped(blocks: Iterator[Block], start: float) -> Iterator[Block]:
     """The blocks without the first seconds."""
-    passed = 0.0
+    before, frames, rate = 0.0, 0, 0  # seconds of other rates, and frames of this one
     for block in blocks:
-        left_out = min(max(0, round((start - passed) * block.rate)), len(block.samples))
-        passed += len(block.samples) / block.rate
+        if block.rate != rate:
+            before, frames, rate = before + (frames / rate if rate else 0.0), 0, block.rate
+        left_out = min(max(0, round((start - before) * rate) - frames), len(block.samples))
+        frames += len(block.samples)
         if left_out < len(block.samples):
             yield Block(block.samples[left_out:], block.rate)
 
@@ -125,7 +132,7 @@ def soundfile() -> Any:
 
 
 @contextmanager
-def _libsndfile(file: "BinaryIO | _Rest") -> Iterator[Any]:
+def _libsndfile(file: "FileIO | _Rest") -> Iterator[Any]:
     """A file as a ``soundfile.SoundFile``; None where libsndfile does not know it."""
     library = soundfile()
     file.seek(0)
@@ -157,7 +164,13 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "error_string", error)).rstrip(".")  # without the number of the descriptor
 
 
-def _wav_seconds(file: BinaryIO, head: bytes) -> tuple[float, float]:
+def _stated_share(sound: Any) -> float:
+    """How many times as much as there is a header says, by libsndfile's log."""
+    sizes = re.findall(r"(\d+) \(should be ([1-9]\d*)\)", sound.extra_info)
+    return max((int(stated) / int(there) for stated, there in sizes), default=1.0)
+
+
+def _wav_seconds(file: FileIO, head: bytes) -> tuple[float, float]:
     """How long a WAV is by its header, and how long if its samples go on to the file's end; of other files 0 and 0.
 
     Where other chunks follow the samples both are the same. The sizes of a recorder whose battery died are 0, or those
@@ -202,7 +215,7 @@ def _wav_seconds(file: BinaryIO, head: bytes) -> tuple[float, float]:
 class _Rest(RawIOBase):
     """A file from a byte on, as if it began there."""
 
-    def __init__(self, file: BinaryIO, start: int) -> None:
+    def __init__(self, file: FileIO, start: int) -> None:
         self._file, self._start = file, start
 
     def readable(self) -> bool:
@@ -212,7 +225,7 @@ class _Rest(RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer)  # type: ignore[attr-defined]
+        return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._file.seek(self._start + offset if whence == 0 else offset, whence) - self._start
@@ -221,30 +234,32 @@ class _Rest(RawIOBase):
         return self._file.tell() - self._start
 
 
-def _ogg(path: Path, file: BinaryIO, note: Note) -> Iterator[Block]:
+def _ogg(path: Path, file: FileIO, note: Note) -> Iterator[Block]:
     """The blocks of an Ogg file, of all streams that are chained in it one after the other (RFC 3533)."""
-    part, beginning, heard, of_first = 0, 0, 0.0, 0.0
-    while True:
-        with _libsndfile(_Rest(file, beginning) if part else file) as sound:
-            if sound is None and not part:
-                break
-            if sound is None:
-                raise AudioError("a part that is chained to it cannot be decoded")
-            part += 1
-            for block in _libsndfile_blocks(sound):
-                yield block
-                heard += len(block.samples) / block.rate
-        of_first = of_first or heard
-        following = _next_chained(file, beginning)
-        if following is None:
-            if part > 1:
-                note(f"{part} Ogg streams are chained in it, the first of {of_first:.2f} s; {heard:.2f} s are heard")
-            return
-        beginning = following
-    yield from _ffmpeg(path, note)  # Speex, or a video's sound
+    parts, of_first, heard = 0, 0.0, 0.0
+    following: int | None = 0
+    try:
+        while following is not None:
+            with _libsndfile(_Rest(file, following) if parts else file) as sound:
+                if sound is None and parts:
+                    raise AudioError("a part that is chained to it cannot be decoded")
+                if sound is None:
+                    yield from _ffmpeg(path, note)  # Speex, or a video's sound
+                    return
+                parts += 1
+                for block in _libsndfile_blocks(sound):
+                    heard += len(block.samples) / block.rate
+                    yield block
+            of_first = of_first or heard
+            following = _next_chained(file, following)
+    finally:
+        if parts > 1:
+            several = f"{parts} Ogg streams are" if following is None else "more than one Ogg stream is"
+            total = f"; {heard:.2f} s are heard" if following is None else ""
+            note(f"{several} chained in it, the first of {of_first:.2f} s{total}")
 
 
-def _next_chained(file: BinaryIO, position: int) -> int | None:
+def _next_chained(file: FileIO, position: int) -> int | None:
     """Where the next stream begins behind the one that begins at ``position``: a first page behind one that is none."""
     first_pages = True
     file.seek(position)
@@ -291,6 +306,10 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
         stream = container.streams.best("audio")
         if stream is None:
             raise AudioError("is a video without sound" if container.streams.video else "there is no sound in it")
+        if stream.codec_context is None:
+            raise AudioError("cannot be decoded as audio (its codec is unknown)")
+        if stream.codec_context.name == "flac":  # else a damaged frame is heard as noise
+            stream.codec_context.options = {"err_detect": "crccheck+explode"}
         tracks = len(container.streams.audio)
         if tracks > 1:
             note(f"there are {tracks} audio tracks in it; number {container.streams.audio.index(stream) + 1} is heard")
@@ -298,7 +317,7 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
         # 2. Decode.
         gathered = _Gathered()
         try:
-            for packet in container.demux(stream):
+            for packet in _packets(container, stream):
                 try:
                     frames = packet.decode()
                 except av.FFmpegError as error:
@@ -312,8 +331,10 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
                     yield from gathered.add(frame)
             told.ended = True
             yield from gathered.rest()
-        except av.FFmpegError as error:
+        except (AudioError, av.FFmpegError) as error:
             yield from gathered.rest()
+            if isinstance(error, AudioError):
+                raise
             raise AudioError(f"cannot be decoded further ({_words(error)})") from error
         # 3. Say what was otherwise than the header says, as far as it was heard.
         finally:
@@ -321,6 +342,16 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
                 note(text)
         if not told.heard:
             raise AudioError(f"cannot be decoded as audio ({told.reason or 'there are no samples in it'})")
+
+
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a track."""
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:  # PyAV's, at a packet of a track that begins in the middle; those behind it follow
+            continue
 
 
 @contextmanager
@@ -377,7 +408,9 @@ class _Told:
         if self.heard and self.stated is not None:
             if self.ended and abs(self.heard - self.stated) > self.tolerance:
                 parts.append(_differs(self.stated, self.heard))
-            elif not self.ended and self.stated and self.heard > self.stated + self.tolerance:
+            elif not self.ended and not 0 < self.stated < math.inf:
+                parts.append("its header states no length")
+            elif not self.ended and self.heard > self.stated + self.tolerance:
                 parts.append(f"it goes on behind the {self.stated:.2f} s that its header says")
         if self.heard and self._damaged:
             packets = "a damaged packet is" if self._damaged == 1 else f"{self._damaged} damaged packets are"
@@ -451,5 +484,8 @@ class _Gathered:
         name, rate, _ = self._kind
         silence, full_scale = _SCALES[name.removesuffix("p")]
         joined = np.concatenate(self._arrays)
-        self._arrays, self._frames = [joined[frames:]], self._frames - frames
-        return Block((joined[:frames].astype(np.float64, order="C") - silence) / full_scale, rate)
+        with np.errstate(invalid="ignore"):  # NaN is spoken of later
+            samples = (joined[:frames].astype(np.float64, order="C") - silence) / full_scale
+        self._frames -= frames
+        self._arrays = [joined[frames:]] if self._frames else []
+        return Block(samples, rate)

@@ -43,17 +43,21 @@ class Levels:
             return
         self._channels = samples.shape[1]
         self._frames += len(samples)
-        self._sums = self._sums + np.append(heard.sum(), samples.sum(axis=0))
-        self._squares = self._squares + np.append(heard @ heard, np.einsum("ij,ij->j", samples, samples))
+        with np.errstate(all="ignore"):  # damaged floats may be as large as floats can be
+            self._sums = self._sums + np.append(heard.sum(), samples.sum(axis=0))
+            self._squares = self._squares + np.append(heard @ heard, np.einsum("ij,ij->j", samples, samples))
 
     def notes(self) -> Iterator[str]:
         """What a user should know."""
+        import numpy as np
+
         if not self._frames:
             return
         if self._peak > _TOO_LOUD:
             yield f"its samples reach {self._peak:.4g} times full scale and are clipped; divide them by that first"
         # Without the offset that cheap recorders add.
-        energies = self._squares / self._frames - (self._sums / self._frames) ** 2
+        with np.errstate(all="ignore"):
+            energies = self._squares / self._frames - (self._sums / self._frames) ** 2
         mean, channels = energies[0], energies[1:]
         loudest = channels.max()
         if not self._squares.any():

@@ -17,6 +17,7 @@ from mergekit_bio.audio.waveform import (
     check_channels,
     check_duration,
     fit,
+    pad_to_minimum,
     prepare,
     resample_blocks,
 )
@@ -152,7 +153,7 @@ def read_clip(
     Raises:
         AudioError: The recording is no use, or no such part of it.
     """
-    samples_of(seconds)  # raises
+    _check_part(seconds)
     samples, rate = read_samples(path, start=start, seconds=seconds, channel=channel, note=note)
     try:
         return _cut_out(samples, rate, start)
@@ -184,7 +185,7 @@ def read_clips(
         held: np.ndarray[Any, Any] = np.empty((0, 1))
         held_from = rate = 0
         for start, seconds in parts:
-            samples_of(seconds)  # raises
+            _check_part(seconds)
             # 1. Read on until the part is held, and let go of what lies before it.
             while not rate or held_from + len(held) < round(start * rate) + round(seconds * rate):
                 block = next(blocks, None)
@@ -206,9 +207,17 @@ def read_clips(
             yield _cut_out(samples, rate, start)
 
 
+def _check_part(seconds: float) -> None:
+    """Raise AudioError for a part that is too short or longer than a clip, by more than floats are rounded."""
+    if not MIN_SECONDS - 1e-6 <= seconds <= CLIP_SECONDS + 1e-6:
+        raise AudioError(f"a part of {seconds:g} s is outside {MIN_SECONDS} to {CLIP_SECONDS:g} s")
+
+
 def _cut_out(samples: "np.ndarray[Any, Any]", rate: int, start: float) -> Clip:
     """A clip of what was cut out of a recording, ``[frames]`` or ``[frames, channels]``, at its own rate."""
-    mono = _mono(samples) if samples.ndim == 2 else samples
+    mono = _mono(samples).numpy() if samples.ndim == 2 else samples
+    if len(mono) >= MIN_SECONDS * rate - 1:  # half a second may lack half a sample
+        mono = pad_to_minimum(mono, rate)
     waveform = prepare(mono, sampling_rate=rate, clip_samples=samples_of(CLIP_SECONDS))
     return Clip(waveform, start=start, end=start + len(samples) / rate)
 
