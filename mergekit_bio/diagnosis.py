@@ -207,7 +207,7 @@ def packages_that_break_transformers() -> Iterator[Finding]:
 
 
 def soundfile() -> Finding:
-    """The formats of recordings that libsndfile reads here."""
+    """The formats of recordings that libsndfile and FFmpeg read here."""
     try:
         import soundfile as library
     except (ImportError, OSError) as error:
@@ -218,6 +218,12 @@ def soundfile() -> Finding:
     if missing := ", ".join(name for name in _FORMATS if name not in readable):
         fix = "pip install --force-reinstall soundfile (its wheels bring a libsndfile that has them)"
         return Finding("audio formats", "warning", f"{detail}; not {missing}", fix)
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        detail += f"; not FLAC, MP3, M4A and others, which FFmpeg decodes: {_first_line(error)}"
+        return Finding("audio formats", "warning", detail, "pip install --force-reinstall av")
+    detail += f"; FFmpeg (PyAV {av.__version__}): M4A, MP4, WebM, WMA and others"
     return Finding("audio formats", "ok", detail)
 
 

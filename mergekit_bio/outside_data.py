@@ -18,7 +18,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from os import fspath
@@ -102,17 +102,24 @@ def is_text(value: Any) -> bool:
 
 
 def read_text(file: Path, *, error: type[MergekitBioError]) -> str:
-    """The UTF-8 text of a file, without a byte order mark.
+    """The text of a file, UTF-8 or with a byte order mark UTF-16, without that mark.
 
     Raises:
         error: It cannot be read, or is no such text.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        content = file.read_bytes()
     except OSError as failure:
         raise error(f"{file}: cannot be read ({failure.strerror})") from None
+    to_save = "; save it as 'CSV UTF-8' in Excel" if file.suffix == ".csv" else ""
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise error(f"{file}: is a workbook or an archive, not text{to_save}")
+    try:
+        # Excel's "Unicode text" is UTF-16.
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as failure:
-        raise error(f"{file}: is not UTF-8 text ({failure.reason} at byte {failure.start})") from None
+        raise error(f"{file}: is not UTF-8 text ({failure.reason} at byte {failure.start}){to_save}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_yaml(file: Path, *, error: type[MergekitBioError]) -> Document:
@@ -190,14 +197,22 @@ def read_json(file: Path, *, error: type[MergekitBioError] = CheckpointError) ->
     return parse_json(content, source=str(file), error=error)
 
 
-def parse_json(text: str | bytes, *, source: str, error: type[MergekitBioError]) -> dict[str, Any]:
-    """Read one JSON object.
+def parse_json(
+    text: str | bytes, *, source: str, error: type[MergekitBioError], keys_once: bool = False
+) -> dict[str, Any]:
+    """Read one JSON object; with ``keys_once`` no key may stand in it twice, else the last one counts.
 
     Raises:
         error: It is something else; ``source`` says where it stands.
     """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if repeated := _twice([key for key, _ in pairs]):
+            raise error(f"{source}: the key {_shown(repeated)} stands twice")
+        return dict(pairs)
+
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=distinct if keys_once else None)
     except (ValueError, RecursionError) as failure:
         raise error(f"{source}: is not valid JSON ({failure}): {_shown(text)}") from None
     if not isinstance(document, dict):
@@ -208,30 +223,54 @@ def parse_json(text: str | bytes, *, source: str, error: type[MergekitBioError])
 def read_rows(file: Path, *, error: type[MergekitBioError]) -> Iterator[Document]:
     """Read a table line by line: a JSON object a line where the name ends in ``.jsonl``, else CSV with a header.
 
+    CSV's values may be separated by commas, semicolons or tabs, as spreadsheets write them: by what there is most of in
+    the header.
+
     Yields:
-        For each row that is not blank its mapping and its line. All values of CSV are texts.
+        For each row that is not blank its mapping and its first line. All values of CSV are texts.
 
     Raises:
-        error: The file cannot be read, or a line is damaged; the line is named.
+        error: The file cannot be read, a line is damaged, or a column or key stands twice; the line is named.
     """
     text = read_text(file, error=error)
     if file.suffix == ".jsonl":
         # Not splitlines: a JSON text may hold other line separators than the newline.
         for line_number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield Document(
-                    file, parse_json(line, source=f"{file}:{line_number}", error=error), error, {(): line_number}
-                )
+                row = parse_json(line, source=f"{file}:{line_number}", error=error, keys_once=True)
+                yield Document(file, row, error, {(): line_number})
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # 1. What separates values: Excel may say it in a line of its own.
+    said = re.match(r'"?sep=(.)"?\n', text)
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    separator = said[1] if said else max(",;\t", key=re.sub(r'"[^"]*"', "", header).count)
+    # 2. Each row begins on the line behind the one before, however many lines that takes.
+    before = 1 if said else 0
+    lines = io.StringIO(text[said.end() :] if said else text, newline="")
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    columns: list[str] | None = None
     try:
-        for row in reader:
-            document = Document(file, row, error, {(): reader.line_num})
-            if None in row or None in row.values():
-                raise document.problem((), f"{'more' if None in row else 'fewer'} values than columns")
-            yield document
+        first_line = before + 1
+        for values in reader:
+            document = Document(file, None, error, {(): first_line})
+            first_line = before + reader.line_num + 1
+            if not any(value.strip() for value in values):
+                continue
+            if columns is None:
+                columns = values
+                if repeated := _twice([column.strip() for column in columns]):
+                    raise document.problem((), f"the column {_shown(repeated)} stands twice")
+                continue
+            if len(values) != len(columns):
+                raise document.problem((), f"{'more' if len(values) > len(columns) else 'fewer'} values than columns")
+            yield replace(document, data=dict(zip(columns, values, strict=True)))
     except csv.Error as failure:
-        raise error(f"{file}:{reader.line_num}: damaged ({failure})") from None
+        raise error(f"{file}:{before + reader.line_num}: damaged ({failure})") from None
+
+
+def _twice(names: list[str]) -> str:
+    """The first of some names that stands there twice; empty where none does."""
+    return next((name for index, name in enumerate(names) if name and name in names[:index]), "")
 
 
 def _shown(text: str | bytes) -> str:

@@ -76,6 +76,12 @@ def published() -> Path:
     return _shared("published")
 
 
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Files as users have them: recordings whose headers lie."""
+    return _shared("cases")
+
+
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hugging Face cache for this process, which is offline."""

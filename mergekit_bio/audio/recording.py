@@ -1,70 +1,117 @@
-"""Recordings on disk: found, decoded and cut into windows, however long they are."""
+"""Recordings: cut into windows or heard in part, however long they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip, samples_of
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.audio.waveform import MIN_SECONDS, check_channels, check_duration, check_rate, fit, resample_blocks
-from mergekit_bio.errors import AudioError, MissingPackageError
+from mergekit_bio.audio.decoding import Block, Note, decode
+from mergekit_bio.audio.levels import Levels
+from mergekit_bio.audio.waveform import (
+    MIN_SECONDS,
+    check_channels,
+    check_duration,
+    fit,
+    pad_to_minimum,
+    prepare,
+    resample_blocks,
+)
+from mergekit_bio.errors import AudioError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-#: Frames that are decoded at a time: ten seconds at 52 kHz. So an hour of ultrasound takes no more memory than a clip.
-_BLOCK_FRAMES = 1 << 19
-
 #: Raised whenever decoding, mixing or resampling gives other samples than it did.
-_DECODER = 1
-
-_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64"}
+_DECODER = 2
 
 
-def find_recordings(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the recordings in and below the folders named, in order of their paths.
-
-    Raises:
-        AudioError: A path does not exist, or a folder holds no recording.
-    """
-    recordings: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-            if not inside:
-                raise AudioError(f"{path}: holds no recordings ({', '.join(sorted(_SUFFIXES))})")
-            recordings += inside
-        elif path.exists():
-            recordings.append(path)
-        else:
-            raise AudioError(f"{path}: no such file or folder")
-    return recordings
-
-
-def read_windows(path: str | Path, *, window: float = CLIP_SECONDS, hop: float | None = None) -> Iterator[Clip]:
+def read_windows(
+    path: str | Path,
+    *,
+    window: float = CLIP_SECONDS,
+    hop: float | None = None,
+    channel: int | None = None,
+    note: Note | None = None,
+) -> "Windows":
     """Cut a recording into windows, reading no further than the next one needs.
 
-    Each is a clip of 10 s, with silence behind a window that is shorter. The windows cover the recording to its end. A
-    last remainder of less than 0.5 s would be mostly silence: that window is moved back to end with the recording.
+    Each is a clip of 10 s, with silence behind a window that is shorter. The windows cover the recording to its end; a
+    last remainder of less than 0.5 s is no window of its own.
 
     Args:
-        path: A file that libsndfile decodes (wav, flac, ogg, mp3, ...).
+        path: A recording in any usual format (wav, flac, ogg, mp3, m4a, ...), or a video with sound.
         window: Seconds a window, 0.5 to 10.
         hop: Seconds from one window's start to the next; the same as ``window`` by default.
+        channel: The channel that is heard, counted from 1; None for the mean of all.
+        note: Is told, in sentences that begin with the path, what a user should know of the recording: that it is
+            longer than its header says, say.
+
+    Returns:
+        An iterator over the windows. Of a recording that breaks midway it gives what lies before the break; then it
+        raises.
 
     Raises:
-        AudioError: The file is no use (not decodable, empty, too short, not finite, ...), or the window is.
+        AudioError: The window is no use; or, when windows are asked for, the recording (not decodable, empty, too
+            short, not finite, ...).
     """
     hop = window if hop is None else hop
     check_windows(window=window, hop=hop)
-    with _opened(Path(path)) as file:
-        blocks = resample_blocks(_decode(file), sampling_rate=file.samplerate)
-        for start, samples in _cut(blocks, round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE)):
-            waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
-            yield Clip(waveform, start=start / SAMPLING_RATE, end=(start + samples.numel()) / SAMPLING_RATE)
+    return Windows(Path(path), window=window, hop=hop, channel=channel, note=note)
+
+
+class Windows(Iterator[Clip]):
+    """The windows of a recording, one after the other; :func:`read_windows` makes it.
+
+    Attributes:
+        sampling_rate: The recording's, in Hz; 0 before the first window.
+        channels: How many it has.
+        seconds: How much of it has been heard: when the windows have ended, its length.
+    """
+
+    def __init__(self, path: Path, *, window: float, hop: float, channel: int | None, note: Note | None) -> None:
+        self._listening = _Listening(path, channel, note)
+        self._clips = self._cut(round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE))
+
+    @property
+    def sampling_rate(self) -> int:
+        return self._listening.rate
+
+    @property
+    def channels(self) -> int:
+        return self._listening.channels
+
+    @property
+    def seconds(self) -> float:
+        return self._listening.seconds
+
+    def __next__(self) -> Clip:
+        return next(self._clips)
+
+    def close(self) -> None:
+        """Close the file, where not all windows are wanted."""
+        self._clips.close()
+
+    def _cut(self, window: int, hop: int) -> Generator[Clip, None, None]:
+        with self._listening.named():
+            for start, samples in _cut(self._resampled(), window, hop):
+                waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
+                yield Clip(waveform, start=start / SAMPLING_RATE, end=(start + samples.numel()) / SAMPLING_RATE)
+            if self._listening.broken:
+                raise self._listening.broken
+
+    def _resampled(self) -> "Iterator[torch.Tensor]":
+        """The recording as mono float64 blocks at 16 kHz, up to where it breaks."""
+        # Streams of several rates may be chained in one file. Each is resampled by itself.
+        for rate, blocks in groupby(self._listening.blocks(), key=lambda block: block.rate):
+            yield from resample_blocks((_mono(block.samples) for block in blocks), sampling_rate=rate)
+        if not self._listening.broken:
+            check_duration(round(self.seconds * self.sampling_rate), self.sampling_rate)
 
 
 def check_windows(*, window: float, hop: float | None) -> None:
@@ -75,26 +122,146 @@ def check_windows(*, window: float, hop: float | None) -> None:
         raise AudioError(f"a hop of {hop:g} s does not move the window")
 
 
-def read_clip(path: str | Path) -> Clip:
-    """The first 10 s of a recording: what NatureLM-audio hears of a file given as one audio.
+def parse_channel(text: str) -> int | None:
+    """What ``--channel`` says: None for "mean", else a channel's number, counted from 1.
 
     Raises:
-        AudioError: The file is no use.
+        AudioError: It is something else.
     """
-    return next(read_windows(path))
+    if text == "mean":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise AudioError(f"a channel is 'mean' or a number from 1, not '{text}'")
+    return int(text)
 
 
-def read_beginning(path: Path, *, seconds: float) -> "tuple[np.ndarray, int]":
-    """Decode the first seconds of a recording, and nothing after them.
+def read_clip(
+    path: str | Path,
+    *,
+    start: float = 0.0,
+    seconds: float = CLIP_SECONDS,
+    channel: int | None = None,
+    note: Note | None = None,
+) -> Clip:
+    """A part of a recording as a clip of 10 s, with silence behind it: cut at the recording's own rate, then resampled.
+
+    Args:
+        path: As in :func:`read_windows`, and so ``channel`` and ``note``.
+        start: Where the part begins, in seconds.
+        seconds: How long it is, 0.5 to 10; it ends earlier where the recording does.
+
+    Raises:
+        AudioError: The recording is no use, or no such part of it.
+    """
+    _check_part(seconds)
+    samples, rate = read_samples(path, start=start, seconds=seconds, channel=channel, note=note)
+    try:
+        return _cut_out(samples, rate, start)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from error
+
+
+def read_clips(
+    path: str | Path,
+    parts: Iterable[tuple[float, float]],
+    *,
+    channel: int | None = None,
+    note: Note | None = None,
+) -> Iterator[Clip]:
+    """Many parts of a recording, each as :func:`read_clip` gives it, in one way through the recording.
+
+    Args:
+        path: As in :func:`read_windows`, and so ``channel`` and ``note``.
+        parts: Start and length of each, in seconds, in the order of their starts; they may overlap.
+
+    Raises:
+        AudioError: The recording is no use, breaks before the end of a part, or ends before it begins.
+    """
+    import numpy as np
+
+    listening = _Listening(Path(path), channel, note)
+    with listening.named():
+        blocks = listening.blocks()
+        held: np.ndarray[Any, Any] = np.empty((0, 1))
+        held_from = rate = 0
+        for start, seconds in parts:
+            _check_part(seconds)
+            # 1. Read on until the part is held, and let go of what lies before it.
+            while not rate or held_from + len(held) < round(start * rate) + round(seconds * rate):
+                block = next(blocks, None)
+                if block is None:
+                    break
+                if rate and (block.rate, block.samples.shape[1]) != (rate, held.shape[1]):
+                    raise AudioError(f"its rate or channels change after {listening.seconds:.2f} s")
+                held = np.concatenate((held, block.samples)) if rate else block.samples
+                rate = block.rate
+                passed = min(max(0, round(start * rate) - held_from), len(held))
+                held, held_from = held[passed:], held_from + passed
+            # 2. Cut it out. The last one may be shorter than was asked for.
+            first = round(start * rate) - held_from
+            samples = held[first : first + round(seconds * rate)]
+            if listening.broken and len(samples) < round(seconds * rate):
+                raise listening.broken
+            if not len(samples):
+                raise AudioError(f"there is nothing from {start:g} s on; it is {listening.seconds:.2f} s long")
+            yield _cut_out(samples, rate, start)
+
+
+def _check_part(seconds: float) -> None:
+    """Raise AudioError for a part that is too short or longer than a clip, by more than floats are rounded."""
+    if not MIN_SECONDS - 1e-6 <= seconds <= CLIP_SECONDS + 1e-6:
+        raise AudioError(f"a part of {seconds:g} s is outside {MIN_SECONDS} to {CLIP_SECONDS:g} s")
+
+
+def _cut_out(samples: "np.ndarray[Any, Any]", rate: int, start: float) -> Clip:
+    """A clip of what was cut out of a recording, ``[frames]`` or ``[frames, channels]``, at its own rate."""
+    mono = _mono(samples).numpy() if samples.ndim == 2 else samples
+    if len(mono) >= MIN_SECONDS * rate - 1:  # half a second may lack half a sample
+        mono = pad_to_minimum(mono, rate)
+    waveform = prepare(mono, sampling_rate=rate, clip_samples=samples_of(CLIP_SECONDS))
+    return Clip(waveform, start=start, end=start + len(samples) / rate)
+
+
+def read_samples(
+    path: str | Path, *, seconds: float, start: float = 0.0, channel: int | None = None, note: Note | None = None
+) -> "tuple[np.ndarray[Any, Any], int]":
+    """Decode a part of a recording, and nothing behind it.
+
+    A recording that breaks in this part is heard up to there, if that is 0.5 s or more, and ``note`` is told.
 
     Returns:
-        float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz.
+        float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz. They are fewer where the
+        recording ends earlier.
 
     Raises:
-        AudioError: The file is not decodable, or of an impossible rate or number of channels.
+        AudioError: The recording is no use, or ends before ``start``.
     """
-    with _opened(path) as file:
-        return file.read(round(seconds * file.samplerate), dtype="float64"), file.samplerate
+    import numpy as np
+
+    listening = _Listening(Path(path), channel, note)
+    with listening.named():
+        taken: list[np.ndarray[Any, Any]] = []
+        frames = rate = 0
+        for block in listening.blocks(start):
+            if taken and block.rate != rate:
+                listening.tell(f"its rate changes from {rate} to {block.rate} Hz; what comes before is heard")
+                break
+            rate = block.rate
+            taken.append(block.samples[: round(seconds * rate) - frames])
+            frames += len(taken[-1])
+            if frames >= round(seconds * rate):
+                break
+        else:
+            if listening.broken:
+                if frames < MIN_SECONDS * rate or not frames:
+                    raise listening.broken
+                listening.tell(f"{listening.broken}; what comes before is heard")
+        if not frames:
+            raise AudioError(f"there is nothing in it from {start:g} s on" if start else "there are no samples")
+        if len({samples.shape[1] for samples in taken}) > 1:  # mono and stereo, chained
+            taken = [samples.mean(axis=1, keepdims=True) for samples in taken]
+        joined = np.concatenate(taken)
+        return (joined[:, 0] if joined.shape[1] == 1 else joined), rate
 
 
 @lru_cache
@@ -102,13 +269,100 @@ def decoder() -> str:
     """What the samples of a clip depend on beside its recording: our own way, and the versions of the libraries."""
     import torch
 
+    libraries = [f"torch {torch.__version__}"]
     try:
         import soundfile
     except (ImportError, OSError):
-        libraries = "no soundfile"
+        libraries.append("no soundfile")
     else:
-        libraries = f"soundfile {soundfile.__version__}, {soundfile.__libsndfile_version__}"
-    return f"{_DECODER}, {libraries}, torch {torch.__version__}"
+        libraries.append(f"soundfile {soundfile.__version__}, {soundfile.__libsndfile_version__}")
+    try:
+        import av
+    except ImportError:
+        libraries.append("no av")
+    else:
+        libraries.append(f"av {av.__version__}, {'.'.join(map(str, av.library_versions['libavcodec']))}")
+    return f"{_DECODER}, {', '.join(libraries)}"
+
+
+@dataclass
+class _Listening:
+    """One way through a recording, from a place to its end, its break, or as far as somebody listens.
+
+    Attributes:
+        path: The recording.
+        channel: What is heard of it: a channel, counted from 1, or None for all.
+        note: Is told what a user should know.
+        rate: Its rate in Hz, and ``channels`` how many it has; 0 at first.
+        seconds: Where we are.
+        broken: Why it ended before its end.
+    """
+
+    path: Path
+    channel: int | None
+    note: Note | None
+    rate: int = 0
+    channels: int = 0
+    seconds: float = 0.0
+    broken: AudioError | None = None
+
+    def __post_init__(self) -> None:
+        self._levels = Levels(mixed=self.channel is None)
+
+    def tell(self, text: str) -> None:
+        """Note a sentence about the recording."""
+        if self.note is not None:
+            self.note(f"{self.path}: {text}")
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors in the block name the recording; at its end, what was odd about the levels is noted."""
+        try:
+            yield
+        except AudioError as error:
+            raise AudioError(f"{self.path}: {error}") from error
+        finally:
+            if text := "; ".join(self._levels.notes()):
+                self.tell(text)
+
+    def blocks(self, start: float = 0.0) -> Iterator[Block]:
+        """What is heard: blocks of finite samples, ``[frames, channels]``, or ``[frames, 1]`` of one channel."""
+        self.seconds = start
+        try:
+            for block in decode(self.path, note=self.tell, start=start):
+                yield from self._heard(block)
+        except (AudioError, OSError) as error:
+            reason = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+            self.broken = AudioError(f"breaks after {self.seconds:.2f} s: {reason}" if self.rate else reason)
+
+    def _heard(self, block: Block) -> Iterator[Block]:
+        """What is heard of a block: all of it, or its beginning before an error is raised."""
+        import numpy as np
+
+        channels = block.samples.shape[1]
+        if self.channel is None:
+            check_channels(channels)
+        elif self.channel > channels:
+            raise AudioError(f"there is no channel {self.channel}; it has {channels}")
+        samples = block.samples if self.channel is None else block.samples[:, self.channel - 1 : self.channel]
+        finite = np.isfinite(samples).all(axis=1)
+        whole = bool(finite.all())
+        if not whole:
+            samples = samples[: int(finite.argmin())]
+        if len(samples):
+            self.rate, self.channels = self.rate or block.rate, self.channels or channels
+            self.seconds += len(samples) / block.rate
+            self._levels.add(samples)
+            yield Block(samples, block.rate)
+        if not whole:
+            raise AudioError("holds NaN or infinity")
+
+
+def _mono(samples: "np.ndarray[Any, Any]") -> "torch.Tensor":
+    """The mean of the channels, ``[frames, channels]`` to ``[frames]``, float64."""
+    import torch
+
+    return torch.from_numpy(samples).mean(dim=1)
 
 
 def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[tuple[int, torch.Tensor]]":
@@ -123,48 +377,11 @@ def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[t
         while held_from + held.numel() > start + window:
             yield start, held[start - held_from :][:window]
             start += hop
-        needed = max(0, min(start - held_from, held.numel() - window))
-        held, held_from = held[needed:], held_from + needed
+        passed = min(max(0, start - held_from), held.numel())
+        held, held_from = held[passed:], held_from + passed
+    # What no window covers yet is one more if it is long enough; the only one there is may lack a sample by rounding.
     total = held_from + held.numel()
     covered = start - hop + window if start else 0
-    if covered < total and start < total:
-        if total - start < MIN_SECONDS * SAMPLING_RATE:
-            start = max(0, total - window)
+    least = MIN_SECONDS * SAMPLING_RATE - (0 if start else 1)
+    if total - max(start, covered) >= least:
         yield start, held[start - held_from :]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A recording as a ``soundfile.SoundFile``; whatever is wrong with it is an AudioError that names it."""
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package without its C library
-        raise MissingPackageError("soundfile", "eval", "reading recordings") from error
-    try:
-        # By descriptor, so that libsndfile goes by what is in the file and not by its name.
-        with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-            check_rate(file.samplerate)
-            check_channels(file.channels)
-            yield file
-    except AudioError as error:
-        raise AudioError(f"{path}: {error}") from error
-    except soundfile.SoundFileError as error:
-        reason = getattr(error, "error_string", str(error))  # without the number of the descriptor
-        raise AudioError(f"{path}: cannot be decoded as audio ({reason.rstrip('.')})") from error
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _decode(file: Any) -> "Iterator[torch.Tensor]":
-    """Mono float64 blocks of an open ``soundfile.SoundFile`` at its own rate."""
-    import torch
-
-    frames = 0
-    step = min(int(CLIP_SECONDS * file.samplerate), _BLOCK_FRAMES)
-    while len(block := file.read(step, dtype="float64", always_2d=True)):
-        mono = torch.from_numpy(block).mean(dim=1)
-        if not mono.isfinite().all():
-            raise AudioError(f"holds NaN or infinity after {frames / file.samplerate:.1f} s")
-        frames += len(block)
-        yield mono
-    check_duration(frames, file.samplerate)

@@ -178,7 +178,7 @@ def check_rate(sampling_rate: int) -> None:
 def check_channels(channels: int) -> None:
     """Raise AudioError where there are more channels than a mean makes sense of."""
     if channels > MAX_CHANNELS:
-        raise AudioError(f"{channels} channels are more than the {MAX_CHANNELS} that are mixed; extract one first")
+        raise AudioError(f"{channels} channels are more than the {MAX_CHANNELS} that are mixed; choose one (--channel)")
 
 
 def pad_to_minimum(samples: "np.ndarray[Any, Any]", sampling_rate: int) -> "np.ndarray[Any, Any]":

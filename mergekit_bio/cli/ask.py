@@ -35,15 +35,16 @@ def ask(
       mergekit-bio ask merged/alpha-0.50 wren.wav --prompt "What is the common name for the focal species in the audio?"
       mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
     """
+    from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.layout import AUDIO_SLOT
     from mergekit_bio.audio.prompt import check_audio_count, render_prompt
-    from mergekit_bio.audio.recording import check_windows, find_recordings
+    from mergekit_bio.audio.recording import check_windows
     from mergekit_bio.listen.ask import Asker
     from mergekit_bio.model.loading import load_model
 
     output = Output(as_json=as_json, quiet=quiet)
     check_windows(window=window, hop=hop)
-    recordings = find_recordings(audio)
+    recordings = find_recordings(audio).recordings
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
     # Before a minute of loading, what can be said at once.

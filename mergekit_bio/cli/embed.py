@@ -33,13 +33,14 @@ def embed(
       mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
     """
     from mergekit_bio.audio.device import pick_device
+    from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.prefix import AudioPrefix
-    from mergekit_bio.audio.recording import check_windows, find_recordings
+    from mergekit_bio.audio.recording import check_windows
     from mergekit_bio.listen.embeddings import open_embeddings
 
     output = Output(as_json=as_json, quiet=quiet)
     check_windows(window=window, hop=hop)
-    recordings = find_recordings(audio)
+    recordings = find_recordings(audio).recordings
     with open_embeddings(out, overwrite=overwrite) as embeddings:
         output.note(f"loading {model}")
         prefix = AudioPrefix.from_pretrained(model).to(pick_device(device))

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from mergekit_bio.audio.recording import find_recordings, read_clip, read_windows
+from mergekit_bio.audio.recording import read_clip, read_windows
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import AudioError
 
@@ -35,12 +35,23 @@ def recording(tmp_path: Path):
         (10, [(0, 10)]),
         (19, [(0, 10), (10, 19)]),
         (20, [(0, 10), (10, 20)]),
-        (20.3, [(0, 10), (10, 20), (10.3, 20.3)]),
+        (10.001, [(0, 10)]),
+        (20.49, [(0, 10), (10, 20)]),
+        (20.5, [(0, 10), (10, 20), (20, 20.5)]),
         (31, [(0, 10), (10, 20), (20, 30), (30, 31)]),
     ],
 )
-def test_windows_cover_a_recording_to_its_end(recording, seconds: float, expected: list) -> None:
+def test_windows_cover_a_recording_to_its_last_half_second(recording, seconds: float, expected: list) -> None:
     assert spans(recording(tone(seconds))) == expected
+
+
+def test_how_much_was_heard_is_known_to_the_sample(recording) -> None:
+    windows = read_windows(recording(np.stack([tone(20.3, 44_100)] * 2, axis=1), 44_100))
+    assert (windows.sampling_rate, windows.seconds) == (0, 0)
+    next(windows)
+    assert (windows.sampling_rate, windows.channels) == (44_100, 2)
+    list(windows)
+    assert windows.seconds == pytest.approx(20.3, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,8 @@ def test_windows_cover_a_recording_to_its_end(recording, seconds: float, expecte
         (4, 8, [(0, 4), (8, 12), (16, 20)]),
         (4, 9, [(0, 4), (9, 13), (18, 20)]),
         (3, 17, [(0, 3), (17, 20)]),
+        (10, 3.3, [(0, 10), (3.3, 13.3), (6.6, 16.6), (9.9, 19.9)]),
+        (4, 7.8, [(0, 4), (7.8, 11.8), (15.6, 19.6)]),
         (5, None, [(0, 5), (5, 10), (10, 15), (15, 20)]),
     ],
 )
@@ -120,8 +133,28 @@ def test_nan_deep_inside_a_recording_is_found_and_placed(recording) -> None:
     samples = tone(25)
     samples[-100] = np.nan
 
-    with pytest.raises(AudioError, match=r"NaN or infinity after 20\.0 s"):
+    with pytest.raises(AudioError, match=r"breaks after 24\.99 s: holds NaN or infinity"):
         list(read_windows(recording(samples, subtype="FLOAT")))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "expected"),
+    [(25, [(0, 10), (10, 20), (20, 25)]), (20.3, [(0, 10), (10, 20)]), (0.6, [(0, 0.6)]), (0.3, [])],
+)
+def test_what_lies_before_a_break_is_heard_as_if_the_recording_ended_there(recording, breaks, expected) -> None:
+    samples = tone(34)
+    path = recording(samples[: round(breaks * 16_000)], name="whole.wav", subtype="FLOAT")
+    samples[round(breaks * 16_000)] = np.inf
+    windows, heard = read_windows(recording(samples, subtype="FLOAT")), []
+
+    with pytest.raises(AudioError, match=rf"clip\.wav: breaks after {breaks:.2f} s: holds NaN or infinity"):
+        for window in windows:
+            heard.append(window)
+
+    assert [(window.start, window.end) for window in heard] == expected
+    assert windows.seconds == pytest.approx(breaks)
+    if heard:
+        assert all(map(torch.equal, (w.waveform for w in heard), (w.waveform for w in read_windows(path))))
 
 
 def test_a_rate_of_0_hz_is_refused(recording) -> None:
@@ -134,35 +167,51 @@ def test_a_rate_of_0_hz_is_refused(recording) -> None:
         list(read_windows(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"This is no audio.\n" * 100, b"RIFF\x24\x00\x00\x00WAVE", b"\0" * 5000])
-@pytest.mark.parametrize("name", ["text.wav", "text.mp3", "text.raw", "text"])
-def test_what_is_not_audio_is_refused(tmp_path: Path, content: bytes, name: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "an empty file"),
+        (b"This is no audio.\n" * 100, "text"),
+        ("Wren\n".encode("utf-16"), "text"),
+        (b"\0" * 5000, "nothing but zeros"),
+        (b"\n<!DOCTYPE html>\n<html><body>Please log in", "an HTML page: the download failed"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "a Git LFS pointer.*git lfs pull"),
+        (b"/annex/objects/SHA256E-s1--a.wav\n", "a git-annex pointer.*git annex get"),
+        (b"#EXTM3U\nhttp://127.0.0.1:9/a.mp3\n", "a playlist"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "an image"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "an image"),
+        (b"%PDF-1.7\n\xff", "a PDF document"),
+        (b"PK\x03\x04" + bytes(range(200)), "a ZIP archive: unpack it"),
+        (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", "what macOS keeps beside a file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["file.wav", "file.mp3", "file"])
+def test_a_file_that_is_no_recording_says_what_it_is(tmp_path: Path, content: bytes, said: str, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
 
-    with pytest.raises(AudioError, match=rf"{name}: cannot be decoded as audio \([A-Z]\D+\)"):
+    with pytest.raises(AudioError, match=rf"{name}: cannot be decoded as audio: it is {said}") as error:
         list(read_windows(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"RIFF\x24\x00\x00\x00WAVE", b"OggS" + bytes(99), b"fLaC" + bytes(99), b"ID3\x04" + bytes(99), b"\x80\x07"],
+)
+@pytest.mark.parametrize("name", ["file.wav", "file.raw", "file.txt"])
+def test_half_a_header_is_refused_in_one_line(tmp_path: Path, content: bytes, name: str, capfd) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    with pytest.raises(AudioError, match=rf"{name}: cannot be decoded as audio \(.+\)") as error:
+        list(read_windows(path))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")  # the libraries' own lines, that name no file
 
 
 @pytest.mark.parametrize(("window", "hop"), [(0.4, None), (10.5, None), (float("nan"), None), (10, 0), (10, -1)])
 def test_impossible_windows_are_refused(recording, window: float, hop: float | None) -> None:
     with pytest.raises(AudioError, match="window"):
         list(read_windows(recording(tone(1)), window=window, hop=hop))
-
-
-def test_finds_recordings_below_folders_and_keeps_named_files(recording, tmp_path: Path) -> None:
-    (tmp_path / "b" / "deep").mkdir(parents=True)
-    names = ["b/2.FLAC", "b/deep/1.wav", "b/notes.txt", "odd.name"]
-    for name in names:
-        (tmp_path / name).touch()
-
-    found = find_recordings([tmp_path / "odd.name", tmp_path / "b"])
-
-    assert found == [tmp_path / "odd.name", tmp_path / "b/2.FLAC", tmp_path / "b/deep/1.wav"]
-
-
-def test_an_empty_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match="no recordings"):
-        find_recordings([tmp_path])
-    with pytest.raises(AudioError, match=r"gone\.wav: no such file"):
-        find_recordings([tmp_path / "gone.wav"])

@@ -5,7 +5,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from eval.conftest import COMPONENTS
 from eval.evaluation import CLIPS, write_evaluation, write_recordings
 
@@ -37,6 +39,7 @@ class Heard:
     def __init__(self, checkpoint: Path, folder: Path):
         self.checkpoint = checkpoint
         self.settings = EngineSettings(options={"device": "cpu"}, prefixes=folder)
+        self.notes: list[str] = []
 
     def __call__(self, dataset: Dataset) -> tuple[int, int]:
         """How many clips were decoded and encoded."""
@@ -48,6 +51,8 @@ class Heard:
                 prompts = reader.read(dataset.name, asked)
             assert [prompt.text for prompt in prompts] == [instruction.text for instruction in asked]
             assert all(clip.seconds == dataset.seconds for prompt in prompts for clip in prompt.audios)
+            self.notes += reader.new_notes()
+            assert reader.new_notes() == []
             return reader.decoded, slot.encoded
 
 
@@ -92,6 +97,28 @@ def test_a_recording_elsewhere_or_of_another_length_or_decoder_is_decoded_again(
     recording.decoder.cache_clear()
     assert heard(opened(folder)) == (CLIPS, 0)
     recording.decoder.cache_clear()
+
+
+def test_another_channel_is_decoded_and_encoded_by_itself(heard, folder):
+    heard(opened(folder))
+    for number in range(CLIPS):
+        samples, rate = soundfile.read(folder / f"{number}.wav")
+        soundfile.write(folder / f"{number}.wav", np.stack([samples, samples / 2], axis=1), rate)
+    second = open_audio_folder(folder, name="recordings", task="classification", channel=2)
+    assert heard(opened(folder)) == heard(second) == (CLIPS, CLIPS)
+    assert heard(second) == heard(opened(folder)) == (0, 0)
+
+
+def test_what_is_odd_about_recordings_is_told_once(heard, folder):
+    samples, rate = soundfile.read(folder / "0.wav")
+    soundfile.write(folder / "0.wav", 1000 * samples, rate, subtype="FLOAT")
+    soundfile.write(folder / "1.wav", np.append(samples, np.nan), rate, subtype="FLOAT")
+    heard(opened(folder))
+    loud, broken = sorted(heard.notes)
+    assert loud.startswith(f"{folder / '0.wav'}: its samples reach ") and "times full scale" in loud
+    assert broken.startswith(f"{folder / '1.wav'}: breaks after {len(samples) / rate:.2f} s: ")
+    heard(opened(folder))
+    assert len(heard.notes) == 2  # nothing is decoded, and nothing told again
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -152,7 +152,7 @@ def test_white_space_around_a_value_of_the_metadata_does_not_count(folder, name,
 )
 def test_labels_that_scoring_could_not_tell_apart_are_named(folder, task, labels, named):
     (folder / "metadata.csv").write_text(f"file_name,label,split\n0.wav,{labels[0]},\n1.wav,{labels[1]},examples\n")
-    with pytest.raises(DatasetError, match=rf"metadata.csv: the labels {named} differ only in case.*; write one"):
+    with pytest.raises(DatasetError, match=rf"metadata.csv:3: the labels {named} differ only in case.*; write one"):
         open_audio_folder(folder, name="mine", task=task)
 
 
@@ -186,7 +186,12 @@ def test_the_fingerprint_follows_labels_and_recordings(folder):
         ("file_name,label\n0.wav,wren\n../x.wav,wren\n", "metadata.csv:3: '../x.wav' is outside the folder"),
         ("file_name,label\n0.wav,wren,owl\n", "metadata.csv:2: more values than columns"),
         ("file_name,label\n0.wav\n", "metadata.csv:2: fewer values than columns"),
-        ("file_name,label\n0.wav,wren\n0.wav,owl\n", "metadata.csv: the id '0.wav' stands in 2 rows"),
+        ("file_name,label\n0.wav,wren\n0.wav,owl\n", r"metadata.csv:3: the id '0.wav' stands in \S+metadata.csv:2 too"),
+        ("file_name,label\n0.wav,wren\n./0.wav,owl\n", "metadata.csv:3: the id '0.wav' stands in"),
+        ("file_name,label\n0.wav,wren\n0.wav\u200b,owl\n", "metadata.csv:3: the id '0.wav' stands in"),
+        ("file_name,label, label \n0.wav,wren,owl\n", "metadata.csv:1: the column 'label' stands twice"),
+        ('file_name,label\n"0.wav","a\n\nb"\n\n9.wav,wren\n', "metadata.csv:6: the recording '9.wav' does not exist"),
+        ('file_name,label\n0.wav,wren\n9.wav,"a\nb"\n', "metadata.csv:3: the recording '9.wav' does not exist"),
         ("file_name,label,split\n0.wav,wren,dev\n", "metadata.csv:2: split 'dev' is none of test, examples, train"),
         ("file_name,label,split\n0.wav,wren,train\n", r"rows that are asked\): no clip in it"),
         ("file_name,label\n", "no clip in it"),
@@ -216,11 +221,13 @@ def one_recording(folder, samples, rate, name, **how):
 
 @pytest.mark.parametrize("seconds", [0.2, 10, 12])
 @pytest.mark.parametrize("kind", [("WAV", "DOUBLE"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
-def test_the_first_ten_seconds_are_to_the_bit_what_the_whole_file_holds(tmp_path, kind, seconds):
+def test_the_first_ten_seconds_are_what_the_whole_file_holds(tmp_path, kind, seconds):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * 44_100), 2))
     heard, rate = one_recording(tmp_path, samples, 44_100, "a.rec", format=kind[0], subtype=kind[1])
     whole, _ = soundfile.read(tmp_path / "a.rec", dtype="float64")
-    assert rate == 44_100 and np.array_equal(heard, whole[:441_000])
+    assert rate == 44_100 and heard.shape == whole[:441_000].shape
+    # Of an mp3 FFmpeg decodes all, libmpg123 not always; they round differently.
+    assert np.abs(heard - whole[:441_000]).max() <= (1e-5 if kind[0] == "MP3" else 0)
 
 
 def test_a_recording_is_read_by_its_content_and_no_further_than_it_is_heard(tmp_path):
@@ -228,9 +235,92 @@ def test_a_recording_is_read_by_its_content_and_no_further_than_it_is_heard(tmp_
     samples[11 * RATE] = np.nan
     heard, _ = one_recording(tmp_path, samples, RATE, "a.raw", subtype="DOUBLE")
     assert np.array_equal(heard, samples[: 10 * RATE])
+
+
+def test_a_recording_that_breaks_is_heard_up_to_there_if_that_is_half_a_second(tmp_path):
+    samples = np.full(12 * RATE, 0.25)
     samples[9 * RATE] = np.nan
-    with pytest.raises(DatasetError, match="not finite"):
-        one_recording(tmp_path, samples, RATE, "a.raw", subtype="DOUBLE")
+    notes = []
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="DOUBLE")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,wren\n")
+    dataset = open_audio_folder(tmp_path, name="mine", task="classification")
+    assert np.array_equal(dataset.audio("a.wav", notes.append)[0], samples[: 9 * RATE])
+    broken = f"{tmp_path / 'a.wav'}: breaks after 9.00 s: holds NaN or infinity; what comes before is heard"
+    assert notes == [broken]
+    samples[RATE // 3] = np.nan
+    with pytest.raises(AudioError, match=r"b\.wav: breaks after 0\.33 s: holds NaN"):
+        one_recording(tmp_path, samples, RATE, "b.wav", subtype="DOUBLE")
+
+
+def test_one_channel_of_a_folders_recordings_is_heard_and_is_data_of_its_own(tmp_path):
+    samples = np.stack([np.full(RATE, 0.25), np.full(RATE, 0.5)], axis=1)
+    soundfile.write(tmp_path / "a.wav", samples, RATE)
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,wren\n")
+    choices = [DatasetChoice(name="d", path=str(tmp_path), channel=channel) for channel in ("mean", 2, 3)]
+    mean, second, third = (open_dataset(choice, recipe("")) for choice in choices)
+    assert mean.audio("a.wav")[0].shape == (RATE, 2)
+    assert np.array_equal(second.audio("a.wav")[0], samples[:, 1])
+    assert mean.fingerprint() != second.fingerprint()
+    with pytest.raises(AudioError, match=r"a\.wav: there is no channel 3; it has 2"):
+        third.audio("a.wav")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"file_name;label;split\n0.wav;wren, marsh;\n1.wav;owl;test\n",
+        b"sep=;\nfile_name;label;split\n0.wav;wren, marsh;\n1.wav;owl;test\n",
+        b"file_name\tlabel\n0.wav\twren, marsh\n1.wav\towl\n",
+        b'file_name,label,,\r\n0.wav,"wren, marsh",,\r\n1.wav,owl,,\r\n,,,\r\n',
+        "file_name\tlabel\r\n0.wav\twren, marsh\r\n1.wav\towl\r\n".encode("utf-16"),
+        '\ufeff"file_name",label\n0.wav,"wren, marsh"\n1.wav,owl\u200b\n'.encode(),
+        b'file_name,"label"\n./0.wav,"wren, marsh"\n.\\1.wav,owl\n',
+    ],
+)
+def test_a_table_is_read_as_spreadsheets_write_it(folder, content):
+    (folder / "metadata.csv").write_bytes(content)
+    dataset = open_audio_folder(folder, name="mine", task="classification")
+    assert [(row.id, row.label) for row in dataset.asked] == [("0.wav", "wren, marsh"), ("1.wav", "owl")]
+    assert len(dataset.audio("1.wav")[0]) == RATE
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "file_name,label\n0.wav,Höckergans\n".encode("cp1252"),
+            "is not UTF-8 text .*; save it as 'CSV UTF-8' in Excel",
+        ),
+        (b"PK\x03\x04\x14\0\x06\0", "is a workbook or an archive, not text; save it as 'CSV UTF-8' in Excel"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_how_to_save_it(folder, content, said):
+    (folder / "metadata.csv").write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"metadata\.csv: {said}"):
+        open_audio_folder(folder, name="mine", task="classification")
+
+
+def test_names_and_labels_are_compared_composed_and_without_what_nobody_sees(folder):
+    composed, taken_apart = "Grünfink", "Gru\u0308nfink"
+    (folder / "0.wav").rename(folder / f"{taken_apart}.wav")  # as macOS writes it
+    (folder / "metadata.csv").write_text(f"file_name,label\n{composed}.wav,{taken_apart}\n1.wav,{composed}\u200d\n")
+    dataset = open_audio_folder(folder, name="mine", task="classification")
+    assert [(row.id, row.label) for row in dataset.asked] == [(f"{composed}.wav", composed), ("1.wav", composed)]
+    assert dataset.labels == 1 and len(dataset.audio(f"{composed}.wav")[0]) == RATE
+
+
+def test_a_number_as_a_label_is_a_text(folder):
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.wav", "label": 3}\n{"file_name": "1.wav", "label": 2.50}\n'
+    )
+    dataset = open_audio_folder(folder, name="mine", task="classification")
+    assert [row.label for row in dataset.asked] == ["3", "2.5"]
+
+
+def test_a_key_that_stands_twice_is_named_with_its_line(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.wav", "label": "a"}\n{"label": "a", "label": "b"}\n')
+    with pytest.raises(DatasetError, match=r"metadata\.jsonl:2: the key 'label' stands twice"):
+        open_audio_folder(folder, name="mine", task="classification")
 
 
 def test_of_half_an_hour_the_memory_of_ten_seconds_is_taken(tmp_path):

@@ -123,11 +123,11 @@ def test_a_recording_that_is_no_use_is_said_as_by_one_engine(ray, one, evaluatio
     assert said[0] == said[1] and "4.wav" in said[0] and "\n" not in said[0]
 
 
-def deadly_recording(clip_id, *, recording, deadly):
+def deadly_recording(clip_id, note, *, recording, deadly):
     """A recording whose decoder crashes."""
     if clip_id == deadly:
         os.kill(os.getpid(), signal.SIGKILL)
-    return recording(clip_id)
+    return recording(clip_id, note)
 
 
 @pytest.mark.long

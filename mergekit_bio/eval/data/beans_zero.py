@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.audio.decoding import Note
 from mergekit_bio.errors import DatasetError, MissingPackageError
 
 try:
@@ -115,7 +116,7 @@ def _differences(component: Component, rows: tuple[DatasetRow, ...]) -> Iterator
             yield f"{component.name}: {len(unknown)} label(s) the benchmark does not have: {', '.join(unknown[:3])}"
 
 
-def _recording(find: FindRow, source: str, row_id: str) -> tuple[np.ndarray, int]:
+def _recording(find: FindRow, source: str, row_id: str, note: Note) -> tuple[np.ndarray, int]:
     """Samples, float64 [samples], and their rate in Hz, which the row's metadata states."""
     where = f"{source}: row '{row_id}'"
     with _one_line_errors(source):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_bio.audio.decoding import Note
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
@@ -56,7 +57,9 @@ class Dataset:
         labels: The number of labels that the dataset has as a whole; None where nobody counts.
         seconds: What every recording is cut or padded to before the model hears it.
         notes: What a user must be told about the data.
-        recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz.
+        recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz; what a user should
+            know of the recording is told to the second argument.
+        channel: Which channel of the recordings is heard, counted from 1; None is the mean of all.
         downloads: Row ids -> what has to be fetched before their recordings are on this disk; None where nothing is.
     """
 
@@ -67,23 +70,30 @@ class Dataset:
     labels: int | None
     seconds: float
     source: str
-    recording: Callable[[str], tuple[np.ndarray, int]]
+    recording: Callable[[str, Note], tuple[np.ndarray, int]]
+    channel: int | None = None
     notes: tuple[str, ...] = ()
     downloads: Callable[[Sequence[str]], list[Download]] | None = None
 
-    def audio(self, row_id: str) -> tuple[np.ndarray, int]:
+    def audio(self, row_id: str, note: Note = lambda text: None) -> tuple[np.ndarray, int]:
         """The recording of a row, cut at the dataset's longest duration; samples and rate as ``recording`` gives them.
+
+        Args:
+            row_id: The row.
+            note: Is told what a user should know of the recording.
 
         Raises:
             DatasetError: The row has no usable recording.
             AudioError: The file cannot be decoded.
         """
-        samples, rate = self.recording(row_id)
+        samples, rate = self.recording(row_id, note)
         return samples[: round(self.seconds * rate)], rate
 
     def fingerprint(self) -> str:
-        """SHA-256 over ids, labels, instructions and, for local data, the recordings' bytes."""
+        """SHA-256 over ids, labels, instructions and, for local data, the recordings' bytes and the channel."""
         digest = hashlib.sha256()
+        if self.channel is not None:
+            digest.update(f"channel {self.channel}".encode() + b"\0")
         for row in sorted({*self.asked, *self.examples}, key=lambda row: row.id):
             for part in (row.id, row.label, row.instruction or ""):
                 digest.update(part.encode() + b"\0")
@@ -110,7 +120,12 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
     if choice.path is not None:
         from mergekit_bio.eval.data.audio_folder import open_audio_folder
 
-        dataset = open_audio_folder(Path(choice.path), name=choice.name, task=choice.task or "classification")
+        dataset = open_audio_folder(
+            Path(choice.path),
+            name=choice.name,
+            task=choice.task or "classification",
+            channel=None if choice.channel == "mean" else choice.channel,
+        )
     else:
         from mergekit_bio.eval.data.beans_zero import open_component
 

@@ -32,13 +32,17 @@ DEFAULT_DATA = "EarthSpeciesProject/BEANS-Zero"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetChoice:
-    """A BEANS-Zero component (``name`` alone) or a local folder of recordings (``path``)."""
+    """A BEANS-Zero component (``name`` alone) or a local folder of recordings (``path``).
+
+    Of a folder's recordings the mean of all channels is heard, or one, counted from 1.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     name: Text
     path: Text | None = None
     task: Literal["classification", "detection", "captioning"] | None = None
+    channel: Literal["mean"] | Annotated[int, Ge(1)] = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +292,8 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
             refuse(("datasets", index), f"unknown component '{choice.name}'{nearest(choice.name, [*components()])}")
         if choice.path is None and choice.task is not None:
             refuse(("datasets", index), "the task of a BEANS-Zero component is known; leave it out")
+        if choice.path is None and choice.channel != "mean":
+            refuse(("datasets", index), "the recordings of BEANS-Zero have one channel; leave it out")
         if names.index(choice.name) != index:
             refuse(("datasets", index), f"'{choice.name}' stands twice; give local folders different names")
         if choice.path is not None and not recipe.queries:

@@ -123,11 +123,11 @@ class RunWorker:
         )
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the prefixes, and has not been told."""
+        """What a user should know of the recordings and prefixes, and has not been told."""
         self._slot.note_problem()
-        new = tuple(self._slot.notes[self._told :])
-        self._told += len(new)
-        return new
+        of_prefixes = self._slot.notes[self._told :]
+        self._told += len(of_prefixes)
+        return (*self._reader.new_notes(), *of_prefixes)
 
     def close(self) -> None:
         """Read no further ahead, and have the prefixes on disk."""

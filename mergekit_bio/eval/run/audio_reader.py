@@ -43,6 +43,10 @@ class AudioReader:
         self._digests = ClipDigests(folder / "clips" if folder else None)
         self._kept: dict[str, Clip] = {}
 
+    def new_notes(self) -> list[str]:
+        """What a user should know of the recordings, and has not been told."""
+        return [note for recordings in self._recordings.values() for note in recordings.new_notes()]
+
     @property
     def decoded(self) -> int:
         """How often a clip was decoded so far."""
@@ -94,6 +98,7 @@ class _Recordings:
         self.decoded = 0
         self._dataset = dataset
         self._counting = Lock()
+        self._notes: dict[str, bool] = {}  # with whether it has been told
         self._paths = {row.id: row.path for row in (*dataset.asked, *dataset.examples) if row.path is not None}
         # A recording that is no file of its own is told from others by all rows' texts and the tables that they lie in.
         self._rows = None if self._paths else [dataset.fingerprint(), dataset.source, _stamps(Path(dataset.source))]
@@ -101,7 +106,8 @@ class _Recordings:
     def key(self, clip_id: str) -> str:
         """What decides the samples of a clip; see :func:`mergekit_bio.engine.clip_digests.clip_key`."""
         recording = self._rows or _stamps(self._paths[clip_id])
-        return clip_key(recording, clip_id, start=0.0, end=self._dataset.seconds, seconds=self._dataset.seconds)
+        heard = [] if self._dataset.channel is None else [f"channel {self._dataset.channel}"]
+        return clip_key(recording, clip_id, *heard, start=0.0, end=self._dataset.seconds, seconds=self._dataset.seconds)
 
     def clip(self, clip_id: str, digest: str) -> Clip:
         """A clip that is known already: decoded where somebody asks for its samples after all."""
@@ -114,7 +120,7 @@ class _Recordings:
         with ThreadPoolExecutor(_THREADS) as threads:
             for clip_id in clip_ids:
                 # Files are read on the threads; rows here, one after the other, for a stream goes from front to back.
-                recording = None if self._paths else self._dataset.audio(clip_id)
+                recording = None if self._paths else self._dataset.audio(clip_id, self._note)
                 waiting.append((clip_id, threads.submit(self._decode, clip_id, recording)))
                 if len(waiting) > 2 * _THREADS:
                     first, decoding = waiting.popleft()
@@ -123,10 +129,21 @@ class _Recordings:
                 yield first, decoding.result()
 
     def _decode(self, clip_id: str, recording: "tuple[np.ndarray, int] | None" = None) -> Clip:
-        recording = recording or self._dataset.audio(clip_id)
+        recording = recording or self._dataset.audio(clip_id, self._note)
         with self._counting:
             self.decoded += 1
         return decoded_clip(self._dataset, clip_id, recording)
+
+    def _note(self, text: str) -> None:
+        with self._counting:
+            self._notes.setdefault(text, False)
+
+    def new_notes(self) -> list[str]:
+        """What a user should know of them, and has not been told."""
+        with self._counting:
+            new = [text for text, told in self._notes.items() if not told]
+            self._notes.update(dict.fromkeys(new, True))
+            return new
 
 
 def decoded_clip(dataset: Dataset, clip_id: str, recording: "tuple[np.ndarray, int]") -> Clip:

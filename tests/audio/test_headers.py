@@ -1,0 +1,206 @@
+"""Recordings whose headers lie are heard to their end, and a note says so."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from mergekit_bio.audio.recording import read_samples, read_windows
+from mergekit_bio.errors import AudioError
+
+RATE = 22_050
+#: Twelve seconds and something: one window and a part of another.
+SAMPLES = np.random.default_rng(0).uniform(-0.5, 0.5, 271_215)
+SECONDS = len(SAMPLES) / RATE
+NO_LENGTH = "its header states no length; 12.30 s are heard"
+
+
+def written(path: Path, form: str, samples: np.ndarray = SAMPLES, rate: int = RATE, **options: str) -> bytes:
+    """The bytes of a sound file."""
+    soundfile.write(path, samples, rate, format=form, **options)
+    return path.read_bytes()
+
+
+def patched(content: bytes, at: int, value: bytes) -> bytes:
+    return content[:at] + value + content[at + len(value) :]
+
+
+def heard(path: Path) -> tuple[float, list[str], list[tuple[float, float]]]:
+    """Seconds, notes without the path before them, and windows."""
+    notes: list[str] = []
+    windows = read_windows(path, note=notes.append)
+    spans = [(round(window.start, 2), round(window.end, 2)) for window in windows]
+    assert all(note.startswith(f"{path}: ") for note in notes)
+    return windows.seconds, [note.removeprefix(f"{path}: ") for note in notes], spans
+
+
+def with_wav_sizes(content: bytes, data: int, riff: int) -> bytes:
+    at = content.index(b"data")
+    return patched(patched(content, at + 4, struct.pack("<I", data)), 4, struct.pack("<I", riff))
+
+
+@pytest.mark.parametrize(
+    ("data", "riff", "note"),
+    [
+        (0, 36, NO_LENGTH),  # the battery died
+        (0, 0, NO_LENGTH),
+        (0xFFFFFFFF, 0xFFFFFFFF, NO_LENGTH),  # written into a pipe
+        (len(SAMPLES), 36 + len(SAMPLES), "its header says 6.15 s; 12.30 s are heard"),  # died a while after the header
+        (len(SAMPLES) * 4, 36, "its header says 24.60 s; 12.30 s are heard"),
+    ],
+)
+def test_a_wav_is_as_long_as_its_samples_whatever_its_sizes_say(tmp_path, data: int, riff: int, note: str) -> None:
+    whole = written(tmp_path / "a.wav", "WAV")
+    expected, _ = soundfile.read(tmp_path / "a.wav")
+    (tmp_path / "a.wav").write_bytes(with_wav_sizes(whole, data, riff))
+
+    assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [note], [(0, 10), (10, 12.3)])
+    assert np.array_equal(read_samples(tmp_path / "a.wav", seconds=60)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "behind", [b"LIST\x04\0\0\0INFO", b"guan\x90\0\0\0" + b"GUANO|Version: 1" * 9, bytes(5000), b"\xff\x01"]
+)
+def test_what_stands_behind_a_wavs_samples_is_not_heard(tmp_path, behind: bytes) -> None:
+    (tmp_path / "a.wav").write_bytes(written(tmp_path / "a.wav", "WAV") + behind)
+    assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [], [(0, 10), (10, 12.3)])
+
+
+def test_an_rf64_of_a_recorder_that_lost_its_power_is_heard(tmp_path) -> None:
+    whole = written(tmp_path / "a.wav", "RF64")
+    (tmp_path / "a.wav").write_bytes(patched(whole, whole.index(b"ds64") + 8, bytes(24)))
+    assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [NO_LENGTH], [(0, 10), (10, 12.3)])
+
+
+@pytest.mark.parametrize("form", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "MP3", "OGG"])
+def test_a_file_that_was_cut_off_is_heard_to_where_it_was(tmp_path, form: str) -> None:
+    whole = written(tmp_path / "a", form)
+    (tmp_path / "a").write_bytes(whole[: len(whole) * 9 // 10])
+    seconds, notes, spans = heard(tmp_path / "a")
+    assert 0.8 * SECONDS < seconds < 0.91 * SECONDS
+    assert spans == [(0, 10), (10, round(seconds, 2))]
+    if form not in ("CAF", "OGG"):  # of these the libraries do not tell
+        assert len(notes) == 1 and notes[0].startswith("its header says 12.3")
+
+
+def with_flac_total(content: bytes, total: int) -> bytes:
+    """STREAMINFO's number of samples is of 36 bits (RFC 9639, section 8.2)."""
+    assert content[:4] == b"fLaC"
+    (word,) = struct.unpack(">Q", content[18:26])
+    return patched(content, 18, struct.pack(">Q", word & ~((1 << 36) - 1) | total))
+
+
+@pytest.mark.parametrize(
+    ("total", "notes"),
+    [
+        (0, [NO_LENGTH]),
+        (len(SAMPLES) // 2, ["its header says 6.15 s; 12.30 s are heard"]),
+        (2 * len(SAMPLES), ["its header says 24.60 s; 12.30 s are heard"]),
+        (len(SAMPLES), []),
+    ],
+)
+def test_a_flac_is_as_long_as_its_frames(tmp_path, total: int, notes: list[str]) -> None:
+    whole = written(tmp_path / "a.flac", "FLAC")
+    expected, _ = soundfile.read(tmp_path / "a.flac")
+    (tmp_path / "a.flac").write_bytes(with_flac_total(whole, total))
+    assert heard(tmp_path / "a.flac") == (pytest.approx(SECONDS), notes, [(0, 10), (10, 12.3)])
+    assert np.array_equal(read_samples(tmp_path / "a.flac", seconds=60)[0], expected)
+
+
+def test_a_length_that_is_passed_is_noted_by_who_hears_no_further(tmp_path) -> None:
+    (tmp_path / "a.flac").write_bytes(with_flac_total(written(tmp_path / "a.flac", "FLAC"), len(SAMPLES) // 2))
+    notes: list[str] = []
+    assert len(read_samples(tmp_path / "a.flac", seconds=10, note=notes.append)[0]) == 10 * RATE
+    assert notes == [f"{tmp_path / 'a.flac'}: it goes on behind the 6.15 s that its header says"]
+
+
+def test_mp3s_one_behind_the_other_are_all_heard(tmp_path) -> None:
+    first, second = written(tmp_path / "a.mp3", "MP3"), written(tmp_path / "a.mp3", "MP3", SAMPLES[: 5 * RATE])
+    (tmp_path / "a.mp3").write_bytes(first + second)
+    seconds, (note,), _ = heard(tmp_path / "a.mp3")
+    assert seconds == pytest.approx(SECONDS + 5, abs=0.2)
+    assert note == f"its header says 12.36 s; {seconds:.2f} s are heard"
+
+
+def hertz(samples) -> float:
+    """The strongest frequency of samples at 16 kHz."""
+    return 16_000 / len(samples) * np.abs(np.fft.rfft(samples)).argmax()
+
+
+def test_mp3s_of_two_rates_one_behind_the_other_are_heard_at_their_own(tmp_path) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(4 * 44_100) / 44_100)  # at half the rate 8 s of 500 Hz
+    first = written(tmp_path / "a.mp3", "MP3", tone)
+    second = written(tmp_path / "a.mp3", "MP3", np.stack([tone, tone], axis=1), 44_100)
+    (tmp_path / "a.mp3").write_bytes(first + second)
+    windows = list(read_windows(tmp_path / "a.mp3"))
+    assert windows[-1].end == pytest.approx(12, abs=0.3)
+    assert hertz(windows[0].waveform[16_000:112_000]) == pytest.approx(500, abs=1)
+    assert hertz(windows[0].waveform[144_000:]) == pytest.approx(1000, abs=1)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_chained_ogg_streams_are_all_heard_each_at_its_own_rate(tmp_path, subtype: str) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(9 * 48_000) / 48_000)  # at half the rate 18 s of 500 Hz
+    parts = [(tone, 48_000), (np.stack([tone, tone], axis=1), 24_000), (tone[:240_000], 48_000)]
+    chained = [written(tmp_path / "a.ogg", "OGG", samples, rate, subtype=subtype) for samples, rate in parts]
+    (tmp_path / "a.ogg").write_bytes(b"".join(chained))
+    notes: list[str] = []
+
+    reading = read_windows(tmp_path / "a.ogg", note=notes.append)
+    first, second, third, _ = reading
+
+    assert reading.seconds == pytest.approx(9 + 18 + 5, abs=0.01)
+    assert notes == [f"{tmp_path / 'a.ogg'}: 3 Ogg streams are chained in it, the first of 9.00 s; 32.00 s are heard"]
+    assert hertz(first.waveform[:128_000]) == pytest.approx(1000, abs=1)
+    assert hertz(second.waveform) == pytest.approx(500, abs=1)
+    assert hertz(third.waveform[:96_000]) == pytest.approx(500, abs=1)
+    assert hertz(third.waveform[120_000:]) == pytest.approx(1000, abs=1)
+
+
+@pytest.mark.parametrize(("form", "lost"), [("MP3", 0.6), ("FLAC", 0.5)])
+def test_damage_in_the_middle_costs_what_is_damaged_and_is_noted(tmp_path, form: str, lost: float, capfd) -> None:
+    whole = written(tmp_path / "a", form)
+    (tmp_path / "a").write_bytes(patched(whole, len(whole) // 2, bytes(1500)))
+
+    seconds, notes, spans = heard(tmp_path / "a")
+
+    assert SECONDS - lost < seconds < SECONDS
+    assert len(notes) == 1 and ("are heard" in notes[0] or "damaged" in notes[0])
+    assert spans == [(0, 10), (10, round(seconds, 2))]
+    assert capfd.readouterr() == ("", "")  # the libraries' own lines, that name no file
+
+
+def test_a_recording_of_nothing_but_damage_is_refused(tmp_path) -> None:
+    whole = written(tmp_path / "a.flac", "FLAC")
+    (tmp_path / "a.flac").write_bytes(patched(whole, 100, bytes(len(whole) - 100)))
+    with pytest.raises(AudioError, match=r"a\.flac: cannot be decoded as audio \(.+\)"):
+        list(read_windows(tmp_path / "a.flac"))
+
+
+#: How long ffmpeg hears the shared cases to be, and what is said of them.
+CASES = {
+    "chained.ogg": (12.3, ["2 Ogg streams are chained in it, the first of 6.00 s; 12.30 s are heard"]),
+    "damaged_in_the_middle.mp3": (
+        11.9,
+        ["its header says 12.36 s; 11.91 s are heard; a damaged packet is left out after 6.04 s"],
+    ),
+    "flac_says_double.flac": (12.3, ["its header says 24.60 s; 12.30 s are heard"]),
+    "flac_says_half.flac": (12.3, ["its header says 6.15 s; 12.30 s are heard"]),
+    "flac_says_nothing.flac": (12.3, [NO_LENGTH]),
+    "phone.m4a": (12.3, []),
+    "phone.webm": (12.3, []),
+    "vbr_without_xing.mp3": (12.36, ["its header says 11.77 s; 12.36 s are heard"]),
+    "wav_power_lost.wav": (12.3, [NO_LENGTH]),
+    "xing_says_half.mp3": (12.3, ["its header says 6.16 s; 12.30 s are heard"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_recorders_and_downloads_are_heard_to_their_length(cases: Path, name: str) -> None:
+    length, said = CASES[name]
+    seconds, notes, spans = heard(cases / "audio" / name)
+    assert seconds == pytest.approx(length, abs=0.02)
+    assert spans == [(0, 10), (10, round(seconds, 2))]
+    assert notes == said
