@@ -48,19 +48,22 @@ class LowRank(Delta):
     def summary(self) -> str:
         return f"{self.scaling:g} (rank {self.rank})"
 
-    def factors(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
-        """``left`` [rows, rank] (scaled) and ``right`` [rank, cols] with ``d = left @ right``."""
-        a, b = read_finite(self.a, device, dtype), read_finite(self.b, device, dtype)
+    def factors(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
+        """``left`` [rows, rank] and ``right`` [rank, cols] with ``d = scaling * left @ right``, in float64."""
+        import torch
+
+        a, b = (read_finite(factor, device, torch.float64) for factor in (self.a, self.b))
         left, right = (a.T, b.T) if self.transposed else (b, a)
-        return left.mul(self.scaling), right.contiguous()
+        return left, right.contiguous()
 
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
         import torch
 
-        left, right = self.factors(device, dtype)
+        left, right = self.factors(device)
 
         def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mm(left[start:stop], right, out=out)
+            # Products of 16-bit numbers are exact in float64; scaled beforehand they would not be.
+            out.copy_(torch.mm(left[start:stop], right).mul_(self.scaling))
 
         return compute
 
@@ -72,8 +75,8 @@ class LowRank(Delta):
         import torch
 
         # An embedding's d is (B A)^T, a head's is B' A': they are the same if A' = B^T and B' = A^T.
-        device, dtype = torch.device("cpu"), torch.float32
-        return all(map(torch.equal, self.factors(device, dtype), other.factors(device, dtype)))
+        device = torch.device("cpu")
+        return all(map(torch.equal, self.factors(device), other.factors(device)))
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,10 @@ class BiasVector(Delta):
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
         import torch
 
-        vector = read_finite(self.vector, device, dtype)
+        scaled = read_finite(self.vector, device, torch.float64).mul(self.scaling)
 
         def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mul(vector.reshape(out.shape), self.scaling, out=out)
+            out.copy_(scaled.reshape(out.shape))
 
         return compute
 
