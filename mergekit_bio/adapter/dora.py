@@ -53,7 +53,7 @@ class Dora(Delta):
 
         # Norms are sums, as products are: all of it is computed in float64, and rounded once.
         double = torch.float64
-        left, right = self.low_rank.factors(device)
+        product = self.low_rank.product(device)
         magnitude = read_finite(self.magnitude, device, double).flatten()
 
         def turned(start: int, stop: int, base_rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Dora(Delta):
                 base_rows = self.origin.read(start, stop).to(device)
             elif base_rows is None:
                 base_rows = base.read(start, stop).to(device)
-            return torch.mm(left[start:stop], right).mul_(self.low_rank.scaling).add_(base_rows)
+            return product(start, stop).add_(base_rows)
 
         # Where an output is a column of what is stored, its norm needs all rows: they are read once beforehand.
         column_scale = None

@@ -1,6 +1,7 @@
 """LoRA: a low-rank matrix added to a weight, and the vector that PEFT's ``lora_bias`` adds to a bias."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,14 +57,30 @@ class LowRank(Delta):
         left, right = (a.T, b.T) if self.transposed else (b, a)
         return left, right.contiguous()
 
-    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
+    def product(self, device: "torch.device") -> "Callable[[int, int], torch.Tensor]":
+        """A function that gives rows [start, stop) of ``d`` in float64, on a CPU until it is called again."""
         import torch
 
         left, right = self.factors(device)
+        memory = torch.empty(0, dtype=torch.float64)
 
-        def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
+        def rows(start: int, stop: int) -> torch.Tensor:
+            nonlocal memory
+            out, count = None, (stop - start) * right.shape[1]
+            if device.type == "cpu":  # on a GPU several blocks are under way, and new memory costs nothing
+                if memory.numel() < count:
+                    memory = torch.empty(count, dtype=torch.float64)
+                out = memory[:count].view(stop - start, right.shape[1])
             # Products of 16-bit numbers are exact in float64; scaled beforehand they would not be.
-            out.copy_(torch.mm(left[start:stop], right).mul_(self.scaling))
+            return torch.mm(left[start:stop], right, out=out).mul_(self.scaling)
+
+        return rows
+
+    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
+        product = self.product(device)
+
+        def compute(start: int, stop: int, base_rows: "torch.Tensor", out: "torch.Tensor") -> None:
+            out.copy_(product(start, stop))
 
         return compute
 

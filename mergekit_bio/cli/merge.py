@@ -145,7 +145,8 @@ def merge(
         return
     # 3. Merge, push, and say what came of it.
     with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
-        merged = carry_out(plan, command=shlex.join(["mergekit-bio", *sys.argv[1:]]), progress=advance)
+        command = shlex.join(["mergekit-bio", *sys.argv[1:]])
+        merged = carry_out(plan, command=command, progress=advance, note=output.note)
     seconds = time.perf_counter() - started
     pushed: list[str] = []
 

@@ -39,7 +39,7 @@ def rebuild(
     started = time.perf_counter()
     plan = plan_rebuild(receipt, out=out, base=base, adapters=adapter, device=device, fsync=fsync, overwrite=overwrite)
     with output.progress("rebuilding", plan.merge.bytes_on_disk, unit="bytes") as advance:
-        checkpoint = carry_out(plan, advance)
+        checkpoint = carry_out(plan, advance, output.note)
     seconds = time.perf_counter() - started
     counts = {
         "files": len(plan.receipt.files),

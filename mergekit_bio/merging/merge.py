@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,12 +14,13 @@ from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, Manifest, RoundingLoss, foreign_file
-from mergekit_bio.checkpoint.publish import staged
+from mergekit_bio.checkpoint.publish import bytes_in, staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.card import model_card
 from mergekit_bio.merging.directory import Companions, companions, write_companions
+from mergekit_bio.merging.journal import Journal, plan_digest
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
 from mergekit_bio.merging.record import Made, describe
@@ -136,13 +138,15 @@ def carry_out(
     *,
     command: str = "mergekit_bio.merge(...)",
     progress: Callable[[int], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[MergedCheckpoint, ...]:
-    """Write the checkpoints that ``plan`` describes.
+    """Write the checkpoints that ``plan`` describes, or go on with what a process that was killed has written of them.
 
     Args:
         plan: From :func:`plan_merge`.
         command: What the user typed, for the record.
         progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
+        note: Called with a line about work that was cut off: what of it this merge goes on with, or leaves alone.
 
     Returns:
         One checkpoint for each strength, in their order.
@@ -154,7 +158,7 @@ def carry_out(
     def record(output: Output, made: Made) -> Manifest:
         return describe(plan, output, command, made)
 
-    return write_outputs(plan, companions(plan), record, progress)
+    return write_outputs(plan, companions(plan), record, progress, note)
 
 
 def write_outputs(
@@ -162,6 +166,7 @@ def write_outputs(
     beside: Companions,
     record: Callable[[Output, Made], Manifest],
     progress: Callable[[int], None],
+    note: Callable[[str], None],
 ) -> tuple[MergedCheckpoint, ...]:
     """Write the outputs of a plan, all of them or none.
 
@@ -170,6 +175,7 @@ def write_outputs(
         beside: What stands beside the weights. It was collected before: what is missing there stops the merge early.
         record: Gives the manifest of an output from what came of it, or refuses that.
         progress: As of :func:`carry_out`.
+        note: Likewise.
 
     Returns:
         One checkpoint for each output.
@@ -181,16 +187,30 @@ def write_outputs(
     request, out = plan.request, plan.request.destination
     _check_place(out, plan)
     # 2. Work in a scratch directory that becomes the output only if all goes well.
-    with staged(
-        out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
-    ) as scratch:
+    with (
+        staged(
+            out,
+            mark=MANIFEST,
+            foreign_file=foreign_file,
+            overwrite=request.overwrite,
+            fsync=request.fsync,
+            key=plan_digest(plan),
+            note=note,
+        ) as scratch,
+        closing(Journal(scratch)) as journal,
+    ):
+        there = bytes_in(scratch) if journal.goes_on else 0
+        if there:
+            note(f"{out}: goes on with a merge that was cut off; {there / 1e9:.3g} GB of it are there")
         copied = sum(content.stat().st_size for content in beside.values() if isinstance(content, Path))
-        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied)
+        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied - there)
         # 3. Write the shards: copy what is copied, fold what is folded.
-        folded = execute(plan, scratch, progress)
+        folded = execute(plan, scratch, journal, progress)
         # 4. Write what stands beside them, for each output.
         hashes = _hash_files(plan, scratch) if request.hash == "full" else {}
-        return tuple(_finish(plan, output, beside, scratch, folded, hashes, record) for output in plan.outputs)
+        merged = tuple(_finish(plan, output, beside, scratch, folded, hashes, record) for output in plan.outputs)
+        journal.remove()
+        return merged
 
 
 def _finish(

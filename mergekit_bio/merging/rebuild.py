@@ -93,12 +93,17 @@ def plan_rebuild(
     return RebuildPlan(manifest, plan, beside)
 
 
-def rebuild(plan: RebuildPlan, progress: Callable[[int], None] = lambda _: None) -> MergedCheckpoint:
+def rebuild(
+    plan: RebuildPlan,
+    progress: Callable[[int], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> MergedCheckpoint:
     """Fetch, fold, and compare every hash of the receipt before the directory appears.
 
     Args:
         plan: From :func:`plan_rebuild`.
         progress: Called with numbers of bytes that sum up to ``plan.merge.bytes_on_disk``.
+        note: As of a merge's ``carry_out``.
 
     Returns:
         The checkpoint; its ``merge.json`` is the receipt.
@@ -116,7 +121,7 @@ def rebuild(plan: RebuildPlan, progress: Callable[[int], None] = lambda _: None)
         _compare("file", {name: made.files.get(name, "") for name in whole_files}, whole_files)
         return receipt
 
-    (checkpoint,) = write_outputs(plan.merge, plan.beside, compared, progress)
+    (checkpoint,) = write_outputs(plan.merge, plan.beside, compared, progress, note)
     return checkpoint
 
 

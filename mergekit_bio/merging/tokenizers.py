@@ -1,6 +1,6 @@
 """Whose tokenizer a merge takes: the base's, or that of an adapter that brings new tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm*.model", "sentencepiec
 #: What decides how a conversation is written and where an answer ends.
 _SETTINGS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
 _SHOWN = 3
+_OTHERWISE = "the base's is taken (--tokenizer adapter for the other)"
 
 
 @dataclass(frozen=True)
@@ -53,58 +54,72 @@ def choose_tokenizer(
     if request.tokenizer == "base":
         return TokenizerChoice(base.source.path)
     of_base = _Tokenizer(base.source.path)
-    # 1. Find the adapters that have a tokenizer, and what each brings.
-    brought = {
-        adapter.source.name: (tokenizer, new)
-        for adapter in adapters
-        if (tokenizer := _Tokenizer(adapter.source.path)).complete
-        for new in [tokenizer.new_tokens(of_base)]
-    }
-    without_rows = {
-        name: missing[0]
-        for name, (tokenizer, new) in brought.items()
-        if rows is not None and (missing := [token for token in sorted(new) if tokenizer.tokens[token] >= rows])
-    }
+    # 1. Find the adapters that have a tokenizer, what each brings, and whether the embeddings have rows for that.
+    candidates = []
+    for adapter in adapters:
+        tokenizer = _Tokenizer(adapter.source.path)
+        if tokenizer.complete:
+            new = tokenizer.new_tokens(of_base)
+            without_row = next((token for token in sorted(new) if rows and tokenizer.tokens[token] >= rows), None)
+            candidates.append(_Candidate(adapter.source.name, tokenizer, new, without_row))
     # 2. Choose one.
-    wanted = dict(brought)
-    if request.tokenizer == "auto":
-        wanted = {name: pair for name, pair in brought.items() if pair[1] and name not in without_rows}
-    elif not wanted:
-        raise AdapterError(f"--tokenizer adapter: {adapters[0].source.given} holds no tokenizer; take the base's")
-    chosen = _the_one(wanted)
+    if request.tokenizer == "adapter":
+        if not candidates:
+            raise AdapterError(f"--tokenizer adapter: {adapters[0].source.given} holds no tokenizer; take the base's")
+        chosen = _the_one(candidates)
+    else:
+        chosen = _the_one([candidate for candidate in candidates if candidate.new and not candidate.without_row])
     # 3. Say what differs.
-    notes: list[str] = []
-    for name, (tokenizer, new) in brought.items():
-        taken, differing = name == chosen, tokenizer.differences(of_base)
-        if name in without_rows and not taken:
-            token = without_rows[name]
+    notes = []
+    for candidate in candidates:
+        tokenizer, differing = candidate.tokenizer, candidate.tokenizer.differences(of_base)
+        if candidate.without_row and candidate is not chosen:
+            token = candidate.without_row
             notes.append(
-                f"{name}: its tokenizer has {token!r} as number {tokenizer.tokens[token]}, but the embeddings have "
-                f"{rows} rows; the base's is taken"
+                f"{candidate.name}: its tokenizer has {token!r} as number {tokenizer.tokens[token]}, but the "
+                f"embeddings have {rows} rows; the base's is taken"
             )
-        elif new or differing:
-            what = _count(new) if new else ""
-            what += (" and " if new and differing else "") + ", ".join(differing)
-            other = "--tokenizer base" if taken else "--tokenizer adapter"
-            whose = "it is taken" if taken else "the base's is taken"
-            notes.append(f"{name}: its tokenizer differs from the base's in {what}; {whose} ({other} for the other)")
-    folder = brought[chosen][0].folder if chosen else base.source.path
-    return TokenizerChoice(folder, tuple(notes))
+        elif candidate.new or differing:
+            what = " and ".join(part for part in (_count(candidate.new), ", ".join(differing)) if part)
+            if candidate is chosen:
+                fate = "it is taken (--tokenizer base for the other)"
+            else:
+                fate = f"that of {chosen.name} is taken" if chosen else _OTHERWISE
+            notes.append(f"{candidate.name}: its tokenizer differs from the base's in {what}; {fate}")
+    return TokenizerChoice(chosen.tokenizer.folder if chosen else base.source.path, tuple(notes))
 
 
-def _the_one(wanted: "Mapping[str, tuple[_Tokenizer, set[str]]]") -> str | None:
-    """The adapter among these whose tokenizer has all that the others' have."""
-    for name, (tokenizer, _) in wanted.items():
-        if all(other.tokens.items() <= tokenizer.tokens.items() for other, _ in wanted.values()):
-            return name
-    if wanted:
-        raise AdapterError(
-            f"{' and '.join(wanted)}: each brings a tokenizer of its own; merge them in turn, or use --tokenizer base"
-        )
+@dataclass(frozen=True)
+class _Candidate:
+    """An adapter's tokenizer.
+
+    Attributes:
+        name: The adapter's.
+        tokenizer: Its tokenizer.
+        new: The tokens that the base's lacks.
+        without_row: One of them that the embeddings have no row for.
+    """
+
+    name: str
+    tokenizer: "_Tokenizer"
+    new: set[str]
+    without_row: str | None
+
+
+def _the_one(candidates: Sequence[_Candidate]) -> _Candidate | None:
+    """The one whose tokenizer has all that the others' have; None where there are no candidates."""
+    for candidate in candidates:
+        if all(other.tokenizer.tokens.items() <= candidate.tokenizer.tokens.items() for other in candidates):
+            return candidate
+    if candidates:
+        names = " and ".join(candidate.name for candidate in candidates)
+        raise AdapterError(f"{names}: each brings a tokenizer of its own; merge them in turn, or use --tokenizer base")
     return None
 
 
 def _count(new: set[str]) -> str:
+    if not new:
+        return ""
     shown = ", ".join(repr(token) for token in sorted(new)[:_SHOWN])
     return f"{len(new)} new token{'s' * (len(new) > 1)} ({shown}{', ...' if len(new) > _SHOWN else ''})"
 
