@@ -66,7 +66,7 @@ bench: env
 	$(PY) eval/bench_merge.py
 
 rehearsal: env
-	$(PY) eval/rehearsal.py $(if $(LAYERS),--layers $(LAYERS))
+	$(PY) eval/rehearsal.py $(if $(LAYERS),--layers $(LAYERS)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 demo-model: env
 	cd eval && ../$(PY) -m demo_model ../build/demo-model

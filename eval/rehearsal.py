@@ -39,7 +39,7 @@ _PAGE = """\
 
 {pair}
 Offline, from a Hugging Face cache, each command in a process of its own and with its defaults; in this order, the page
-cache as the command before left it. One run: times vary with what else the machine and its disk do. The weights are
+cache as the command before left it. {rounds}: times vary with what else the machine and its disk do. The weights are
 random, so the answers mean nothing; the files, the work and the memory are those of the real models. Made by
 `make rehearsal` (`eval/rehearsal.py`).
 
@@ -94,10 +94,11 @@ class Rehearsal:
     Args:
         scratch: An empty folder.
         layers: Of Llama.
+        rounds: How often copying and merging take turns.
     """
 
-    def __init__(self, scratch: Path, layers: int) -> None:
-        self.scratch, self.layers = scratch, layers
+    def __init__(self, scratch: Path, layers: int, rounds: int = 1) -> None:
+        self.scratch, self.layers, self.rounds = scratch, layers, rounds
         self.hub = scratch / "huggingface" / "hub"
         self.half = scratch / "merged" / "half"
         self.recording = scratch / "recording.wav"
@@ -131,8 +132,8 @@ class Rehearsal:
         memory = f"{cost.anonymous / 1e9:.2f} GB anonymous, {cost.resident / 1e9:.2f} GB resident"
         print(f"  {cost.wall:.1f} s, {memory}", flush=True)
 
-    def rehearse(self) -> None:
-        """All of it."""
+    def rehearse(self, *, merge_only: bool = False) -> None:
+        """All of it, or up to the merge."""
         start = time.perf_counter()
         # 1. The files, in a process of their own: this one stays small, or its children's figures would carry it.
         writer = [sys.executable, HERE / "published_pair.py", self.hub, "--layers", str(self.layers)]
@@ -141,15 +142,24 @@ class Rehearsal:
         base = self.hub / f"models--{BASE.replace('/', '--')}" / "snapshots"
         write_recording(self.recording)
 
-        # 2. What any copy costs, to compare with.
+        # 2. A merge, and what any copy costs, to compare with; and a merge that only copies.
         copy = self.scratch / "copy"
         script = 'cp -rL "$1" "$2" && find "$2" -type f -exec sync {} +'
-        self.run(Step("`cp -rL` of the base, and sync", ["sh", "-c", script, "sh", base, copy]))
-        shutil.rmtree(copy)
-
-        # 3. The command line, as the README has it.
         merged = ["--out", self.half, "--quiet"]
-        self.run(Step("`merge --alpha 0.5`", [PROGRAM, "merge", "--alpha", "0.5", *merged]))
+        for turn in range(self.rounds):
+            self.run(Step("`cp -rL` of the base, and sync", ["sh", "-c", script, "sh", base, copy]))
+            shutil.rmtree(copy)
+            if self.rounds > 1:
+                self.run(Step("`merge --alpha 0`, which only copies", [PROGRAM, "merge", "--alpha", "0", *merged]))
+                shutil.rmtree(self.half)
+            self.run(Step("`merge --alpha 0.5`", [PROGRAM, "merge", "--alpha", "0.5", *merged]))
+            if turn < self.rounds - 1:
+                shutil.rmtree(self.half)
+
+        if merge_only:
+            return
+
+        # 3. The rest of the command line, as the README has it.
         self.run(Step("`verify --against-sources`", [PROGRAM, "verify", self.half, "--against-sources", "--quiet"]))
         for name, source in (("base", BASE), ("adapter", ADAPTER), ("merge", self.half)):
             self.run(Step(f"`inspect` of the {name}", [PROGRAM, "inspect", source]))
@@ -202,7 +212,10 @@ class Rehearsal:
             pair=describe_pair(self.layers),
             machine=machine.describe(self.scratch),
             versions=", ".join(f"{name} {version(package).partition('+')[0]}" for name, package in packages.items()),
-            rows="\n".join(_row(shown, cost) for shown, cost in self.rows),
+            rows="\n".join(_row(shown, cost) for shown, cost in _medians(self.rows)),
+            rounds="One run"
+            if self.rounds == 1
+            else f"Copying and merging took turns {self.rounds} times, and the table has the medians of them",
             notes="\n".join(f"- {note}" for note in self.notes),
         )
 
@@ -304,6 +317,14 @@ def answer(checkpoints: Sequence[Path], recording: Path, result: Path) -> None:
     result.write_text(json.dumps({"start": started, "seconds": seconds}))
 
 
+def _medians(rows: Sequence[tuple[str, Cost]]) -> list[tuple[str, Cost]]:
+    """Of commands that ran several times, the run of the median wall time."""
+    runs: dict[str, list[Cost]] = {}
+    for shown, cost in rows:
+        runs.setdefault(shown, []).append(cost)
+    return [(shown, sorted(costs, key=lambda cost: cost.wall)[len(costs) // 2]) for shown, costs in runs.items()]
+
+
 def _installed(package: str) -> bool:
     from importlib.metadata import PackageNotFoundError
 
@@ -326,6 +347,8 @@ def _row(shown: str, cost: Cost) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS, help="of Llama; fewer than 32 make a smaller pair")
+    parser.add_argument("--rounds", type=int, default=1, help="how often copying and merging take turns")
+    parser.add_argument("--merge-only", action="store_true", help="leave out what comes after merging")
     parser.add_argument("--scratch", type=Path, default=HERE.parent / "build" / "rehearsal", help="removed at the end")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folder")
     parser.add_argument(
@@ -342,18 +365,20 @@ def main() -> None:
         return
     smaller = given.layers != LAYERS
     results = given.results or (
-        HERE.parent / "build" / f"rehearsal-{given.layers}.md" if smaller else HERE / "results" / "rehearsal.md"
+        HERE.parent / "build" / f"rehearsal-{given.layers}.md"
+        if smaller or given.merge_only
+        else HERE / "results" / "rehearsal.md"
     )
     try:
         if given.layers < 1:
             raise RehearsalError(f"--layers {given.layers}: write 1 or more")
-        if find_spec("vllm") is None:
+        if find_spec("vllm") is None and not given.merge_only:
             raise RehearsalError("vLLM is not installed; make env builds an environment with it")
         check_disk(given.scratch, disk_needed(given.layers, sweep=shutil.which("nvidia-smi") is not None))
         with scratch_folder(given.scratch, keep=given.keep) as scratch:
             print(describe_pair(given.layers), flush=True)
-            rehearsal = Rehearsal(scratch, given.layers)
-            rehearsal.rehearse()
+            rehearsal = Rehearsal(scratch, given.layers, max(1, given.rounds))
+            rehearsal.rehearse(merge_only=given.merge_only)
             page = rehearsal.page()
     except RehearsalError as error:
         sys.exit(f"rehearsal: {error}")

@@ -51,26 +51,28 @@ class Dora(Delta):
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
         import torch
 
-        left, right = self.low_rank.factors(device, dtype)
-        magnitude = read_finite(self.magnitude, device, dtype).flatten()
+        # Norms are sums, as products are: all of it is computed in float64, and rounded once.
+        double = torch.float64
+        product = self.low_rank.product(device)
+        magnitude = read_finite(self.magnitude, device, double).flatten()
 
         def turned(start: int, stop: int, base_rows: torch.Tensor | None = None) -> torch.Tensor:
             """Rows of W1 + s B A."""
             if self.origin is not None:
-                base_rows = self.origin.read(start, stop).to(device, dtype)
+                base_rows = self.origin.read(start, stop).to(device)
             elif base_rows is None:
-                base_rows = base.read(start, stop).to(device, dtype)
-            return torch.addmm(base_rows, left[start:stop], right)
+                base_rows = base.read(start, stop).to(device)
+            return product(start, stop).add_(base_rows)
 
         # Where an output is a column of what is stored, its norm needs all rows: they are read once beforehand.
         column_scale = None
         if self.low_rank.transposed:
             rows, cols = self.shape
             step = max(1, _NORM_BLOCK // max(cols, 1))
-            squares = torch.zeros(cols, device=device, dtype=torch.float64)
+            squares = torch.zeros(cols, device=device, dtype=double)
             for start in range(0, rows, step):
-                squares += turned(start, min(start + step, rows)).double().square().sum(0)
-            column_scale = magnitude / squares.sqrt().to(dtype)
+                squares += turned(start, min(start + step, rows)).square().sum(0)
+            column_scale = magnitude / squares.sqrt()
 
         def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
             weights = turned(start, stop, base_rows)
@@ -78,6 +80,6 @@ class Dora(Delta):
                 weights *= (magnitude[start:stop] / torch.linalg.vector_norm(weights, dim=1)).unsqueeze(1)
             else:
                 weights *= column_scale
-            torch.sub(weights, base_rows, out=out)
+            out.copy_(weights.sub_(base_rows))
 
         return compute

@@ -1,6 +1,7 @@
 """LoRA: a low-rank matrix added to a weight, and the vector that PEFT's ``lora_bias`` adds to a bias."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,19 +49,38 @@ class LowRank(Delta):
     def summary(self) -> str:
         return f"{self.scaling:g} (rank {self.rank})"
 
-    def factors(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
-        """``left`` [rows, rank] (scaled) and ``right`` [rank, cols] with ``d = left @ right``."""
-        a, b = read_finite(self.a, device, dtype), read_finite(self.b, device, dtype)
-        left, right = (a.T, b.T) if self.transposed else (b, a)
-        return left.mul(self.scaling), right.contiguous()
-
-    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
+    def factors(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
+        """``left`` [rows, rank] and ``right`` [rank, cols] with ``d = scaling * left @ right``, in float64."""
         import torch
 
-        left, right = self.factors(device, dtype)
+        a, b = (read_finite(factor, device, torch.float64) for factor in (self.a, self.b))
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return left, right.contiguous()
 
-        def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mm(left[start:stop], right, out=out)
+    def product(self, device: "torch.device") -> "Callable[[int, int], torch.Tensor]":
+        """A function that gives rows [start, stop) of ``d`` in float64, on a CPU until it is called again."""
+        import torch
+
+        left, right = self.factors(device)
+        memory = torch.empty(0, dtype=torch.float64)
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            nonlocal memory
+            out, count = None, (stop - start) * right.shape[1]
+            if device.type == "cpu":  # on a GPU several blocks are under way, and new memory costs nothing
+                if memory.numel() < count:
+                    memory = torch.empty(count, dtype=torch.float64)
+                out = memory[:count].view(stop - start, right.shape[1])
+            # Products of 16-bit numbers are exact in float64; scaled beforehand they would not be.
+            return torch.mm(left[start:stop], right, out=out).mul_(self.scaling)
+
+        return rows
+
+    def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
+        product = self.product(device)
+
+        def compute(start: int, stop: int, base_rows: "torch.Tensor", out: "torch.Tensor") -> None:
+            out.copy_(product(start, stop))
 
         return compute
 
@@ -72,8 +92,8 @@ class LowRank(Delta):
         import torch
 
         # An embedding's d is (B A)^T, a head's is B' A': they are the same if A' = B^T and B' = A^T.
-        device, dtype = torch.device("cpu"), torch.float32
-        return all(map(torch.equal, self.factors(device, dtype), other.factors(device, dtype)))
+        device = torch.device("cpu")
+        return all(map(torch.equal, self.factors(device), other.factors(device)))
 
 
 @dataclass(frozen=True)
@@ -99,10 +119,10 @@ class BiasVector(Delta):
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
         import torch
 
-        vector = read_finite(self.vector, device, dtype)
+        scaled = read_finite(self.vector, device, torch.float64).mul(self.scaling)
 
         def compute(start: int, stop: int, base_rows: torch.Tensor, out: torch.Tensor) -> None:
-            torch.mul(vector.reshape(out.shape), self.scaling, out=out)
+            out.copy_(scaled.reshape(out.shape))
 
         return compute
 

@@ -71,6 +71,13 @@ def write_exactly(descriptor: int, buffer: memoryview | bytes, offset: int) -> N
         view, offset = view[done:], offset + done
 
 
+def start_write_back(descriptor: int, offset: int, count: int) -> None:
+    """Have the disk begin with bytes that were just written. Nothing waits for it, and they stay in memory."""
+    if hasattr(os, "posix_fadvise"):
+        # What is not on the disk yet is not dropped from memory by this: its writing is begun.
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
+
 def link_or_copy(source: Path, target: Path) -> bool:
     """Make ``target`` a hard link to ``source``, or a copy where the file system has no hard links.
 

@@ -1,4 +1,4 @@
-"""``merge.json``: where a merged checkpoint came from and how to check it."""
+"""``merge.json``: where a merged checkpoint came from, how to check it, and all that is needed to make it again."""
 
 import hashlib
 import json
@@ -14,9 +14,14 @@ from mergekit_bio.outside_data import FORBID_EXTRA, Document, read_json
 
 MANIFEST = "merge.json"
 CARD = "README.md"
-FORMAT = "mergekit-bio/merge@2"
-#: Of before the files beside the weights were recorded; otherwise the same. It is read, and not written any more.
+FORMAT = "mergekit-bio/merge@3"
+#: Of before the files beside the weights were recorded.
 _FIRST_FORMAT = "mergekit-bio/merge@1"
+#: Read, and not written any more. What they lack had these values.
+_OLD_FORMATS: dict[str, dict[str, Any]] = {
+    _FIRST_FORMAT: {"companions": {}, "arithmetic": 1, "tokenizer": "auto", "sweep": []},
+    "mergekit-bio/merge@2": {"arithmetic": 1, "tokenizer": "auto", "sweep": []},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +56,25 @@ class BaseOrigin(Origin):
 
 @dataclass(frozen=True)
 class Strength:
-    """One adapter's alpha: a default and exceptions by module or layer range."""
+    """One adapter's alpha: a default and exceptions by module or layer, numbers or ramps (``"0.2..0.8"``)."""
 
     default: float
-    modules: dict[str, float]
+    modules: dict[str, float | str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOrigin(Origin):
     """An adapter, with what was made of it.
 
-    ``base_weights`` are the tensors of the base in whose place the adapter's own were taken, at every strength: the
-    base's name -> the adapter's.
+    Attributes:
+        kind: ``"peft"``, ``"naturelm-audio"`` or ``"finetune"``.
+        peft_type: As its ``adapter_config.json`` says.
+        alpha: Its strength.
+        own_alpha: Whether that is its own, whatever the merge's.
+        scaling: How many deltas are scaled in which way.
+        deltas: How many.
+        base_weights: The tensors of the base in whose place the adapter's own were taken, at every strength: the base's
+            name -> the adapter's.
     """
 
     kind: str
@@ -71,14 +83,16 @@ class AdapterOrigin(Origin):
     scaling: dict[str, int]
     deltas: int
     base_weights: dict[str, str] = field(default_factory=dict)
+    own_alpha: bool = False
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A shard: its size, and the sha256 of its header."""
+    """A shard: its size, the sha256 of its header, and that of the whole file if the merge was asked for it."""
 
     bytes: int
     header_sha256: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,10 @@ class Manifest:
     """The whole of ``merge.json``.
 
     Attributes:
+        arithmetic: The version of the arithmetic that computed ``tensors``: the same version gives the same bytes.
+        tokenizer: Whose tokenizer was asked for.
+        sweep: All strengths of a sweep that stores what they have in common once, as the command line takes them: they
+            decide which tensor is in which file. Empty where this checkpoint stands alone.
         shared: Names of ``files`` that are hard links, and the directories of the sweep ``with`` which they are shared.
         files: The shards.
         companions: The files beside them, name -> sha256: configuration, tokenizer, licences; none of a manifest of the
@@ -130,6 +148,7 @@ class Manifest:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     format: str
+    arithmetic: int
     created: str
     version: str
     command: str
@@ -142,7 +161,9 @@ class Manifest:
     device: str
     audio_prefix: bool
     text_only: bool
+    tokenizer: str
     untied: bool
+    sweep: list[str]
     shared: dict[Literal["files", "with"], list[str]] | None
     versions: dict[str, str]
     rounding_loss: list[RoundingLoss]
@@ -150,9 +171,18 @@ class Manifest:
     companions: dict[str, str]
     tensors: dict[str, TensorRecord]
 
+    @property
+    def is_old(self) -> bool:
+        """Whether it is of a format before this version's."""
+        return self.format in _OLD_FORMATS
+
     def to_json(self) -> str:
         """As it is written."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        document = asdict(self)
+        for record in document["files"].values():
+            if record["sha256"] is None:  # nobody asked for it
+                del record["sha256"]
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -169,14 +199,21 @@ def read_manifest(directory: Path) -> Manifest:
         file = inside(directory, MANIFEST)
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
+    return read_manifest_file(file)
+
+
+def read_manifest_file(file: Path) -> Manifest:
+    """Read a ``merge.json``, whatever it is called and wherever it is.
+
+    Raises:
+        VerificationError: It is not one of ours.
+    """
     document = read_json(file, error=VerificationError)
-    if document.get("format") == _FIRST_FORMAT:
-        document = {"companions": {}} | document
-    elif document.get("format") != FORMAT:
-        raise VerificationError(
-            f"{directory / MANIFEST}: format {document.get('format')!r} is not {FORMAT!r}, this version's; merge again"
-        )
-    return Document(directory / MANIFEST, document, VerificationError).checked(Manifest)
+    if (found := document.get("format")) in _OLD_FORMATS:
+        document = _OLD_FORMATS[found] | document
+    elif found != FORMAT:
+        raise VerificationError(f"{file}: format {found!r} is not {FORMAT!r}, this version's; merge again")
+    return Document(file, document, VerificationError).checked(Manifest)
 
 
 def foreign_file(directory: Path) -> str | None:
@@ -194,8 +231,10 @@ def foreign_file(directory: Path) -> str | None:
             f"{directory / MANIFEST}: format {_FIRST_FORMAT!r} does not tell every file that the merge wrote; it is "
             f"not overwritten, remove {directory} by hand"
         )
-    ours = {MANIFEST, CARD, *manifest.files, *manifest.companions}
-    return next((path.name for path in sorted(directory.iterdir()) if path.name not in ours), None)
+    ours = {directory / name for name in (MANIFEST, CARD, *manifest.files, *manifest.companions)}
+    folders = {folder for file in ours for folder in file.parents}
+    present = sorted(path for path in directory.rglob("*") if path not in folders)
+    return next((path.relative_to(directory).as_posix() for path in present if path not in ours), None)
 
 
 def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:

@@ -3,21 +3,27 @@
 The work happens in ``.NAME.partial`` beside the output, under a lock that dies with its process; the last step is a
 rename. An output that is there and empty may be a mount point, or the only place that can be written: there the work
 happens inside, and the last step moves it up. What a killed process leaves behind is recognised by its name, and put
-back or removed by the next one.
+back or removed by the next one. Work that can be gone on with has a key, ``.NAME.KEY.partial``: the next one with that
+key goes on with it, and others leave it alone.
 """
 
 import errno
 import fcntl
+import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_bio.checkpoint.file_names import fitting
 from mergekit_bio.errors import OutputError
 
 #: What is made beside an output, or in it where that is empty: ``.NAME.partial``, ...
 _OWN = ("partial", "old", "lock")
+#: As long as any ending of such a name.
+_ENDING = ".0123456789abcdef.partial"
 
 
 @contextmanager
@@ -28,6 +34,8 @@ def staged(
     foreign_file: Callable[[Path], str | None] = lambda _: None,
     overwrite: bool = False,
     fsync: bool = True,
+    key: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Path]:
     """A scratch directory that becomes ``out`` when the block ends well, and vanishes when it does not.
 
@@ -39,6 +47,9 @@ def staged(
             overwritten either.
         overwrite: Replace an existing ``out``.
         fsync: Have everything on the disk before the rename, so that a power cut leaves all or nothing.
+        key: Tells the work apart from any other that would become ``out``: if a process that did the same was killed,
+            the scratch directory holds what it has left. Without one it is empty.
+        note: Called with a line about what was left by processes that did something else.
 
     Raises:
         OutputError: ``out`` exists, is being written by somebody else, or cannot be written.
@@ -48,7 +59,8 @@ def staged(
         within = _is_empty(out)
         room = out if within else out.parent
         room.mkdir(parents=True, exist_ok=True)
-        partial, old, lock = (room / f".{out.name}.{kind}" for kind in _OWN)
+        stem = _stem(out)
+        partial, old, lock = (room / f"{stem}.{kind}" for kind in _OWN)
         with _locked(lock, out):
             _put_back(old, out)
             if within and not _is_empty(out):
@@ -57,7 +69,15 @@ def staged(
             if replaces:
                 _refuse(out, mark, foreign_file, overwrite)
             _remove(partial)
-            partial.mkdir()
+            if key is not None:
+                partial = room / f"{stem}.{key}.partial"
+            for other in sorted(room.glob(f"{glob.escape(stem)}.*.partial")):
+                if other != partial:
+                    note(
+                        f"{other}: holds {bytes_in(other) / 1e9:.3g} GB of other work on {out.name} that was cut off; "
+                        "it is left alone, remove it if nobody is to go on with it"
+                    )
+            partial.mkdir(exist_ok=True)
             try:
                 yield partial
                 if fsync:
@@ -115,8 +135,21 @@ def _is_empty(out: Path) -> bool:
 
 def _entries(out: Path) -> list[Path]:
     """What ``out`` holds, but for what we or the file system have left there."""
-    leftovers = {*(f".{out.name}.{kind}" for kind in _OWN), "lost+found"}
-    return sorted(path for path in out.iterdir() if path.name not in leftovers)
+    stem = _stem(out)
+    leftovers = {*(f"{stem}.{kind}" for kind in _OWN), "lost+found"}
+    keyed = re.compile(rf"{re.escape(stem)}\.\w+\.partial")
+    return sorted(path for path in out.iterdir() if path.name not in leftovers and not keyed.fullmatch(path.name))
+
+
+def _stem(out: Path) -> str:
+    """How the names of what is made beside an output begin: ``.NAME``, shortened where the whole would be too long."""
+    return fitting(f".{out.name}", _ENDING).removesuffix(_ENDING)
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes that a folder's files take on the disk, a file with several names counted once."""
+    stats = {stat.st_ino: stat for stat in (path.lstat() for path in folder.rglob("*") if path.is_file())}
+    return sum(min(stat.st_size, 512 * stat.st_blocks) for stat in stats.values())
 
 
 def _refuse(out: Path, mark: str, foreign_file: Callable[[Path], str | None], overwrite: bool) -> None:

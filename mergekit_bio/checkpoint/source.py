@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ from mergekit_bio.errors import SourceError
 from mergekit_bio.outside_data import parse_yaml
 
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
+
+
+def _any_case(pattern: str) -> str:
+    """``"NO*"`` -> ``"[Nn][Oo]*"``, for the hub, which tells capitals from small letters."""
+    return re.sub(r"\[\w+\]|[A-Z]", lambda found: f"[{found[0].strip('[]')}{found[0].strip('[]').lower()}]", pattern)
+
+
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", *_LICENCES)
+PATTERNS = (
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.py",
+    *map(_any_case, _LICENCES),
+)  # fmt: skip
 _IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.[!s]*.safetensors")
 #: Meta renamed the repositories of Llama 3.1; many machines hold them under their first names.
 _RENAMED = re.compile(r"meta-llama/(?P<first>Meta-)?Llama-3\.1-(?P<rest>.+)")
@@ -237,9 +248,9 @@ def is_hub_id(repo: str) -> bool:
 
 
 def licence_files(source: Source) -> list[str]:
-    """Names of the licence files of a source."""
-    names = {path.name for pattern in _LICENCES for path in source.path.glob(pattern) if path.is_file()}
-    return sorted(name for name in names if not name.endswith("~"))
+    """Names of the licence files of a source, in capitals or not."""
+    names = [path.name for path in source.path.iterdir() if path.is_file() and not path.name.endswith("~")]
+    return sorted(name for name in names if any(fnmatchcase(name.upper(), pattern) for pattern in _LICENCES))
 
 
 def stated_licence(source: Source) -> str | None:

@@ -9,7 +9,21 @@ from typing import Annotated, NoReturn
 import typer
 
 import mergekit_bio
-from mergekit_bio.cli import ask, demo, doctor, embed, eval, inspect, merge, push, recipes, report, serve, verify
+from mergekit_bio.cli import (
+    ask,
+    demo,
+    doctor,
+    embed,
+    eval,
+    inspect,
+    merge,
+    push,
+    rebuild,
+    recipes,
+    report,
+    serve,
+    verify,
+)
 from mergekit_bio.engine.vllm.log import leave_out_the_usual
 from mergekit_bio.errors import MergekitBioError
 
@@ -44,8 +58,8 @@ def _root(
 
 
 COMMANDS = (
-    merge.merge, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, report.report, demo.demo,
-    doctor.doctor,
+    merge.merge, rebuild.rebuild, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, report.report,
+    demo.demo, doctor.doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

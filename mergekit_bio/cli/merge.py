@@ -42,7 +42,8 @@ def merge(
             "--alpha",
             "-a",
             help="Strength: 0.5; a sweep 0:1:0.1; by module 'q_proj=0.3,o_proj=0.6' or layer '0.5,layers.0-15=0.2' "
-            "(what is not named gets the plain number; without one it stays the base). Repeatable.",
+            "(what is not named gets the plain number; without one it stays the base); from the first layer to the "
+            "last '0.5,layers=0.2..0.8'. Repeatable.",
         ),
     ] = None,
     out: Annotated[
@@ -74,9 +75,23 @@ def merge(
             "as NatureLM-audio's own code does; otherwise that is an error.",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose tokenizer: base, adapter, or auto: the base's, or that of an adapter that brings new tokens. "
+            f"{_default('tokenizer')}"
+        ),
+    ] = None,
     share: Annotated[
         bool | None,
         typer.Option("--share/--no-share", help="Store what a sweep has in common once, hard-linked. [default: share]"),
+    ] = None,
+    hash: Annotated[
+        str | None,
+        typer.Option(
+            help="What merge.json records the sha256 of: folded (computed tensors, small files), or full (whole files "
+            f"too). {_default('hash')}"
+        ),
     ] = None,
     fsync: Annotated[
         bool | None, typer.Option("--fsync/--no-fsync", help="Wait until all is on the disk. [default: fsync]")
@@ -85,7 +100,9 @@ def merge(
         bool | None, typer.Option("--overwrite", help="Replace the output of an earlier merge.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    push: Annotated[str | None, typer.Option(metavar="USER/REPO", help="Upload the result to the hub.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/REPO", help="Upload the result to the hub, a sweep to branches.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -99,7 +116,7 @@ def merge(
       mergekit-bio merge --alpha 0.5
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
-    from mergekit_bio.hub.push import check_ready
+    from mergekit_bio.hub.push import PushedFile, check_ready, push_sweep
     from mergekit_bio.hub.push import push as push_checkpoint
     from mergekit_bio.merging.directory import companions
     from mergekit_bio.merging.merge import carry_out, plan_merge
@@ -112,17 +129,15 @@ def merge(
         {
             "base": base, "adapter": adapter, "alphas": alpha, "out": out, "dtype": dtype, "rounding": rounding,
             "seed": seed, "device": device, "text_only": text_only, "base_from_adapter": base_from_adapter,
-            "share": share, "fsync": fsync, "overwrite": overwrite,
+            "tokenizer": tokenizer, "share": share, "hash": hash, "fsync": fsync, "overwrite": overwrite,
         },
     )  # fmt: skip
     plan = plan_merge(request)
     for note in _notes(plan):
         output.note(note)
     # 2. Find out before the long work whether its result could be pushed.
-    # Those of a sweep go to a repository each.
-    repositories = [f"{push}-{planned.folder}" if planned.folder else push for planned in plan.outputs] if push else []
-    for name in repositories:
-        check_ready(name, dry_run=dry_run)
+    if push:
+        check_ready(push, dry_run=dry_run)
     if dry_run:
         companions(plan)  # what would stop the merge stops this
         document = _plan_document(plan)
@@ -130,16 +145,21 @@ def merge(
         return
     # 3. Merge, push, and say what came of it.
     with output.progress("merging", plan.bytes_on_disk, unit="bytes") as advance:
-        merged = carry_out(plan, command=shlex.join(["mergekit-bio", *sys.argv[1:]]), progress=advance)
+        command = shlex.join(["mergekit-bio", *sys.argv[1:]])
+        merged = carry_out(plan, command=command, progress=advance, note=output.note)
     seconds = time.perf_counter() - started
     pushed: list[str] = []
+
+    def arrived(file: PushedFile) -> None:
+        output.note(f"{file.state}  {file.path}")
+
     try:
-        for checkpoint, name in zip(merged, repositories, strict=bool(push)):
-            report = push_checkpoint(
-                checkpoint.path, name, progress=lambda file: output.note(f"{file.state}  {file.path}")
-            )
-            output.note(report.url)
-            pushed.append(report.url)
+        if push and len(merged) > 1:
+            pushed += [report.url for report in push_sweep(request.destination, push, progress=arrived)]
+        elif push:
+            pushed.append(push_checkpoint(merged[0].path, push, progress=arrived).url)
+        for url in pushed:
+            output.note(url)
     finally:  # what is merged is merged, whatever the hub says
         output.result(
             _document(plan, merged, seconds) | ({"pushed": pushed} if push else {}),
@@ -157,8 +177,9 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
         for tensor, override in planned.adapter.overrides.items():
             rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
             yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
+    yield from plan.tokenizer.notes
     for alpha in (planned_output.alpha for planned_output in plan.outputs):
-        for strength in (alpha.default, *dict(alpha.modules).values()):
+        for strength in alpha.values:
             if not 0 <= strength <= 1:
                 yield f"note: alpha {strength:g} extrapolates beyond the base (0) and the adapter (1)"
 

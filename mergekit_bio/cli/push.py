@@ -1,5 +1,7 @@
 """``mergekit-bio push``: publish a merged checkpoint on the Hugging Face Hub."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint, or a sweep of them.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="The repository; created if need be.")],
     private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Push to this branch, not to main.")] = None,
+    receipt: Annotated[
+        bool,
+        typer.Option("--receipt", help="Publish merge.json and a card only: what 'rebuild' makes the checkpoint from."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, list files and sizes, send nothing.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -26,17 +32,21 @@ def push(
     """Publish a merged checkpoint on the Hugging Face Hub.
 
     The directory is verified first; everything appears in one commit. A push that was cut off goes on where it
-    stopped when it is run again.
+    stopped when it is run again. The checkpoints of a sweep go to branches of one repository, alpha-0.50 and so on,
+    and what they share is sent once.
 
     \b
     Examples:
       mergekit-bio push merged/NatureLM-audio-alpha-0.50 owl/Llama-3.1-8B-NatureLM --private
-      mergekit-bio push merged/sweep/alpha-0.30 owl/Llama-3.1-8B-NatureLM-0.3 --dry-run
+      mergekit-bio push merged/sweep owl/Llama-3.1-8B-NatureLM-sweep --dry-run
+      mergekit-bio push merged/NatureLM-audio-alpha-0.50 owl/Llama-3.1-8B-NatureLM-receipt --receipt
     """
     import sys
 
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    from mergekit_bio.errors import HubError
+    from mergekit_bio.hub.push import PushedFile, checkpoints_of_sweep, push_sweep
     from mergekit_bio.hub.push import push as push_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -44,29 +54,53 @@ def push(
     logging.set_verbosity_error()
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    report = push_checkpoint(
-        directory,
-        repo_id,
-        private=private,
-        revision=revision,
-        dry_run=dry_run,
-        progress=lambda file: output.note(f"{file.state:9}  {file.path}  ({human_bytes(file.bytes)})"),
+
+    def arrived(file: PushedFile) -> None:
+        output.note(f"{file.state:9}  {file.path}  ({human_bytes(file.bytes)})")
+
+    if sweep := checkpoints_of_sweep(directory):
+        if revision is not None:
+            raise HubError(f"--revision {revision}: each checkpoint of a sweep has a branch of its own; leave it out")
+        reports = push_sweep(directory, repo_id, private=private, receipt=receipt, dry_run=dry_run, progress=arrived)
+    else:
+        reports = (
+            push_checkpoint(
+                directory,
+                repo_id,
+                private=private,
+                revision=revision,
+                receipt=receipt,
+                dry_run=dry_run,
+                progress=arrived,
+            ),
+        )
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        output.note(note)
+    documents = [asdict(report) for report in reports]
+    output.result(
+        documents if sweep else documents[0],
+        lambda console: _draw(console, reports),
+        [report.url for report in reports],
     )
-    output.result(asdict(report), lambda console: _draw(console, report), [report.url])
 
 
-def _draw(console: "Console", report: "PushReport") -> None:
+def _draw(console: "Console", reports: "Sequence[PushReport]") -> None:
+    for report in reports:
+        _draw_one(console, report)
+
+
+def _draw_one(console: "Console", report: "PushReport") -> None:
     if report.commit is None:
         table = table_of_numbers("", "file", "size", box=None)
         for file in report.files:
             table.add_row(file.path, human_bytes(file.bytes))
         console.print(table)
-    sent = [file.bytes for file in report.files if file.state != "unchanged"]
-    verb = "would send" if report.commit is None else "sent"
-    unchanged = len(report.files) - len(sent)
-    console.print(
-        f"{verb} {len(sent)} files ({human_bytes(sum(sent))})" + (f", {unchanged} unchanged" if unchanged else "")
-    )
+    sent = [file.bytes for file in report.files if file.state in ("planned", "uploaded")]
+    states = Counter(file.state for file in report.files)
+    told = [f"{'would send' if report.commit is None else 'sent'} {len(sent)} files ({human_bytes(sum(sent))})"]
+    told += [f"{states['shared']} shared with another strength"] if states["shared"] else []
+    told += [f"{states['unchanged']} unchanged"] if states["unchanged"] else []
+    console.print(", ".join(told))
     for path in report.removed:
         console.print(f"removed from the repository, as this checkpoint has no such weights: {path}")
     if report.left_out:

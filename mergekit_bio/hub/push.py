@@ -1,4 +1,4 @@
-"""Publish a merged checkpoint on the Hugging Face Hub: verified first, resumable, in one commit.
+"""Publish a merged checkpoint on the Hugging Face Hub, or its receipt: verified first, resumable, in one commit.
 
 Every file is sent on its own through the hub's commit API and then all are committed together, so the repository
 shows either its old state or the whole new one. Storage on the hub is addressed by content: a push that was cut off
@@ -8,17 +8,19 @@ is resumed by running it again, which sends only what did not arrive (whole file
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
-from mergekit_bio.checkpoint.manifest import MANIFEST
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, read_manifest
 from mergekit_bio.checkpoint.source import is_hub_id
 from mergekit_bio.errors import HubError
+from mergekit_bio.merging.card import receipt_card, sweep_card
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -32,6 +34,12 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.ind
 _RESUME = "run the same command again: what has arrived is not sent twice"
 
 
+#: What is published: a file of the directory, or a text made for the hub.
+_Content: TypeAlias = Path | bytes
+#: Device and number of a file's inode: the same for all its names.
+_Inode: TypeAlias = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class PushedFile:
     """One file of a push.
@@ -39,12 +47,13 @@ class PushedFile:
     Attributes:
         path: Relative to the directory, and to the repository.
         bytes: Its size.
-        state: ``"planned"`` in a dry run; ``"unchanged"`` where the repository holds the same content already.
+        state: ``"planned"`` in a dry run; ``"unchanged"`` where the repository holds the same content already;
+            ``"shared"`` where another checkpoint of a sweep has sent it.
     """
 
     path: str
     bytes: int
-    state: Literal["planned", "uploaded", "unchanged"]
+    state: Literal["planned", "uploaded", "unchanged", "shared"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,12 @@ class PushReport:
     """What a push did, or in a dry run would do.
 
     Attributes:
-        url: The repository's page.
+        url: The repository's page; of a sweep's checkpoint, its branch's.
         commit: The commit that holds the files; None in a dry run.
         files: Every file of the checkpoint.
         removed: Weight files of an earlier push that the commit deleted, because loaders would prefer or mix them.
         left_out: Files and folders of the directory that are never published (hidden, locks, unfinished).
+        notes: What a user should know, one line each.
     """
 
     url: str
@@ -64,6 +74,22 @@ class PushReport:
     files: tuple[PushedFile, ...]
     removed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """One commit to be made: what to publish, and on which branch."""
+
+    title: str
+    contents: Mapping[str, _Content]
+    branch: str | None = None
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def brings_weights(self) -> bool:
+        return any(_WEIGHTS.fullmatch(path) for path in self.contents)
 
 
 def push(
@@ -72,16 +98,19 @@ def push(
     *,
     private: bool = False,
     revision: str | None = None,
+    receipt: bool = False,
     dry_run: bool = False,
     progress: Callable[[PushedFile], None] = lambda _: None,
 ) -> PushReport:
     """Upload the merged checkpoint in ``directory`` to ``repo_id``, creating the repository if need be.
 
     Args:
-        directory: One merged checkpoint (of a sweep, one of its ``alpha-...`` directories).
+        directory: One merged checkpoint.
         repo_id: ``USER/REPO``.
         private: Create the repository private; an existing public one is refused.
         revision: An existing branch; ``main`` by default.
+        receipt: Publish the receipt (``merge.json``) and a card that says how to rebuild the checkpoint from it, and
+            none of its weights.
         dry_run: Verify and list the files; the hub is not contacted.
         progress: Called with each file when it has arrived, or was found unchanged.
 
@@ -89,20 +118,124 @@ def push(
         HubError: The directory holds no single checkpoint, or the hub refuses or cannot be reached.
         VerificationError: The directory is not what its ``merge.json`` says.
     """
-    from huggingface_hub import constants, errors
+    check_ready(repo_id, dry_run=dry_run)
+    upload = replace(_prepare(Path(directory), repo_id, receipt=receipt), branch=revision)
+    if dry_run:
+        return _planned(upload, repo_id)
+    with _explained(repo_id, revision):
+        return _Repository(repo_id, private=private, branch=revision).commit(upload, progress)
 
-    from mergekit_bio.merging.verify import verify
 
+def push_sweep(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    receipt: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[PushedFile], None] = lambda _: None,
+) -> tuple[PushReport, ...]:
+    """Upload all checkpoints of a sweep to one repository, each to a branch of its own: ``alpha-0.50``.
+
+    What they share is sent once. The branch ``main`` gets a card that lists them.
+
+    Args:
+        directory: What a merge at several strengths has written.
+        repo_id: ``USER/REPO``.
+        private: As of :func:`push`; so are the others.
+
+    Returns:
+        A report for each checkpoint, in the order of their names.
+
+    Raises:
+        MergekitBioError: As of :func:`push`.
+    """
     directory = Path(directory)
     check_ready(repo_id, dry_run=dry_run)
-    paths, left_out = _list_files(directory)
-    _check_single_checkpoint(directory, paths, repo_id)
-    verify(directory)
+    folders = checkpoints_of_sweep(directory)
+    if not folders:
+        raise HubError(f"{directory}: holds no merged checkpoints")
+    uploads = [
+        replace(_prepare(folder, f"{repo_id}@{folder.name}", receipt=receipt), branch=folder.name) for folder in folders
+    ]
+
+    def of_branch(report: PushReport, upload: _Upload) -> PushReport:
+        return replace(report, url=f"{report.url}/tree/{upload.branch}")
+
     if dry_run:
-        planned = tuple(PushedFile(path, (directory / path).stat().st_size, "planned") for path in paths)
-        return PushReport(f"{constants.ENDPOINT}/{repo_id}", None, planned, (), left_out)
+        sent: set[_Inode] = set()
+        return tuple(of_branch(_planned(upload, repo_id, sent), upload) for upload in uploads)
+    card = sweep_card({folder.name: asdict(read_manifest(folder)) for folder in folders}, repo_id)
+    with _explained(repo_id, None):
+        repository = _Repository(repo_id, private=private)
+        if any(_WEIGHTS.fullmatch(path) for path in repository.files(None)):
+            raise HubError(f"{repo_id}: its main branch holds a checkpoint; push the sweep to another repository")
+        reports = []
+        for upload in uploads:
+            repository.make_branch(str(upload.branch))
+            reports.append(of_branch(repository.commit(upload, progress), upload))
+        repository.commit(_Upload(f"the card of {directory.resolve().name}", {CARD: card.encode()}), lambda _: None)
+        return tuple(reports)
+
+
+def checkpoints_of_sweep(directory: Path) -> list[Path]:
+    """The checkpoints in a sweep's directory; none where it is a checkpoint itself."""
+    if (directory / MANIFEST).exists():
+        return []
+    return sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+
+
+def _prepare(directory: Path, name: str, *, receipt: bool) -> _Upload:
+    """Verify a checkpoint, and collect what of it is to be published; ``name`` is what it will be known by."""
+    from mergekit_bio.merging.verify import verify
+
+    paths, left_out = _list_files(directory)
+    _check_single_checkpoint(directory, paths, name)
+    verify(directory)
+    title = f"Upload {directory.resolve().name}"
+    if not receipt:
+        return _Upload(title, {path: directory / path for path in paths}, left_out=left_out)
+    manifest = read_manifest(directory)
+    if manifest.is_old:
+        raise HubError(
+            f"{directory / MANIFEST}: is of format {manifest.format!r}, from which a checkpoint cannot be rebuilt; "
+            "merge again, or push it whole"
+        )
+    card = receipt_card(asdict(manifest), name)
+    notes = tuple(
+        f"{origin.name} is known by its directory only: who rebuilds this must have it, and name it with {option}"
+        for origin, option in [(manifest.base, "--base"), *((adapter, "--adapter") for adapter in manifest.adapters)]
+        if origin.id is None
+    )
+    return _Upload(
+        f"{title}, its receipt", {MANIFEST: directory / MANIFEST, CARD: card.encode()}, left_out=left_out, notes=notes
+    )
+
+
+def _planned(upload: _Upload, repo_id: str, sent: set[_Inode] | None = None) -> PushReport:
+    """What a push would do; ``sent`` are the linked files that were planned before, and gets this one's."""
+    from huggingface_hub import constants
+
+    sent = set() if sent is None else sent
+    files = []
+    for path, content in upload.contents.items():
+        inode = _linked_inode(content)
+        files.append(PushedFile(path, _size(content), "shared" if inode in sent else "planned"))
+        sent |= {inode} if inode else set()
+    return PushReport(f"{constants.ENDPOINT}/{repo_id}", None, tuple(files), (), upload.left_out, upload.notes)
+
+
+def _size(content: _Content) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """What the hub's client raises while the block runs, in one line."""
+    from huggingface_hub import errors
+
     try:
-        return _upload(directory, paths, left_out, repo_id, private, revision, progress)
+        yield
     # The client raises OSError (offline, Xet transport), ValueError (what the hub calls invalid) and RuntimeError
     # (around what broke an upload) besides its HTTP errors.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -129,49 +262,98 @@ def check_ready(repo_id: str, *, dry_run: bool = False) -> None:
         )
 
 
-def _upload(
-    directory: Path,
-    paths: list[str],
-    left_out: tuple[str, ...],
-    repo_id: str,
-    private: bool,
-    revision: str | None,
-    progress: Callable[[PushedFile], None],
-) -> PushReport:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import RepoFile
+class _Repository:
+    """A repository on the hub, made if need be.
 
-    api = HfApi(library_name="mergekit-bio", library_version=__version__)
-    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    head = api.repo_info(repo_id, revision=revision)
-    if private and not head.private:
-        raise HubError(f"{repo_id}: exists and is public; make it private in its settings, or push without --private")
-    remote = {
-        entry.path: entry
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-        if isinstance(entry, RepoFile)
-    }
+    Args:
+        repo_id: ``USER/REPO``.
+        private: Whether it must be private.
+        branch: One of its branches; None for ``main``.
+    """
 
-    files: list[PushedFile] = []
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for path in paths:
-        size = (directory / path).stat().st_size
-        if _unchanged(directory / path, size, remote.get(path)):
-            files.append(PushedFile(path, size, "unchanged"))
-        else:
-            addition = CommitOperationAdd(path, directory / path)
-            api.preupload_lfs_files(repo_id, [addition], revision=revision)
-            operations.append(addition)
-            files.append(PushedFile(path, size, "uploaded"))
-        progress(files[-1])
+    def __init__(self, repo_id: str, *, private: bool, branch: str | None = None) -> None:
+        from huggingface_hub import HfApi
 
-    removed = sorted(path for path in remote.keys() - set(paths) if _WEIGHTS.fullmatch(path))
-    operations += [CommitOperationDelete(path) for path in removed]
-    commit = head.sha
-    if operations:
-        message = f"Upload {directory.resolve().name} with mergekit-bio {__version__}"
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid
-    return PushReport(str(url), commit, tuple(files), tuple(removed), left_out)
+        self._id = repo_id
+        self._api = HfApi(library_name="mergekit-bio", library_version=__version__)
+        self._url = str(self._api.create_repo(repo_id, private=private or None, exist_ok=True))
+        # Files that several checkpoints share by hard links: where they have gone (branch and path), and their sha256.
+        self._sent: dict[_Inode, tuple[str, str]] = {}
+        self._sha256: dict[_Inode, str] = {}
+        if private and not self._api.repo_info(repo_id, revision=branch).private:
+            raise HubError(
+                f"{repo_id}: exists and is public; make it private in its settings, or push without --private"
+            )
+
+    def make_branch(self, branch: str) -> None:
+        """Make a branch, unless it is there."""
+        self._api.create_branch(self._id, branch=branch, exist_ok=True)
+
+    def files(self, branch: str | None) -> "dict[str, RepoFile]":
+        """What a branch holds."""
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = self._api.list_repo_tree(self._id, recursive=True, revision=branch)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    def commit(self, upload: _Upload, progress: Callable[[PushedFile], None]) -> PushReport:
+        """Send what is not there yet, then show all of it at once."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        branch = upload.branch
+        commit = self._api.repo_info(self._id, revision=branch).sha
+        remote = self.files(branch)
+        files: list[PushedFile] = []
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = []
+        linked: dict[_Inode, str] = {}
+        for path, content in upload.contents.items():
+            inode = _linked_inode(content)
+            state: Literal["uploaded", "unchanged", "shared"] = "uploaded"
+            if self._unchanged(content, remote.get(path)):
+                state = "unchanged"
+            elif inode in self._sent:
+                source_branch, source_path = self._sent[inode]
+                operations.append(CommitOperationCopy(source_path, path, src_revision=source_branch))
+                state = "shared"
+            else:
+                addition = CommitOperationAdd(path, content)
+                self._api.preupload_lfs_files(self._id, [addition], revision=branch)
+                operations.append(addition)
+            if inode is not None:
+                linked[inode] = path
+            files.append(PushedFile(path, _size(content), state))
+            progress(files[-1])
+
+        stale = sorted(path for path in remote.keys() - upload.contents.keys() if _WEIGHTS.fullmatch(path))
+        if stale and not upload.brings_weights:
+            raise HubError(f"{self._id}: holds a checkpoint's weights ({stale[0]}); push this to another repository")
+        operations += [CommitOperationDelete(path) for path in stale]
+        if operations:
+            message = f"{upload.title} with mergekit-bio {__version__}"
+            commit = self._api.create_commit(self._id, operations, commit_message=message, revision=branch).oid
+        self._sent |= {inode: (branch or "main", path) for inode, path in linked.items()}
+        return PushReport(self._url, commit, tuple(files), tuple(stale), upload.left_out, upload.notes)
+
+    def _unchanged(self, content: _Content, remote: "RepoFile | None") -> bool:
+        """Whether the repository holds this file already."""
+        size = _size(content)
+        if remote is None or remote.size != size:
+            return False
+        if remote.lfs is not None and isinstance(content, Path):
+            inode = _linked_inode(content)
+            sha256 = self._sha256.get(inode) if inode else None
+            sha256 = sha256 or file_sha256(content)
+            if inode is not None:
+                self._sha256[inode] = sha256
+            return sha256 == remote.lfs.sha256
+        data = content.read_bytes() if isinstance(content, Path) else content
+        return hashlib.sha1(b"blob %d\0" % size + data).hexdigest() == remote.blob_id
+
+
+def _linked_inode(content: _Content) -> _Inode | None:
+    """What tells that two files are one, for a file with several names."""
+    found = content.stat() if isinstance(content, Path) else None
+    return (found.st_dev, found.st_ino) if found and found.st_nlink > 1 else None
 
 
 def _list_files(directory: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -200,19 +382,11 @@ def _check_single_checkpoint(directory: Path, paths: list[str], repo_id: str) ->
     inner = [path.removesuffix(f"/{MANIFEST}") for path in paths if path.endswith(f"/{MANIFEST}")]
     if inner:
         raise HubError(
-            f"{directory}: holds {len(inner)} checkpoints ({', '.join(inner)}); push each to a repository of its own, "
+            f"{directory}: holds {len(inner)} checkpoints ({', '.join(inner)}); push one of them, "
             f"such as: mergekit-bio push {directory / inner[0]} {repo_id}-{inner[0].replace('/', '-')}"
         )
     if MANIFEST not in paths:
         raise HubError(f"{directory}: not a merged checkpoint: it has no {MANIFEST}")
-
-
-def _unchanged(path: Path, size: int, remote: "RepoFile | None") -> bool:
-    if remote is None or remote.size != size:
-        return False
-    if remote.lfs is not None:
-        return file_sha256(path) == remote.lfs.sha256
-    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == remote.blob_id
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:

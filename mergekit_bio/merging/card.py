@@ -20,6 +20,9 @@ _LICENSES = {
     "mit": ("MIT", "https://opensource.org/license/mit", "keep the copyright notice"),
 }
 
+#: Metadata of what can be loaded.
+_OF_A_MODEL = ("library_name", "pipeline_tag")
+
 _PAPERS = {
     "merging": """\
 @inproceedings{marincione2025merging,
@@ -50,16 +53,83 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     Returns:
         Markdown with the hub's YAML metadata in front.
     """
+    about = (
+        "The audio encoder and its projection are in the directory too, unchanged: it hears without a second download."
+        if manifest["audio_prefix"]
+        else "The result is a plain checkpoint of the base's architecture: no adapter is needed to run it."
+    )
     sections = (
-        _introduction(manifest),
+        _introduction(manifest, about),
         _how_to_load(manifest),
         _provenance(manifest),
         _rounding_loss(manifest),
         _licences(manifest),
         _citation(manifest),
     )
+    return _page(_metadata(manifest), sections)
+
+
+def receipt_card(manifest: Mapping[str, Any], name: str) -> str:
+    """The ``README.md`` of a repository that holds a receipt and no weights.
+
+    Args:
+        manifest: The parsed ``merge.json``.
+        name: What the repository is called, with ``@BRANCH`` where it is not the main one.
+
+    Returns:
+        Markdown with the hub's YAML metadata in front.
+    """
+    folder = name.partition("/")[2].replace("@", "-")
+    how = f"""\
+## How to make it
+
+This repository holds the receipt of a merge, `merge.json`, and none of its weights: those are the sources', under the
+sources' terms. The same bytes are made from the sources, fetched at the revisions that were merged, and every hash is
+compared:
+
+```sh
+mergekit-bio rebuild {name} --out {folder}
+```"""
+    metadata = {key: value for key, value in _metadata(manifest).items() if key not in _OF_A_MODEL}
+    sections = (
+        _introduction(manifest, "This is its receipt."),
+        how,
+        _provenance(manifest),
+        _rounding_loss(manifest),
+        _licences(manifest),
+        _citation(manifest),
+    )
+    return _page(metadata, sections)
+
+
+def sweep_card(manifests: Mapping[str, Mapping[str, Any]], repo_id: str) -> str:
+    """The ``README.md`` of a repository that holds the checkpoints of a sweep, each on a branch.
+
+    Args:
+        manifests: Branch -> the parsed ``merge.json`` of what is there.
+        repo_id: The repository.
+
+    Returns:
+        Markdown with the hub's YAML metadata in front.
+    """
+    first, branch = next(iter(manifests.values())), list(manifests)[-1]
+    rows = [(f"[`{name}`]({_HUB}/{repo_id}/tree/{name})", manifest["alpha"]) for name, manifest in manifests.items()]
+    how = f"""\
+## The strengths
+
+Each is a checkpoint of its own, on a branch of its own:
+
+{_table(("Branch", "α"), rows)}
+
+A loader is told which as the revision, such as `revision="{branch}"` in Transformers or `--revision {branch}` in vLLM;
+to mergekit-bio it is `{repo_id}@{branch}`."""
+    introduction = _introduction(first, "This is a sweep over α.", strengths=False)
+    return _page(_metadata(first), (introduction, how, _licences(first), _citation(first)))
+
+
+def _page(metadata: Mapping[str, Any], sections: Iterable[str]) -> str:
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{to_yaml(_metadata(manifest))}---\n\n{body}\n"
+    return f"---\n{to_yaml(metadata)}---\n\n{body}\n"
 
 
 def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,19 +156,14 @@ def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _introduction(manifest: Mapping[str, Any]) -> str:
+def _introduction(manifest: Mapping[str, Any], about: str, *, strengths: bool = True) -> str:
     base, adapters = manifest["base"], manifest["adapters"]
     name, llama = base["name"], _llama_version(base)
     if llama and not name.startswith("Llama"):
         # The community licence: a derivative's name begins with "Llama".
         name = name.removeprefix("Meta-") if name.startswith("Meta-Llama") else f"Llama {llama} {name}"
-    title = " + ".join([name, *map(_scaled, adapters)])
+    title = " + ".join([name, *(_scaled(adapter) if strengths else adapter["name"] for adapter in adapters)])
     deltas = ", ".join(_link(adapter) for adapter in adapters)
-    about = (
-        "The audio encoder and its projection are in the directory too, unchanged: it hears without a second download."
-        if manifest["audio_prefix"]
-        else "The result is a plain checkpoint of the base's architecture: no adapter is needed to run it."
-    )
     notice = f"**Built with {'Meta Llama 3' if llama == '3' else 'Llama'}**\n\n" if llama else ""
     return f"""\
 # {_plain(title)}
@@ -161,7 +226,7 @@ def _provenance(manifest: Mapping[str, Any]) -> str:
     for adapter in manifest["adapters"]:
         alpha = adapter["alpha"]
         strengths = [_number(alpha["default"])]
-        strengths += [f"{_number(value)} on `{module}`" for module, value in alpha["modules"].items()]
+        strengths += [f"{_strength(value)} on `{module}`" for module, value in alpha["modules"].items()]
         kind, scaling = adapter["peft_type"] or adapter["kind"], ", ".join(adapter["scaling"])
         rows += [
             ("Adapter", f"{_link(adapter)}{_at(adapter)}"),
@@ -312,6 +377,14 @@ def _table(heads: Iterable[str], rows: Iterable[tuple[str, ...]], numbers_from: 
 def _plain(text: str) -> str:
     """A name that cannot break out of the line or the code span it is put in."""
     return " ".join(text.replace("`", "'").split())
+
+
+def _strength(value: float | str) -> str:
+    """A number, or a ramp in words: ``0.2 in the first layer to 0.8 in the last``."""
+    if not isinstance(value, str):
+        return _number(value)
+    first, _, last = value.partition("..")
+    return f"{first} in the first layer to {last} in the last"
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from mergekit_bio.audio.device import pick_device
-from mergekit_bio.errors import MergekitBioError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ def compute_devices(name: str) -> "list[torch.device]":
         name: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
     Raises:
-        MergekitBioError: There is no such device here, or folding cannot use it.
+        EngineError: There is no such device here.
     """
     import_torch()
     import torch
@@ -43,9 +42,9 @@ def compute_devices(name: str) -> "list[torch.device]":
         devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     else:
         devices = [torch.device(pick_device(name))]
-    if devices[0].type not in ("cpu", "cuda"):
-        raise MergekitBioError(f"--device {name}: merging computes on cpu and cuda only; try --device cpu")
-    return devices
+    # Folding takes products in float64, which Apple's GPUs do not have. What is none of NVIDIA's or AMD's leaves it to
+    # the CPU.
+    return devices if devices[0].type in ("cpu", "cuda") else [torch.device("cpu")]
 
 
 def device_name(name: str) -> str:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.layout import merged_config, processor_config
+from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import INDEX, inside
+from mergekit_bio.checkpoint.file_names import fitting
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
 from mergekit_bio.merging.plan import MergePlan, Output
@@ -19,11 +22,15 @@ from mergekit_bio.outside_data import read_json
 
 #: Taken together from whoever brought the vocabulary.
 _TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
-    "spiece.model", "sentencepiece*.model", "tekken.json", "*.tiktoken",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*.json", "vocab.*", "merges.txt",
+    "chat_template.*", "additional_chat_templates/*.jinja", "spiece.model", "spm*.model", "sentencepiece*.model",
+    "*.spm", "tekken.json", "*.tiktoken", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json", "byte_maps.json",
+    "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer", "SYSTEM_PROMPT.txt",
 )  # fmt: skip
 #: The base's.
 _SETTINGS = ("generation_config.json", "*processor_config.json")
+#: A class of custom code, as ``auto_map`` names one: module and class, perhaps of another repository.
+_CUSTOM_CLASS = re.compile(r"(?:(?P<repository>.+)--)?(?P<module>\w+)\.\w+")
 
 _EFFECTIVE = os.access in os.supports_effective_ids
 
@@ -48,12 +55,12 @@ def companions(plan: MergePlan) -> Companions:
             raise CheckpointError(
                 f"{str(file)!r}: its name is not UTF-8, so no file can tell of it; rename it"
             ) from None
-        if not os.access(inside(file.parent, file.name), os.R_OK, effective_ids=_EFFECTIVE):
+        if not os.access(file, os.R_OK, effective_ids=_EFFECTIVE):
             raise CheckpointError(f"{file}: may not be read; change its permissions")
     return {**copies, **_documents(plan)}
 
 
-def write_companions(beside: Companions, plan: MergePlan, output: Output, folder: Path) -> list[str]:
+def write_companions(beside: Companions, output: Output, folder: Path) -> list[str]:
     """Write what stands beside the weights of one output into ``folder``.
 
     Returns:
@@ -61,12 +68,21 @@ def write_companions(beside: Companions, plan: MergePlan, output: Output, folder
     """
     contents = {**beside, INDEX: _index(output)} if len(output.files) > 1 else beside
     for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
         else:
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+            (folder / name).write_bytes(_written(content))
     return sorted(contents)
+
+
+def companion_sha256(content: Path | Mapping[str, Any]) -> str:
+    """sha256 of a companion as it is written."""
+    return file_sha256(content) if isinstance(content, Path) else sha256(_written(content)).hexdigest()
+
+
+def _written(document: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n".encode()
 
 
 def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
@@ -77,20 +93,47 @@ def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
         stem = source.name.lstrip(".")  # hidden files are not pushed
         name = next(name for name in chain([stem], (f"{stem}-{suffix}" for suffix in count(2))) if name not in taken)
         taken.add(name)
-        licences.append({f"{name}-{file}": source.path / file for file in licence_files(source)})
+        licences.append({fitting(name, f"-{file}"): source.path / file for file in licence_files(source)})
     return licences
 
 
 def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
-    base, tokenizer = plan.base.source.path, _tokenizer_source(plan)
+    base, tokenizer = plan.base.source.path, plan.tokenizer.folder
     for origin, patterns in ((base, _SETTINGS), (tokenizer, _TOKENIZER)):
-        for file in sorted(origin.iterdir()):
-            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
-                yield file.name, file
+        files = {file for pattern in patterns for file in origin.glob(pattern) if file.is_file()}
+        if origin == base:
+            files |= _custom_code(base, (*patterns, "config.json"))
+        else:
+            files |= _custom_code(origin, patterns)
+        for name in sorted(file.relative_to(origin).as_posix() for file in files):
+            yield name, inside(origin, name)
     for name in licence_files(plan.base.source):
-        yield name, base / name
-    for licences in adapter_licences(plan):
-        yield from licences.items()
+        yield name, inside(base, name)
+    for name, file in chain.from_iterable(licences.items() for licences in adapter_licences(plan)):
+        yield name, inside(file.parent, file.name)
+
+
+def _custom_code(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    """The Python files beside configurations that name classes of them; they are copied, and never run.
+
+    Raises:
+        CheckpointError: A module that one names is not there.
+    """
+    named = False
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.suffix == ".json"):
+        classes = read_json(inside(folder, file.name)).get("auto_map") if file.name.endswith("config.json") else None
+        for value in classes.values() if isinstance(classes, dict) else ():
+            for name in value if isinstance(value, list) else [value]:
+                custom = _CUSTOM_CLASS.fullmatch(name) if isinstance(name, str) else None
+                if custom is None or custom["repository"]:
+                    continue
+                named = True
+                if not (folder / f"{custom['module']}.py").is_file():
+                    raise CheckpointError(
+                        f"{file}: auto_map names {name} of {custom['module']}.py, which is not there: the merge could "
+                        "not be loaded; fetch that file too"
+                    )
+    return {*folder.glob("*.py")} if named else set()  # with what those modules import of each other
 
 
 def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
@@ -98,7 +141,7 @@ def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
     if not plan.tower:
         return {"config.json": config}
     naturelm = dict(next(planned.adapter.config for planned in plan.adapters if planned.adapter.tower))
-    tokenizer = read_json(inside(_tokenizer_source(plan), "tokenizer.json"))
+    tokenizer = read_json(inside(plan.tokenizer.folder, "tokenizer.json"))
     return {
         "processor_config.json": processor_config(text_config=config, naturelm_config=naturelm, tokenizer=tokenizer),
         "config.json": merged_config(text_config=config, naturelm_config=naturelm, tokenizer=tokenizer),
@@ -109,16 +152,6 @@ def _index(output: Output) -> dict[str, Any]:
     weight_map = {name: file for file, shard in output.files.items() for name in shard.tensors}
     total = sum(shard.size - len(shard.header) for shard in output.files.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _tokenizer_source(plan: MergePlan) -> Path:
-    """The base's tokenizer, or that of the adapter that brought new tokens."""
-    if plan.vocabulary is not None:
-        for adapter in (planned.adapter for planned in plan.adapters):
-            rows = {delta.shape[0] for deltas in adapter.deltas.values() for delta in deltas if delta.shape}
-            if plan.vocabulary in rows and (adapter.source.path / "tokenizer.json").is_file():
-                return adapter.source.path
-    return plan.base.source.path
 
 
 def _text_config(plan: MergePlan) -> dict[str, Any]:

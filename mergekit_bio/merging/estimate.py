@@ -4,8 +4,8 @@ from mergekit_bio.checkpoint.header import nbytes_of
 from mergekit_bio.merging.plan import MergePlan
 from mergekit_bio.merging.write import cores
 
-#: A worker's buffers on a CPU: eleven blocks of fold.BLOCK_ELEMENTS, most of them 4 bytes wide.
-_WORKER_BYTES = 20 << 20
+#: A worker's buffers on a CPU: twelve blocks of fold.BLOCK_ELEMENTS, most of them 4 bytes wide.
+_WORKER_BYTES = 24 << 20
 
 
 def memory_bytes(plan: MergePlan) -> int:

@@ -1,5 +1,10 @@
 """The arithmetic: one tensor, in blocks of rows, for every strength at once.
 
+The bytes must be the same on every machine, so every step is one that IEEE 754 defines to the bit, but for one: the sum
+in a product of matrices, which kernels take in orders of their own. That product is taken in float64 and rounded to
+float32, where a difference in its last bits is lost. docs/checkpoint.md states the arithmetic; whoever changes it
+counts ``plan.ARITHMETIC`` up.
+
 A block is read once. Then, for each strength, it is mixed, rounded, measured and written. Buffers are allocated once
 and used again for every block. On a GPU several blocks are under way, each with buffers and a stream of its own, so
 that one block's transfer runs beside another's arithmetic. On a CPU there is one at a time; workers overlap instead.
@@ -181,9 +186,11 @@ class _BlockWorker:
         mixed = self._buffer("mixed", weights.shape, self._job.compute)
         if not deltas:
             return mixed.copy_(weights)
-        summand = weights
-        for delta, strength in zip(deltas, strengths, strict=True):
-            summand = torch.add(summand, delta, alpha=strength, out=mixed)
+        # Product and sum are each rounded. torch.add(alpha=...) would round them together where the processor has an
+        # instruction for both, and apart where it has none.
+        torch.mul(deltas[0], strengths[0], out=mixed).add_(weights)
+        for delta, strength in zip(deltas[1:], strengths[1:], strict=True):
+            mixed.add_(torch.mul(delta, strength, out=self._buffer("scaled", weights.shape, self._job.compute)))
         return mixed
 
     def _round(self, mixed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,19 +13,20 @@ from mergekit_bio.adapter.interface import Base
 from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, RoundingLoss, foreign_file
-from mergekit_bio.checkpoint.publish import staged
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, Manifest, RoundingLoss, foreign_file
+from mergekit_bio.checkpoint.publish import bytes_in, staged
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import OutputError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.card import model_card
 from mergekit_bio.merging.directory import Companions, companions, write_companions
+from mergekit_bio.merging.journal import Journal, plan_digest
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
-from mergekit_bio.merging.record import describe
-from mergekit_bio.merging.request import AdapterEntry, DType, MergeRequest, Rounding, Strength
+from mergekit_bio.merging.record import Made, describe
+from mergekit_bio.merging.request import AdapterEntry, DType, Hash, MergeRequest, Rounding, Strength, Tokenizer
 from mergekit_bio.merging.rounding_loss import summarise
-from mergekit_bio.merging.write import execute
+from mergekit_bio.merging.write import cores, execute
 
 if TYPE_CHECKING:
     from mergekit_bio.merging.fold import Folded
@@ -64,7 +67,9 @@ def merge(
     device: str = MergeRequest.device,
     text_only: bool = MergeRequest.text_only,
     base_from_adapter: bool = MergeRequest.base_from_adapter,
+    tokenizer: Tokenizer = MergeRequest.tokenizer,
     share: bool = MergeRequest.share,
+    hash: Hash = MergeRequest.hash,
     fsync: bool = MergeRequest.fsync,
     overwrite: bool = MergeRequest.overwrite,
 ) -> tuple[MergedCheckpoint, ...]:
@@ -98,7 +103,9 @@ def merge(
         device=device,
         text_only=text_only,
         base_from_adapter=base_from_adapter,
+        tokenizer=tokenizer,
         share=share,
+        hash=hash,
         fsync=fsync,
         overwrite=overwrite,
     )
@@ -131,13 +138,15 @@ def carry_out(
     *,
     command: str = "mergekit_bio.merge(...)",
     progress: Callable[[int], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[MergedCheckpoint, ...]:
-    """Write the checkpoints that ``plan`` describes.
+    """Write the checkpoints that ``plan`` describes, or go on with what a process that was killed has written of them.
 
     Args:
         plan: From :func:`plan_merge`.
         command: What the user typed, for the record.
         progress: Called with numbers of bytes that sum up to ``plan.bytes_on_disk``.
+        note: Called with a line about work that was cut off: what of it this merge goes on with, or leaves alone.
 
     Returns:
         One checkpoint for each strength, in their order.
@@ -145,20 +154,63 @@ def carry_out(
     Raises:
         MergekitBioError: As :func:`merge`. Nothing is left behind.
     """
-    # 1. Check the place, and collect what will stand beside the weights: what is missing there stops the merge early.
+
+    def record(output: Output, made: Made) -> Manifest:
+        return describe(plan, output, command, made)
+
+    return write_outputs(plan, companions(plan), record, progress, note)
+
+
+def write_outputs(
+    plan: MergePlan,
+    beside: Companions,
+    record: Callable[[Output, Made], Manifest],
+    progress: Callable[[int], None],
+    note: Callable[[str], None],
+) -> tuple[MergedCheckpoint, ...]:
+    """Write the outputs of a plan, all of them or none.
+
+    Args:
+        plan: What to do.
+        beside: What stands beside the weights. It was collected before: what is missing there stops the merge early.
+        record: Gives the manifest of an output from what came of it, or refuses that.
+        progress: As of :func:`carry_out`.
+        note: Likewise.
+
+    Returns:
+        One checkpoint for each output.
+
+    Raises:
+        MergekitBioError: As :func:`merge`. Nothing is left behind.
+    """
+    # 1. Check the place.
     request, out = plan.request, plan.request.destination
     _check_place(out, plan)
-    beside = companions(plan)
     # 2. Work in a scratch directory that becomes the output only if all goes well.
-    with staged(
-        out, mark=MANIFEST, foreign_file=foreign_file, overwrite=request.overwrite, fsync=request.fsync
-    ) as scratch:
+    with (
+        staged(
+            out,
+            mark=MANIFEST,
+            foreign_file=foreign_file,
+            overwrite=request.overwrite,
+            fsync=request.fsync,
+            key=plan_digest(plan),
+            note=note,
+        ) as scratch,
+        closing(Journal(scratch)) as journal,
+    ):
+        there = bytes_in(scratch) if journal.goes_on else 0
+        if there:
+            note(f"{out}: goes on with a merge that was cut off; {there / 1e9:.3g} GB of it are there")
         copied = sum(content.stat().st_size for content in beside.values() if isinstance(content, Path))
-        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied)
+        _check_space(scratch, plan.bytes_on_disk + len(plan.outputs) * copied - there)
         # 3. Write the shards: copy what is copied, fold what is folded.
-        folded = execute(plan, scratch, progress)
+        folded = execute(plan, scratch, journal, progress)
         # 4. Write what stands beside them, for each output.
-        return tuple(_finish(plan, output, beside, scratch, folded, command) for output in plan.outputs)
+        hashes = _hash_files(plan, scratch) if request.hash == "full" else {}
+        merged = tuple(_finish(plan, output, beside, scratch, folded, hashes, record) for output in plan.outputs)
+        journal.remove()
+        return merged
 
 
 def _finish(
@@ -167,12 +219,13 @@ def _finish(
     beside: Companions,
     scratch: Path,
     folded: "tuple[Folded, ...]",
-    command: str,
+    file_hashes: Mapping[str, str],
+    record: Callable[[Output, Made], Manifest],
 ) -> MergedCheckpoint:
     """Write what stands beside the weights of one output."""
     folder, files = scratch / output.folder, output.files
     # 1. Configuration, index, tokenizer, licences.
-    companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, plan, output, folder)}
+    companion_hashes = {name: file_sha256(folder / name) for name in write_companions(beside, output, folder)}
     # 2. Pick this output's share of the folds' results.
     stored_in = {shard.file for shard in files.values()}
     tensor_hashes, measured = {}, []
@@ -183,7 +236,8 @@ def _finish(
                 measured += [(fold.name, math.prod(fold.shape), products)] if fold.deltas else []
     losses = summarise(measured)
     # 3. The record and the card. The record comes last: it makes a directory a checkpoint that verify accepts.
-    manifest = describe(plan, output, command, tensor_hashes, companion_hashes, losses)
+    whole_files = {name: file_hashes[shard.file] for name, shard in files.items() if shard.file in file_hashes}
+    manifest = record(output, Made(tensor_hashes, companion_hashes, whole_files, losses))
     (folder / CARD).write_text(model_card(asdict(manifest)), encoding="utf-8")
     for name, shard in files.items():
         if shard.links:
@@ -191,6 +245,13 @@ def _finish(
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     unchanged = not tensor_hashes and not plan.base.overrides
     return MergedCheckpoint(plan.request.destination / output.folder, output.alpha, losses, unchanged)
+
+
+def _hash_files(plan: MergePlan, scratch: Path) -> dict[str, str]:
+    """sha256 of every file of weights, by its name in the plan."""
+    names = [shard.file for shard in plan.shards]
+    with ThreadPoolExecutor(cores()) as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(scratch / name), names), strict=True))
 
 
 def _check_place(out: Path, plan: MergePlan) -> None:

@@ -3,7 +3,7 @@
 A plan can be printed, tested and compared before it is carried out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,14 @@ from mergekit_bio.adapter.interface import Adapter, Base
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo, nbytes_of
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.tokenizers import TokenizerChoice
 
 if TYPE_CHECKING:
     import torch
+
+#: The version of what a fold computes, step by step (docs/checkpoint.md, "The arithmetic"). Whoever changes that, here
+#: or in a delta, counts it up. The first one, of manifests before the third format, took products in float32.
+ARITHMETIC = 2
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class MergePlan:
         folds: The tensors computed anew.
         untied: Whether the output head gets a matrix of its own that the base shares with the input embedding.
         vocabulary: Rows of the embeddings, where an adapter brings more than the base has.
+        tokenizer: Whose tokenizer goes along.
     """
 
     request: MergeRequest
@@ -159,6 +165,20 @@ class MergePlan:
     folds: tuple[Fold, ...]
     untied: bool
     vocabulary: int | None
+    tokenizer: TokenizerChoice
+
+    def only(self, index: int) -> "MergePlan":
+        """What makes one output alone, its files at the root of the output directory."""
+        output = self.outputs[index]
+        names = {shard.file: name for name, shard in output.files.items()}
+        files = {name: replace(shard, file=name, links=()) for name, shard in output.files.items()}
+        targets = [
+            tuple(replace(target, file=names[target.file]) for target in fold.targets if target.file in names)
+            for fold in self.folds
+        ]
+        folds = (replace(fold, targets=own) for fold, own in zip(self.folds, targets, strict=True) if own)
+        alone = Output(output.alpha, "", files)
+        return replace(self, outputs=(alone,), shards=tuple(files.values()), folds=tuple(folds))
 
     @property
     def tower(self) -> tuple[TensorInfo, ...]:

@@ -3,21 +3,28 @@
 Nothing here reads a weight or writes a file.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import merged_name
 from mergekit_bio.audio.tower import PROJECTION, check_tower
 from mergekit_bio.checkpoint.directory import SINGLE
-from mergekit_bio.checkpoint.header import DTYPES, FLOATS, TensorInfo, build_header, nbytes_of
+from mergekit_bio.checkpoint.file_names import fitting
+from mergekit_bio.checkpoint.header import DTYPES, FLOATS, Shard, TensorInfo, build_header, nbytes_of
 from mergekit_bio.errors import AdapterError, AlphaError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, Output, OutputShard, PlannedAdapter, Target
 from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.tokenizers import choose_tokenizer
 from mergekit_bio.merging.tying import Change, resolve_tying
+
+#: What a file holds: name, dtype and shape of each tensor in it, in order.
+_Entries: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 #: Folded tensors of a sweep are gathered in shards of at most this size, as the hub's own tools do.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -89,17 +96,18 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
     # 2. Find W0 of every tensor, everything that is added to it, and how strongly.
     base = _with_overrides(base, adapters, request.base_from_adapter)
     changes, untied = resolve_tying(base, adapters)
+    layers = _tensors_in_layers(base)
     planned = tuple(
         PlannedAdapter(
             adapter,
-            alpha=entry.fixed_alpha,
+            alpha=None if entry.fixed_alpha is None else entry.fixed_alpha.over(layers),
             changed=tuple(
                 name for name, added in changes.items() if any(change.adapter_index == index for change in added)
             ),
         )
         for index, (adapter, entry) in enumerate(zip(adapters, request.adapters, strict=True))
     )
-    alphas = request.strengths
+    alphas = [alpha.over(layers) for alpha in request.strengths]
     _check_strengths(planned, alphas)
 
     # 3. Decide each tensor's dtype, shape and strengths: whether it is copied, converted or folded.
@@ -126,7 +134,7 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         shards += [_ShardPieces(tower, outputs) for outputs in ([every_output] if request.share else each_output)]
 
     # 5. Name the files, and give every tensor its offset.
-    outputs = tuple(Output(alpha, f"alpha-{alpha.label}" if len(alphas) > 1 else "") for alpha in alphas)
+    outputs = tuple(Output(alpha, fitting(f"alpha-{alpha.label}") if len(alphas) > 1 else "") for alpha in alphas)
     written = _name_files(outputs, shards, base)
     folds = tuple(
         Fold(
@@ -140,7 +148,10 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
         for piece in pieces.values()
         if piece.targets
     )
-    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary)
+    # 6. Choose the tokenizer, which must have a row for each of its tokens.
+    embedding = pieces.get(str(base.input_embedding))
+    tokenizer = choose_tokenizer(request, base, adapters, rows=embedding.shape[0] if embedding else None)
+    return MergePlan(request, base, planned, outputs, written, folds, untied, vocabulary, tokenizer)
 
 
 def _check_tower(adapter: Adapter, base: Base) -> None:
@@ -178,6 +189,17 @@ def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: 
                 raise AdapterError(f"{tensor.where}: another adapter brings its own {name} too; merge them in turn")
             overrides[name] = tensor
     return replace(base, overrides=overrides)
+
+
+def _tensors_in_layers(base: Base) -> list[str]:
+    """The base's tensors, without the layers behind its last one that predict further tokens (DeepSeek-V3, GLM-4.5)."""
+    config = base.checkpoint.config
+    count = config.get("num_hidden_layers")
+    if not config.get("num_nextn_predict_layers") or not isinstance(count, int):
+        return list(base.checkpoint.tensors)
+    further = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+    found = ((name, further.match(name)) for name in base.checkpoint.tensors)
+    return [name for name, layer in found if layer is None or int(layer[1]) < count]
 
 
 def _check_strengths(planned: Sequence[PlannedAdapter], alphas: Sequence[Alpha]) -> None:
@@ -228,7 +250,7 @@ def _shape(name: str, source: TensorInfo, changes: tuple[Change, ...]) -> tuple[
 
 def _grown_vocabulary(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
     """The new number of rows, if the vocabulary grows; input embedding and output head must then grow alike."""
-    sides = [piece for name, piece in pieces.items() if name in (base.input_embedding, LM_HEAD)]
+    sides = [pieces[name] for name in (str(base.input_embedding), LM_HEAD) if name in pieces]
     grown = {piece.shape[0] for piece in sides if piece.shape != piece.source.shape}
     if not grown:
         return None
@@ -262,6 +284,9 @@ def _name_files(outputs: Sequence[Output], shards: Sequence[_ShardPieces], base:
     Of the names that a shared file has, the first makes it, and the others are links to it.
     """
     counts = Counter(output_index for shard in shards for output_index in shard.outputs)
+    originals = {
+        tuple((info.name, info.dtype, info.shape) for info in shard.tensors): shard for shard in base.checkpoint.shards
+    }
     written: list[OutputShard] = []
     for shard in shards:
         names: dict[int, str] = {}
@@ -269,23 +294,23 @@ def _name_files(outputs: Sequence[Output], shards: Sequence[_ShardPieces], base:
             place, count = len(outputs[output_index].files) + 1, counts[output_index]
             names[output_index] = SINGLE if count == 1 else f"model-{place:05d}-of-{count:05d}.safetensors"
         paths = [f"{outputs[output_index].folder}/{name}".lstrip("/") for output_index, name in names.items()]
-        written.append(_place(shard, paths, base))
+        written.append(_place(shard, paths, originals))
         for output_index, name in names.items():
             outputs[output_index].files[name] = written[-1]
     return tuple(written)
 
 
-def _place(shard: _ShardPieces, paths: Sequence[str], base: Base) -> OutputShard:
-    """Give every tensor of a file its offset: as a copied range, or as a target of a fold."""
+def _place(shard: _ShardPieces, paths: Sequence[str], originals: Mapping[_Entries, Shard]) -> OutputShard:
+    """Give every tensor of a file its offset: as a copied range, or as a target of a fold.
+
+    Args:
+        shard: What goes into the file.
+        paths: Its names.
+        originals: The base's files, by what they hold.
+    """
     # 1. The header: the base's own where it holds the same tensors, so that the file system can clone the file.
     pieces = shard.pieces
-    entries = [(piece.name, piece.dtype, piece.shape) for piece in pieces]
-    same = (
-        original
-        for original in base.checkpoint.shards
-        if [(info.name, info.dtype, info.shape) for info in original.tensors] == entries
-    )
-    original = next(same, None)
+    original = originals.get(tuple((piece.name, piece.dtype, piece.shape) for piece in pieces))
     if original is not None:
         header = original.header
     else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+from mergekit_bio.checkpoint.file_names import fitting
 from mergekit_bio.errors import MergekitBioError, RecipeError
 from mergekit_bio.merging.alpha import Alpha, one_alpha, parse_alphas
 from mergekit_bio.outside_data import FORBID_EXTRA, read_yaml
@@ -14,6 +15,8 @@ DEFAULT_ADAPTER = "EarthSpeciesProject/NatureLM-audio"
 
 DType: TypeAlias = Literal["keep", "bfloat16", "float16", "float32"]
 Rounding: TypeAlias = Literal["stochastic", "nearest"]
+Tokenizer: TypeAlias = Literal["auto", "base", "adapter"]
+Hash: TypeAlias = Literal["folded", "full"]
 #: A number, a sweep ``"0:1:0.1"``, or a list by module ``"q_proj=0.3,o_proj=0.6"``.
 Strength: TypeAlias = float | str
 
@@ -28,7 +31,7 @@ class AdapterEntry:
     """
 
     source: str | Path
-    alpha: Strength | None = None
+    alpha: Strength | Alpha | None = None
 
     @property
     def fixed_alpha(self) -> Alpha | None:
@@ -37,7 +40,7 @@ class AdapterEntry:
         Raises:
             AlphaError: It cannot be read, or is a sweep.
         """
-        return None if self.alpha is None else one_alpha(self.alpha)
+        return self.alpha if self.alpha is None or isinstance(self.alpha, Alpha) else one_alpha(self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,11 @@ class MergeRequest:
         text_only: Leave an adapter's audio tower out.
         base_from_adapter: Where an adapter repeats a tensor of the base with other values, take the adapter's at every
             strength, 0 included, as NatureLM-audio's original code does; otherwise that is an error.
+        tokenizer: ``"auto"`` takes the base's, or that of an adapter that brings new tokens; ``"base"`` and
+            ``"adapter"`` say whose.
         share: Store what several strengths have in common once, hard-linked and read-only.
+        hash: Of what the manifest records the sha256: ``"folded"`` for tensors that are computed and small files;
+            ``"full"`` also for whole files of weights, which have to be read again for it.
         fsync: Have everything on the disk before the directory appears.
         overwrite: Replace a directory that a merge has written before.
     """
@@ -75,13 +82,16 @@ class MergeRequest:
     device: str = "auto"
     text_only: bool = False
     base_from_adapter: bool = False
+    tokenizer: Tokenizer = "auto"
     share: bool = True
+    hash: Hash = "folded"
     fsync: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for key, choices in (("dtype", get_args(DType)), ("rounding", get_args(Rounding))):
-            if getattr(self, key) not in choices:
+        kinds = {"dtype": DType, "rounding": Rounding, "tokenizer": Tokenizer, "hash": Hash}
+        for key, kind in kinds.items():
+            if getattr(self, key) not in (choices := get_args(kind)):
                 raise MergekitBioError(f"--{key} {getattr(self, key)}: is none of {', '.join(choices)}")
 
     @property
@@ -113,7 +123,7 @@ class MergeRequest:
         sources = [str(entry.source) for entry in self.adapters]
         name = "+".join(source.partition("@")[0].rstrip("/").split("/")[-1] or "adapter" for source in sources)
         labels = [alpha.label for alpha in self.strengths]
-        return Path("merged") / (f"{name}-alpha-{labels[0]}" if len(labels) == 1 else name)
+        return Path("merged") / fitting(f"{name}-alpha-{labels[0]}" if len(labels) == 1 else name)
 
 
 def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeRequest:

@@ -12,12 +12,10 @@ from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import TensorInfo, read_exactly
-from mergekit_bio.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Origin, fingerprint, read_manifest
+from mergekit_bio.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mergekit_bio.errors import CheckpointError, VerificationError
-from mergekit_bio.merging.alpha import Alpha
-from mergekit_bio.merging.merge import plan_merge
-from mergekit_bio.merging.plan import Fold, MergePlan
-from mergekit_bio.merging.request import AdapterEntry, MergeRequest
+from mergekit_bio.merging.plan import Fold
+from mergekit_bio.merging.replan import plan_again
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +98,11 @@ def _check_files(root: Path, manifest: Manifest, checkpoint: Checkpoint) -> None
     for name, record in manifest.files.items():
         if name not in shards:
             raise VerificationError(f"{root / name}: is in {MANIFEST} but not in the checkpoint")
-        if FileRecord(shards[name].size, hashlib.sha256(shards[name].header).hexdigest()) != record:
+        found = shards[name].size, hashlib.sha256(shards[name].header).hexdigest()
+        if found != (record.bytes, record.header_sha256):
             raise VerificationError(f"{root / name}: size or header is not what the merge wrote")
+        if record.sha256 not in (None, record.sha256 and file_sha256(inside(root, name))):
+            raise VerificationError(f"{root / name}: was changed after the merge (sha256 differs)")
     present = {path.name for path in root.glob("*.safetensors")}
     for name in sorted(present - manifest.files.keys()):
         raise VerificationError(f"{root / name}: is not part of the merge; remove it")
@@ -133,12 +134,8 @@ def _against_sources(
     progress: Callable[[int], None],
 ) -> Verification:
     # 1. Plan the merge again, from the same weights.
-    plan = _plan_again(manifest, base, adapters)
-    identities = [(plan.base.source.given, fingerprint(plan.base.checkpoint.tensors))]
-    identities += [(planned.adapter.source.given, fingerprint(planned.adapter.stored)) for planned in plan.adapters]
-    for (given, identity), origin in zip(identities, [manifest.base, *manifest.adapters], strict=True):
-        if identity != origin.fingerprint:
-            raise VerificationError(f"{given}: is not the {origin.name} that was merged (its weights differ)")
+    whole, output_index = plan_again(manifest, base, adapters)
+    plan = whole.only(output_index)
     planned = {name for shard in plan.shards for name in shard.tensors}
     if planned != checkpoint.tensors.keys():
         name = min(planned ^ checkpoint.tensors.keys())
@@ -159,31 +156,6 @@ def _against_sources(
             copied += 1
         progress(info.nbytes)
     return replace(result, copied=copied, recomputed=len(folds), worst_ulp=worst, worst_tensor=worst_tensor)
-
-
-def _plan_again(manifest: Manifest, base: str | None, adapters: list[str] | None) -> MergePlan:
-    """What the merge planned, at one strength for each adapter."""
-
-    def located(origin: Origin) -> str:
-        """The source at the revision that was merged, wherever the branch it was on has gone."""
-        if origin.revision is None or Path(origin.source).is_dir():
-            return origin.source
-        return f"{origin.source.partition('@')[0]}@{origin.revision}"
-
-    names = adapters or [located(origin) for origin in manifest.adapters]
-    if len(names) != len(manifest.adapters):
-        raise VerificationError(f"the merge had {len(manifest.adapters)} adapters, but {len(names)} are given")
-    alphas = [Alpha(origin.alpha.default, tuple(origin.alpha.modules.items())) for origin in manifest.adapters]
-    return plan_merge(
-        MergeRequest(
-            base=base or located(manifest.base),
-            adapter=[AdapterEntry(name, str(alpha)) for name, alpha in zip(names, alphas, strict=True)],
-            alphas=1.0,  # of no adapter: each has its own
-            dtype=manifest.dtype,  # type: ignore[arg-type]  # a request refuses what is none
-            text_only=manifest.text_only,
-            base_from_adapter=any(origin.base_weights for origin in manifest.adapters),
-        )
-    )
 
 
 #: What float32 sums and products may be off by, relative to their terms: 2^-23 with room for a rank's worth of them.

@@ -83,6 +83,23 @@ def test_dry_run_lists_sizes_without_a_token(hub: Hub, checkpoint: Path, tmp_pat
     assert not hub.requests
 
 
+def test_a_sweep_and_its_receipts(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    sources = checkpoint.parent
+    sweep = tmp_path / "sweep"
+    mergekit_bio.merge(base=sources / "base", adapter=sources / "owls", alphas=[0, 1], out=sweep, device="cpu")
+    done = run(hub, sweep, REPO, "--receipt", "--json", home=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    documents = json.loads(done.stdout)
+    assert [document["url"] for document in documents] == [
+        f"{hub.url}/{REPO}/tree/alpha-{alpha}" for alpha in ("0.00", "1.00")
+    ]
+    assert set(hub.repos[REPO].files("alpha-1.00")) == {".gitattributes", "README.md", "merge.json"}
+    assert "owls is known by its directory only" in done.stderr
+    refused = run(hub, sweep, REPO, "--revision", "v1", home=tmp_path)
+    assert refused.returncode == 1 and "has a branch of its own" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("token", "repo_id", "options", "said"),
     [

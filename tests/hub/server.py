@@ -319,6 +319,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Commits
 
+    def create_branch(self, repo: str, branch: str) -> None:
+        asked = self.json()
+        found = self.repo(repo, write=True)
+        if branch in found.branches:
+            raise Refusal(409, f"Reference already exists: {branch}")
+        found.branches[branch] = self.revision(found, asked.get("startingPoint", "main"))
+        self.send_json({})
+
     def validate_yaml(self) -> None:
         front = re.match(r"---\n(.*?)\n---\n", self.json()["content"], re.DOTALL)
         data = yaml.safe_load(front[1]) if front else {}
@@ -361,9 +369,10 @@ class _Handler(BaseHTTPRequestHandler):
                 case "file":
                     files[value["path"]] = File.regular(base64.b64decode(value["content"], validate=True))
                 case "lfsFile":
-                    if len(self.hub.objects.get(value["oid"], b"")) != value["size"]:
+                    size = len(self.hub.objects.get(value["oid"], b""))
+                    if size != value.get("size", size) or value["oid"] not in self.hub.objects:
                         raise Refusal(400, f"LFS object {value['oid']} of {value['path']} was never uploaded")
-                    files[value["path"]] = File.large(value["oid"], value["size"])
+                    files[value["path"]] = File.large(value["oid"], size)
                 case "deletedFile":
                     if files.pop(value["path"], None) is None:
                         raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
@@ -480,6 +489,7 @@ _ROUTES = [
         ("POST", f"/api/{_KIND}/{_REPO}/paths-info/{_REVISION}", _Handler.paths_info),
         ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
         ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),
+        ("POST", f"/api/models/{_REPO}/branch/(?P<branch>.+)", _Handler.create_branch),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
         ("POST", rf"/{_REPO}\.git/info/lfs/verify", _Handler.lfs_verify),
         ("GET HEAD", rf"/(?:datasets/)?{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve),

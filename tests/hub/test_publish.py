@@ -1,5 +1,6 @@
 """Pushing to a hub that speaks the real protocol, with the real client, and getting the same bytes back."""
 
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from hub.server import File, Hub
 from huggingface_hub import snapshot_download
+from merging.example import write_example
 
+import mergekit_bio
 from mergekit_bio.errors import HubError, MergekitBioError, VerificationError
-from mergekit_bio.hub.push import PushedFile, push
+from mergekit_bio.hub.push import PushedFile, push, push_sweep
 from mergekit_bio.merging.verify import verify
 
 REPO = "owl/Llama-tiny-owls"
@@ -181,7 +184,9 @@ def test_a_directory_that_does_not_verify_is_refused(hub: Hub, checkpoint: Path)
     assert not hub.requests
 
 
-def test_a_sweep_is_refused_with_its_checkpoints_named(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sweep_is_no_single_checkpoint_and_its_checkpoints_are_named(
+    hub: Hub, checkpoint: Path, tmp_path: Path
+) -> None:
     for alpha in ("alpha-0.00", "alpha-0.50"):
         shutil.copytree(checkpoint, tmp_path / "sweep" / alpha)
     with pytest.raises(HubError) as failure:
@@ -191,6 +196,119 @@ def test_a_sweep_is_refused_with_its_checkpoints_named(hub: Hub, checkpoint: Pat
     assert "holds 2 checkpoints (alpha-0.00, alpha-0.50)" in message
     assert f"mergekit-bio push {tmp_path / 'sweep' / 'alpha-0.00'} {REPO}-alpha-0.00" in message
     assert not hub.requests
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three strengths that share files by hard links."""
+    base, adapter = write_example(tmp_path)
+    mergekit_bio.merge(base=base, adapter=adapter, alphas=["0:1:0.5"], out=tmp_path / "sweep", device="cpu")
+    return tmp_path / "sweep"
+
+
+def large_bytes(sweep: Path) -> int:
+    """Bytes of weights, those with several names counted once."""
+    return sum({path.stat().st_ino: path.stat().st_size for path in sweep.rglob("*.safetensors")}.values())
+
+
+ALPHAS = ["alpha-0.00", "alpha-0.50", "alpha-1.00"]
+
+
+def test_a_sweep_goes_to_branches_of_one_repository_and_what_is_shared_is_sent_once(hub: Hub, sweep: Path) -> None:
+    reports = push_sweep(sweep, REPO)
+
+    assert hub.uploaded_bytes == large_bytes(sweep)
+    assert [report.url for report in reports] == [f"{hub.url}/{REPO}/tree/{alpha}" for alpha in ALPHAS]
+    for alpha, report in zip(ALPHAS, reports, strict=True):
+        assert report.commit == hub.repos[REPO].branches[alpha]
+        downloaded = Path(snapshot_download(REPO, revision=alpha))
+        fetched = contents(downloaded)
+        del fetched[".gitattributes"]
+        assert fetched == contents(sweep / alpha)
+        verify(downloaded)
+    assert {file.state for file in reports[0].files} == {"uploaded"}
+    shared = [file.path for file in reports[2].files if file.state == "shared"]
+    assert shared == sorted(path.name for path in (sweep / ALPHAS[2]).iterdir() if path.stat().st_nlink > 1)
+    assert len(shared) == 2
+
+
+def test_the_main_branch_of_a_sweep_says_which_strengths_there_are(hub: Hub, sweep: Path) -> None:
+    push_sweep(sweep, REPO)
+
+    files = hub.repos[REPO].files()
+    assert set(files) == {".gitattributes", "README.md"}
+    card = (files["README.md"].content or b"").decode()
+    assert all(f"[`{alpha}`](https://huggingface.co/{REPO}/tree/{alpha})" in card for alpha in ALPHAS)
+    assert f"{REPO}@alpha-1.00" in card and "α" in card
+
+
+def test_a_sweep_that_was_cut_off_goes_on_and_a_second_push_sends_nothing(hub: Hub, sweep: Path) -> None:
+    hub.lose_connection(after_bytes=large_bytes(sweep) - 1000, for_good=True)  # in the last strength
+    with pytest.raises(HubError) as failure:
+        push_sweep(sweep, REPO)
+    assert "run the same command again" in one_line(failure)
+
+    hub.restore_connection()
+    before = hub.uploaded_bytes
+    push_sweep(sweep, REPO)
+    last = sum(path.stat().st_size for path in (sweep / ALPHAS[2]).glob("*.safetensors") if path.stat().st_nlink == 1)
+    assert hub.uploaded_bytes - before == last
+    before = hub.uploaded_bytes
+    commits = len(hub.repos[REPO].commits)
+    again = push_sweep(sweep, REPO)
+    assert (hub.uploaded_bytes, len(hub.repos[REPO].commits)) == (before, commits)
+    assert {file.state for report in again for file in report.files} == {"unchanged"}
+
+
+def test_a_sweep_is_not_pushed_over_a_checkpoint(hub: Hub, checkpoint: Path, sweep: Path) -> None:
+    push(checkpoint, REPO)
+    with pytest.raises(HubError) as failure:
+        push_sweep(sweep, REPO)
+
+    assert "its main branch holds a checkpoint" in one_line(failure)
+
+
+def test_a_dry_run_of_a_sweep_counts_what_is_shared_once(hub: Hub, sweep: Path) -> None:
+    reports = push_sweep(sweep, REPO, dry_run=True)
+
+    planned = [file for report in reports for file in report.files if file.state == "planned"]
+    assert sum(file.bytes for file in planned if file.path.endswith(".safetensors")) == large_bytes(sweep)
+    assert not hub.requests
+
+
+def test_a_receipt_is_published_without_weights(hub: Hub, checkpoint: Path) -> None:
+    report = push(checkpoint, REPO, receipt=True)
+
+    files = hub.repos[REPO].files()
+    assert set(files) == {".gitattributes", "README.md", "merge.json"}
+    assert files["merge.json"].content == (checkpoint / "merge.json").read_bytes()
+    assert sum(file.size for file in files.values()) < 20_000 and hub.uploaded_bytes == 0
+    card = (files["README.md"].content or b"").decode()
+    assert f"mergekit-bio rebuild {REPO} --out" in card
+    assert "from_pretrained" not in card and "library_name" not in card
+    assert [note.split(" is ")[0] for note in report.notes] == ["base", "owls"]  # nobody else has these directories
+
+
+def test_a_receipt_does_not_replace_a_checkpoint(hub: Hub, checkpoint: Path) -> None:
+    push(checkpoint, REPO)
+    before = hub.repos[REPO].files()
+    with pytest.raises(HubError) as failure:
+        push(checkpoint, REPO, receipt=True)
+
+    assert "holds a checkpoint's weights" in one_line(failure)
+    assert hub.repos[REPO].files() == before
+
+
+def test_a_receipt_of_an_older_format_is_refused(hub: Hub, checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "merge.json").read_text())
+    for key in ("arithmetic", "tokenizer", "sweep"):
+        del manifest[key]
+    (checkpoint / "merge.json").write_text(json.dumps(manifest | {"format": "mergekit-bio/merge@2"}))
+    push(checkpoint, REPO)  # whole, it is as good as any
+    with pytest.raises(HubError) as failure:
+        push(checkpoint, "owl/receipt", receipt=True)
+
+    assert "format 'mergekit-bio/merge@2', from which a checkpoint cannot be rebuilt" in one_line(failure)
 
 
 def test_a_directory_without_manifest_is_refused(hub: Hub, tmp_path: Path) -> None:

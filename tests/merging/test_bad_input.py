@@ -401,7 +401,7 @@ def test_overwrite_replaces_a_merge_and_nothing_that_was_put_beside_or_into_it(s
     assert str(project / "thesis.tex") in refused("merge", *options, "--out", project, watch=sources)
 
 
-@pytest.mark.parametrize("repository", ["owls", f"owl/{'x' * 90}"])
+@pytest.mark.parametrize("repository", ["owls", f"owl/{'x' * 97}"])
 def test_a_repository_that_cannot_be(sources: Path, repository: str) -> None:
     assert f"'{repository}" in (line := merge(sources, "--push", repository, alpha="0:1:0.5"))
     assert "is not the name of a repository" in line

@@ -67,8 +67,8 @@ def test_every_keyword_of_merge_reaches_the_request(sources, monkeypatch):
     monkeypatch.setattr("mergekit_bio.merging.merge.carry_out", lambda plan: plan.request)
     options = {
         "base": sources[0], "alphas": ["0:1:0.5"], "out": "elsewhere", "dtype": "float32", "rounding": "nearest",
-        "seed": 7, "device": "cpu", "text_only": True, "base_from_adapter": True, "share": False, "fsync": False,
-        "overwrite": True,
+        "seed": 7, "device": "cpu", "text_only": True, "base_from_adapter": True, "tokenizer": "base",
+        "share": False, "hash": "full", "fsync": False, "overwrite": True,
     }  # fmt: skip
     request = MergeRequest(**options, adapter=[AdapterEntry(sources[1], 0.3)])
     assert mergekit_bio.merge(**options, adapter=(sources[1], 0.3)) == request
@@ -188,7 +188,7 @@ def test_another_dtype_for_tensors_that_hold_nothing(sources, tmp_path):
 
 
 def test_strengths_by_module_and_layer(sources, tmp_path):
-    (merged,) = merge(sources, tmp_path / "out", "q_proj=0.3,layers.2-3.o_proj=0.6", dtype="float32")
+    (merged,) = merge(sources, tmp_path / "out", "q_proj=0.3,layers.2-3.self_attn.o_proj=0.6", dtype="float32")
     weights, base = read_tensors(merged.path), read_tensors(sources[0])
     strengths = {
         name: 0.3 if "q_proj" in name else 0.6 if name.split(".")[2] in "23" and "o_proj" in name else 0.0

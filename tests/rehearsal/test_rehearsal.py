@@ -112,6 +112,16 @@ def test_the_page_has_every_command_and_says_where_the_pair_is_smaller(tmp_path:
     assert "instead of 32" not in real.page()
 
 
+def test_of_commands_that_took_turns_the_page_has_the_medians(tmp_path: Path) -> None:
+    each = rehearsal.Rehearsal(tmp_path, 2, 3)
+    for wall in (3.0, 1.0, 2.0):
+        each.rows.append(("`cp`", rehearsal.Cost(wall, 10 * wall, 0, 0, 0)))
+        each.rows.append(("`merge`", rehearsal.Cost(2 * wall, 0, 0, 0, 0)))
+    page = each.page()
+    assert page.count("| `cp` |") == 1 and "| `cp` | 2.0 s | 20.0 s |" in page
+    assert "| `merge` | 4.0 s |" in page and "took turns 3 times" in page
+
+
 def test_the_recording_is_ten_seconds_of_sound(tmp_path: Path) -> None:
     rehearsal.write_recording(tmp_path / "recording.wav")
     with wave.open(str(tmp_path / "recording.wav")) as recording:

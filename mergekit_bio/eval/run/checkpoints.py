@@ -216,7 +216,7 @@ def _check_sources(directory: Path, merge: MergeRequest) -> None:
             f"{directory}: was merged from {' and '.join(before)}, the recipe says {' and '.join(now)}; "
             "give another --out for a new run"
         )
-    for key in ("dtype", "rounding", "seed"):
+    for key in ("dtype", "rounding", "seed", "tokenizer"):
         if getattr(manifest, key) != getattr(merge, key):
             raise RunError(
                 f"{directory}: was merged with {key} {getattr(manifest, key)}, the recipe says {getattr(merge, key)}; "

@@ -1,0 +1,141 @@
+"""A merge that was killed is gone on with by the same merge, and left alone by another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from merging.example import write_example
+
+from mergekit_bio.merging.fold import Folder
+from mergekit_bio.merging.journal import JOURNAL
+from mergekit_bio.merging.merge import carry_out, plan_merge
+from mergekit_bio.merging.request import MergeRequest
+
+#: Merges, and kills itself when half of the folded bytes are written.
+DIES = """
+import os, signal, sys
+from mergekit_bio import MergeRequest, carry_out, plan_merge
+plan = plan_merge(MergeRequest(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.4, 0.6], out=sys.argv[3], device="cpu"))
+left = plan.bytes_on_disk - plan.bytes_folded // 2
+def progress(count):
+    global left
+    left -= count
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+carry_out(plan, progress=progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    write_example(folder)
+    return folder
+
+
+def merge(sources: Path, out: Path, *alphas: float) -> tuple[list[str], Path]:
+    """Merge; what is noted, and where it is."""
+    notes: list[str] = []
+    alphas = alphas or (0.4, 0.6)
+    request = {"base": sources / "base", "adapter": sources / "adapter", "alphas": alphas, "out": out, "device": "cpu"}
+    carry_out(plan_merge(MergeRequest(**request)), note=notes.append)
+    return notes, out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return merge(sources, tmp_path_factory.mktemp("undisturbed") / "out")[1]
+
+
+@pytest.fixture(scope="module")
+def died(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a killed merge leaves, in a directory of its own."""
+    folder = tmp_path_factory.mktemp("died")
+    victim = [sys.executable, "-c", DIES, sources / "base", sources / "adapter", folder / "out"]
+    assert subprocess.run(victim).returncode == -9
+    return folder
+
+
+@pytest.fixture
+def place(died: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(died, tmp_path / "place", symlinks=True))
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors that are folded from now on, by the real folder."""
+    names: list[str] = []
+    fold = Folder.fold
+    monkeypatch.setattr(Folder, "fold", lambda self, job: (names.append(job.name), fold(self, job))[1])
+    return names
+
+
+def scratch(place: Path) -> Path:
+    (found,) = place.glob(".out.*.partial")
+    return found
+
+
+def journal(place: Path) -> list[dict]:
+    return [json.loads(line) for line in (scratch(place) / JOURNAL).read_text().splitlines() if line]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file, but those that tell the time."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in ("merge.json", "README.md"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def recorded(out: Path) -> list[dict]:
+    manifests = (json.loads((checkpoint / "merge.json").read_text()) for checkpoint in sorted(out.iterdir()))
+    return [manifest | {"created": None} for manifest in manifests]
+
+
+def test_it_does_what_was_left_to_do_and_comes_out_the_same(sources, undisturbed, place, folds):
+    finished = [entry["folded"] for entry in journal(place) if "folded" in entry]
+    notes, out = merge(sources, place / "out")
+    assert 0 < len(finished) < 16 and sorted(finished + folds) == sorted({*finished, *folds}) and len(folds) < 16
+    assert len(notes) == 1 and "goes on with a merge that was cut off; 0.00" in notes[0]
+    assert contents(out) == contents(undisturbed)
+    assert recorded(out) == recorded(undisturbed)  # hashes, and figures of what was folded before too
+    assert list(place.iterdir()) == [out]
+
+
+def test_another_merge_names_it_says_its_size_and_leaves_it_alone(sources, undisturbed, place, folds):
+    left = contents(scratch(place))
+    notes, out = merge(sources, place / "out", 0.7)
+    assert len(folds) == 16
+    (note,) = notes
+    assert f"{scratch(place)}: holds 0.0" in note and "is left alone" in note
+    assert contents(scratch(place)) == left
+    shutil.rmtree(out)
+    merge(sources, out)
+    assert contents(out) == contents(undisturbed)
+
+
+def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed, place, folds, tmp_path):
+    shutil.copytree(sources, tmp_path / "sources")
+    file = tmp_path / "sources/adapter/adapter_model.safetensors"
+    notes, _ = merge(tmp_path / "sources", place / "out")
+    os.utime(file)
+    assert "is left alone" in notes[0] and len(folds) == 16 and scratch(place).is_dir()
+
+
+def test_after_the_system_has_started_anew_nothing_is_trusted(sources, undisturbed, place, folds):
+    lines = [entry | {"boot": "another"} if "boot" in entry else entry for entry in journal(place)]
+    (scratch(place) / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notes, out = merge(sources, place / "out")
+    assert (notes, len(folds)) == ([], 16)
+    assert contents(out) == contents(undisturbed)
+
+
+def test_a_line_that_was_being_written_counts_for_nothing(sources, undisturbed, place, folds):
+    file = scratch(place) / JOURNAL
+    finished = [entry["folded"] for entry in journal(place) if "folded" in entry]
+    file.write_bytes(file.read_bytes()[:-20])
+    _, out = merge(sources, place / "out")
+    assert len(folds) == 16 - len(finished) + 1
+    assert contents(out) == contents(undisturbed)
