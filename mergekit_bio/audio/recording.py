@@ -345,10 +345,9 @@ class _Listening:
         elif self.channel > channels:
             raise AudioError(f"there is no channel {self.channel}; it has {channels}")
         samples = block.samples if self.channel is None else block.samples[:, self.channel - 1 : self.channel]
-        finite = np.isfinite(samples).all(axis=1)
-        whole = bool(finite.all())
+        whole = bool(np.isfinite(samples).all())
         if not whole:
-            samples = samples[: int(finite.argmin())]
+            samples = samples[: int(np.isfinite(samples).all(axis=1).argmin())]
         if len(samples):
             self.rate, self.channels = self.rate or block.rate, self.channels or channels
             self.seconds += len(samples) / block.rate
