@@ -14,8 +14,6 @@ _CANCELLED = 1e-3
 #: And a channel so much weaker than the loudest, in energy, is dead: -60 dB.
 _DEAD = 1e-6
 
-_CHOOSE = "choose one with --channel (in a recipe: channel)"
-
 
 class Levels:
     """Watches a recording block by block.
@@ -63,11 +61,13 @@ class Levels:
             energies = self._squares / self._frames - (self._sums / self._frames) ** 2
         mean, channels = energies[0], energies[1:]
         loudest = channels.max()
+        number = int(channels.argmax()) + 1
+        choose = f"--channel {number} hears the strongest alone (in a recipe: channel: {number})"
         if not self._squares.any():
             yield "it holds nothing but silence"
         elif self._mixed and mean < _CANCELLED * channels.mean():
-            yield f"its channels cancel each other out (opposite phase): their mean is next to silence; {_CHOOSE}"
+            yield f"its channels cancel each other out (opposite phase): their mean is next to silence; {choose}"
         elif self._mixed and (channels < _DEAD * loudest).any():
             dead = [str(number) for number, energy in enumerate(channels, start=1) if energy < _DEAD * loudest]
             names = f"channel {dead[0]} is" if len(dead) == 1 else f"channels {', '.join(dead)} are"
-            yield f"{names} silent, so that the mean is weaker than what was recorded; {_CHOOSE}"
+            yield f"{names} silent, so that the mean is weaker than what was recorded; {choose}"

@@ -10,7 +10,7 @@ from mergekit_bio.audio.recording import read_samples, read_windows
 
 RATE = 8000
 NOISE = np.random.default_rng(0).normal(0, 0.1, (25 * RATE, 4)).clip(-1, 1)
-CHOOSE = "choose one with --channel (in a recipe: channel)"
+CHOOSE = "--channel {0} hears the strongest alone (in a recipe: channel: {0})"
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def test_samples_far_above_full_scale_are_clipped_and_named(notes) -> None:
 
 
 def test_channels_of_opposite_phase_are_named(notes) -> None:
-    samples = np.stack([NOISE[:, 0], -NOISE[:, 0] + 1e-4 * NOISE[:, 1]], axis=1) + 0.01
+    samples = np.stack([NOISE[:, 0], -1.001 * NOISE[:, 0]], axis=1) + 0.01
     said = "its channels cancel each other out (opposite phase): their mean is next to silence; "
-    assert notes(samples) == [said + CHOOSE]
+    assert notes(samples) == [said + CHOOSE.format(2)]
     assert notes(samples, channel=1) == []
 
 
 def test_dead_channels_are_named(notes) -> None:
-    samples = NOISE.copy()
+    samples = NOISE * [1, 1, 1.5, 1]
     samples[:, 1] = 0.02  # an offset is no sound
     samples[:, 3] = 0
     said = "channels 2, 4 are silent, so that the mean is weaker than what was recorded; "
-    assert notes(samples) == [said + CHOOSE]
-    assert notes(samples[:, :2]) == [said.replace("channels 2, 4 are", "channel 2 is") + CHOOSE]
+    assert notes(samples) == [said + CHOOSE.format(3)]
+    assert notes(samples[:, :2]) == [said.replace("channels 2, 4 are", "channel 2 is") + CHOOSE.format(1)]
     assert notes(samples, channel=3) == []
 
 
