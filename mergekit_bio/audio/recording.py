@@ -167,7 +167,7 @@ def read_clips(
     *,
     channel: int | None = None,
     note: Note | None = None,
-) -> Iterator[Clip]:
+) -> Generator[Clip, None, None]:
     """Many parts of a recording, each as :func:`read_clip` gives it, in one way through the recording.
 
     Args:
@@ -187,7 +187,7 @@ def read_clips(
         for start, seconds in parts:
             _check_part(seconds)
             # 1. Read on until the part is held, and let go of what lies before it.
-            while not rate or held_from + len(held) < round(start * rate) + round(seconds * rate):
+            while not rate or held_from + len(held) < round((start + seconds) * rate):
                 block = next(blocks, None)
                 if block is None:
                     break
@@ -199,8 +199,9 @@ def read_clips(
                 held, held_from = held[passed:], held_from + passed
             # 2. Cut it out. The last one may be shorter than was asked for.
             first = round(start * rate) - held_from
-            samples = held[first : first + round(seconds * rate)]
-            if listening.broken and len(samples) < round(seconds * rate):
+            length = round((start + seconds) * rate) - round(start * rate)
+            samples = held[first : first + length]
+            if listening.broken and len(samples) < length:
                 raise listening.broken
             if not len(samples):
                 raise AudioError(f"there is nothing from {start:g} s on; it is {listening.seconds:.2f} s long")
@@ -230,8 +231,8 @@ def read_samples(
     A recording that breaks in this part is heard up to there, if that is 0.5 s or more, and ``note`` is told.
 
     Returns:
-        float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz. They are fewer where the
-        recording ends earlier.
+        float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz: those from
+        ``round(start * rate)`` to ``round((start + seconds) * rate)``, or to the recording's end.
 
     Raises:
         AudioError: The recording is no use, or ends before ``start``.
@@ -247,9 +248,10 @@ def read_samples(
                 listening.tell(f"its rate changes from {rate} to {block.rate} Hz; what comes before is heard")
                 break
             rate = block.rate
-            taken.append(block.samples[: round(seconds * rate) - frames])
+            length = round((start + seconds) * rate) - round(start * rate)
+            taken.append(block.samples[: length - frames])
             frames += len(taken[-1])
-            if frames >= round(seconds * rate):
+            if frames >= length:
                 break
         else:
             if listening.broken:

@@ -194,7 +194,7 @@ def test_parts_are_those_of_the_whole_from_wherever_they_begin(folder: Path, nam
     parts = [(0.0, 0.5), (0.1234, 0.6), (0.2, 0.55), (0.7, 0.6)]
     for (start, seconds), clip in zip(parts, read_clips(folder / name, parts), strict=True):
         first = round(start * rate)
-        expected = whole[first : first + round(seconds * rate)]
+        expected = whole[first : round((start + seconds) * rate)]
         assert np.array_equal(read_samples(folder / name, start=start, seconds=seconds)[0], expected)
         alone = read_clip(folder / name, start=start, seconds=seconds)
         assert (clip.start, clip.end) == (alone.start, alone.end) == (start, start + len(expected) / rate)
