@@ -295,8 +295,8 @@ def sweep_recordings(checkpoints: Sequence[Path], *, clips: int, folder: Path) -
     """One question about each of many recordings, of every checkpoint; files are counted where they are decoded."""
     from mergekit_bio.eval.data import audio_folder
 
-    recipe, decoded, read = write_recordings(folder, clips), [], audio_folder.read_beginning
-    audio_folder.read_beginning = lambda path, **named: decoded.append(path) or read(path, **named)
+    recipe, decoded, read = write_recordings(folder, clips), [], audio_folder.read_samples
+    audio_folder.read_samples = lambda path, **named: decoded.append(path) or read(path, **named)
     start, cpu = time.perf_counter(), time.process_time()
     options = {"max_model_len": 4096, "enforce_eager": not torch.cuda.is_available()}
     run = mergekit_bio.evaluate(
