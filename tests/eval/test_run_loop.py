@@ -604,6 +604,7 @@ def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, vllm_slot,
     plan = prepare_run(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm")
     record = carry_out(plan, EngineSettings(), listener=SilentListener(), slot=vllm_slot)
     for cell in record.cells:
+        assert cell.identity["dtype"] == "float32" == record.environment["engine"]["options"]["dtype"]
         found, wanted = read_predictions(plan.out / cell.file), read_predictions(expected.path / cell.file)
         assert [row.generated_ids for row in found] == [row.generated_ids for row in wanted]
         assert [row.prompt_tokens for row in found] == [row.prompt_tokens for row in wanted]

@@ -15,7 +15,7 @@ from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences, size
+from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, p_text, sentences, size
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
@@ -66,8 +66,8 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             low, high = item.intervals[name]
             texts.append(f"{item.metrics[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
             if name in compared:
-                p = compared[name].p_adjusted(item.cell.checkpoint)
-                texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
+                row = compared[name].of(item.cell.checkpoint)
+                texts.append("" if row is None else p_text(row.p_adjusted, at_most=row.p_at_most))
         return texts + [f"{item.metrics[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
 
     header = [text for name in metrics for text in (TITLES[name], *(["p"] if name in compared else []))]

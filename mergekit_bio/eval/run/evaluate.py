@@ -166,7 +166,8 @@ def carry_out(
         plan: Of :func:`prepare_run`.
         settings: What the engine is started with; the run adds what it needs itself.
         listener: Is told how it goes.
-        slot: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+        slot: One that several runs share, for as many audios as any of them needs, with the settings that it was made
+            with; by default the run has its own.
         workers: See :func:`evaluate`; with a slot there is one.
         ray: See :func:`evaluate`.
 
@@ -174,6 +175,9 @@ def carry_out(
         MergekitBioError: See :func:`evaluate`. Answers so far are kept.
     """
     engine = engine_class(plan.engine)
+    shared = slot is not None
+    if slot is not None:
+        settings = slot.settings
     with ExitStack() as stack:
         # 1. Who will answer: one engine in this process, or Ray's workers with one each.
         cluster = None
@@ -190,8 +194,8 @@ def carry_out(
         # One cell uses every prefix once; for more, or for several engines, they are kept on the disk, until the run is
         # complete.
         many = len(plan.cells) > len(plan.datasets) or cluster is not None
-        prefixes = plan.out / PREFIXES if slot is None and not engine.remote and many else None
-        if slot is None:
+        prefixes = plan.out / PREFIXES if not shared and not engine.remote and many else None
+        if not shared:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
         if slot is None and cluster is None:
             slot = stack.enter_context(EngineSlot(engine, settings))

@@ -12,7 +12,7 @@ from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import cell_file_name
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
-from mergekit_bio.eval.run.questions import check_examples, query_numbers, questions
+from mergekit_bio.eval.run.questions import check_examples, labels_asked, query_numbers, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ def plan_run(
                 alpha=checkpoint.alpha,
                 target=recipe.target(query, dataset.name),
                 query_text=recipe.queries[query] if recipe.queries else None,
+                labels=labels_asked(recipe, dataset, query),
             )
             for checkpoint in checkpoints
             for dataset in datasets
