@@ -74,4 +74,4 @@ class Cell:
     def recorded(self) -> dict[str, Any]:
         """What run.json holds of it."""
         kept = [part.name for part in fields(self) if not part.metadata]
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in kept if name != "labels" or self.labels}

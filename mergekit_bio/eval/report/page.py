@@ -98,14 +98,14 @@ def _predictions(report: Report, folder: Path) -> str:
     recordings = _Recordings(folder)
     rows = []
     for number, sweep in enumerate(report.sweeps):
-        labels = sweep.labels
+        labels, caption, several = sweep.labels, sweep.cell.task == "captioning", sweep.cell.task == "detection"
         for item in sweep.scores:
-            caption = item.cell.task == "captioning"
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 # 0 right, 1 a wrong label, 2 no label, 3 a caption
-                outcome = 3 if caption else 0 if correct else 1 if answer in labels else 2
+                is_label = bool(answer) if several else answer in labels
+                outcome = 3 if caption else 0 if correct else 1 if is_label else 2
                 prompt = prompts.setdefault(row.prompt, len(prompts) - 1)
                 shown = (row.id, row.prediction, answer, target)
                 rows.append([number, model(sweep, item), *shown, outcome, prompt, recordings.add(row)])
