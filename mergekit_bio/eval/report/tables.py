@@ -135,25 +135,24 @@ def sentences(sweep: Sweep) -> list[str]:
             if macro and macro[1]:
                 sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {gain_text(*macro)})"
         found.append(sentence)
-    return found + [_choice_sentence(choice, cells=len(sweep.scores)) for choice in sweep.choices]
+    return found + [_choice_sentence(choice) for choice in sweep.choices]
 
 
-def _choice_sentence(choice: AlphaChoice, *, cells: int) -> str:
+def _choice_sentence(choice: AlphaChoice) -> str:
     """What the chosen alpha is worth on clips that it was not chosen on, beside the best of all on its own clips."""
 
     def text(value: float, low: float | None, high: float | None, sign: str = "") -> str:
         return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
     often = sorted(choice.alphas.items(), key=lambda pair: -pair[1])
+    value = f"{text(choice.value, choice.low, choice.high)} instead of {choice.optimistic:.3f}"
+    gain = ""
+    if choice.gain is not None:
+        gain = f"; {text(choice.gain, choice.gain_low, choice.gain_high, '+')} over alpha 1"
     if choice.chosen_on == HALVES:
         shown = ", ".join(f"{alpha:g} in {share:.0%}" for alpha, share in often[:3] if share >= 0.01)
-        said = f"each half of the clips answered by the best alpha of the other ({shown})"
-    else:
-        said = f"alpha {often[0][0]:g}, chosen on {choice.chosen_on}"
-    values = text(choice.value, choice.low, choice.high)
-    if choice.gain is not None:
-        values += f", {text(choice.gain, choice.gain_low, choice.gain_high, '+')} over alpha 1"
-    return f"{TITLES[choice.metric]}, {said}: {values}; the best of {cells} on its own clips: {choice.optimistic:.3f}"
+        return f"{TITLES[choice.metric]} with alpha chosen on the other half of the clips: {value}{gain} ({shown})"
+    return f"{TITLES[choice.metric]} with alpha {often[0][0]:g}, chosen on {choice.chosen_on}: {value}{gain}"
 
 
 def gain_text(value: float, base: float) -> str:
