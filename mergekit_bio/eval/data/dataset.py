@@ -108,7 +108,7 @@ class Dataset:
         return f"sha256:{digest.hexdigest()}"
 
     def clip_digests(self) -> dict[str, bytes]:
-        """Row id -> what decides how its clip sounds: for local data the recording's bytes and channel, else the row's id."""
+        """Row id -> what decides how its clip sounds: a file's bytes and the channel; of other data the row's id."""
         heard = b"" if self.channel is None else f"\0channel {self.channel}".encode()
         return {
             row.id: (row.id.encode() if row.path is None else _file_digest(row.path)) + heard

@@ -1,6 +1,7 @@
 """A look at the recordings before anything is merged or loaded: which of them can be heard at all."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from mergekit_bio.audio.recording import read_samples
@@ -35,7 +36,8 @@ def check_headers(plan: RunPlan, listener: ProgressListener) -> Unheard:
             ThreadPoolExecutor(_THREADS) as threads,
         ):
             of_dataset = {}
-            for clip_id, why in zip(ids, threads.map(_problem, (paths[clip_id] for clip_id in ids)), strict=True):
+            problems = threads.map(partial(_problem, channel=dataset.channel), (paths[clip_id] for clip_id in ids))
+            for clip_id, why in zip(ids, problems, strict=True):
                 advance(1)
                 if why:
                     of_dataset[dataset.name, clip_id] = why
@@ -47,9 +49,9 @@ def check_headers(plan: RunPlan, listener: ProgressListener) -> Unheard:
     return unheard
 
 
-def _problem(path: Path) -> str | None:
+def _problem(path: Path, *, channel: int | None) -> str | None:
     try:
-        read_samples(path, seconds=_SECONDS)
+        read_samples(path, seconds=_SECONDS, channel=channel)
     except AudioError as error:
         return str(error)
     return None
