@@ -18,7 +18,8 @@ from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.read import read_runs
-from mergekit_bio.eval.report.build import TITLES, Sweep, build_report
+from mergekit_bio.eval.report.build import TITLES, Sweep, build_report, counted
+from mergekit_bio.eval.report.tables import gain_text
 from mergekit_bio.eval.run.evaluate import evaluate
 from mergekit_bio.eval.run.progress import SilentListener, Standing
 
@@ -81,7 +82,7 @@ def run_experiments(folder: Path, arguments: argparse.Namespace) -> list[Path]:
 def print_sweep(sweep: Sweep, published: Published) -> float:
     """Print a table; the value is the largest difference, infinite where nothing was published."""
     recipe = RECIPES.get(sweep.cell.run, sweep.cell.run)
-    print(f"\n{sweep.title} ({len(sweep.clips)} clips)")
+    print(f"\n{sweep.title} ({counted(len(sweep.clips), 'clip')})")
     print(("       " + "".join(f"{TITLES[name]:<18}" for name in FIGURES)).rstrip())
     print(("alpha  " + "paper   ours      " * len(FIGURES)).rstrip())
     largest = 0.0
@@ -96,13 +97,13 @@ def print_sweep(sweep: Sweep, published: Published) -> float:
         print(line.rstrip())
     gain = sweep.improvement("f1_weighted")
     if gain:
-        best, full, relative = gain
+        best, full, _ = gain
         weighted, macro = (
             [sweep.compared(name, item) for item in (best, full)] for name in ("f1_weighted", "f1_macro")
         )
         print(
             f"best alpha {best.cell.alpha:g} over alpha 1: F1 weighted {weighted[0]:.3f} / {weighted[1]:.3f}"
-            f" ({relative:+.1%}), F1 macro {macro[0]:.3f} / {macro[1]:.3f} ({macro[0] / macro[1] - 1:+.1%})"
+            f" ({gain_text(*weighted)}), F1 macro {macro[0]:.3f} / {macro[1]:.3f} ({gain_text(*macro)})"
         )
     return largest
 

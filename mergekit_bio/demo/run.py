@@ -82,7 +82,7 @@ def ask(recipe: str, folder: Path, slot: EngineSlot, listener: ProgressListener)
     plan = prepare_run(
         recipe=folder / f"{recipe}.yaml", out=folder / "runs" / recipe, engine=slot.name, listener=listener
     )
-    carry_out(plan, EngineSettings(), listener=listener, slot=slot)
+    carry_out(plan, slot.settings, listener=listener, slot=slot)
 
 
 @dataclass(frozen=True)

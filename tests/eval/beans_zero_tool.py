@@ -1,8 +1,9 @@
 """What the beans-zero library's own command makes of a predictions file, in our words.
 
-``beanz-evaluate FILE.jsonl METRICS.json`` (earthspecies/beans-zero on GitHub) lets pandas read the lines, needs the
+``beans-evaluate FILE.jsonl METRICS.json`` (earthspecies/beans-zero on GitHub) lets pandas read the lines, needs the
 columns prediction, label and dataset_name, looks at one component of the benchmark after the other, refuses what is no
-text, matches answers with the labels that occur, and prints weighted averages (detection: macro).
+text, matches answers with the labels that occur, and prints weighted averages (detection: macro, and a mAP that ranks
+clips answered alike by their order in the file).
 """
 
 import math
@@ -77,9 +78,12 @@ def _detection(pairs: Pairs) -> dict[str, float]:
     answers = [[_nearest(part.strip(), texts, limit=5) for part in text.split(",")] for text, _ in pairs]
     found = [", ".join(parts).split(", ") for parts in answers]
     there = [label.split(", ") for _, label in pairs]
-    rows = []
+    rows, average_precisions = [], []
     for label in {part for parts in there for part in parts} - {"None"}:
         truth, said = ([label in parts for parts in clips] for clips in (there, found))
         rows.append(precision_recall_fscore_support(truth, said, average="binary", zero_division=0)[:3])
+        # Ranked by what was said, clips that are alike in the order of the file.
+        ranked = [there_is for _, there_is in sorted(zip(said, truth, strict=True), key=lambda pair: not pair[0])]
+        average_precisions.append(np.mean([sum(ranked[: n + 1]) / (n + 1) for n in range(len(ranked)) if ranked[n]]))
     precision, recall, f1 = np.mean(rows, axis=0)
-    return {"F1": f1, "Precision": precision, "Recall": recall}
+    return {"F1": f1, "Precision": precision, "Recall": recall, "mAP": np.mean(average_precisions)}

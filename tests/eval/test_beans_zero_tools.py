@@ -1,6 +1,7 @@
 """The beans-zero library's own tools read our predictions files as they are."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,12 @@ NAMES = {
         "Recall": "recall_weighted",
         "Top-1 Accuracy": "top1",
     },
-    "detection": {"F1": "f1_macro", "Precision": "precision_macro", "Recall": "recall_macro"},
+    "detection": {
+        "F1": "f1_macro",
+        "Precision": "precision_macro",
+        "Recall": "recall_macro",
+        "mAP": "map_beans_zero",
+    },
 }
 
 
@@ -89,4 +95,31 @@ def test_its_figures_for_our_file_are_those_of_our_scorer(tmp_path, dataset, pri
     (cell,) = read_runs([path])
     ours = score(cell, scorer="beans-zero").metrics
     for name, figure in NAMES[cell.task].items():
-        assert ours[figure] == pytest.approx(printed(path)[dataset][name], abs=1e-9), name
+        assert ours[figure] == pytest.approx(printed(path)[dataset][name], abs=1e-7 if name == "mAP" else 1e-9), name
+
+
+def test_the_librarys_map_follows_the_order_of_the_file_and_ours_does_not(tmp_path):
+    generator = random.Random(1)
+    labels = LABELS["dcase"] + generator.choices(LABELS["dcase"], k=40)
+    answers = generator.choices(WORDS, k=len(labels))
+    path = write(tmp_path / "beans_zero_eval_dcase_query0_lora040.jsonl", "dcase", answers, labels)
+    (first,) = read_runs([path])
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    (second,) = read_runs([path])
+    before, after = (score(cell, scorer="beans-zero").metrics for cell in (first, second))
+    assert before["map"] == after["map"] and before["map_beans_zero"] != after["map_beans_zero"]
+    assert after["map_beans_zero"] == pytest.approx(beans_zero_tool.figures(path)["dcase"]["mAP"])
+
+
+def test_answers_that_are_digits_reach_the_library_by_the_way_in_the_docs(tmp_path):
+    """pandas makes numbers of them, which the library refuses; the call in docs/recipes.md leaves them text."""
+    import pandas
+
+    path = write(tmp_path / "p.jsonl", "zf-indiv", ["1", "2"], ["One", "More"])
+    with pytest.raises(AssertionError):
+        beans_zero_tool.read(path)
+    docs = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    (call,) = re.findall(r"pandas\.read_json\([^)]*\)", docs)
+    table = eval(call.replace('"predictions.jsonl"', "path"), {"pandas": pandas, "path": path})
+    assert table["prediction"].to_list() == ["1", "2"] and table["label"].to_list() == ["One", "More"]

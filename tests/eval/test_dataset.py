@@ -148,6 +148,8 @@ def test_white_space_around_a_value_of_the_metadata_does_not_count(folder, name,
         ("classification", ("Marsh Wren", "Marsh wren"), "'Marsh Wren' and 'Marsh wren'"),
         ("classification", ("Marsh  Wren", "Marsh Wren."), "'Marsh  Wren' and 'Marsh Wren.'"),
         ("detection", ('"wren, owl"', "Owl"), "'owl' and 'Owl'"),
+        ("classification", ("Dall's Porpoise", "Dall’s Porpoise"), "\"Dall's Porpoise\" and 'Dall’s Porpoise'"),
+        ("classification", ("Marsh Wren", "- Marsh Wren!"), "'Marsh Wren' and '- Marsh Wren!'"),
     ],
 )
 def test_labels_that_scoring_could_not_tell_apart_are_named(folder, task, labels, named):

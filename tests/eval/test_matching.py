@@ -1,10 +1,12 @@
+import unicodedata
+
 import pytest
 from eval.beans_zero_tool import edits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_bio.eval.records.predictions import Prediction
-from mergekit_bio.eval.scoring.matching import birds_counted, match_exactly, match_lists, nearest_labels
+from mergekit_bio.eval.scoring.matching import birds_counted, match_exactly, match_lists, nearest_labels, normalised
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 WORDS = st.text("abcN ", max_size=8)
@@ -95,6 +97,59 @@ def test_exact_sees_through_wrapping_only(text, label):
 )
 def test_of_labels_that_differ_in_case_or_white_space_the_one_to_the_letter_is_taken(text, label):
     assert match_exactly(text, ["Marsh wren", "Marsh Wren", " Marsh Wren", "..."]) == label
+
+
+READ_AS_LABELS = ["Pig", "Red Fox", "Red-tailed Hawk", "Dall's Porpoise", "Système", "Vulpes lagopus", "Pig (male)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (unicodedata.normalize("NFD", "Système"), "Système"),
+        ("Dall’s porpoise", "Dall's Porpoise"),
+        ("Dall`s Porpoise", "Dall's Porpoise"),
+        ("Red\N{NON-BREAKING HYPHEN}tailed\N{NO-BREAK SPACE}hawk", "Red-tailed Hawk"),
+        ("Red\N{EN DASH}tailed\N{NARROW NO-BREAK SPACE}Hawk", "Red-tailed Hawk"),
+        ("Red\N{ZERO WIDTH SPACE} \N{WORD JOINER}Fo\N{SOFT HYPHEN}x\N{ZERO WIDTH NO-BREAK SPACE}", "Red Fox"),
+        ("Ｒｅｄ　Ｆｏｘ", "Red Fox"),
+        ("Pig!", "Pig"),
+        ("(Pig)", "Pig"),
+        ("[Pig].", "Pig"),
+        ("- Pig", "Pig"),
+        ("* Pig", "Pig"),
+        ("• **Pig**!", "Pig"),
+        ("1. Pig", "Pig"),
+        ("Answer: (1) Pig", "Pig"),
+        (r"\boxed{Pig}", "Pig"),
+        (r"$\boxed{\text{Red Fox}}$.", "Red Fox"),
+        ("It hops, and so\nI conclude \\boxed{Pig}, as asked.", "Pig"),
+        ("Red Fox (Vulpes vulpes)", "Red Fox"),
+        ("The animal is the *Red Fox* (Vulpes vulpes).", "Red Fox"),
+        ("Arctic Fox (Vulpes lagopus)", "Vulpes lagopus"),
+        ("Pig (male)", "Pig (male)"),
+        ("Pig (female)", "Pig"),
+        ("No, it is a Pig", "Pig"),
+        ("It is definitely not: Pig", ""),
+        ("It isn't: Pig", ""),
+        ("It isn’t: Pig", ""),
+        ("It cannot be what it looks like: Pig", ""),
+        (r"It is not \boxed{Pig}", ""),
+        ("not Pig (Red Fox)", ""),
+        ("Pig (Red Fox)", ""),
+        ("Pig?", ""),
+        ("A. Pig", ""),
+        ("Pig, or Red Fox", ""),
+        ("()", ""),
+        ("**", ""),
+    ],
+)
+def test_exact_takes_what_a_reader_takes_for_the_label(text, label):
+    assert match_exactly(text, READ_AS_LABELS) == label
+
+
+@given(st.text(st.sampled_from("aB -.!'’()[]{}*_$\\1\u200b\u00a0é"), max_size=14))
+def test_what_a_label_is_compared_by_is_settled_at_once(text):
+    assert normalised(normalised(text)) == normalised(text)
 
 
 @given(st.sampled_from(LABELS), st.sampled_from(["{}", "'{}'", "{}...", "  {}\n", "The answer is {}.", "Label: {}"]))

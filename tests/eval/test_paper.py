@@ -64,7 +64,7 @@ def test_an_experiment_is_run_and_set_beside_the_paper(tmp_path):
         assert done.returncode == 0, done.stderr
         tables = done.stdout.split("\n\n")[:3]
         assert [table.strip().splitlines()[0] for table in tables] == [
-            f"zf_indiv, zf-indiv, query {query} (1 clips)" for query in range(3)
+            f"zf_indiv, zf-indiv, query {query} (1 clip)" for query in range(3)
         ]
         assert tables[0].splitlines()[-1].startswith("1.0    0.6750  ")
         started.append(done.stderr.count("] alpha-1.00, zf-indiv, query"))

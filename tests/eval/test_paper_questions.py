@@ -146,7 +146,7 @@ def test_published_predictions_give_the_papers_figures_through_a_label_map(publi
         for alpha in ALPHAS[component]:
             file = predictions_file(published, component, question, alpha)
             shutil.copy(file, tmp_path)
-    cells = read_runs([tmp_path], shipped_recipes()[component].parent / "labels" / f"{component}.csv")
+    cells = read_runs([tmp_path], [shipped_recipes()[component].parent / "labels" / f"{component}.csv"])
     assert are_the_papers(cells, list(QUESTIONS), figures) == 3 * len(ALPHAS[component])
 
 

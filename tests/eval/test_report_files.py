@@ -12,6 +12,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -20,8 +21,10 @@ import soundfile
 from rich.console import Console
 
 import mergekit_bio.eval.report.page as report_page
-from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.errors import OutputError, RecipeError, RunError
+from mergekit_bio.eval.recipe.shipped import find_label_map
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report import figures
 from mergekit_bio.eval.report.build import Report, build_report, to_document
@@ -54,6 +57,13 @@ def test_the_tables_fit_100_columns_and_name_scorer_and_averages(report):
     for word in ("scorer exact", "F1 weighted", "F1 macro", "majority", "random", "best at alpha 0.5"):
         assert word in text
     assert "…" not in text
+
+
+def test_the_table_of_a_narrow_terminal_breaks_no_word(report):
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(report, console)
+    table = [line for line in console.export_text().splitlines() if re.match(r"[\w.]+ +\d\.\d{3}", line)]
+    assert [line.split()[0] for line in table] == ["0", "0.5", "1", "majority", "random"]
 
 
 def test_a_name_in_brackets_is_no_markup(make_run):
@@ -108,7 +118,7 @@ def test_the_files_of_a_report(report, written):
     folder, files = written
     assert files[0] == folder / "report.html"
     assert sorted(str(file.relative_to(folder)) for file in files) == sorted(
-        ["report.html", "scores.json", "scores.csv", "comparisons.csv", "predictions.csv"]
+        ["report.html", "scores.json", "scores.csv", "comparisons.csv", "choices.csv", "predictions.csv"]
         + [
             f"figures/{name}.{suffix}"
             for name in ("sweep_frogs_query_0", "errors_frogs_query_0", "confusion_frogs_query_0_alpha_0.5")
@@ -123,6 +133,12 @@ def test_the_files_of_a_report(report, written):
     assert float(rows["0.5", "accuracy"]["low"]) == document["intervals"]["accuracy"][0]
     with (folder / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 180
+    with (folder / "comparisons.csv").open() as file:
+        assert {row["p_at_most"] for row in csv.DictReader(file)} <= {"True", "False"}
+    with (folder / "choices.csv").open() as file:
+        rows = {row["figure"]: row for row in csv.DictReader(file)}
+    (choice, *_) = to_document(report)["sweeps"][0]["alpha_choices"]
+    assert float(rows["accuracy"]["value"]) == choice["value"] and rows["accuracy"]["alphas"].startswith("0.5:")
 
 
 def test_the_same_report_is_written_the_same(report, written, tmp_path):
@@ -243,6 +259,46 @@ def test_a_recording_plays_in_a_browser(make_run, tmp_path):
             server.shutdown()
 
 
+def detections(*alphas: float) -> list[Cell]:
+    """A sweep over a detection of which some clips have no label."""
+    answers = ("None", "owl", "None", "wren, owl")
+    rows = tuple(
+        Prediction(prediction=text, label=label, id=str(number), dataset_name="night")
+        for number, (text, label) in enumerate(zip(answers, ("None", "None", "owl", "owl"), strict=True))
+    )
+    return [
+        Cell(
+            file=f"{alpha}.jsonl", dataset="night", task="detection", query=0, checkpoint=f"{alpha}", rows=4,
+            alpha=alpha, run="night", predictions=rows, scorer="exact",
+        )
+        for alpha in alphas
+    ]  # fmt: skip
+
+
+def test_a_detection_has_its_errors_drawn_and_both_maps_named(tmp_path):
+    report = build_report(detections(0.0, 1.0))
+    names = {file.stem for file in write_report(report, tmp_path, progress=no_progress)}
+    assert {"sweep_night_query_0", "errors_night_query_0"} <= names
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(report, console)
+    text = console.export_text()
+    assert "mAP" in text and "(beans-" in text and max(map(len, text.splitlines())) <= 80
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>mAP (beans-zero)</th>" in page and "<th>Labels missed</th>" in page
+
+
+@needs_chromium
+def test_a_clip_without_a_label_is_said_to_have_none_beside_its_answer(tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(render_page(build_report(detections(0.0)), [], folder=tmp_path))
+    command = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    first, second, third, _ = re.findall(r'<tr class="row">(.*?)</tr>', found)
+    assert '<td class="right">no label</td><td>no label</td>' in first
+    assert '<td class="wrong">owl</td><td>no label</td>' in second
+    assert '<td class="wrong">no label</td><td>owl</td>' in third
+
+
 def test_published_runs_together_have_the_papers_figures(published, tmp_path):
     report = build_report(read_runs([published / name for name in ("watkins", "zf-indiv")]))
     files = write_report(report, tmp_path, progress=no_progress)
@@ -308,7 +364,37 @@ def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp
         shutil.copytree(make_run(), path)
     files = write_report(build_report(read_runs(paths)), tmp_path / "out", progress=no_progress)
     assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
-    assert len(files) == 5 + 2 * (3 + 3 + 1) and max(len(file.name) for file in files) < 143
+    assert len(files) == 6 + 2 * (3 + 3 + 1) and max(len(file.name) for file in files) < 143
+
+
+def test_several_experiments_take_the_names_beside_their_folder_and_several_maps(published, tmp_path):
+    for name in ("watkins", "cbi"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        file = f"beans_zero_eval_{name}_query1_lora100.jsonl.gz"
+        shutil.copy(published / name / file, tmp_path / "all" / name)
+    shutil.copy(published / "cbi_names_published.jsonl", tmp_path / "all")
+    (tmp_path / "all/watkins_vernacular_scientific_mapping.jsonl").write_bytes(
+        (published / "watkins/names.jsonl").read_bytes()
+    )
+    expected = {}
+    for file in (published / "cbi_names_published.jsonl", published / "watkins/names.jsonl"):
+        for line in file.read_text().splitlines():
+            expected |= {json.loads(line)["label"]: json.loads(line)["scientific_name"]}
+    for cell in read_runs([tmp_path / "all"]):
+        assert cell.notes == () and len(cell.names) > 30
+        assert all(expected[label] == name for label, name in cell.names.items())
+    maps = [find_label_map(Path(f"{name}_corrected.csv")) for name in ("watkins", "cbi")]
+    both = {cell.dataset: cell.names for cell in read_runs([tmp_path / "all"], maps)}
+    assert both["watkins"]["Narwhal"] == "Monodon monoceros" and both["cbi"]["Song Sparrow"] == "Melospiza melodia"
+    one = {cell.dataset: cell.names for cell in read_runs([tmp_path / "all"], maps[:1])}
+    assert one["watkins"]["Narwhal"] == "Monodon monoceros" and one["cbi"]["Song Sparrow"] == "Fringilla melodia"
+
+
+def test_two_maps_that_name_a_label_differently_are_refused(make_run, tmp_path):
+    for name in ("Coruro", "Spalacopus cyanus"):
+        (tmp_path / f"{name}.csv").write_text(f"label,scientific\nCoruro,{name}\n")
+    with pytest.raises(RecipeError, match=r"the label 'Coruro' is 'Coruro' here and 'Spalacopus cyanus' in .*give one"):
+        read_runs([make_run()], [tmp_path / "Spalacopus cyanus.csv", tmp_path / "Coruro.csv"])
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):

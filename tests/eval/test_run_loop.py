@@ -219,7 +219,8 @@ def test_changed_data_or_sources_do_not_go_on(run, evaluation, tmp_path):
     merge = {"base": str(other.base), "adapter": str(other.adapter), "alphas": [0.0, 1.0]}
     with pytest.raises(RunError, match="was merged from"):
         evaluate(recipe=evaluation.variant("elsewhere", merge=merge), out=run.path, **CPU)
-    (other.recordings / "0.wav").write_bytes((other.recordings / "1.wav").read_bytes())
+    for number in range(CLIPS):
+        soundfile.write(other.recordings / f"{number}.wav", [0.1 * number] * 8000, 8000)
     data = [{"path": str(other.recordings), "name": "recordings"}]
     with pytest.raises(RunError, match="data was"):
         evaluate(recipe=evaluation.variant("recorded", datasets=data), out=run.path, **CPU)
@@ -604,6 +605,7 @@ def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, vllm_slot,
     plan = prepare_run(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm")
     record = carry_out(plan, EngineSettings(), listener=SilentListener(), slot=vllm_slot)
     for cell in record.cells:
+        assert cell.identity["dtype"] == "float32" == record.environment["engine"]["options"]["dtype"]
         found, wanted = read_predictions(plan.out / cell.file), read_predictions(expected.path / cell.file)
         assert [row.generated_ids for row in found] == [row.generated_ids for row in wanted]
         assert [row.prompt_tokens for row in found] == [row.prompt_tokens for row in wanted]

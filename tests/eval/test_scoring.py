@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
@@ -16,6 +17,7 @@ from mergekit_bio.errors import RecipeError, RunError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.records.read import read_runs
+from mergekit_bio.eval.report import tables
 from mergekit_bio.eval.report.build import Report, build_report, to_document
 from mergekit_bio.eval.report.tables import mark, sentences
 from mergekit_bio.eval.scoring.score import score
@@ -287,6 +289,51 @@ def test_answers_to_other_words_under_the_same_number_are_another_sweep():
     assert len(build_report([first, replace(second, query_text="Another?")], scorer="exact").sweeps) == 2
 
 
+ASKED = ("a", "b", "c", "d")
+
+
+def test_a_preview_of_a_closed_list_is_scored_by_the_list():
+    """sklearn over the four labels that were asked, of which the two clips have one."""
+    right = [cell(("a", "a"), ("a", "a"), labels=ASKED, alpha=alpha, checkpoint=f"{alpha}") for alpha in (0.0, 1.0)]
+    half = cell(("a", "a"), ("d", "a"), labels=ASKED, alpha=0.5, checkpoint="0.5")
+    report = build_report([right[0], half, right[1]], scorer="exact")
+    (sweep,) = report.sweeps
+    for item, said in zip(sweep.scores, (["a", "a"], ["a", "d"], ["a", "a"]), strict=True):
+        over_list = f1_score(["a", "a"], said, labels=ASKED, average="macro", zero_division=0)
+        assert item.metrics["f1_macro"] == pytest.approx(over_list) and over_list < 0.3
+        assert item.intervals["f1_macro"][1] <= 0.25 + 1e-12
+        assert item.metrics["out_of_set"] == 0
+    assert sweep.scores[1].metrics["in_set_wrong"] == 0.5
+    assert sweep.labels == {*ASKED} and sweep.baselines["accuracy_random"] == 0.25
+    # A guess names each label in a quarter of the two clips: F1 of "a" from those counts, the others 0.
+    assert sweep.baselines["f1_macro_random"] == pytest.approx(2 * 0.5 / (0.5 + 2) / 4)
+    (note,) = report.notes
+    assert note == (
+        "r, frogs, query 0: the clips here have 1 of the 4 labels that were asked; F1 macro is over all 4, and the "
+        "others count 0 in it"
+    )
+
+
+@pytest.mark.parametrize("scorer", ["paper", "beans-zero"])
+def test_the_published_scorers_keep_to_the_clips_labels_and_a_note_says_so(scorer):
+    (scored,) = build_report([cell(("d", "a"), ("a", "a"), labels=ASKED)], scorer=scorer).scores
+    assert scored.labels == ("a",) and scored.metrics["accuracy"] == 1.0
+    (note,) = scored.notes
+    assert "have 1 of the 4 labels that were asked" in note and "--scorer exact goes by all 4" in note
+
+
+def test_a_closed_list_that_the_clips_have_is_scored_as_ever():
+    rows = [("a", "a"), ("b", "a"), ("b", "b"), ("x", "c"), ("", "d")]
+    asked, unasked = (score(cell(*rows, labels=labels), scorer="exact") for labels in (ASKED, ()))
+    assert asked.metrics == unasked.metrics and asked.baselines == unasked.baselines and asked.notes == ()
+
+
+def test_names_of_a_closed_list_are_those_of_its_labels():
+    names = {"a": "Alpha", "b": "Beta"}
+    scored = score(cell(("Beta", "a"), target="scientific", names=names, labels=("a", "b")), scorer="exact")
+    assert scored.labels == ("Alpha", "Beta") and scored.metrics["in_set_wrong"] == 1
+
+
 def test_ties_go_to_the_first_label_in_order():
     tied = cell(("cxt", "cat"), ("cut", "cut"), ("cat", "cat"))
     assert score(tied, scorer="beans-zero").answers == ("cat", "cut", "cat")
@@ -332,6 +379,17 @@ def test_choice_takes_the_option_with_the_highest_probability_and_the_first_of_e
         ),
     )
     assert score(rows, scorer="choice").answers == ("a", "a", "b")
+
+
+def test_a_normalised_choice_is_the_highest_log_probability_per_character():
+    logprobs = {"Wren": -4.0, "Wren Babbler": -9.0}
+    rows = cell(("Wren", "Wren"), ("Wren", "Wren Babbler"))
+    rows = replace(rows, predictions=tuple(replace(row, choice_logprobs=logprobs) for row in rows.predictions))
+    assert score(rows, scorer="choice").answers == ("Wren", "Wren")
+    # lm-evaluation-harness: acc_norm is the argmax of the sums over the choices' lengths.
+    names = [*logprobs]
+    best = names[int(np.argmax(np.array([*logprobs.values()]) / [len(name) for name in names]))]
+    assert score(rows, scorer="choice-normalised").answers == (best, best) == ("Wren Babbler", "Wren Babbler")
 
 
 def test_scientific_and_combined_names_are_scored_with_the_map():
@@ -390,11 +448,46 @@ def test_detection_reads_lists_and_empty_answers():
     assert {"map", "f1_macro"} <= set(scored.intervals)
 
 
+@pytest.mark.parametrize("scorer", ["paper", "beans-zero", "exact"])
+def test_wrong_detections_miss_labels_or_add_labels_or_both(scorer):
+    owl, wren = "great horned owl", "wren"
+    both = f"{owl}, {wren}"
+    rows = [(both, both), ("None", owl), (both, owl), (wren, owl), (owl, "None"), (wren, wren)]
+    scored = score(cell(*rows, task="detection"), scorer=scorer)
+    said, true = (
+        np.array([[name in texts.split(", ") for name in (owl, wren)] for texts in column])
+        for column in zip(*rows, strict=True)
+    )
+    missed, added = (true & ~said).any(axis=1), (said & ~true).any(axis=1)
+    assert scored.metrics["missed"] == pytest.approx((missed & ~added).mean())
+    assert scored.metrics["added"] == pytest.approx((added & ~missed).mean())
+    assert scored.metrics["missed_and_added"] == pytest.approx((missed & added).mean())
+
+
 def test_captions_have_cider_and_a_plain_word_about_the_rest():
     scored = score(cell(("a low call", "a low call"), ("x", "a bird sings"), task="captioning"), scorer="exact")
     # "a" is in both references and weighs nothing; a three-word caption has no four-grams.
     assert scored.metrics["cider"] == pytest.approx((7.5 + 0) / 2)
     assert "spice" in scored.metrics or any("SPICE" in note for note in scored.notes)
+
+
+@pytest.mark.parametrize(("half", "said"), [(0.103, "+0.101"), (0.5, "+0.498")])
+def test_a_gain_over_next_to_nothing_is_a_difference(half, said):
+    clips = 1000
+    sweep_of = {}
+    for name, share in (("a050", half), ("a100", 0.002)):
+        sweep_of[name] = [("a" if number < share * clips else "b", "a") for number in range(clips)]
+    (sweep,) = build_report(strengths(**sweep_of), scorer="exact").sweeps
+    assert f"; {half:.3f} against 0.002 at alpha 1: {said}" in sentences(sweep)[0] and "%" not in sentences(sweep)[0]
+
+
+def test_one_clip_is_one_clip_and_tells_nothing_apart():
+    (sweep,) = build_report(strengths(a000=[("b", "a")], a100=[("a", "a")]), scorer="exact").sweeps
+    assert tables.size(sweep) == "1 clip, 1 label"
+    for comparison in sweep.comparisons:
+        (row,) = comparison.against
+        assert row.p == row.p_adjusted == 1.0 and comparison.plateau == (0.0, 1.0)
+    assert [mark(sweep, item, "f1_macro") for item in sweep.scores] == ["=", "*"]
 
 
 def test_an_unfinished_cell_is_called_so():

@@ -1,18 +1,23 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from mergekit_bio.eval.scoring import classification, detection
 from mergekit_bio.eval.scoring.statistics import (
+    SWAPS,
+    PValue,
     bootstrap,
     holm,
+    holm_adjusted,
     mcnemar_exact,
-    paired_bootstrap,
+    paired_randomisation,
     percentile_interval,
     plateau,
 )
@@ -88,21 +93,99 @@ def test_mcnemar_is_the_binomial_sum(first, second):
     assert mcnemar_exact(only_first=first, only_second=second) == pytest.approx(min(1.0, 2 * tail) if total else 1.0)
 
 
-def test_the_paired_bootstrap_sees_a_difference_that_unpaired_intervals_hide():
+LABELS = ("a", "b", "c")
+SKLEARN = {
+    "accuracy": accuracy_score,
+    "f1_weighted": lambda true, said: f1_score(true, said, average="weighted", zero_division=0),
+    "f1_macro": lambda true, said: f1_score(true, said, average="macro", zero_division=0),
+}
+
+
+def swapping(targets, first, second):
+    """The p-values of all metrics of two cells' answers."""
+    cells = (
+        classification.indicators(targets=targets, answers=answers, listed=answers, labels=LABELS)
+        for answers in (first, second)
+    )
+    return paired_randomisation(*cells, classification.resampled_metrics)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.tuples(TARGETS, ANSWERS, ANSWERS), min_size=1, max_size=5))
+def test_a_paired_p_value_is_the_share_of_all_swaps_that_differ_as_much(clips):
+    targets, first, second = zip(*clips, strict=True)
+    ours = swapping(targets, first, second)
+    for name, metric in SKLEARN.items():
+        seen = abs(metric(targets, first) - metric(targets, second))
+        beyond = 0
+        for swaps in itertools.product((False, True), repeat=len(clips)):
+            pairs = [(b, a) if swap else (a, b) for swap, a, b in zip(swaps, first, second, strict=True)]
+            left, right = zip(*pairs, strict=True)
+            beyond += abs(metric(targets, left) - metric(targets, right)) >= seen - 1e-12
+        assert ours[name] == PValue(beyond / 2 ** len(clips)), name
+
+
+def test_a_paired_p_value_is_scipys():
+    generator = np.random.default_rng(5)
+    targets, first, second = (generator.choice(LABELS, 8) for _ in range(3))
+    second[:6] = targets[:6]
+
+    def difference(left, right):
+        codes = np.array(LABELS)
+        return SKLEARN["f1_macro"](targets, codes[left.astype(int)]) - SKLEARN["f1_macro"](
+            targets, codes[right.astype(int)]
+        )
+
+    codes = [np.searchsorted(LABELS, answers) for answers in (first, second)]
+    scipys = stats.permutation_test(codes, difference, permutation_type="samples", n_resamples=np.inf, vectorized=False)
+    assert swapping(targets, first, second)["f1_macro"].value == pytest.approx(scipys.pvalue)
+
+
+def test_swaps_that_are_drawn_come_near_to_scipys_and_state_a_bound_where_none_differs_as_much():
+    generator = np.random.default_rng(2)
+    targets = generator.choice(LABELS, 60)
+    first = np.where(generator.random(60) < 0.6, targets, generator.choice(LABELS, 60))
+    second = np.where(generator.random(60) < 0.3, targets, generator.choice(LABELS, 60))
+    right = [(answers == targets).astype(float) for answers in (first, second)]
+    scipys = stats.permutation_test(
+        right, lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis), permutation_type="samples", n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    ours = swapping(targets, first, second)["accuracy"]
+    assert 0.01 < scipys.pvalue < 0.5 and not ours.at_most
+    # Four standard errors of the difference of two shares.
+    assert ours.value == pytest.approx(scipys.pvalue, abs=4 * math.sqrt(scipys.pvalue * (1 / 20_000 + 1 / SWAPS)))
+    clear = swapping(np.repeat(LABELS, 20), np.repeat(LABELS, 20), np.repeat(["b", "c", "a"], 20))
+    assert clear["f1_macro"] == PValue(1 / (SWAPS + 1), at_most=True)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3, 6, 10])
+def test_no_paired_p_value_goes_below_what_so_many_clips_allow(clips):
+    p = swapping(["a"] * clips, ["a"] * clips, ["b"] * clips)
+    assert p["f1_macro"] == p["accuracy"] == PValue(2 / 2**clips)
+    assert p["accuracy"].value == pytest.approx(mcnemar_exact(only_first=clips, only_second=0))
+
+
+def test_equal_answers_are_told_apart_no_more_often_than_the_level_says():
     generator = np.random.default_rng(0)
-    hard = generator.random(300)
-    first, second = (hard > 0.50).astype(float), (hard > 0.46).astype(float)
-    samples = [
-        bootstrap(indicators=csr_matrix(np.c_[x, np.ones(300)]), statistic=mean)["mean"] for x in (first, second)
-    ]
-    assert percentile_interval(samples[0])[1] > percentile_interval(samples[1])[0]
-    low, _, p = paired_bootstrap(*samples)
-    assert low > 0 and p < 0.01
+    runs, false = 400, dict.fromkeys(("f1_weighted", "f1_macro"), 0)
+    for number in range(runs):
+        targets, first, second = (generator.choice(LABELS, 6 + number % 7) for _ in range(3))
+        p_values = swapping(targets, first, second)
+        for name in false:
+            false[name] += p_values[name].value <= 0.05
+    # Of a test that holds its level so many false alarms are as rare as one in a thousand.
+    for name, alarms in false.items():
+        assert alarms <= stats.binom.isf(0.001, runs, 0.05), name
+        assert alarms > 0, name
 
 
-def test_equal_cells_are_not_told_apart():
-    samples = np.random.default_rng(0).random(500)
-    assert paired_bootstrap(samples, samples) == (0.0, 0.0, 1.0)
+def test_an_adjusted_p_value_is_a_bound_where_a_bound_raised_it():
+    floor = PValue(1e-4, at_most=True)
+    assert holm_adjusted([PValue(0.0002), floor, PValue(0.3), floor]) == [
+        PValue(pytest.approx(4e-4), at_most=True), PValue(pytest.approx(4e-4), at_most=True), PValue(0.3),
+        PValue(pytest.approx(4e-4), at_most=True),
+    ]  # fmt: skip
 
 
 def test_holm_of_the_textbook():

@@ -101,7 +101,7 @@ def _rows(folder: Path, file: Path, task: Task) -> Iterator[tuple[str, DatasetRo
             for label in sorted(label_set(values["label"])) if task == "detection" else [values["label"]]:
                 first = labels.setdefault(normalised(label), label)
                 if first != label:
-                    differ = "differ only in case, white space, quotation marks or dots; write one of them"
+                    differ = "differ only in case, white space or punctuation; write one of them"
                     raise document.problem((), f"the labels {first!r} and {label!r} {differ}")
         yield split, DatasetRow(id=row_id, label=values["label"], path=path)
 

@@ -21,7 +21,14 @@ except ImportError:
 
 from mergekit_bio.checkpoint.source import hub_errors
 from mergekit_bio.eval.components import Component
-from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, Download, checked_samples, unique_rows
+from mergekit_bio.eval.data.dataset import (
+    Dataset,
+    DatasetRow,
+    Download,
+    RecordingError,
+    checked_samples,
+    unique_rows,
+)
 from mergekit_bio.eval.data.parquet_rows import (
     COMPONENT_COLUMN,
     RECORDING_COLUMNS,
@@ -123,7 +130,7 @@ def _recording(find: FindRow, source: str, row_id: str, note: Note) -> tuple[np.
         row = find(row_id)
     rate = parse_json(row["metadata"] or "{}", source=f"{where}: metadata", error=DatasetError).get("sample_rate")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-        raise DatasetError(f"{where}: the metadata states no sample_rate")
+        raise RecordingError(f"{where}: the metadata states no sample_rate")
     return checked_samples(row["audio"], where), int(rate)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
 from mergekit_bio.outside_data import nearest
+
+
+class RecordingError(DatasetError):
+    """One recording is no use; others of the dataset may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,9 @@ class Dataset:
             note: Is told what a user should know of the recording.
 
         Raises:
-            DatasetError: The row has no usable recording.
+            RecordingError: The row has no usable recording.
             AudioError: The file cannot be decoded.
+            DatasetError: The data cannot be had.
         """
         samples, rate = self.recording(row_id, note)
         return samples[: round(self.seconds * rate)], rate
@@ -98,14 +104,36 @@ class Dataset:
             for part in (row.id, row.label, row.instruction or ""):
                 digest.update(part.encode() + b"\0")
             if row.path is not None:
-                with row.path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(_file_digest(row.path))
         return f"sha256:{digest.hexdigest()}"
+
+    def clip_digests(self) -> dict[str, bytes]:
+        """Row id -> what decides how its clip sounds: a file's bytes and the channel; of other data the row's id."""
+        heard = b"" if self.channel is None else f"\0channel {self.channel}".encode()
+        return {
+            row.id: (row.id.encode() if row.path is None else _file_digest(row.path)) + heard
+            for row in {*self.asked, *self.examples}
+        }
 
     def species(self, top: int) -> list[str]:
         """The most frequent labels, the most frequent first, equals by name."""
         counts = Counter(row.label for row in self.asked)
         return sorted(counts, key=lambda label: (-counts[label], label))[:top]
+
+
+def _file_digest(path: Path) -> bytes:
+    """SHA-256 of a file, read once as long as it stays as it is; of one that cannot be read, no digest of any file."""
+    try:
+        stat = path.stat()
+        return _digest_of_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except OSError:
+        return b"cannot be read"
+
+
+@lru_cache(1 << 20)
+def _digest_of_version(path: Path, *version: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
@@ -164,8 +192,8 @@ def unique_rows(rows: Sequence[DatasetRow], where: str) -> tuple[DatasetRow, ...
 
 
 def checked_samples(samples: Any, where: str) -> np.ndarray:
-    """Samples as float64; DatasetError where there is none, or one is not finite."""
+    """Samples as float64; RecordingError where there is none, or one is not finite."""
     values = np.asarray(samples, dtype=np.float64)
     if not values.size or not np.isfinite(values).all():
-        raise DatasetError(f"{where}: the recording is empty or not finite")
+        raise RecordingError(f"{where}: the recording is empty or not finite")
     return values

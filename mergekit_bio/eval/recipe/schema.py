@@ -296,6 +296,13 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
             refuse(("datasets", index), "the recordings of BEANS-Zero have one channel; leave it out")
         if names.index(choice.name) != index:
             refuse(("datasets", index), f"'{choice.name}' stands twice; give local folders different names")
+        task = components()[choice.name].task if choice.path is None else choice.task
+        if task == "detection" and recipe.decoding != "generate":
+            refuse(
+                ("decoding",),
+                f"'{recipe.decoding}' gives a clip one label, and '{choice.name}' is detection, with several or none; "
+                "leave it at generate",
+            )
         if choice.path is not None and not recipe.queries:
             refuse(("datasets", index), f"the folder '{choice.name}' has no instruction of its own; give queries")
     if recipe.species and recipe.top_k_species is not None:

@@ -27,8 +27,10 @@ class Cell:
             in a plan, which has not looked at weights and recordings.
         alpha: The merge strength; None for a checkpoint not merged with one number.
         query_text: The query as in the recipe; None where the dataset has its own instruction.
+        labels: The closed list that the answer had to be one of, as labels of the dataset; empty for an open question.
         run: Name of the run or of the published experiment.
         predictions: Ordered by id, so that cells of one sweep are aligned; none where there is no answer yet.
+        order: The ids in the order of the file; empty where that is the order of ``predictions``.
         names: label -> scientific name, where ``target`` needs it.
         scorer: The scorer that the run asks for; None in the published layout.
         notes: What a reader of its metrics must be told.
@@ -46,10 +48,12 @@ class Cell:
     alpha: float | None = None
     target: Target = "label"
     query_text: str | None = None
+    labels: tuple[str, ...] = ()
     seconds: float = 0.0
     run: str = field(default="", metadata=_READ_BACK)
     folder: Path = field(default_factory=Path, metadata=_READ_BACK)
     predictions: tuple[Prediction, ...] = field(default=(), metadata=_READ_BACK)
+    order: tuple[str, ...] = field(default=(), metadata=_READ_BACK)
     names: Mapping[str, str] = field(default_factory=dict, metadata=_READ_BACK)
     scorer: str | None = field(default=None, metadata=_READ_BACK)
     notes: tuple[str, ...] = field(default=(), metadata=_READ_BACK)
@@ -70,4 +74,4 @@ class Cell:
     def recorded(self) -> dict[str, Any]:
         """What run.json holds of it."""
         kept = [part.name for part in fields(self) if not part.metadata]
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in kept if name != "labels" or self.labels}

@@ -36,6 +36,7 @@ class Prediction:
         example_ids: The clips that the prompt used as examples, in the order of their placeholders.
         choice_logprobs: For ``decoding: loglikelihood``, the log-probability of each option.
         audio: The recording's file, for local data.
+        question: What tells the question and its recordings from any other: a run asks again where it has changed.
     """
 
     # Predictions of other programs may say more.
@@ -53,6 +54,7 @@ class Prediction:
     example_ids: tuple[str, ...] | None = None
     choice_logprobs: dict[str, float] | None = None
     audio: str | None = None
+    question: str | None = None
 
     def to_line(self) -> bytes:
         """The line of the file, its newline included. The reference's six keys are always there."""

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from glob import escape
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from mergekit_bio.errors import RunError
+from mergekit_bio.errors import RecipeError, RunError
 from mergekit_bio.eval.components import components
 from mergekit_bio.eval.label_map import read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target
@@ -23,25 +24,27 @@ _PUBLISHED_NAME = re.compile(
 )
 #: What the user says in the chat template that the published prompts stand in.
 _USER_TURN = re.compile(r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)<\|eot_id\|>", re.DOTALL)
-_NAME_FILES = ("names.jsonl", "{dataset}_vernacular_scientific_mapping.jsonl")
+#: Where names were published with predictions: in their folder, or for several experiments beside the folder.
+_NAME_FILES = ("{dataset}_vernacular_scientific_mapping.jsonl", "{dataset}_names.jsonl", "{dataset}_names_*.jsonl")
 
 
-def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
+def read_runs(paths: list[Path], label_maps: Sequence[Path] = ()) -> list[Cell]:
     """Read every cell below the given paths.
 
     Args:
         paths: Run directories, folders of published predictions files, folders of such folders, or single
             published files. A file that several of them lead to counts once.
-        label_map: Used instead of the label maps that the runs bring.
+        label_maps: Used instead of the label maps that the runs bring, for the datasets whose labels they have.
 
     Returns:
         The cells in the order of run, dataset, query and alpha; those that have no answer yet are among them.
 
     Raises:
         RunError: A path holds no run or something damaged, or there is no prediction at all.
+        RecipeError: A label map cannot be read, or two of them have another name for a label.
     """
     # 1. Every cell below the paths; one that several of them lead to counts once.
-    names = None if label_map is None else read_label_map(label_map)
+    names = _joined(label_maps)
     by_file: dict[Path, Cell] = {}
     for path in paths:
         cells_there = list(_cells_at(path, names))
@@ -60,6 +63,25 @@ def read_runs(paths: list[Path], label_map: Path | None = None) -> list[Cell]:
         return order[cell.run], cell.sweep, cell.alpha is None, cell.alpha or 0.0, cell.checkpoint
 
     return sorted(cells, key=place)
+
+
+def _joined(label_maps: Sequence[Path]) -> dict[str, str]:
+    """The names of all maps."""
+    names: dict[str, str] = {}
+    source: dict[str, Path] = {}
+    for path in label_maps:
+        for label, name in read_label_map(path).items():
+            if names.setdefault(label, name) != name:
+                raise RecipeError(
+                    f"{path}: the label {label!r} is {name!r} here and {names[label]!r} in {source[label]}; give one"
+                )
+            source.setdefault(label, path)
+    return names
+
+
+def _has_labels(names: Mapping[str, str], rows: Sequence[Prediction]) -> bool:
+    """Whether a label map is about these clips."""
+    return any(row.label in names for row in rows)
 
 
 def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
@@ -95,7 +117,7 @@ def _are_one_run(cells: Sequence[Cell]) -> bool:
     return len({cell.file for cell in cells}) == len(cells)
 
 
-def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
+def _cells_at(path: Path, names: Mapping[str, str]) -> Iterator[Cell]:
     if not path.exists():
         raise RunError(f"{path}: no such run")
     if path.is_file():
@@ -110,22 +132,24 @@ def _cells_at(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
                 yield from _cells_at(folder, names)
 
 
-def _recorded(path: Path, names: Mapping[str, str] | None) -> Iterator[Cell]:
-    """The cells of a run directory of ours; ``names`` instead of its own label map."""
+def _recorded(path: Path, names: Mapping[str, str]) -> Iterator[Cell]:
+    """The cells of a run directory of ours; ``names`` instead of its own label map where they are about its clips."""
     record = read_record(path)
     for cell in record.cells:
         file = path / cell.file
+        rows = read_predictions(file) if file.exists() else ()
         yield replace(
             cell,
             run=record.name,
             folder=path,
-            predictions=_by_id(read_predictions(file)) if file.exists() else (),
-            names=record.label_map if names is None else names,
+            predictions=_by_id(rows),
+            order=tuple(row.id for row in rows),
+            names=names if _has_labels(names, rows) else record.label_map,
             scorer=record.scorer,
         )
 
 
-def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[Cell]:
+def _published(files: list[Path], names: Mapping[str, str]) -> Iterator[Cell]:
     """The cells of published predictions files, whose names say what nothing else does."""
     for file in files:
         if file.with_name(f"{file.name}.gz") in files:
@@ -135,7 +159,8 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
             raise RunError(f"{file}: not named as a published file (beans_zero_eval_DATASET_queryN_loraNNN.jsonl[.gz])")
         run, dataset, query = file.resolve().parent.name, name["dataset"], int(name["query"])
         alpha = int(name["hundredths"]) / 100
-        predictions = _by_id(read_predictions(file))
+        rows = read_predictions(file)
+        predictions = _by_id(rows)
         notes = []
 
         # 1. What is right: the paper knows it for its own questions, for every other one it is the label.
@@ -150,7 +175,7 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
         # 2. The scientific names that this takes: those given, else those beside the file, else the paper's.
         named: Mapping[str, str] = {}
         if target in ("scientific", "combined"):
-            named = _names_beside(file.parent, dataset) if names is None else names
+            named = names if _has_labels(names, rows) else _names_beside(file.parent, dataset)
             if not named:
                 of_paper = paper_names(dataset)
                 named = read_label_map(of_paper)
@@ -169,6 +194,7 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
             run=run,
             folder=file.parent,
             predictions=predictions,
+            order=tuple(row.id for row in rows),
             names=named,
             notes=tuple(f"{run}, {dataset}, query {query}: {note}" for note in notes),
         )
@@ -177,10 +203,12 @@ def _published(files: list[Path], names: Mapping[str, str] | None) -> Iterator[C
 @cache
 def _names_beside(folder: Path, dataset: str) -> Mapping[str, str]:
     """The scientific names that were published with the predictions; empty without them."""
-    for name in _NAME_FILES:
-        path = folder / name.format(dataset=dataset)
-        if path.exists():
-            return read_label_map(path)
+    if (folder / "names.jsonl").exists():
+        return read_label_map(folder / "names.jsonl")
+    for place in (folder, folder.resolve().parent):
+        for pattern in _NAME_FILES:
+            for path in sorted(place.glob(pattern.format(dataset=escape(dataset)))):
+                return read_label_map(path)
     return {}
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.kept_answers import AskedNow, KeptAnswers, keep_answers, kept_answers, notes
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
 from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
 
@@ -88,6 +89,15 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
 
     Use as a context manager. The directory is made when missing, and ``record`` is on disk before the first prediction.
     Cells that the directory holds from an earlier start are kept, and continued where the record asks for them again.
+    Where the data has changed since, answers are kept clip by clip.
+
+    Args:
+        path: The directory.
+        record: What it will be a run of.
+        asked: Predictions file -> what its cell asks now.
+
+    Attributes:
+        notes: What a user must be told about answers that were kept.
 
     Raises:
         RunError: Another process writes the run, or it was answered under another configuration (the error names the
@@ -95,8 +105,9 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
         OutputError: The directory cannot be written.
     """
 
-    def __init__(self, path: Path, record: RunRecord) -> None:
+    def __init__(self, path: Path, record: RunRecord, asked: Mapping[str, AskedNow] | None = None) -> None:
         self.path = path
+        self.notes: list[str] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / LOCK_NAME).open("wb")
@@ -109,7 +120,17 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
             except OSError:
                 message = "another process is writing this run; wait for it or give another --out"
                 raise RunError(f"{path}: {message}") from None
-            self.record = _continued(path, record) if (path / RECORD_NAME).exists() else record
+            kept: dict[str, KeptAnswers] = {}
+            if (path / RECORD_NAME).exists():
+                self.record, kept = _continued(path, record, asked or {})
+            else:
+                self.record = record
+            by_dataset: dict[str, list[KeptAnswers]] = {}
+            for cell in record.cells:
+                if cell.file in kept:
+                    keep_answers(path / cell.file, kept[cell.file])
+                    by_dataset.setdefault(cell.dataset, []).append(kept[cell.file])
+            self.notes += notes(by_dataset)
             self._write()
             self._lock = stack.pop_all()
 
@@ -150,9 +171,16 @@ class RunDirectory(AbstractContextManager["RunDirectory"]):
             ) from None
 
 
-def _continued(path: Path, wanted: RunRecord) -> RunRecord:
-    """The record of a run that goes on: the cells of both, no answer of them under two configurations."""
-    # 1. A cell that has answers may only be asked again under the configuration that they were given under.
+def _continued(
+    path: Path, wanted: RunRecord, asked: Mapping[str, AskedNow]
+) -> tuple[RunRecord, dict[str, KeptAnswers]]:
+    """The record of a run that goes on: the cells of both, no answer of them under two configurations.
+
+    With it come, for each predictions file that has answers, those that still stand.
+    """
+    # 1. A cell that has answers may only be asked again under the configuration that they were given under. What it
+    #    asks about a clip may have changed: the others' answers stand.
+    kept: dict[str, KeptAnswers] = {}
     started = read_record(path)
     before = {cell.file: cell for cell in started.cells}
     for cell in wanted.cells:
@@ -163,7 +191,16 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         answered_under = _UNSAID | before[cell.file].identity
         file = path / cell.file
         # What failed before its first answer may be started otherwise.
-        if answered_under != identity and file.exists() and read_predictions(file):
+        rows = read_predictions(file) if file.exists() else ()
+        if not rows:
+            continue
+        known = cell.file in asked and all(row.question for row in rows)
+        if known:
+            kept[cell.file] = kept_answers(rows, asked[cell.file])
+        # Where no answer stands, it is other data altogether.
+        if known and kept[cell.file].rows:
+            identity, answered_under = ({**of, "data": None} for of in (identity, answered_under))
+        if answered_under != identity:
             changes = list(_changes(answered_under, identity))
             shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
@@ -176,14 +213,15 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         cells[cell.file] = replace(cells.get(cell.file, cell), seconds=cell.seconds)
 
     # 3. The label map is the new one. The cells of before may be scored with names that it lacks.
-    asked = {cell.file for cell in wanted.cells}
-    names_needed = any(cell.target != "label" for cell in started.cells if cell.file not in asked)
-    return replace(
+    files = {cell.file for cell in wanted.cells}
+    names_needed = any(cell.target != "label" for cell in started.cells if cell.file not in files)
+    record = replace(
         wanted,
         cells=tuple(cells.values()),
         label_map={**started.label_map, **wanted.label_map} if names_needed else wanted.label_map,
         environment={**started.environment, **wanted.environment},
     )
+    return record, kept
 
 
 def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

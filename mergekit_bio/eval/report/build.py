@@ -1,12 +1,13 @@
 """The report as data: scored cells in sweeps, what a reader must be told about them, and its JSON form."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from mergekit_bio.eval.label_map import NO_TARGET
+from mergekit_bio.errors import RunError
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.report.choosing import AlphaChoice, choose_on_another, choose_on_halves, matching_cell
 from mergekit_bio.eval.report.comparison import (
     MAIN_METRICS,
     Comparison,
@@ -36,10 +37,19 @@ TITLES = {
     "out_of_set_matched": "Out of set (matched)",
     "in_set_wrong_matched": "In set, wrong (matched)",
     "map": "mAP",
+    "map_beans_zero": "mAP (beans-zero)",
+    "missed": "Labels missed",
+    "added": "Labels added",
+    "missed_and_added": "Missed and added",
     "cider": "CIDEr",
     "spice": "SPICE",
     "spider": "SPIDEr",
 }
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,7 @@ class Sweep:
 
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...]
+    choices: tuple[AlphaChoice, ...] = ()
 
     @property
     def cell(self) -> Cell:
@@ -78,14 +89,26 @@ class Sweep:
 
     @property
     def labels(self) -> frozenset[str]:
-        """The right answers: what the cells of a classification choose among."""
-        return frozenset(target for _, target in self.clips) - {NO_TARGET}
+        """What the cells of a classification choose among."""
+        return frozenset(self.scores[0].labels)
 
     @property
     def baselines(self) -> dict[str, float]:
         """What majority and random answers to all its clips get (classification)."""
-        targets = [target for _, target in self.clips]
-        return classification.baselines(targets) if self.cell.task == "classification" else {}
+        if self.cell.task != "classification":
+            return {}
+        asked = self.scores[0].labels if self.closed else ()
+        return classification.baselines([target for _, target in self.clips], asked)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the labels are a list that was asked, and not those that the clips have."""
+        return bool(self.asked) and SCORERS[self.scores[0].scorer].asked_labels
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """The closed list that was asked, if there was one."""
+        return frozenset(label for item in self.scores for label in item.cell.labels)
 
     @property
     def same_clips(self) -> bool:
@@ -128,7 +151,7 @@ class Sweep:
         for item in self.scores:
             by_number.setdefault(len(item.ids), []).append(item.cell.checkpoint)
         has = "; ".join(
-            f"{number} clips: {', '.join(names) if len(names) <= 3 else f'{len(names)} cells'}"
+            f"{counted(number, 'clip')}: {', '.join(names) if len(names) <= 3 else f'{len(names)} cells'}"
             for number, names in by_number.items()
         )
         shared = len(shared_clips(self.scores))
@@ -174,25 +197,58 @@ class Report:
 
 
 def build_report(
-    cells: Sequence[Cell], *, scorer: str | None = None, seed: int = 0, progress: Callable[[int], None] = lambda _: None
+    cells: Sequence[Cell],
+    *,
+    scorer: str | None = None,
+    choose_on: str | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Score and compare.
 
     Args:
         cells: Of ``read_runs``, in its order.
         scorer: For all cells; None takes what each run asks for ("paper" for the published layout).
+        choose_on: A dataset or a run whose best alphas the others are scored with; None chooses on halves of the clips.
         progress: Called with 1 after each cell.
+
+    Raises:
+        RunError: There is no such dataset or run, or what is to be scored cannot be.
     """
     sweeps = []
     for _, group in groupby((cell for cell in cells if cell.predictions), key=lambda cell: cell.sweep):
         members = list(group)
         labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.predictions})]
+        asked = sorted({label for cell in members for label in cell.labels})
         scores = []
         for cell in members:
-            scores.append(score(cell, scorer=scorer or cell.scorer or "paper", labels=labels, seed=seed))
+            name = scorer or cell.scorer or "paper"
+            scores.append(score(cell, scorer=name, labels=labels, asked=asked, seed=seed))
             progress(1)
-        sweeps.append(Sweep(scores=tuple(scores), comparisons=tuple(compare(scores, seed))))
+        comparisons = tuple(compare(scores, seed))
+        choices = tuple(choose_on_halves(scores, comparisons, seed=seed))
+        sweeps.append(Sweep(scores=tuple(scores), comparisons=comparisons, choices=choices))
+    if choose_on is not None:
+        sweeps = list(_chosen_on(choose_on, sweeps))
     return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.predictions))
+
+
+def _chosen_on(name: str, sweeps: Sequence[Sweep]) -> Iterator[Sweep]:
+    """The sweeps, those that are not about the dataset or of the run of that name scored with its best alphas."""
+    choosing = [sweep for sweep in sweeps if name in (sweep.cell.dataset, sweep.cell.run)]
+    if not choosing:
+        known = sorted({part for sweep in sweeps for part in (sweep.cell.dataset, sweep.cell.run)})
+        raise RunError(f"--choose-on {name}: no such dataset or run in the report; there is {', '.join(known)}")
+    for sweep in sweeps:
+        index = matching_cell([other.cell for other in choosing], sweep.cell)
+        if name in (sweep.cell.dataset, sweep.cell.run) or index is None:
+            yield sweep
+            continue
+        other = choosing[index]
+        chosen = choose_on_another(
+            sweep.scores, sweep.comparisons, other=other.scores, of_other=other.comparisons, title=other.title
+        )
+        yield replace(sweep, choices=tuple(chosen))
 
 
 def to_document(report: Report) -> dict[str, Any]:
@@ -200,7 +256,7 @@ def to_document(report: Report) -> dict[str, Any]:
     return {
         "scorers": {name: SCORERS[name].description for name in report.scorers},
         "intervals": f"{LEVEL:.0%} percentile bootstrap over clips, {RESAMPLES} resamples",
-        "comparisons": "against the best, paired by clip; p-values Holm-adjusted",
+        "comparisons": "against the best, paired by clip; p-values Holm-adjusted, p_at_most: or smaller",
         "notes": report.notes,
         "sweeps": [_sweep_document(sweep) for sweep in report.sweeps],
     }
@@ -236,6 +292,10 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "comparisons": [
             {"figure" if key == "metric" else key: value for key, value in asdict(comparison).items()}
             for comparison in sweep.comparisons
+        ],
+        "alpha_choices": [
+            {"figure" if key == "metric" else key: value for key, value in asdict(choice).items()}
+            for choice in sweep.choices
         ],
         "best_over_full_strength": {
             name: {

@@ -2,9 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mergekit_bio.eval.scoring.score import Score
-from mergekit_bio.eval.scoring.statistics import bootstrap, holm, mcnemar_exact, paired_bootstrap, plateau
+from mergekit_bio.eval.scoring.statistics import (
+    PValue,
+    bootstrap,
+    holm_adjusted,
+    mcnemar_exact,
+    paired_randomisation,
+    percentile_interval,
+    plateau,
+)
 
 #: The metrics that a task is judged by, the first one first.
 MAIN_METRICS = {
@@ -20,8 +29,9 @@ class Against:
 
     Attributes:
         difference: Its metric minus the best one's, with the 95% interval of the paired bootstrap.
-        p: Two-sided.
+        p: Two-sided, that the two answer equally well.
         p_adjusted: Holm-adjusted for the number of cells compared.
+        p_at_most: Whether ``p_adjusted`` may be smaller: it stands at the floor of the swaps that were drawn.
     """
 
     checkpoint: str
@@ -31,6 +41,7 @@ class Against:
     high: float
     p: float
     p_adjusted: float
+    p_at_most: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +49,10 @@ class Comparison:
     """A sweep against its best cell, paired clip by clip.
 
     Attributes:
-        test: "McNemar exact" or "paired bootstrap".
+        test: "McNemar exact" or "paired randomisation".
         clips: The number of clips that all cells of the sweep have.
         best: The checkpoint with the highest metric (the first such).
+        best_interval: The 95% bootstrap interval of its metric.
         values: Checkpoint -> its metric over these clips, for all cells.
         against: The other cells.
         plateau: The first and last alpha of the stretch around the best that cannot be told from it; None where the
@@ -51,13 +63,19 @@ class Comparison:
     test: str
     clips: int
     best: str
+    best_interval: tuple[float, float]
     values: dict[str, float]
     against: tuple[Against, ...]
     plateau: tuple[float, float] | None
 
     def p_adjusted(self, checkpoint: str) -> float | None:
         """Of a cell against the best; None for the best itself."""
-        return next((row.p_adjusted for row in self.against if row.checkpoint == checkpoint), None)
+        row = self.of(checkpoint)
+        return row.p_adjusted if row else None
+
+    def of(self, checkpoint: str) -> Against | None:
+        """A cell against the best; None for the best itself."""
+        return next((row for row in self.against if row.checkpoint == checkpoint), None)
 
 
 def clips_of(item: Score) -> frozenset[tuple[str, str]]:
@@ -81,11 +99,11 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
 
     Nothing where there is no such clip, or one cell.
     """
-    # 1. Pairing needs the same clips in the same order. The rows of every cell are ordered by id already.
-    shared = shared_clips(scores)
+    # 1. Pairing needs the same clips in the same order.
+    shared, kept_rows, indicators = aligned(scores)
     if len(scores) < 2 or not shared:
         return
-    kept_rows = [[row for row, clip_id in enumerate(item.ids) if clip_id in shared] for item in scores]
+    statistic = scores[0].statistic
 
     # 2. Each cell's metrics and resamples over these clips. Where no cell has more clips, those of its score serve.
     #    One seed draws the same clips in every cell.
@@ -93,12 +111,12 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         samples = [item.samples for item in scores]
         metrics = [item.metrics for item in scores]
     else:
-        pairs = [(item.statistic, item.indicators[rows]) for item, rows in zip(scores, kept_rows, strict=True)]
-        samples = [bootstrap(indicators=part, statistic=statistic, seed=seed) for statistic, part in pairs]
-        sums = [statistic(part.sum(axis=0).A) for statistic, part in pairs]
+        samples = [bootstrap(indicators=part, statistic=statistic, seed=seed) for part in indicators]
+        sums = [statistic(part.sum(axis=0).A) for part in indicators]
         metrics = [{name: float(value[0]) for name, value in values.items()} for values in sums]
 
     alphas = [item.cell.alpha or 0.0 for item in scores]
+    tests: dict[tuple[int, int], dict[str, PValue]] = {}
     for metric in MAIN_METRICS[scores[0].cell.task]:
         if metric not in samples[0]:
             continue
@@ -106,23 +124,29 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
         values = [of_cell[metric] for of_cell in metrics]
         best = max(range(len(values)), key=values.__getitem__)
         others = [index for index in range(len(values)) if index != best]
-        paired = [paired_bootstrap(samples[best][metric], samples[index][metric]) for index in others]
-        p_values = [p for _, _, p in paired]
+        intervals = [percentile_interval(samples[index][metric] - samples[best][metric]) for index in others]
 
-        # 4. Accuracy counts clips that are right or wrong, for which there is an exact test.
+        # 4. Accuracy counts clips that are right or wrong: what swapping them gives is known without drawing.
         if metric == "accuracy":
             right = [[item.correct[row] for row in rows] for item, rows in zip(scores, kept_rows, strict=True)]
-            p_values = [_mcnemar(right[best], right[index]) for index in others]
+            p_values = [PValue(_mcnemar(right[best], right[index])) for index in others]
+        else:
+            for pair in ((best, index) for index in others):
+                if pair not in tests:  # one test gives the p-values of all metrics
+                    tests[pair] = paired_randomisation(indicators[pair[0]], indicators[pair[1]], statistic, seed=seed)
+            p_values = [tests[best, index][metric] for index in others]
 
         # 5. So many tests at once find a difference by chance: the p-values are adjusted for their number. What they
         #    do not tell from the best, without a gap, is the plateau.
-        adjusted = holm(p_values)
-        first, last = plateau(values, [*adjusted[:best], 1.0, *adjusted[best:]])
+        adjusted = holm_adjusted(p_values)
+        values_of_p = [p.value for p in adjusted]
+        first, last = plateau(values, [*values_of_p[:best], 1.0, *values_of_p[best:]])
         yield Comparison(
             metric=metric,
-            test="McNemar exact" if metric == "accuracy" else "paired bootstrap",
+            test="McNemar exact" if metric == "accuracy" else "paired randomisation",
             clips=len(shared),
             best=scores[best].cell.checkpoint,
+            best_interval=percentile_interval(samples[best][metric]),
             values={item.cell.checkpoint: value for item, value in zip(scores, values, strict=True)},
             against=tuple(
                 Against(
@@ -131,13 +155,22 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
                     difference=values[index] - values[best],
                     low=low,
                     high=high,
-                    p=p,
-                    p_adjusted=p_adjusted,
+                    p=p.value,
+                    p_adjusted=p_adjusted.value,
+                    p_at_most=p_adjusted.at_most,
                 )
-                for index, (low, high, _), p, p_adjusted in zip(others, paired, p_values, adjusted, strict=True)
+                for index, (low, high), p, p_adjusted in zip(others, intervals, p_values, adjusted, strict=True)
             ),
             plateau=(alphas[first], alphas[last]) if distinct_alphas(scores) else None,
         )
+
+
+def aligned(scores: Sequence[Score]) -> tuple[frozenset[str], list[list[int]], list[Any]]:
+    """The clips that all cells have: their ids, and for each cell the rows and the indicators of them, in one order."""
+    shared = shared_clips(scores)
+    # The rows of every cell are ordered by id already.
+    rows = [[row for row, clip_id in enumerate(item.ids) if clip_id in shared] for item in scores]
+    return shared, rows, [item.indicators[kept] for item, kept in zip(scores, rows, strict=True)]
 
 
 def _mcnemar(best: Sequence[bool], other: Sequence[bool]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.label_map import Target
 from mergekit_bio.eval.records.cell import Cell
-from mergekit_bio.eval.report.build import TITLES, Report, Sweep
+from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.tables import model
 from mergekit_bio.eval.scoring.classification import confusion
 from mergekit_bio.eval.scoring.score import Score
@@ -168,9 +168,9 @@ def _figures(report: Report) -> Iterator[Figure]:
     for sweep in report.sweeps:
         if sweep.by_alpha and len(sweep.scores) > 1:
             yield Figure(kind="sweep", title=sweep.title, draw=partial(_draw_sweep, sweep), sweep=sweep)
+        if sweep.cell.task in _ERRORS and len(sweep.scores) > 1:
+            yield Figure(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
         if sweep.cell.task == "classification":
-            if len(sweep.scores) > 1:
-                yield Figure(kind="errors", title=sweep.title, draw=partial(_draw_errors, sweep), sweep=sweep)
             best = sweep.best(sweep.main_metrics[0])
             if best is not None:
                 title = f"{sweep.title}, {best.cell.checkpoint}"
@@ -216,7 +216,7 @@ def _run_figures(report: Report) -> Iterator[Figure]:
     together = {key: sweeps for key, sweeps in alike.items() if len({sweep.cell.run for sweep in sweeps}) > 1}
     titles = Counter((dataset, target) for dataset, target, _ in together)
     for (dataset, target, clips), sweeps in together.items():
-        number = f", {len(clips)} clips" if titles[dataset, target] > 1 else ""
+        number = f", {counted(len(clips), 'clip')}" if titles[dataset, target] > 1 else ""
         yield Figure(kind="runs", title=_of_target(dataset, target) + number, draw=partial(_draw_runs, sweeps))
 
 
@@ -266,21 +266,31 @@ def _draw_sweep(sweep: Sweep) -> "Canvas":
     return canvas
 
 
+#: Task -> the metrics that are shares of wrong answers, from the bottom up, and what the legend calls them.
+_ERRORS = {
+    "classification": {"out_of_set": "out of set", "in_set_wrong": "in set, but wrong"},
+    "detection": {"missed": "labels missed", "added": "labels added", "missed_and_added": "both"},
+}
+
+
 def _draw_errors(sweep: Sweep) -> "Canvas":
-    out = [item.metrics["out_of_set"] for item in sweep.scores]
-    wrong = [item.metrics["in_set_wrong"] for item in sweep.scores]
     canvas, axes = _subplots(figsize=(4.2, 2.4))
-    places = range(len(out))
-    axes.bar(places, out, color=ORANGE, label="out of set", width=0.75)
-    axes.bar(
-        places, wrong, bottom=out, color=BLUE, label="in set, but wrong", width=0.75, hatch="///", edgecolor="white"
-    )
+    places = range(len(sweep.scores))
+    bottom = np.zeros(len(sweep.scores))
+    looks = zip(_ERRORS[sweep.cell.task].items(), (ORANGE, BLUE, SKY), ("", "///", "..."), strict=False)
+    for (metric, label), colour, hatch in looks:
+        shares = [item.metrics[metric] for item in sweep.scores]
+        axes.bar(
+            places, shares, bottom=bottom, color=colour, label=label, width=0.75, hatch=hatch, edgecolor="white",
+            linewidth=0,
+        )  # fmt: skip
+        bottom += shares
     axes.set_xticks(places, [model(sweep, item) for item in sweep.scores])
     if not sweep.by_alpha:
         axes.tick_params(axis="x", rotation=30)
     axes.set(xlabel=ALPHA_AXIS["xlabel"] if sweep.by_alpha else "", ylabel="share of the clips", ylim=(0, 1))
     axes.grid(axis="x", visible=False)
-    canvas.legend(loc="outside upper center", ncols=2)
+    canvas.legend(loc="outside upper center", ncols=3)
     return canvas
 
 

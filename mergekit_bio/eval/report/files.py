@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from mergekit_bio.errors import OutputError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.run_directory import RECORD_NAME
 from mergekit_bio.eval.report.build import Report, to_document
+from mergekit_bio.eval.report.choosing import AlphaChoice
 from mergekit_bio.eval.report.figures import ProgressBar, draw_figures
 from mergekit_bio.eval.report.page import render_page
 
@@ -21,7 +22,7 @@ def default_folder(runs: list[Path]) -> Path:
 
 
 def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list[Path]:
-    """Write report.html, scores.json, three CSV files and figures/ (PNG and PDF); what is there is replaced.
+    """Write report.html, scores.json, four CSV files and figures/ (PNG and PDF); what is there is replaced.
 
     Returns:
         The files, the page first.
@@ -63,6 +64,17 @@ def _comparison_rows(report: Report) -> Iterator[list[Any]]:
                 yield [*_key(sweep.cell), item.metric, item.test, item.clips, item.best, *asdict(row).values()]
 
 
+_CHOICE_COLUMNS = tuple(column.name for column in fields(AlphaChoice))
+
+
+def _choice_rows(report: Report) -> Iterator[list[Any]]:
+    for sweep in report.sweeps:
+        for choice in sweep.choices:
+            values = asdict(choice)
+            values["alphas"] = " ".join(f"{alpha:g}:{share:g}" for alpha, share in choice.alphas.items())
+            yield [*_key(sweep.cell), *values.values()]
+
+
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
     for item in report.scores:
         rows = zip(item.cell.predictions, item.answers, item.targets, item.correct, strict=True)
@@ -83,7 +95,9 @@ _TABLES = {
         "run dataset query checkpoint alpha scorer clips figure value low high majority random", _score_rows
     ),
     "comparisons.csv": (
-        "run dataset query figure test clips best checkpoint alpha difference low high p p_adjusted", _comparison_rows
+        "run dataset query figure test clips best checkpoint alpha difference low high p p_adjusted p_at_most",
+        _comparison_rows,
     ),
+    "choices.csv": (f"run dataset query figure {' '.join(_CHOICE_COLUMNS[1:])}", _choice_rows),
     "predictions.csv": ("run dataset query checkpoint alpha id prediction answer target correct", _prediction_rows),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, sentences, size
+from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, p_text, sentences, size
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
@@ -66,8 +66,8 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             low, high = item.intervals[name]
             texts.append(f"{item.metrics[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
             if name in compared:
-                p = compared[name].p_adjusted(item.cell.checkpoint)
-                texts.append("" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001")
+                row = compared[name].of(item.cell.checkpoint)
+                texts.append("" if row is None else p_text(row.p_adjusted, at_most=row.p_at_most))
         return texts + [f"{item.metrics[name]:.3f}" for name in rates] + [str(len(item.ids)) for _ in clips]
 
     header = [text for name in metrics for text in (TITLES[name], *(["p"] if name in compared else []))]
@@ -98,14 +98,14 @@ def _predictions(report: Report, folder: Path) -> str:
     recordings = _Recordings(folder)
     rows = []
     for number, sweep in enumerate(report.sweeps):
-        labels = sweep.labels
+        labels, caption, several = sweep.labels, sweep.cell.task == "captioning", sweep.cell.task == "detection"
         for item in sweep.scores:
-            caption = item.cell.task == "captioning"
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 # 0 right, 1 a wrong label, 2 no label, 3 a caption
-                outcome = 3 if caption else 0 if correct else 1 if answer in labels else 2
+                is_label = bool(answer) if several else answer in labels
+                outcome = 3 if caption else 0 if correct else 1 if is_label else 2
                 prompt = prompts.setdefault(row.prompt, len(prompts) - 1)
                 shown = (row.id, row.prediction, answer, target)
                 rows.append([number, model(sweep, item), *shown, outcome, prompt, recordings.add(row)])

@@ -6,13 +6,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_bio.eval.report.build import TITLES, Report, Sweep
+from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
+from mergekit_bio.eval.report.choosing import HALVES, AlphaChoice
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 SIGNIFICANCE = 0.05
-#: The two kinds of error, over three lines.
-RATES = {"out_of_set": "Out\nof\nset", "in_set_wrong": "In\nset,\nwrong"}
+#: What stands beside the main metrics, over three lines at most: the kinds of error, and for detection another mAP.
+RATES = {
+    "out_of_set": "Out\nof\nset",
+    "in_set_wrong": "In\nset,\nwrong",
+    "map_beans_zero": "mAP\n(beans-\nzero)",
+    "missed": "Labels\nmissed",
+    "added": "Labels\nadded",
+    "missed_and_added": "Missed\nand\nadded",
+}
+#: Below this share at alpha 1 a gain is no ratio worth stating, and above so many times that share neither.
+SMALLEST_BASE, LARGEST_GAIN = 0.01, 10
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -39,7 +49,10 @@ def _table(sweep: Sweep) -> Table:
         padding=0,
     )
     table.add_column(
-        model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"), overflow="fold", vertical="bottom"
+        model_header(sweep) + ("" if sweep.same_clips else "\n(clips)"),
+        overflow="fold",
+        vertical="bottom",
+        min_width=len("majority"),
     )
     metrics = sweep.main_metrics
     for name in metrics:
@@ -59,8 +72,8 @@ def _table(sweep: Sweep) -> Table:
 
 def size(sweep: Sweep) -> str:
     """The clips that any cell has, and the labels that a classification chooses among."""
-    labels = f", {len(sweep.labels)} labels" if sweep.cell.task == "classification" else ""
-    return f"{len(sweep.clips)} clips{labels}"
+    labels = f", {counted(len(sweep.labels), 'label')}" if sweep.cell.task == "classification" else ""
+    return f"{counted(len(sweep.clips), 'clip')}{labels}"
 
 
 def model_header(sweep: Sweep) -> str:
@@ -87,6 +100,11 @@ def mark(sweep: Sweep, item: Score, metric: str) -> str:
     return "*" if p is None else "=" if p >= SIGNIFICANCE else " "
 
 
+def p_text(p: float, *, at_most: bool) -> str:
+    """A p-value as it is printed; ``at_most`` says that it is a bound."""
+    return "<0.001" if p < 0.001 else f"{'at most ' if at_most else ''}{p:.3f}"
+
+
 def sentences(sweep: Sweep) -> list[str]:
     """What the comparisons of a sweep come to, metric by metric."""
     found = []
@@ -98,7 +116,9 @@ def sentences(sweep: Sweep) -> list[str]:
         if not sweep.compared(name, best):
             found.append(f"{TITLES[name]}: 0 everywhere")
             continue
-        test = comparison.test if sweep.same_clips else f"{comparison.test}, {comparison.clips} shared clips"
+        test = comparison.test
+        if not sweep.same_clips:
+            test += f", {counted(comparison.clips, 'shared clip')}"
         where = f"alone at the top ({test})"
         if comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
             first, last = comparison.plateau
@@ -108,11 +128,35 @@ def sentences(sweep: Sweep) -> list[str]:
         sentence = f"{TITLES[name]}: best at {'alpha ' if sweep.by_alpha else ''}{model(sweep, best)}, {where}"
         gain = sweep.improvement(name)
         if gain:
-            top, full, relative = gain
+            top, full, _ = gain
             values = sweep.compared(name, top), sweep.compared(name, full)
-            sentence += f"; {values[0]:.3f} against {values[1]:.3f} at alpha 1: {relative:+.1%}"
+            sentence += f"; {values[0]:.3f} against {values[1]:.3f} at alpha 1: {gain_text(*values)}"
             macro = [sweep.compared("f1_macro", item) for item in (top, full) if name == "f1_weighted"]
             if macro and macro[1]:
-                sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {macro[0] / macro[1] - 1:+.1%})"
+                sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {gain_text(*macro)})"
         found.append(sentence)
-    return found
+    return found + [_choice_sentence(choice) for choice in sweep.choices]
+
+
+def _choice_sentence(choice: AlphaChoice) -> str:
+    """What the chosen alpha is worth on clips that it was not chosen on, beside the best of all on its own clips."""
+
+    def text(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+        return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+    often = sorted(choice.alphas.items(), key=lambda pair: -pair[1])
+    value = f"{text(choice.value, choice.low, choice.high)} instead of {choice.optimistic:.3f}"
+    gain = ""
+    if choice.gain is not None:
+        gain = f"; {text(choice.gain, choice.gain_low, choice.gain_high, '+')} over alpha 1"
+    if choice.chosen_on == HALVES:
+        shown = ", ".join(f"{alpha:g} in {share:.0%}" for alpha, share in often[:3] if share >= 0.01)
+        return f"{TITLES[choice.metric]} with alpha chosen on the other half of the clips: {value}{gain} ({shown})"
+    return f"{TITLES[choice.metric]} with alpha {often[0][0]:g}, chosen on {choice.chosen_on}: {value}{gain}"
+
+
+def gain_text(value: float, base: float) -> str:
+    """By how much a metric is above another: in per cent, or as a difference where the other is next to nothing."""
+    if base < SMALLEST_BASE or value > LARGEST_GAIN * base:
+        return f"{value - base:+.3f}"
+    return f"{value / base - 1:+.1%}"

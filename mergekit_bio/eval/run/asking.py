@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import Decoding, Engine, EngineSettings, Generation, Prompt
@@ -46,16 +47,18 @@ class Answered:
     """What a worker gives back for a batch.
 
     Attributes:
-        predictions: One for each of its questions.
+        predictions: One for each of its questions whose recordings can be heard.
         seconds: From the moment the engine was on the checkpoint.
         counts: What the worker has done since its last batch, for the run's record, such as ``clips_encoded``: clips
             that went through the tower.
+        unheard: Clip id -> why it cannot be heard, of those that the batch's questions are about.
         notes: What a user should know.
     """
 
     predictions: tuple[Prediction, ...]
     seconds: float
     counts: Mapping[str, int]
+    unheard: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +77,7 @@ class RunWorker:
         self._questions = lru_cache(4)(self._questions_of)
         self._labels = lru_cache(4)(self._labels_of)
         self._ahead = ThreadPoolExecutor(1)
-        self._reading: tuple[Batch, Future[list[Prompt]]] | None = None
+        self._reading: tuple[Batch, Future[list[Prompt | None]]] | None = None
         self._sending = ThreadPoolExecutor(2)
         self._sent: dict[Batch, Future[tuple[Prediction, ...]]] = {}
         self._counted, self._told = self._counts(), len(slot.notes)
@@ -87,7 +90,7 @@ class RunWorker:
             following: What will probably be asked next: its clips are heard while the engine answers.
 
         Raises:
-            MergekitBioError: The engine cannot run the checkpoint, or a recording is no use.
+            MergekitBioError: The engine cannot run the checkpoint, or the data cannot be had.
         """
         # 1. The engine on the checkpoint. It is not changed while it hears what comes next.
         if self._reading is not None:
@@ -108,19 +111,26 @@ class RunWorker:
             predictions = sent.result()
         before, self._counted = self._counted, self._counts()
         counts = {name: count - before[name] for name, count in self._counted.items()}
-        return Answered(predictions, time.perf_counter() - since, counts, self.notes())
+        of, known = self._cells[batch.cell].dataset, self._reader.unheard
+        heard = {clip for question in self._asked(batch) for clip in question.instruction.clips} if known else set()
+        unheard = {clip: known[of, clip] for clip in heard if (of, clip) in known}
+        return Answered(predictions, time.perf_counter() - since, counts, unheard, self.notes())
 
     def _send(self, engine: Engine, batch: Batch) -> "Future[tuple[Prediction, ...]]":
         return self._sending.submit(self._predict, engine, batch, self._read(batch))
 
-    def _predict(self, engine: Engine, batch: Batch, prompts: "Future[list[Prompt]]") -> tuple[Prediction, ...]:
+    def _predict(self, engine: Engine, batch: Batch, prompts: "Future[list[Prompt | None]]") -> tuple[Prediction, ...]:
         cell, recipe = self._cells[batch.cell], self._plan.recipe
         labels = [] if recipe.decoding == "generate" else self._labels(cell.dataset, cell.query)
-        answers = answers_to(engine, recipe, prompts.result(), labels, seed=recipe.seed + batch.places.start)
-        return tuple(
-            _prediction(cell, question, answer, asked=engine.render(prompt))
-            for question, prompt, answer in zip(self._asked(batch), prompts.result(), answers, strict=True)
-        )
+        predictions: list[Prediction] = []
+        heard = zip(batch.places, self._asked(batch), prompts.result(), strict=True)
+        for places, asked, spoken in _unbroken(heard, sampled=recipe.generate.temperature > 0):
+            answers = answers_to(engine, recipe, spoken, labels, seed=recipe.seed + places[0])
+            predictions += (
+                _prediction(cell, question, answer, asked=engine.render(prompt))
+                for question, prompt, answer in zip(asked, spoken, answers, strict=True)
+            )
+        return tuple(predictions)
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the recordings and prefixes, and has not been told."""
@@ -135,7 +145,7 @@ class RunWorker:
         self._sending.shutdown(wait=False, cancel_futures=True)
         self._slot.flush()
 
-    def _read(self, batch: Batch) -> "Future[list[Prompt]]":
+    def _read(self, batch: Batch) -> "Future[list[Prompt | None]]":
         """Begin to read a batch, if that is not under way."""
         if self._reading is None or self._reading[0] != batch:
             instructions = [question.instruction for question in self._asked(batch)]
@@ -155,6 +165,20 @@ class RunWorker:
 
     def _labels_of(self, dataset: str, query: int) -> list[str]:
         return options(self._plan.recipe, self._plan.dataset_named(dataset), query)
+
+
+def _unbroken(
+    heard: Iterable[tuple[int, Question, Prompt | None]], *, sampled: bool
+) -> Iterator[tuple[list[int], list[Question], list[Prompt]]]:
+    """The questions that can be asked, with their places, in parts.
+
+    Where answers are sampled a part has consecutive places, because its n-th prompt draws with the first seed + n.
+    """
+    together = [(place, question, prompt) for place, question, prompt in heard if prompt is not None]
+    parts = groupby(enumerate(together), key=lambda item: item[1][0] - item[0] if sampled else 0)
+    for _, part in parts:
+        places, asked, spoken = zip(*(item for _, item in part), strict=True)
+        yield list(places), list(asked), list(spoken)
 
 
 class OwnEngine(RunWorker):

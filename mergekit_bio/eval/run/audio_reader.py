@@ -13,8 +13,8 @@ from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.engine.clip_digests import ClipDigests, clip_key
 from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import AudioError, DatasetError
-from mergekit_bio.eval.data.dataset import Dataset
+from mergekit_bio.errors import AudioError
+from mergekit_bio.eval.data.dataset import Dataset, RecordingError
 from mergekit_bio.eval.prompt import Instruction
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ class AudioReader:
     Args:
         datasets: Where the recordings are.
         slot: The engine that will be asked.
+
+    Attributes:
+        unheard: Dataset and clip id -> why the clip cannot be heard.
     """
 
     def __init__(self, datasets: Iterable[Dataset], slot: EngineSlot) -> None:
         self._recordings = {dataset.name: _Recordings(dataset) for dataset in datasets}
+        self.unheard: dict[tuple[str, str], str] = {}
         self._slot = slot
         folder = slot.settings.prefixes
         self._digests = ClipDigests(folder / "clips" if folder else None)
@@ -52,22 +56,26 @@ class AudioReader:
         """How often a clip was decoded so far."""
         return sum(recordings.decoded for recordings in self._recordings.values())
 
-    def read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt]:
-        """The instructions as prompts.
+    def read(self, dataset: str, instructions: Sequence[Instruction]) -> list[Prompt | None]:
+        """The instructions as prompts; None where a recording is no use, which ``unheard`` names then.
 
         Raises:
-            DatasetError: A recording is no use.
+            DatasetError: The data cannot be had.
         """
         # In the order of their places, which is how they lie in the data.
         ids = dict.fromkeys(clip_id for instruction in instructions for clip_id in instruction.clips)
-        clips = self._clips(self._recordings[dataset], ids)
+        clips, unheard = self._clips(self._recordings[dataset], ids)
+        self.unheard |= {(dataset, clip_id): why for clip_id, why in unheard.items()}
         self._slot.encode(list(clips.values()))
         return [
-            Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
+            None
+            if unheard.keys() & {*instruction.clips}
+            else Prompt(instruction.text, tuple(clips[clip_id] for clip_id in instruction.clips))
             for instruction in instructions
         ]
 
-    def _clips(self, recordings: "_Recordings", ids: Iterable[str]) -> dict[str, Clip]:
+    def _clips(self, recordings: "_Recordings", ids: Iterable[str]) -> tuple[dict[str, Clip], dict[str, str]]:
+        """The clips, and why others cannot be heard."""
         keys = {clip_id: recordings.key(clip_id) for clip_id in ids}
         digests = {clip_id: self._digests.get(key) for clip_id, key in keys.items()}
         at_hand = self._slot.known(filter(None, digests.values()))
@@ -80,7 +88,11 @@ class AudioReader:
             elif keys[clip_id] in self._kept:
                 clips[clip_id] = self._kept[keys[clip_id]]
         # 2. The others are decoded now.
+        unheard: dict[str, str] = {}
         for clip_id, clip in recordings.decode([clip_id for clip_id in keys if clip_id not in clips]):
+            if isinstance(clip, str):
+                unheard[clip_id] = clip
+                continue
             clips[clip_id] = clip
             if self._slot.remote:
                 self._kept[keys[clip_id]] = clip
@@ -88,7 +100,7 @@ class AudioReader:
                     del self._kept[next(iter(self._kept))]
             else:
                 self._digests.add(keys[clip_id], clip.digest)
-        return clips
+        return clips, unheard
 
 
 class _Recordings:
@@ -114,19 +126,28 @@ class _Recordings:
         seconds = self._dataset.seconds
         return Clip(lambda: self._decode(clip_id).waveform, seconds, end=seconds, digest=digest)
 
-    def decode(self, clip_ids: Iterable[str]) -> Iterator[tuple[str, Clip]]:
-        """Clips in their order, decoded on threads, a few at a time."""
+    def decode(self, clip_ids: Iterable[str]) -> Iterator[tuple[str, Clip | str]]:
+        """Clips in their order, decoded on threads, a few at a time; what is wrong with it instead of one that is."""
         waiting: deque[tuple[str, Future[Clip]]] = deque()
         with ThreadPoolExecutor(_THREADS) as threads:
             for clip_id in clip_ids:
                 # Files are read on the threads; rows here, one after the other, for a stream goes from front to back.
-                recording = None if self._paths else self._dataset.audio(clip_id, self._note)
+                try:
+                    recording = None if self._paths else self._dataset.audio(clip_id, self._note)
+                except RecordingError as error:
+                    yield clip_id, str(error)
+                    continue
                 waiting.append((clip_id, threads.submit(self._decode, clip_id, recording)))
                 if len(waiting) > 2 * _THREADS:
-                    first, decoding = waiting.popleft()
-                    yield first, decoding.result()
+                    yield self._decoded(*waiting.popleft())
             for first, decoding in waiting:
-                yield first, decoding.result()
+                yield self._decoded(first, decoding)
+
+    def _decoded(self, clip_id: str, decoding: "Future[Clip]") -> tuple[str, Clip | str]:
+        try:
+            return clip_id, decoding.result()
+        except (RecordingError, AudioError) as error:
+            return clip_id, str(error)
 
     def _decode(self, clip_id: str, recording: "tuple[np.ndarray, int] | None" = None) -> Clip:
         recording = recording or self._dataset.audio(clip_id, self._note)
@@ -150,14 +171,14 @@ def decoded_clip(dataset: Dataset, clip_id: str, recording: "tuple[np.ndarray, i
     """A recording, as ``dataset.audio`` gives it, as the model hears it.
 
     Raises:
-        DatasetError: It is no use.
+        RecordingError: It is no use.
     """
     samples, rate = recording
     try:
         # A benchmark may hold clips of less than half a second: the model hears them with silence at the end.
         return Clip.from_samples(pad_to_minimum(samples, rate), sampling_rate=rate, seconds=dataset.seconds)
     except AudioError as error:
-        raise DatasetError(f"{dataset.name}: clip {clip_id}: {error}") from None
+        raise RecordingError(f"{dataset.name}: clip {clip_id}: {error}") from None
 
 
 def _stamps(source: Path) -> list[tuple[str, int, int]]:

@@ -3,14 +3,17 @@
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from mergekit_bio.engine.pool import Workers, hand_out
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.kept_answers import AskedNow
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
 from mergekit_bio.eval.records.run_directory import RunDirectory
 from mergekit_bio.eval.run.asking import Answered, Batch
+from mergekit_bio.eval.run.headers import Unheard
 from mergekit_bio.eval.run.plan import RunPlan
 from mergekit_bio.eval.run.progress import AnswerCounter, ProgressListener
 from mergekit_bio.eval.run.questions import questions
@@ -23,25 +26,54 @@ BATCHES_EACH = 4
 SAVE_TIME_EVERY = 30.0
 
 
+@dataclass
+class Unanswered:
+    """What a start of a run leaves open.
+
+    Attributes:
+        given_up: Batches that workers died of.
+        questions: How many questions were not asked, because a recording cannot be heard.
+        unheard: Dataset and clip id -> why it cannot be heard.
+    """
+
+    given_up: list[Batch] = field(default_factory=list)
+    questions: int = 0
+    unheard: Unheard = field(default_factory=dict)
+
+
 def ask_all(
-    plan: RunPlan, run: RunDirectory, workers: Workers[Batch, Answered], listener: ProgressListener, *, at_once: int
-) -> list[Batch]:
+    plan: RunPlan,
+    run: RunDirectory,
+    workers: Workers[Batch, Answered],
+    listener: ProgressListener,
+    *,
+    at_once: int,
+    asked: Mapping[str, AskedNow],
+    unheard: Mapping[tuple[str, str], str],
+) -> Unanswered:
     """Ask whatever is not answered yet, ``at_once`` questions a batch; a checkpoint without such is not loaded.
 
-    Returns:
-        What was given up, because workers died of it.
+    Args:
+        plan: The run.
+        run: Its directory.
+        workers: Who answers.
+        listener: Is told how it goes.
+        at_once: Questions of a batch at most.
+        asked: Predictions file -> what its cell asks: every answer is written with what tells its question from others.
+        unheard: The recordings that are known to be no use, and of which the listener has been told.
 
     Raises:
         MergekitBioError: The run cannot go on. Answers so far are kept.
     """
-    # 1. What earlier starts have not answered.
-    batches = open_batches(plan, at_once=at_once, workers=workers.count)
+    # 1. What earlier starts have not answered, but for what is known to be no use.
+    batches = open_batches(plan, at_once=at_once, workers=workers.count, unheard=unheard)
+    skipped = _skipped(plan, batches) if unheard else Counter()
     cells = {cell.file: cell for cell in plan.cells}
     left = Counter(batch.cell for batch in batches)
-    counter = AnswerCounter(plan, batches, listener, workers=lambda: workers.up)
+    counter = AnswerCounter(plan, batches, listener, skipped=skipped, workers=lambda: workers.up)
     writers: dict[str, PredictionWriter] = {}
     unsaved: defaultdict[str, float] = defaultdict(float)
-    given_up: list[Batch] = []
+    left_open = Unanswered(questions=skipped.total(), unheard={**unheard})
     saved = time.perf_counter()
     counts: Counter[str] = Counter()
     try:
@@ -55,13 +87,19 @@ def ask_all(
         ):
             cell = cells[batch.cell]
             if answered is None:
-                given_up.append(batch)
+                left_open.given_up.append(batch)
             else:
                 # 3. Write a batch when all of it is back: whatever happens to a worker loses and doubles nothing.
                 writer = writers.get(batch.cell) or writers.setdefault(batch.cell, run.writer(cell))
                 for prediction in answered.predictions:
-                    writer.append(prediction)
-                counter.answered(cell, len(batch.places), seconds=answered.seconds)
+                    writer.append(replace(prediction, question=asked[batch.cell].questions[prediction.id]))
+                # A recording that cannot be heard leaves its questions open, for a start after it was mended.
+                left_open.questions += len(batch.places) - len(answered.predictions)
+                for clip_id, why in answered.unheard.items():
+                    if (cell.dataset, clip_id) not in left_open.unheard:
+                        listener.note(f"note: left out: {why}")
+                        left_open.unheard[cell.dataset, clip_id] = why
+                counter.answered(cell, len(answered.predictions), seconds=answered.seconds)
                 unsaved[batch.cell] += answered.seconds
                 counts.update(answered.counts)
                 for text in answered.notes:
@@ -78,7 +116,7 @@ def ask_all(
             writer.close()
         _save_time(run, cells, unsaved)
     run.note({name: run.record.environment.get(name, 0) + count for name, count in counts.items()})
-    return given_up
+    return left_open
 
 
 def _save_time(run: RunDirectory, cells: Mapping[str, Cell], unsaved: dict[str, float]) -> None:
@@ -87,7 +125,17 @@ def _save_time(run: RunDirectory, cells: Mapping[str, Cell], unsaved: dict[str, 
     unsaved.clear()
 
 
-def open_batches(plan: RunPlan, *, at_once: int, workers: int = 1) -> list[Batch]:
+def _skipped(plan: RunPlan, batches: Sequence[Batch]) -> Counter[str]:
+    """Predictions file -> how many of its open questions are in no batch."""
+    left = Counter({cell.file: (cell.rows or 0) - plan.answered(cell) for cell in plan.cells})
+    for batch in batches:
+        left[batch.cell] -= len(batch.places)
+    return left
+
+
+def open_batches(
+    plan: RunPlan, *, at_once: int, workers: int = 1, unheard: Collection[tuple[str, str]] = ()
+) -> list[Batch]:
     """All questions of a run that have no answer yet.
 
     Which questions stand together changes with the number of workers and with what is answered; what is drawn for a
@@ -97,6 +145,7 @@ def open_batches(plan: RunPlan, *, at_once: int, workers: int = 1) -> list[Batch
         plan: The run.
         at_once: Questions of a batch at most; see :meth:`mergekit_bio.engine.interface.Engine.prompts_at_once`.
         workers: How many will share the batches.
+        unheard: Dataset and id of clips that cannot be heard: nothing is asked for their sake alone.
 
     Returns:
         Checkpoint by checkpoint. Of several workers, each of which begins with a checkpoint of its own, no two begin
@@ -104,11 +153,15 @@ def open_batches(plan: RunPlan, *, at_once: int, workers: int = 1) -> list[Batch
     """
     # 1. The questions are the same for all checkpoints: each one's clip, and how many audios it has.
     clips: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    silent: dict[tuple[str, int], set[str]] = {}
     open_places: dict[str, list[int]] = {}
     for cell in plan.cells:
         if (cell.dataset, cell.query) not in clips:
-            asked = questions(plan.recipe, plan.dataset(cell), cell.query, plan.limit)
+            asked = list(questions(plan.recipe, plan.dataset(cell), cell.query, plan.limit))
             clips[cell.dataset, cell.query] = [(one.row.id, len(one.instruction.clips)) for one in asked]
+            silent[cell.dataset, cell.query] = {
+                one.row.id for one in asked if any((cell.dataset, clip) in unheard for clip in one.instruction.clips)
+            }
         file = plan.out / cell.file
         done = {row.id for row in read_predictions(file)} if file.exists() else set()
         places = enumerate(clips[cell.dataset, cell.query])
@@ -125,6 +178,8 @@ def open_batches(plan: RunPlan, *, at_once: int, workers: int = 1) -> list[Batch
             for cell in cells
             for asked in [clips[cell.dataset, cell.query]]
             for places in _cut(open_places[cell.file], [audios for _, audios in asked], size)
+            # What cannot be heard leaves no gap in a batch, but is no reason for one.
+            if any(asked[place][0] not in silent[cell.dataset, cell.query] for place in places)
         ]
         first = number % workers * len(of_checkpoint) // workers
         batches += of_checkpoint[first:] + of_checkpoint[:first]

@@ -16,7 +16,7 @@ from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.pool import OneWorker
 from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import EngineError
+from mergekit_bio.errors import DatasetError, EngineError
 from mergekit_bio.eval.label_map import missing_names
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.recipe.shipped import find_recipe
@@ -25,7 +25,8 @@ from mergekit_bio.eval.run.asking import OwnEngine, RunWorker
 from mergekit_bio.eval.run.batches import ask_all
 from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
 from mergekit_bio.eval.run.fetching import fetch_recordings, missing_recordings
-from mergekit_bio.eval.run.plan import RunPlan, identified_cells, plan_run
+from mergekit_bio.eval.run.headers import check_headers
+from mergekit_bio.eval.run.plan import RunPlan, asked_now, identified_cells, plan_run
 from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
 from mergekit_bio.eval.run.questions import query_numbers
 
@@ -166,7 +167,8 @@ def carry_out(
         plan: Of :func:`prepare_run`.
         settings: What the engine is started with; the run adds what it needs itself.
         listener: Is told how it goes.
-        slot: One that several runs share, for as many audios as any of them needs; by default the run has its own.
+        slot: One that several runs share, for as many audios as any of them needs, with the settings that it was made
+            with; by default the run has its own.
         workers: See :func:`evaluate`; with a slot there is one.
         ray: See :func:`evaluate`.
 
@@ -174,6 +176,9 @@ def carry_out(
         MergekitBioError: See :func:`evaluate`. Answers so far are kept.
     """
     engine = engine_class(plan.engine)
+    shared = slot is not None
+    if slot is not None:
+        settings = slot.settings
     with ExitStack() as stack:
         # 1. Who will answer: one engine in this process, or Ray's workers with one each.
         cluster = None
@@ -181,8 +186,9 @@ def carry_out(
             cluster = stack.enter_context(
                 cluster_for(engine, settings.options, workers=workers, address=ray, note=listener.note)
             )
-        # 2. Fetch the recordings that are heard, and merge.
+        # 2. Fetch the recordings that are heard, look at them, and merge.
         fetch_recordings(missing_recordings(plan), listener)
+        unheard = check_headers(plan, listener)
         if plan.recipe.merge is not None and not engine.remote:
             merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
             if merged:
@@ -190,8 +196,8 @@ def carry_out(
         # One cell uses every prefix once; for more, or for several engines, they are kept on the disk, until the run is
         # complete.
         many = len(plan.cells) > len(plan.datasets) or cluster is not None
-        prefixes = plan.out / PREFIXES if slot is None and not engine.remote and many else None
-        if slot is None:
+        prefixes = plan.out / PREFIXES if not shared and not engine.remote and many else None
+        if not shared:
             settings = replace(settings, max_audios=plan.max_audios, prefixes=prefixes)
         if slot is None and cluster is None:
             slot = stack.enter_context(EngineSlot(engine, settings))
@@ -214,23 +220,39 @@ def carry_out(
         )
         # 4. Ask.
         at_once = engine.prompts_at_once(settings)
-        run = stack.enter_context(RunDirectory(plan.out, wanted))
+        asked = asked_now(plan)
+        run = stack.enter_context(RunDirectory(plan.out, wanted, asked))
+        for text in run.notes:
+            listener.note(f"note: {text}")
+        ask = partial(ask_all, plan, run, listener=listener, at_once=at_once, asked=asked, unheard=unheard)
         if slot is not None:
             with closing(RunWorker(plan, slot)) as worker:
-                ask_all(plan, run, OneWorker(worker), listener, at_once=at_once)
+                left_open = ask(OneWorker(worker))
             for text in worker.notes():
                 listener.note(f"note: {text}")
         elif cluster is not None:
             with cluster.workers(partial(OwnEngine, plan, settings)) as pool:
-                given_up = ask_all(plan, run, pool, listener, at_once=at_once)
-            if given_up:
+                left_open = ask(pool)
+            if left_open.given_up:
+                given_up = left_open.given_up
                 missing = sum(len(batch.places) for batch in given_up)
                 raise EngineError(
                     f"{plan.out}: {missing} of {plan.rows} answers are missing, because workers died when they were "
                     f"asked: {'; '.join(map(str, given_up[:3]))}{'; ...' * (len(given_up) > 3)}. All others are there; "
                     "run the command again to ask what is missing"
                 )
-        if prefixes is not None:
+        # 5. Recordings that are no use do not hold up the others, but they are not forgotten.
+        if left_open.questions:
+            number = len(left_open.unheard)
+            recordings = "1 recording" if number == 1 else f"{number} recordings"
+            said = (
+                f"{plan.out}: {left_open.questions} of {plan.rows} answers are missing, because {recordings} cannot be "
+                "heard; mend what is named above and give the same command again: what is answered is not asked again"
+            )
+            if left_open.questions == plan.rows:
+                raise DatasetError(f"{said} ({next(iter(left_open.unheard.values()))})")
+            listener.note(f"note: {said}")
+        elif prefixes is not None:
             shutil.rmtree(prefixes, ignore_errors=True)
         return run.record
 

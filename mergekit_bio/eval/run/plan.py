@@ -1,5 +1,6 @@
 """The plan of a run as data: cells = checkpoint x dataset x query, in the order that reloads least."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from mergekit_bio.errors import RecipeError
 from mergekit_bio.eval.data.dataset import Dataset, open_dataset
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.cell import Cell
+from mergekit_bio.eval.records.kept_answers import AskedNow
 from mergekit_bio.eval.records.predictions import read_predictions
 from mergekit_bio.eval.records.run_directory import cell_file_name
 from mergekit_bio.eval.run.checkpoints import RunCheckpoint
-from mergekit_bio.eval.run.questions import check_examples, query_numbers, questions
+from mergekit_bio.eval.run.questions import check_examples, labels_asked, options, query_numbers, questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def plan_run(
                 alpha=checkpoint.alpha,
                 target=recipe.target(query, dataset.name),
                 query_text=recipe.queries[query] if recipe.queries else None,
+                labels=labels_asked(recipe, dataset, query),
             )
             for checkpoint in checkpoints
             for dataset in datasets
@@ -154,6 +157,23 @@ def identified_cells(
         }
         cells.append(replace(cell, identity=identity))
     return tuple(cells)
+
+
+def asked_now(plan: RunPlan) -> dict[str, AskedNow]:
+    """For each predictions file what its cell asks: the questions by what decides their answers, and all labels."""
+    by_query: dict[tuple[str, int], AskedNow] = {}
+    for dataset in plan.datasets:
+        clips = dataset.clip_digests()
+        labels = {row.id: row.label for row in (*dataset.examples, *dataset.asked)}
+        for query in query_numbers(plan.recipe):
+            listed = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, query)
+            digests = {}
+            for question in questions(plan.recipe, dataset, query, plan.limit):
+                texts = "\0".join([question.instruction.text, *listed]).encode()
+                heard = b"\0".join(clips[clip_id] for clip_id in question.instruction.clips)
+                digests[question.row.id] = hashlib.sha256(texts + b"\0" + heard).hexdigest()[:16]
+            by_query[dataset.name, query] = AskedNow(digests, labels)
+    return {cell.file: by_query[cell.dataset, cell.query] for cell in plan.cells}
 
 
 def to_document(plan: RunPlan) -> dict[str, Any]:

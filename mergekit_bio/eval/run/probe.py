@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +11,8 @@ from typing import Any
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings, Prompt
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import RunError
-from mergekit_bio.eval.data.dataset import Dataset
+from mergekit_bio.errors import AudioError, RunError
+from mergekit_bio.eval.data.dataset import Dataset, RecordingError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.run.asking import answers_to
 from mergekit_bio.eval.run.audio_reader import decoded_clip
@@ -179,21 +179,30 @@ class _Asker:
             since = time.perf_counter()
             prompts = self._prompts(dataset, batch)
             answering = time.perf_counter()
-            answers_to(self._engine, recipe, prompts, labels, seed=recipe.seed + place)
-            now = time.perf_counter()
-            taken.setdefault(len(batch), []).append(now - answering)
+            now = answering
+            if prompts:
+                answers_to(self._engine, recipe, prompts, labels, seed=recipe.seed + place)
+                now = time.perf_counter()
+                taken.setdefault(len(prompts), []).append(now - answering)
             place, size = place + len(batch), min(2 * size, most)
             # A larger batch takes longer, at most as much longer as it is larger.
             if now + (now - since) * size / len(batch) > began + seconds:
                 break
+        if not taken:
+            raise RunError(f"--probe: {dataset.name}: no recording that was tried can be heard")
         largest = max(taken)
         each = sum(taken[largest]) / len(taken[largest]) / largest
         return ProbedQuery(dataset=cell.dataset, query=cell.query, open=left, asked=largest, seconds=each)
 
     def _prompts(self, dataset: Dataset, batch: list[Question]) -> list[Prompt]:
-        """Decode and encode what the questions hear; the time of encoding is kept apart."""
-        ids = dict.fromkeys(clip_id for question in batch for clip_id in question.instruction.clips)
-        clips = {clip_id: decoded_clip(dataset, clip_id, dataset.audio(clip_id)) for clip_id in ids}
+        """Decode and encode what the questions hear; the time of encoding is kept apart.
+
+        A question whose recordings are no use is left out, as in the run.
+        """
+        clips = {}
+        for clip_id in dict.fromkeys(clip_id for question in batch for clip_id in question.instruction.clips):
+            with suppress(RecordingError, AudioError):
+                clips[clip_id] = decoded_clip(dataset, clip_id, dataset.audio(clip_id))
         since, before = time.perf_counter(), self._slot.encoded
         self._slot.encode(list(clips.values()))
         if count := self._slot.encoded - before:
@@ -201,4 +210,5 @@ class _Asker:
         return [
             Prompt(question.instruction.text, tuple(clips[clip_id] for clip_id in question.instruction.clips))
             for question in batch
+            if clips.keys() >= {*question.instruction.clips}
         ]

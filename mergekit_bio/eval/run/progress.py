@@ -1,7 +1,7 @@
 """How far a run is, and who is told."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,14 +76,21 @@ class AnswerCounter:
         plan: The run.
         batches: What is to be asked.
         listener: Who is told.
+        skipped: Predictions file -> questions that are neither answered nor asked.
         workers: Says how many work.
     """
 
     def __init__(
-        self, plan: RunPlan, batches: Sequence[Batch], listener: ProgressListener, *, workers: Callable[[], int]
+        self,
+        plan: RunPlan,
+        batches: Sequence[Batch],
+        listener: ProgressListener,
+        *,
+        skipped: Mapping[str, int],
+        workers: Callable[[], int],
     ) -> None:
         self._plan, self._listener, self._workers = plan, listener, workers
-        self._done = {cell.file: cell.rows or 0 for cell in plan.cells}
+        self._done = {cell.file: (cell.rows or 0) - skipped.get(cell.file, 0) for cell in plan.cells}
         for batch in batches:
             self._done[batch.cell] -= len(batch.places)
         self._run_done = sum(self._done.values())

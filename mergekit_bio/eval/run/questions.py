@@ -110,6 +110,18 @@ def options(recipe: Recipe, dataset: Dataset, query: int) -> list[str]:
     return candidates(labels, target=target, names=recipe.label_map, where=f"{recipe.name}, {dataset.name}")
 
 
+def labels_asked(recipe: Recipe, dataset: Dataset, query: int) -> tuple[str, ...]:
+    """The closed list that an answer must be one of, as labels of the dataset, sorted; empty for an open question.
+
+    It is what the engine chooses among, or what the query lists, whatever clips are asked about.
+    """
+    if recipe.decoding != "generate":
+        return tuple(sorted({row.label for row in dataset.asked}))
+    if recipe.queries and "species_list" in flags(recipe.queries[query], recipe.name):
+        return tuple(sorted(species_asked(dataset, recipe)))
+    return ()
+
+
 def show_prompts(recipe: Recipe, number: int) -> Iterator[tuple[Dataset, int, list[Question]]]:
     """The first prompts of every dataset and query, without an engine, a checkpoint or a decoded recording.
 

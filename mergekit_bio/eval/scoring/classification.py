@@ -14,13 +14,14 @@ from mergekit_bio.eval.label_map import NO_TARGET
 from mergekit_bio.eval.scoring.matching import MAX_EDITS, NO_LABEL, NO_MATCH, Match
 
 
-def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+def metrics(*, targets: Sequence[str], answers: Sequence[str], asked: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy and averages over the classes, by scikit-learn with ``zero_division=0``.
 
     ``*_weighted`` weighs the classes by their frequency (what the paper and beans-zero print as "F1 Score").
     ``f1_macro`` averages over every class that occurs as a target or an answer, so that no label, once answered, is a
-    class with F1 0; ``f1_macro_true`` averages over the targets' classes only. ``top1`` is beans-zero's "Top-1
-    Accuracy": a target with commas counts as the list of its parts. An answer is a label, ``NO_LABEL`` or ``NO_MATCH``.
+    class with F1 0, and over the closed list that was ``asked``, where there is one. ``f1_macro_true`` averages over
+    the targets' classes only. ``top1`` is beans-zero's "Top-1 Accuracy": a target with commas counts as the list of its
+    parts. An answer is a label, ``NO_LABEL`` or ``NO_MATCH``.
     """
     precision, recall, f1, _ = precision_recall_fscore_support(targets, answers, average="weighted", zero_division=0)
     macro = partial(f1_score, targets, answers, average="macro", zero_division=0)
@@ -31,7 +32,7 @@ def metrics(*, targets: Sequence[str], answers: Sequence[str]) -> dict[str, floa
     return {
         "accuracy": float(accuracy_score(targets, answers)),
         "f1_weighted": float(f1),
-        "f1_macro": float(macro()),
+        "f1_macro": float(macro(labels=sorted({*targets, *answers, *asked}))),
         "f1_macro_true": float(macro(labels=sorted(set(targets)))),
         "precision_weighted": float(precision),
         "recall_weighted": float(recall),
@@ -47,14 +48,16 @@ def error_rates(*, targets: Sequence[str], answers: Sequence[str], labels: Seque
     return out_of_set / len(targets), wrong / len(targets)
 
 
-def baselines(targets: Sequence[str]) -> dict[str, float]:
+def baselines(targets: Sequence[str], asked: Sequence[str] = ()) -> dict[str, float]:
     """What always answering the most frequent label gives, and the expectation of a uniform guess.
+
+    A guess is among the labels of the closed list that was ``asked``, else among those that the clips have.
 
     The F1 of a guess is taken from its expected counts, as in the paper's scripts. Every metric is given in the
     average of the curve it is drawn under. Nobody can answer ``NO_TARGET``: as a class it has F1 0.
     """
     counts = [count for target, count in sorted(Counter(targets).items()) if target != NO_TARGET]
-    total, classes, classes_of_f1 = len(targets), max(len(counts), 1), len(set(targets))
+    total, classes, classes_of_f1 = len(targets), len(set(asked)) or max(len(counts), 1), len({*targets, *asked})
     largest = max(counts, default=0)
     # The most frequent label answered everywhere: precision largest / total, recall 1; every other class has F1 0.
     majority_f1 = 2 * largest / (total + largest)
@@ -104,13 +107,13 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     Args:
         targets: The n true labels, and ``answers`` the n matched ones.
         listed: The n answers matched as lists, for the error breakdown of the paper.
-        labels: What an answer may be.
+        labels: What an answer may be. The same labels give the same columns, whatever was answered.
 
     Returns:
-        scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong.
+        scipy CSR matrix float64 [n, 3 * classes + 2]: is target k, answers k, both; out of set; in set but wrong. The
+        classes are those of ``classes_of``.
     """
-    classes = dict.fromkeys([*sorted(set(targets)), *sorted(set(answers))])
-    column = {label: index for index, label in enumerate(classes)}
+    column = {label: index for index, label in enumerate(classes_of(targets, answers, labels))}
     rows, known = np.arange(len(targets)), set(labels)
 
     def one_hot(values: Sequence[str], weights: np.ndarray) -> Any:
@@ -126,20 +129,27 @@ def indicators(*, targets: Sequence[str], answers: Sequence[str], listed: Sequen
     return hstack([*parts, csr_matrix(np.array(errors, dtype=np.float64))], format="csr")
 
 
-def resampled_metrics(sums: np.ndarray) -> Mapping[str, np.ndarray]:
+def classes_of(targets: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The classes of ``indicators``: whatever can be a target or an answer."""
+    return sorted({*labels, NO_LABEL, NO_MATCH, NO_TARGET, *targets, *answers})
+
+
+def resampled_metrics(sums: np.ndarray, *, asked: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
     """The metrics that get an interval, from sums of ``indicators``, float64 [resamples, 3 * classes + 2].
 
-    They are float64 [resamples] each, equal to ``metrics`` of the resample.
+    They are float64 [resamples] each, equal to ``metrics`` of the resample. ``asked``, bool [classes], says which of
+    the classes are on the closed list that was asked, if there is one.
     """
     classes = (sums.shape[1] - 2) // 3
     true, answered, hit = (sums[:, part * classes : (part + 1) * classes] for part in range(3))
     clips = true.sum(axis=1)
     occurs = true + answered
     f1 = np.divide(2 * hit, occurs, out=np.zeros_like(hit), where=occurs > 0)
+    averaged = occurs > 0 if asked is None else (occurs > 0) | asked
     return {
         "accuracy": hit.sum(axis=1) / clips,
         "f1_weighted": (f1 * true).sum(axis=1) / clips,
-        "f1_macro": f1.sum(axis=1) / (occurs > 0).sum(axis=1),
+        "f1_macro": f1.sum(axis=1) / averaged.sum(axis=1),
         "f1_macro_true": (f1 * (true > 0)).sum(axis=1) / (true > 0).sum(axis=1),
         "out_of_set": sums[:, -2] / clips,
         "in_set_wrong": sums[:, -1] / clips,

@@ -1,8 +1,8 @@
 """From an answer's text to a label: what the scorers have in common."""
 
 import re
-import string
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,20 @@ NO_MATCH = ""
 #: Beyond this many edits the paper's scorer says "None" (``max_levenstein_distance`` of beans-zero).
 MAX_EDITS = 5
 
-_QUOTES = "\"'`“”‘’«»*"
+#: Code points for one character to a reader: apostrophes and quotation marks, hyphens and minus signs.
+_ALIKE = {ord(c): "'" for c in "‘’‚‛′´`ʻʼʹ＇"} | {ord(c): '"' for c in "“”„‟″«»＂"} | {ord(c): "-" for c in "‐‑‒–−﹣－"}
+#: What may stand around a label: quotation marks, Markdown's emphasis and TeX's maths; and what may stand after it.
+_AROUND, _AFTER = "\"'*_~$‹›「」『』", ".!。"
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+#: The mark of a list item: a bullet, or a number with a dot or a bracket.
+_ITEM = re.compile(r"(?:[-•·–—+]|\(?\d{1,3}[.)])\s+")
+_TEX = re.compile(r"\\(?:boxed|text|textbf|textit|mathrm|mathbf)\s*\{(.*)\}")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+#: What leads up to an answer within its sentence.
+_LEADS = re.compile(r"\b(?:is|are)\b(?:\s+(?:an?|the)\b)?|:", re.I)
+#: In the clause before an answer these say that it is not the answer.
+_NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|without|except|unlikely|hardly)\b|n['’]t\b", re.I)
+_WITH_BRACKET = re.compile(r"(.*\S)\s*\(([^()]+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,28 +111,78 @@ def label_set(text: str) -> frozenset[str]:
 def match_exactly(text: str, labels: Iterable[str]) -> str:
     """The label that the text is, or that a sentence around it states; else ``NO_MATCH``.
 
-    Case, white space, quotation marks and trailing dots are ignored, but of labels that differ in nothing else the one
-    that is there to the letter is taken. Of a longer answer the first line counts, and in it what follows "is", "are"
-    or a colon ("The answer is a Coruro." is "Coruro").
+    What :func:`normalised` leaves out does not matter, but of labels that differ in nothing else the one that is there
+    to the letter is taken. Of a longer answer the first line counts, and in it what follows "is", "are" or a colon
+    ("The answer is a Coruro." is "Coruro") unless it is denied ("It is not: Coruro"); or else what stands in the last
+    ``\\boxed{}``. A label may have something in brackets after it, or stand there: "Red Fox (Vulpes vulpes)" is either,
+    whichever is a label, and none if both are.
     """
     known = _known(tuple(labels))
-    cut = text.split(END_OF_TEXT)[0]
-    first = (cut.strip().splitlines() or [""])[0]
-    stated = [first[found.end() :] for found in re.finditer(r"\b(?:is|are)\b(?:\s+(?:an?|the)\b)?|:", first, re.I)]
-    for candidate in (cut, first, *stated):
-        for form, label_of in zip(_FORMS, known, strict=True):
-            if label := label_of.get(form(candidate)):
-                return label
+    for reading in _readings(text.split(END_OF_TEXT)[0]):
+        if label := _label(reading, known):
+            return label
+        if beside := _WITH_BRACKET.fullmatch(_bare(reading)):
+            stated = {label for part in beside.groups() if (label := _label(part, known))}
+            if len(stated) == 1 and not _NEGATION.search(beside[1]):
+                return stated.pop()
+    return NO_MATCH
+
+
+def _readings(text: str) -> Iterator[str]:
+    """What an answer may state, the whole of it first."""
+    first = (text.strip().splitlines() or [""])[0]
+    yield text
+    yield first
+    for lead in _LEADS.finditer(first):
+        if not _denied(first[: lead.end()]):
+            yield first[lead.end() :]
+    for box in reversed([*_BOXED.finditer(text)]):
+        if not _denied(text[: box.start()]):
+            yield box[1]
+        return
+
+
+def _denied(before: str) -> bool:
+    """Whether the clause that leads up to an answer says that it is not the answer."""
+    return bool(_NEGATION.search(re.split(r"[,.;!?\n]", before)[-1]))
+
+
+def _label(text: str, known: "Sequence[dict[str, str]]") -> str:
+    """The label that a text is, in the first of ``_FORMS`` in which it is one; else ``NO_MATCH``."""
+    for form, label_of in zip(_FORMS, known, strict=True):
+        if label := label_of.get(form(text)):
+            return label
     return NO_MATCH
 
 
 def normalised(text: str) -> str:
-    """What ``match_exactly`` compares: without case, quotation marks around it, dots after it and doubled spaces."""
+    """What ``match_exactly`` compares: what a reader sees of a label, without what writers put around it.
+
+    Without case and doubled spaces; accents, apostrophes, hyphens and wide letters in one encoding (NFKC); no character
+    that cannot be seen; and without quotation marks, brackets, Markdown, ``\\boxed{}`` and the mark of a list item
+    around it, and dots and exclamation marks after it.
+    """
     return _bare(text).casefold()
 
 
 def _bare(text: str) -> str:
-    return " ".join(text.split()).strip(_QUOTES + string.whitespace + ".")
+    # 1. One encoding for what looks alike. Accents are composed last: folding may leave them apart.
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE)
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = " ".join(text.replace("`", "'").split())
+    # 2. Layer by layer what stands around it, until nothing does.
+    while True:
+        peeled = text.strip(_AROUND + " ").rstrip(_AFTER + _AROUND + " ")
+        if item := _ITEM.match(peeled):
+            peeled = peeled[item.end() :]
+        if inside := _TEX.fullmatch(peeled):
+            peeled = inside[1]
+        if peeled and _BRACKETS.get(peeled[0]) == peeled[-1] and not set("()[]{}") & set(peeled[1:-1]):
+            peeled = peeled[1:-1]
+        if peeled == text:
+            return text
+        text = peeled
 
 
 #: From the letter to what is left of it: the first form in which a text is a label decides.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Score:
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
             and "" of the others. For captioning the captions themselves.
         correct: Whether they agree (all False for captioning).
+        labels: What an answer could be (classification).
         intervals: 95% bootstrap interval of the metrics that have one.
         baselines: What majority and random answers get, named after the metric they belong to (classification).
         matching: How the texts met the labels (classification, scorers that go by edit distance).
@@ -41,6 +43,7 @@ class Score:
     targets: tuple[str, ...]
     answers: tuple[str, ...]
     correct: tuple[bool, ...]
+    labels: tuple[str, ...] = ()
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
@@ -51,13 +54,14 @@ class Score:
     notes: tuple[str, ...] = ()
 
 
-def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0) -> Score:
+def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), asked: Sequence[str] = (), seed: int = 0) -> Score:
     """Score a cell.
 
     Args:
         scorer: One of ``SCORERS``.
         labels: The labels of all clips that any cell of the sweep has, so that a cell with few clips is given no easier
             list to match with; by default those of the cell.
+        asked: The closed list that any cell of the sweep was asked, as labels; by default that of the cell.
         seed: Of the bootstrap.
 
     Raises:
@@ -75,7 +79,7 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
 
     # 2. Match the answers and compute the metrics, each task in its own way.
     of_task = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
-    scored = of_task(cell, scorer, labels or [row.label for row in cell.predictions])
+    scored = of_task(cell, scorer, labels or [row.label for row in cell.predictions], asked or cell.labels)
 
     # 3. Resample the clips: how sure the metrics are.
     samples = bootstrap(indicators=scored.indicators, statistic=scored.statistic, seed=seed)
@@ -83,27 +87,30 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), seed: int = 0)
     return replace(scored, samples=samples, intervals=intervals, notes=(*notes, *scored.notes))
 
 
-def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Sequence[str]) -> Score:
     """One label a clip; see ``score`` for the arguments."""
     # 1. What is right, and what an answer may be: the labels, or the scientific names that stand for them.
     unlabelled = [row.id for row in cell.predictions if not row.label]
     if unlabelled:
         raise RunError(f"{cell.path}: the clip {unlabelled[0]!r} has no label")
     targets = [target_text(row.label, target=cell.target, names=cell.names) for row in cell.predictions]
-    labels = candidates(sweep_labels, target=cell.target, names=cell.names, where=str(cell.path))
+    rules = SCORERS[scorer]
+    closed = bool(asked) and rules.asked_labels
+    labels = candidates(asked if closed else sweep_labels, target=cell.target, names=cell.names, where=str(cell.path))
+    on_list = labels if closed else []
 
     # 2. From text to label, by the scorer's rules.
-    rules = SCORERS[scorer]
     matched = rules.match([rules.clean(row, cell.dataset) for row in cell.predictions], labels)
     answers = matched.answers
 
     # 3. Two error breakdowns: the paper's, which reads an answer as a list of labels, and that of the matched labels.
-    metrics = classification.metrics(targets=targets, answers=answers)
+    metrics = classification.metrics(targets=targets, answers=answers, asked=on_list)
     for suffix, texts in (("", matched.listed), ("_matched", answers)):
         rates = classification.error_rates(targets=targets, answers=texts, labels=labels)
         metrics[f"out_of_set{suffix}"], metrics[f"in_set_wrong{suffix}"] = rates
 
-    # 4. What a reader must be told: labels without a name, and a label that a scorer takes for "no label".
+    # 4. What a reader must be told: labels without a name, a label that a scorer takes for "no label", and a closed
+    #    list that is not what the clips have.
     where = f"{cell.run}, {cell.dataset}, query {cell.query}"
     notes = []
     if missing := missing_names(sweep_labels, target=cell.target, names=cell.names):
@@ -111,6 +118,10 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Sco
     if NO_LABEL in labels and rules.label_none:
         does = f"the scorer {scorer} {rules.label_none}"
         notes.append(f"{where}: '{NO_LABEL}' is a label here, and {does}; --scorer exact tells them apart")
+    if unseen := sorted(set(asked) - set(sweep_labels)):
+        says = _unseen_labels(scorer, asked=len(set(asked)), unseen=len(unseen), closed=closed)
+        notes.append(f"{where}: {says}")
+    on_list_mask = np.isin(classification.classes_of(targets, answers, labels), on_list) if closed else None
     return Score(
         cell=cell,
         scorer=scorer,
@@ -118,16 +129,28 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Sco
         targets=tuple(targets),
         answers=tuple(answers),
         correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
+        labels=tuple(labels),
         metrics=metrics,
-        baselines=classification.baselines(targets),
+        baselines=classification.baselines(targets, on_list),
         matching=classification.match_counts(matches=matched.matches, targets=targets) if matched.matches else {},
         indicators=classification.indicators(targets=targets, answers=answers, listed=matched.listed, labels=labels),
-        statistic=classification.resampled_metrics,
+        statistic=partial(classification.resampled_metrics, asked=on_list_mask),
         notes=tuple(notes),
     )
 
 
-def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+def _unseen_labels(scorer: str, *, asked: int, unseen: int, closed: bool) -> str:
+    """What a reader must be told where the answer had to be one of a list with labels that no clip has."""
+    clips_have = f"the clips here have {asked - unseen} of the {asked} labels that were asked"
+    if closed:
+        return f"{clips_have}; F1 macro is over all {asked}, and the others count 0 in it"
+    return (
+        f"{clips_have}; the scorer {scorer} takes an answer for one of those that they have (its published rule); "
+        f"--scorer exact goes by all {asked}"
+    )
+
+
+def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Sequence[str]) -> Score:
     """Any number of labels a clip; see ``score`` for the arguments."""
     targets = [label_set(row.label) for row in cell.predictions]
     if not any(targets):
@@ -135,6 +158,10 @@ def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
     # The published scorers match with the label texts as they stand, lists of several labels included.
     texts = SCORERS[scorer].match_lists([row.prediction for row in cell.predictions], sweep_labels)
     answers = [label_set(text) for text in texts]
+    known = sorted(frozenset().union(*map(label_set, sweep_labels)))
+    # The library's mAP depends on the order of the file.
+    rows = {row.id: index for index, row in enumerate(cell.predictions)}
+    written = [rows[row_id] for row_id in cell.order or rows]
     return Score(
         cell=cell,
         scorer=scorer,
@@ -142,13 +169,13 @@ def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
         targets=tuple(", ".join(sorted(labels)) for labels in targets),
         answers=tuple(", ".join(sorted(labels)) for labels in answers),
         correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
-        metrics=detection.metrics(targets=targets, answers=answers),
-        indicators=detection.indicators(targets=targets, answers=answers),
+        metrics=detection.metrics(targets=[targets[row] for row in written], answers=[answers[row] for row in written]),
+        indicators=detection.indicators(targets=targets, answers=answers, labels=known),
         statistic=detection.resampled_metrics,
     )
 
 
-def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str]) -> Score:
+def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Sequence[str]) -> Score:
     """A sentence a clip; see ``score`` for the arguments."""
     # 1. A value for every clip and metric; SPICE only where its program is.
     references, captions = [row.label for row in cell.predictions], [row.prediction for row in cell.predictions]

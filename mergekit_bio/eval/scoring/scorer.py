@@ -34,6 +34,8 @@ class Scorer:
         match_lists: n texts, the labels of all clips as they stand -> for each text its labels, joined with ", ", for
             detection.
         caption_words: Splits a caption into the words that CIDEr counts.
+        asked_labels: Whether an answer may be any label of the closed list that was asked, where there was one. Else
+            the labels are those that the clips have, whatever was asked.
         label_none: What it does where a label is called "None", after "the scorer NAME "; None where nothing is
             mistaken for it.
     """
@@ -43,4 +45,5 @@ class Scorer:
     clean: Callable[[Prediction, str], str] = given_text
     match_lists: Callable[[Sequence[str], Sequence[str]], list[str]] = match_lists_exactly
     caption_words: Callable[[str], list[str]] = plain_words
+    asked_labels: bool = False
     label_none: str | None = None

@@ -8,4 +8,5 @@ SCORERS: dict[str, Scorer] = {
     "beans-zero": beans_zero.SCORER,
     "exact": exact.SCORER,
     "choice": choice.SCORER,
+    "choice-normalised": choice.NORMALISED,
 }

@@ -1,6 +1,7 @@
-"""The scorer for answers that were chosen among options."""
+"""The scorers for answers that were chosen among options: by their summed log-probability, or that per character."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.scoring.matching import END_OF_TEXT, NO_MATCH, given_text
@@ -22,8 +23,25 @@ def match(texts: Sequence[str], labels: Sequence[str]) -> Matched:
     return Matched(answers, listed=answers)
 
 
+def clean_normalised(row: Prediction, dataset: str) -> str:
+    """The option with the highest log-probability per character (the first of equals by name), else the text.
+
+    The sum falls with every token, so that it favours short options; this is ``acc_norm`` of lm-evaluation-harness.
+    """
+    if not row.choice_logprobs:
+        return given_text(row, dataset)
+    per_character = {label: value / max(len(label), 1) for label, value in row.choice_logprobs.items()}
+    return max(sorted(per_character), key=per_character.__getitem__)
+
+
 SCORER = Scorer(
-    description="the option with the highest log-probability where there is one, else the text verbatim",
+    description="the option with the highest summed log-probability where there is one, else the text verbatim",
     clean=clean,
     match=match,
+    asked_labels=True,
+)
+NORMALISED = replace(
+    SCORER,
+    description="the option with the highest log-probability per character where there is one, else the text verbatim",
+    clean=clean_normalised,
 )

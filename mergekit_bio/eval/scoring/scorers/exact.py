@@ -8,11 +8,13 @@ from mergekit_bio.eval.scoring.scorer import Matched, Scorer
 
 def match(texts: Sequence[str], labels: Sequence[str]) -> Matched:
     """The label that each text is or states."""
-    answers = [match_exactly(text, labels) for text in texts]
+    stated = {text: match_exactly(text, labels) for text in dict.fromkeys(texts)}
+    answers = [stated[text] for text in texts]
     return Matched(answers, listed=answers)
 
 
 SCORER = Scorer(
-    description="the label itself; case, quotes, trailing dots and a wrapping sentence do not matter",
+    description="the label itself; case, punctuation around it and a wrapping sentence do not matter",
     match=match,
+    asked_labels=True,
 )
