@@ -206,7 +206,7 @@ def test_a_model_without_ears_is_refused(run: Run, recording, tmp_path: Path) ->
     code, _, err = run(tmp_path / "llama", recording("a.wav"), "-p", QUESTION)
 
     assert code == 1
-    assert "not a merged model with an audio tower" in err
+    assert "has no audio tower; give a merge of NatureLM-audio made without --text-only" in err
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
-from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
+from mergekit_bio.outside_data import FORBID_EXTRA, Document, changes, read_json
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
@@ -164,10 +164,9 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         file = path / cell.file
         # What failed before its first answer may be started otherwise.
         if answered_under != identity and file.exists() and read_predictions(file):
-            changes = list(_changes(answered_under, identity))
-            shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
-                f"{path}: started with another configuration: {shown}; restore it, or give another --out for a new run"
+                f"{path}: started with another configuration: {changes(answered_under, identity)}; restore it, or give "
+                "another --out for a new run"
             )
 
     # 2. The new cells first, then those of before that are not asked again. The time spent on a cell is kept.
@@ -184,15 +183,3 @@ def _continued(path: Path, wanted: RunRecord) -> RunRecord:
         label_map={**started.label_map, **wanted.label_map} if names_needed else wanted.label_map,
         environment={**started.environment, **wanted.environment},
     )
-
-
-def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every key that differs, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) or (key in before) != (key in now):
-                yield from _changes(before.get(key), now.get(key), (*path, key))
-    else:
-        shown = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
-        was, is_now = (text if len(text) <= 60 else text[:57] + "..." for text in shown)
-        yield f"{dotted(path)} was {was} and is now {is_now}"
