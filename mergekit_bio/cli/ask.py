@@ -16,7 +16,7 @@ from mergekit_bio.cli.engine_options import (
     WorkersOption,
     key_value,
 )
-from mergekit_bio.cli.listening import ListenOutput, tell_failed
+from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
 
 if TYPE_CHECKING:
     from mergekit_bio.listen.journal import Row
@@ -54,6 +54,7 @@ def ask(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Ask anew, and replace what --out holds.")] = False,
     window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
+    channel: ChannelOption = "mean",
     beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy decoding.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 300,
     engine: Annotated[
@@ -85,9 +86,10 @@ def ask(
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out birds.csv
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out labels/ --format audacity
     """
+    from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.layout import AUDIO_SLOT
     from mergekit_bio.audio.prompt import check_audio_count, render_prompt
-    from mergekit_bio.audio.recording import check_windows, find_recordings
+    from mergekit_bio.audio.recording import check_windows, parse_channel
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.errors import OutputError
     from mergekit_bio.listen.answering import AskRequest, ask_archive, ask_together
@@ -96,7 +98,10 @@ def ask(
 
     # 1. Before a minute of loading, what can be said at once.
     check_windows(window=window, hop=hop)
-    recordings = find_recordings(audio)
+    output = ListenOutput(as_json=as_json, quiet=quiet)
+    heard_channel = parse_channel(channel)
+    found = find_recordings(audio)
+    recordings = found.recordings
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
     if together:
@@ -108,17 +113,25 @@ def ask(
         table_class(out, table_format)
         if together:
             raise OutputError("--out: holds answers about single recordings, and this prompt is about several at once")
-    output = ListenOutput(as_json=as_json, quiet=quiet, several=len(recordings) > 1, bar=out is not None or as_json)
     options = dict(map(key_value, engine_option or [])) | ({} if device == "auto" else {"device": device})
     settings = EngineSettings(options=options, servers=tuple(server or ()), api_key=api_key, quiet=quiet)
     if engine is None and out is None and not server:
         engine = "transformers"
-    question = Question(prompt=prompt, window=window, hop=hop or window, num_beams=beams, max_new_tokens=max_new_tokens)
+    question = Question(
+        prompt=prompt,
+        window=window,
+        hop=hop or window,
+        channel=heard_channel,
+        num_beams=beams,
+        max_new_tokens=max_new_tokens,
+    )
     document: dict[str, Any]
     # 2. Ask.
+    for text in found.notes:
+        output.note(f"note: {text}")
     output.note(f"loading {model}")
     if together:
-        row = ask_together(recordings, question, model, engine=engine, settings=settings)
+        row = ask_together(recordings, question, model, engine=engine, settings=settings, note=output.tell)
         document = {"prompt": prompt, "answers": [_answer(row, recordings)], "failed": []}
         output.result(document, lambda console: _print_rows([row], quiet=False), lines=[row.answer])
         return
@@ -143,10 +156,10 @@ def ask(
         workers=workers,
         ray=ray,
     )
-    with output.shown():
+    with output.shown(several=len(recordings) > 1, bar=out is not None or as_json):
         outcome = ask_archive(request, recordings, output, answered=answered)
     # 3. Say what came of it.
-    failed = [{"recording": recording.path, "error": recording.error} for recording in outcome.failed]
+    failed = [{"recording": path, "error": error} for path, error in outcome.failed.items()]
     if out is not None:
         document = {
             "prompt": prompt, "out": str(out), "recordings": outcome.recordings, "windows": outcome.windows,
@@ -157,7 +170,7 @@ def ask(
     elif as_json and (answers or not failed):
         shown = [_answer(row, [row.recording]) for row in answers]
         output.result({"prompt": prompt, "answers": shown, "failed": failed}, lambda console: None)
-    tell_failed(recordings, outcome.failed, output)
+    tell_failed(outcome.recordings, outcome.failed, output)
 
 
 def _print_rows(rows: "Sequence[Row]", *, quiet: bool) -> None:

@@ -2,17 +2,24 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from mergekit_bio.cli.console import Output, progress_bars
+
+ChannelOption = Annotated[
+    str,
+    typer.Option(
+        metavar="mean|N", help="The mean of all channels, or the number of one, from 1 as in Raven and Audacity."
+    ),
+]
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mergekit_bio.listen.journal import HeardRecording
     from mergekit_bio.listen.progress import Standing
     from mergekit_bio.listen.reading import Ended
 
@@ -28,24 +35,32 @@ class ListenOutput(Output):
     Args:
         as_json: See :class:`mergekit_bio.cli.console.Output`.
         quiet: See there.
-        several: Whether there are several recordings, of which each that fails is named.
-        bar: Whether progress is shown; answers that are printed as they come show it themselves.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, several: bool, bar: bool = True) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
         super().__init__(as_json=as_json, quiet=quiet)
-        self._several, self._bar = several, bar and not quiet
+        self._several = self._bar = False
         self._bars: Progress | None = None
         self._spoken = time.monotonic()
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Take the bar away at the end, whichever way it ends."""
+    def shown(self, *, several: bool, bar: bool = True) -> Iterator[None]:
+        """Show progress, and take the bar away at the end, whichever way it ends.
+
+        Args:
+            several: Whether there are several recordings: then each that fails is named.
+            bar: Whether progress is shown; answers that are printed as they come show it themselves.
+        """
+        self._several, self._bar = several, bar and not self.quiet
         try:
             yield
         finally:
             if self._bars is not None:
                 self._bars.stop()
+
+    def tell(self, sentence: str) -> None:
+        """A note about a recording."""
+        self.note(f"note: {sentence}")
 
     def failed(self, recording: "Ended") -> None:
         """Name a recording that is no use, or not to its end."""
@@ -89,50 +104,17 @@ def _pace(standing: "Standing") -> str:
     return ", ".join(parts)
 
 
-def tell_failed(recordings: Sequence[Path], failed: "Sequence[HeardRecording]", output: Output) -> None:
-    """Count the recordings that failed; where all have, that is an error.
+def tell_failed(recordings: int, failed: Mapping[str, str], output: Output) -> None:
+    """Count the recordings that failed, each with its error; where all have, that is one.
 
     Raises:
         AudioError: Every recording has failed.
     """
     from mergekit_bio.errors import AudioError
 
-    several = len(recordings) > 1
+    several = recordings > 1
     if failed and several:
-        output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
-    if len(failed) == len(recordings):
-        none = f"none of the {len(recordings)} recordings could be used; the first: "
-        raise AudioError(f"{none if several else ''}{failed[0].error}")
-
-
-def hear_each(recordings: Sequence[Path], hear: Callable[[Path], object], output: Output) -> list[dict[str, str]]:
-    """Call ``hear`` with every recording.
-
-    Returns:
-        Those that could not be used, at all or to their end: ``recording`` and ``error`` of each.
-    """
-    from mergekit_bio.errors import AudioError
-
-    failed: list[dict[str, str]] = []
-    several = len(recordings) > 1
-    with output.progress("listening", total=len(recordings)) as advance:
-        for recording in recordings:
-            try:
-                hear(recording)
-            except AudioError as error:
-                failed.append({"recording": str(recording), "error": str(error)})
-                if several:
-                    output.note(f"skipped: {error}")
-            advance(1)
-    if failed and several:
-        output.note(f"{len(failed)} of {len(recordings)} recordings could not be used")
-    return failed
-
-
-def check_any_used(recordings: Sequence[Path], failed: Sequence[Mapping[str, str]]) -> None:
-    """Raise AudioError where every recording has failed."""
-    from mergekit_bio.errors import AudioError
-
-    if len(failed) == len(recordings):
-        several = f"none of the {len(recordings)} recordings could be used; the first: "
-        raise AudioError(f"{several if len(recordings) > 1 else ''}{failed[0]['error']}")
+        output.note(f"{len(failed)} of {recordings} recordings could not be used")
+    if len(failed) == recordings:
+        none = f"none of the {recordings} recordings could be used; the first: "
+        raise AudioError(f"{none if several else ''}{next(iter(failed.values()))}")

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergekit_bio.audio.recording import read_clip
+from mergekit_bio.audio.decoding import Note
+from mergekit_bio.audio.recording import read_windows
 from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine
@@ -18,10 +19,10 @@ from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import OutputError
 from mergekit_bio.listen.asking import Answered, ListenWorker, OwnEngine, Stretch, answers_to, stretches
-from mergekit_bio.listen.journal import HeardRecording, Journal, Row
-from mergekit_bio.listen.progress import Counter, Listener
+from mergekit_bio.listen.journal import Journal, Row
+from mergekit_bio.listen.progress import Listener, RecordingCounter
 from mergekit_bio.listen.question import Question
-from mergekit_bio.listen.reading import Ended, OpenRecording
+from mergekit_bio.listen.reading import Ended, OpenRecording, each_once
 from mergekit_bio.listen.tables.choice import is_folder, journal_file, table_class
 from mergekit_bio.listen.tables.interface import About, Table
 
@@ -61,13 +62,13 @@ class Outcome:
 
     Attributes:
         recordings: How many were asked about.
-        windows: How many windows of them and of others in the journal are answered, now or before.
-        failed: Those that are no use, or not to their end.
+        windows: How many of their windows are answered, now or before.
+        failed: Those that are no use, or not to their end, each with its error.
     """
 
     recordings: int
     windows: int
-    failed: tuple[HeardRecording, ...]
+    failed: dict[str, str]
 
 
 def ask_archive(
@@ -89,6 +90,7 @@ def ask_archive(
         MergekitBioError: It cannot go on. Answers so far are kept where the request has an ``out``.
     """
     with ExitStack() as stack:
+        recordings = each_once(recordings)
         # 1. Who will answer: one engine in this process, or Ray's workers with one each.
         table_kind = table_class(request.out, request.table_format) if request.out else None
         engine, note = choose_engine(request.engine, servers=request.settings.servers)
@@ -114,7 +116,11 @@ def ask_archive(
         if changed:
             listener.note(f"note: {changed} recordings have changed since they were answered: asked about anew")
         about = About(
-            root=_root(request.named), model=request.model, alpha=merge_strength(folder), prompt=request.question.prompt
+            root=_root(request.named),
+            model=request.model,
+            alpha=merge_strength(folder),
+            prompt=request.question.prompt,
+            channel=request.question.channel,
         )
         table = table_kind(request.out, about) if table_kind and request.out else None
         if table is not None:
@@ -136,7 +142,7 @@ def ask_archive(
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),
-            failed=tuple(recording for recording in heard if recording.state == "failed"),
+            failed={recording.path: recording.error for recording in heard if recording.error is not None},
         )
 
 
@@ -157,7 +163,7 @@ class _Asking:
     def ask(self, recordings: Sequence[Path], still_open: Sequence[OpenRecording]) -> None:
         """Ask about all of it. A recording that workers die of is found, and fails."""
         failed = sum(self._journal.recording(path).state == "failed" for path in recordings)
-        counter = Counter(
+        counter = RecordingCounter(
             len(recordings), still_open, failed=failed, listener=self._listener, workers=lambda: self._workers.up
         )
         suspected = [
@@ -172,7 +178,7 @@ class _Asking:
             error = f"{recording.path}: {DEATHS_OF_A_JOB} workers died when they heard it"
             self._write_down(Answered((), (Ended(recording.path, 0.0, None, error),), None, 0.0), counter)
 
-    def _given_up(self, parts: Sequence[Stretch], counter: Counter) -> list[Stretch]:
+    def _given_up(self, parts: Sequence[Stretch], counter: RecordingCounter) -> list[Stretch]:
         """Ask about stretches; those that workers died of are returned."""
         given_up = []
         for stretch, result in hand_out(
@@ -189,7 +195,7 @@ class _Asking:
                 self._write_down(result, counter)
         return given_up
 
-    def _write_down(self, result: Answered, counter: Counter) -> None:
+    def _write_down(self, result: Answered, counter: RecordingCounter) -> None:
         self._journal.add(result.windows, result.ended)
         rows = [
             Row(window.recording, window.start, window.end, window.answer.text, window.answer.probability,
@@ -211,7 +217,13 @@ class _Asking:
 
 
 def ask_together(
-    recordings: Sequence[Path], question: Question, model: str, *, engine: str | None, settings: EngineSettings
+    recordings: Sequence[Path],
+    question: Question,
+    model: str,
+    *,
+    engine: str | None,
+    settings: EngineSettings,
+    note: Note,
 ) -> Row:
     """Ask once about several recordings, the first 10 s of each, one a slot of the prompt.
 
@@ -220,7 +232,7 @@ def ask_together(
         MergekitBioError: The engine cannot run the model, or the prompt does not fit the recordings.
     """
     chosen, _ = choose_engine(engine, servers=settings.servers)
-    clips = tuple(map(read_clip, recordings))
+    clips = tuple(next(read_windows(path, channel=question.channel, note=note)) for path in recordings)
     with EngineSlot(chosen, replace(settings, max_audios=len(clips))) as slot:
         (answer,) = answers_to(slot.at(model), question, [Prompt(question.prompt, clips)])
     return Row(" + ".join(map(str, recordings)), 0.0, max(clip.end for clip in clips), answer.text)

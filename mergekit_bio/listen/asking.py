@@ -192,7 +192,7 @@ class ListenWorker:
         question = self._question
         return WindowReader(
             stretch.recordings,
-            windows_of(window=question.window, hop=question.hop),
+            windows_of(window=question.window, hop=question.hop, channel=question.channel),
             prepare=list if self._slot.remote else self._encode,
             ahead=2 * self._at_once,
         )

@@ -12,7 +12,7 @@ from typing import Any
 from mergekit_bio.audio.recording import decoder
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.listen.asking import AnsweredWindow
-from mergekit_bio.listen.reading import Ended, OpenRecording
+from mergekit_bio.listen.reading import Ended, OpenRecording, place_of, stamp_of
 from mergekit_bio.outside_data import changes
 
 _FORMAT = 1
@@ -161,7 +161,7 @@ class Journal:
         changed = 0
         with self._problems(), self._together():
             for position, path in enumerate(map(str, paths)):
-                stamp, size = _stamp(path)
+                stamp, size = stamp_of(path)
                 place = _place(path)
                 known = self._db.execute(
                     "SELECT id, stamp, state, decoder FROM recordings WHERE place = ?", (place,)
@@ -272,13 +272,4 @@ class Journal:
 
 
 def _place(path: str | Path) -> bytes:
-    return os.fsencode(os.path.normpath(Path(path).absolute()))
-
-
-def _stamp(path: str) -> tuple[str, int]:
-    """What changes with a file's content, and its size in bytes."""
-    try:
-        stat = Path(path).stat()
-    except OSError:  # gone since it was found: whoever opens it says so
-        return "gone", 0
-    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+    return os.fsencode(place_of(path))

@@ -43,7 +43,7 @@ class Listener(Protocol):
         """Called after every batch."""
 
 
-class Counter:
+class RecordingCounter:
     """Counts what is done and tells the listener.
 
     Args:

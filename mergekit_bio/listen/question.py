@@ -15,6 +15,7 @@ class Question:
         prompt: The user's words.
         window: Seconds that are heard at a time, 0.5 to 10.
         hop: Seconds from one window's start to the next.
+        channel: The channel that is heard, from 1; None for the mean of all.
         num_beams: Beams; 1 is greedy.
         max_new_tokens: Tokens an answer may have.
     """
@@ -22,6 +23,7 @@ class Question:
     prompt: str
     window: float = CLIP_SECONDS
     hop: float = CLIP_SECONDS
+    channel: int | None = None
     num_beams: int = 2
     max_new_tokens: int = 300
 

@@ -2,17 +2,17 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Condition, Thread
-from typing import Any
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.recording import read_windows
+from mergekit_bio.audio.decoding import Note
+from mergekit_bio.audio.recording import Windows, read_windows
 from mergekit_bio.errors import AudioError
 
 #: Recordings that are decoded at the same time.
@@ -56,7 +56,7 @@ class Ended:
     Attributes:
         recording: Its file.
         seconds: How long it is, as far as it was heard.
-        sampling_rate: Its own, in Hz; None where nobody can tell.
+        sampling_rate: Its own, in Hz; None where it is no use.
         error: Why it is no use, or not from some second on.
         notes: What a user should know of it.
     """
@@ -68,15 +68,37 @@ class Ended:
     notes: tuple[str, ...] = ()
 
 
-#: Cuts a recording into its windows, and tells the user of what is odd about it.
-Cut = Callable[[Path, Callable[[str], None]], Generator[Clip, None, Any]]
+def place_of(path: str | Path) -> Path:
+    """The absolute path of a recording, however its user names it; links are kept."""
+    return Path(os.path.normpath(Path(path).absolute()))
 
 
-def windows_of(*, window: float, hop: float) -> Cut:
-    """What cuts recordings into windows of so many seconds."""
+def each_once(paths: Sequence[Path]) -> list[Path]:
+    """Recordings without those that are named a second time."""
+    places: dict[Path, Path] = {}
+    for path in paths:
+        places.setdefault(place_of(path), path)
+    return list(places.values())
 
-    def cut(path: Path, note: Callable[[str], None]) -> Generator[Clip, None, Any]:
-        return (yield from read_windows(path, window=window, hop=hop))
+
+def stamp_of(path: str | Path) -> tuple[str, int]:
+    """What changes with a file's content, and its size in bytes."""
+    try:
+        stat = Path(path).stat()
+    except OSError:  # gone since it was found: whoever opens it says so
+        return "gone", 0
+    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+
+
+#: Cuts a recording into its windows, and tells the user what is odd about it.
+Cut = Callable[[str, Note], Windows]
+
+
+def windows_of(*, window: float, hop: float, channel: int | None) -> Cut:
+    """What cuts recordings into windows; see :func:`mergekit_bio.audio.recording.read_windows`."""
+
+    def cut(path: str, note: Note) -> Windows:
+        return read_windows(path, window=window, hop=hop, channel=channel, note=note)
 
     return cut
 
@@ -199,33 +221,21 @@ class WindowReader:
 
     def _windows_into(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> Ended:
         notes: list[str] = []
-        clips = self._cut(Path(recording.path), notes.append)
-        number, seconds, error = 0, 0.0, None
+        windows, error = self._cut(recording.path, notes.append), None
         try:
-            while not self._stopped:
-                clip = next(clips)
-                seconds = max(seconds, clip.end)
+            for number, clip in enumerate(windows):
+                if self._stopped:
+                    break
                 if number >= recording.first:
                     self._put(Window(recording.path, number, clip), buffer)
-                number += 1
-        except StopIteration:
-            pass
         except AudioError as failure:
             error = str(failure)
-        return Ended(recording.path, seconds, _sampling_rate(recording.path), error, tuple(notes))
+        finally:
+            windows.close()
+        return Ended(recording.path, windows.seconds, windows.sampling_rate or None, error, tuple(notes))
 
     def _put(self, item: Window | Ended | BaseException, buffer: "Queue[Window | Ended | BaseException]") -> None:
         while not self._stopped:
             with suppress(Full):
                 buffer.put(item, timeout=_PATIENCE)
                 return
-
-
-def _sampling_rate(path: str) -> int | None:
-    import soundfile
-
-    try:
-        with open(path, "rb") as raw:  # noqa: PTH123 -- a name that is no text, too
-            return int(soundfile.info(raw).samplerate)
-    except (OSError, soundfile.SoundFileError):
-        return None

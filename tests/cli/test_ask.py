@@ -162,7 +162,7 @@ def test_where_none_is_good_it_is_an_error(run: Run, tmp_path: Path, merged: Pat
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_text("no audio")
 
-    for named in ([tmp_path], [tmp_path / "a.wav"] * 2):
+    for named in ([tmp_path], [tmp_path / "a.wav", tmp_path / "b.wav"]):
         code, out, err = run(merged, *named, "-p", QUESTION)
 
         assert code == 1

@@ -17,6 +17,7 @@ class About:
         model: Who answers, as the user named it.
         alpha: Its merge strength; None where it is not one number.
         prompt: The question.
+        channel: The channel that is heard, from 1; None for the mean of all.
         choices: Whether answers are choices, with probabilities.
     """
 
@@ -24,6 +25,7 @@ class About:
     model: str
     alpha: float | None
     prompt: str
+    channel: int | None = None
     choices: bool = False
 
     @property

@@ -1,12 +1,12 @@
 """Raven's selection tables: one a recording in a folder, or one file for all recordings, opened one after the other."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mergekit_bio.audio.config import SAMPLING_RATE
 from mergekit_bio.listen.journal import HeardRecording, Journal, Row
 from mergekit_bio.listen.publishing import whole_file
+from mergekit_bio.listen.reading import place_of
 from mergekit_bio.listen.tables.interface import About, as_text, one_line
 from mergekit_bio.listen.tables.per_recording import FilePerRecording
 
@@ -34,10 +34,11 @@ def _lines(about: About, recording: HeardRecording, rows: Iterable[Row], *, firs
     """
     rate = recording.sampling_rate
     highest = min(_HEARD_HZ, rate / 2) if rate else _HEARD_HZ
-    path = Path(os.path.normpath(Path(recording.path).absolute()))
+    path = place_of(recording.path)
+    channel = str(about.channel or 1)
     for number, row in enumerate(rows, start=first):
         cells = [
-            str(number), "Spectrogram 1", "1", f"{begins + row.start:.6f}", f"{begins + row.end:.6f}", "0.0",
+            str(number), "Spectrogram 1", channel, f"{begins + row.start:.6f}", f"{begins + row.end:.6f}", "0.0",
             f"{highest:.1f}", one_line(as_text(str(path))), one_line(as_text(path.name)), f"{row.start:.6f}",
             one_line(row.answer),
         ]  # fmt: skip
