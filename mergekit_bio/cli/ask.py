@@ -51,7 +51,9 @@ def ask(
             "track a recording.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Ask anew, and replace what --out holds.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds, if that is anything else.")
+    ] = False,
     window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
     channel: ChannelOption = "mean",
@@ -129,8 +131,8 @@ def ask(
     # 2. Ask.
     for text in found.notes:
         output.note(f"note: {text}")
-    output.note(f"loading {model}")
     if together:
+        output.note(f"loading {model}")
         row = ask_together(recordings, question, model, engine=engine, settings=settings, note=output.tell)
         document = {"prompt": prompt, "answers": [_answer(row, recordings)], "failed": []}
         output.result(document, lambda console: _print_rows([row], quiet=False), lines=[row.answer])

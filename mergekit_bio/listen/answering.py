@@ -39,7 +39,7 @@ class AskRequest:
         settings: What it is started with.
         out: The table, a file or a folder; None keeps no answers on the disk.
         table_format: ``--format``.
-        overwrite: Begin anew.
+        overwrite: Replace a table that is not made of its journal, and answers to another question.
         workers: See :func:`mergekit_bio.engine.ray_pool.cluster_for`.
         ray: Of a running cluster.
     """
@@ -91,21 +91,17 @@ def ask_archive(
     """
     with ExitStack() as stack:
         recordings = each_once(recordings)
-        # 1. Who will answer: one engine in this process, or Ray's workers with one each.
+        # 1. Who will answer.
         table_kind = table_class(request.out, request.table_format) if request.out else None
         engine, note = choose_engine(request.engine, servers=request.settings.servers)
         if note:
             listener.note(f"note: {note}")
-        cluster = stack.enter_context(
-            cluster_for(
-                engine, request.settings.options, workers=request.workers, address=request.ray, note=listener.note
-            )
-        )
-        slot = stack.enter_context(EngineSlot(engine, request.settings)) if cluster is None else None
+        settings = replace(request.settings, heard_once=True)
+        slot = stack.enter_context(EngineSlot(engine, settings))
         folder = Path(request.model) if engine.remote else resolve(request.model).path
-        weights = weights_identity(folder) if slot is None or not engine.remote else slot.revision(request.model)
+        weights = {"served": slot.revision(request.model)} if engine.remote else weights_identity(folder)
         # 2. The journal of what is answered already, which refuses another question; and the table made of it.
-        dtype = request.settings.options.get("dtype")
+        dtype = settings.options.get("dtype")
         identity = request.question.identity() | {
             "checkpoint": weights,
             "engine": engine.name,
@@ -114,7 +110,8 @@ def ask_archive(
         journal = stack.enter_context(_journal(request, identity))
         still_open, changed = journal.open_recordings(recordings)
         if changed:
-            listener.note(f"note: {changed} recordings have changed since they were answered: asked about anew")
+            they = f"{changed} recordings have" if changed > 1 else "1 recording has"
+            listener.note(f"note: {they} changed and will be asked about anew")
         about = About(
             root=_root(request.named),
             model=request.model,
@@ -125,14 +122,18 @@ def ask_archive(
         table = table_kind(request.out, about) if table_kind and request.out else None
         if table is not None:
             table.begin(journal)
-        # 3. Ask. What comes back goes into the journal, and into the table as far as that can grow.
+        # 3. Ask: one engine in this process, or Ray's workers with one each. What comes back goes into the journal, and
+        # into the table as far as that can grow.
         if still_open:
+            listener.note(f"loading {request.model}")
+            cluster = stack.enter_context(
+                cluster_for(engine, settings.options, workers=request.workers, address=request.ray, note=listener.note)
+            )
             workers: Workers[Stretch, Answered]
             if cluster is None:
-                assert slot is not None
                 workers = OneWorker(stack.enter_context(closing(ListenWorker(request.question, request.model, slot))))
             else:
-                make = partial(OwnEngine, request.question, request.model, engine.name, request.settings)
+                make = partial(OwnEngine, request.question, request.model, engine.name, settings)
                 workers = stack.enter_context(cluster.workers(make))
             _Asking(journal, table, listener, answered, workers).ask(recordings, still_open)
         # 4. The whole table, in order.
@@ -251,13 +252,11 @@ def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
     file = journal_file(out)
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out.parent}: no such folder")
-    if request.overwrite:
-        file.unlink(missing_ok=True)
-    elif not file.exists() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+    if not request.overwrite and not file.exists() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise OutputError(f"{out}: exists already; choose another --out or pass --overwrite")
     if is_folder(out):
         out.mkdir(exist_ok=True)
-    return Journal(file, identity, unsaid=unsaid)
+    return Journal(file, identity, unsaid=unsaid, overwrite=request.overwrite)
 
 
 def _root(named: Sequence[Path]) -> Path:

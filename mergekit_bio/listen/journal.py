@@ -98,6 +98,7 @@ class Journal:
         file: The SQLite file; None keeps all in memory.
         identity: What decides the answers, nested by key, as values of JSON.
         unsaid: What an older journal that lacks a key of the identity meant.
+        overwrite: Forget the answers to another question, instead of refusing.
 
     Raises:
         RunError: The file answers another question (the error names what changed), is written by another process, or
@@ -105,13 +106,15 @@ class Journal:
         OutputError: It cannot be written.
     """
 
-    def __init__(self, file: Path | None, identity: Mapping[str, Any], *, unsaid: Mapping[str, Any]) -> None:
+    def __init__(
+        self, file: Path | None, identity: Mapping[str, Any], *, unsaid: Mapping[str, Any], overwrite: bool = False
+    ) -> None:
         self.file = file
         with self._problems():
             self._db = sqlite3.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
             with self._problems():
-                self._open(json.loads(json.dumps(identity)), json.loads(json.dumps(unsaid)))
+                self._open(json.loads(json.dumps(identity)), json.loads(json.dumps(unsaid)), overwrite)
         except BaseException:
             self._db.close()
             raise
@@ -122,7 +125,7 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self._db.close()
 
-    def _open(self, identity: dict[str, Any], unsaid: dict[str, Any]) -> None:
+    def _open(self, identity: dict[str, Any], unsaid: dict[str, Any], overwrite: bool) -> None:
         # The lock is the system's, so it ends with its process; without shared memory it works on network disks too.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         with self._together():
@@ -141,6 +144,9 @@ class Journal:
             if before.get("format") != _FORMAT:
                 raise RunError(f"{self.file}: was written by another version; give another --out")
             answered_under = unsaid | before["identity"]
+            if answered_under != identity and overwrite:
+                self._db.execute("DELETE FROM windows")
+                self._db.execute("DELETE FROM recordings")
             if answered_under != identity and self._db.execute("SELECT 1 FROM windows LIMIT 1").fetchone():
                 raise RunError(
                     f"{self.file}: answers another question: {changes(answered_under, identity)}; ask as before, or "

@@ -131,13 +131,14 @@ class WindowReader:
         self._reading.start()
 
     def take(self, count: int) -> list[Window | Ended]:
-        """The next ``count`` windows, with the recordings that end among them; fewer where all are read.
+        """The next ``count`` windows, with the recordings that end among them; fewer where all are read, or more are
+        asked for than wait.
 
         Raises:
             MergekitBioError: Reading is impossible, such as without a package.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._windows >= count or self.read_all)
+            self._changed.wait_for(lambda: self._windows >= min(count, self._ahead) or self.read_all)
             taken: list[Window | Ended] = []
             while self._ready and (count > 0 or isinstance(self._ready[0], Ended)):
                 item = self._ready.popleft()
