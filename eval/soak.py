@@ -63,6 +63,12 @@ SOAKS = {
         ("tests/eval/test_workers.py::test_runs_with_workers_and_drivers_killed_end_the_same",),
         10,
     ),
+    "archive-kills": Soak(
+        "an archive asked about, killed again and again (50 recordings of 30 s a kill), has every window once, in the "
+        "same memory",
+        ("tests/listen/test_kills.py",),
+        20,
+    ),
     "bench-gpu": Soak(
         "the benchmark for machines with a GPU runs whole on a CPU, and finds its results right",
         ("tests/rehearsal/test_bench_gpu.py",),

@@ -87,6 +87,23 @@ def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
+def changes(before: Any, now: Any) -> str:
+    """What differs between two settings, nested by key: ``"generate.seed was 0 and is now 1; ..."``, three at most."""
+    found = list(_changes(before, now, ()))
+    return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
+
+
+def _changes(before: Any, now: Any, path: KeyPath) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) or (key in before) != (key in now):
+                yield from _changes(before.get(key), now.get(key), (*path, key))
+    else:
+        shown = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
+        was, is_now = (text if len(text) <= 60 else text[:57] + "..." for text in shown)
+        yield f"{dotted(path)} was {was} and is now {is_now}"
+
+
 def is_text(value: Any) -> bool:
     """Whether it is a text that a file can hold: half of a surrogate pair comes through JSON's escapes and is none."""
     if not isinstance(value, str):

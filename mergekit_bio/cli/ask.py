@@ -1,25 +1,76 @@
-"""``mergekit-bio ask``: a question about recordings, answered in the shell."""
+"""``mergekit-bio ask``: a question about recordings, answered in the shell or in a table."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_bio.cli.console import JsonOption, Output, QuietOption
-from mergekit_bio.cli.listening import check_any_used, hear_each
+from mergekit_bio.cli.console import JsonOption, QuietOption
+from mergekit_bio.cli.engine_options import (
+    ENGINE_NAMES,
+    ApiKeyOption,
+    EngineOption,
+    RayOption,
+    ServerOption,
+    WorkersOption,
+    key_value,
+)
+from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
 
 if TYPE_CHECKING:
-    from mergekit_bio.listen.ask import Answer
+    from mergekit_bio.listen.journal import Row
 
 
 def ask(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A merged model with an audio tower, or its hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="A merged model with an audio tower, or its hub id; with --server its name there.",
+        ),
+    ],
     audio: Annotated[list[Path], typer.Argument(metavar="AUDIO", help="Recordings, or folders of them.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <AudioHere> marks where an audio goes.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE|DIR",
+            help="Write the answers to .csv, .jsonl, .parquet or .txt as they come. The same command goes on where it "
+            "was stopped, and asks about recordings that are new.",
+        ),
+    ] = None,
+    table_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="raven|audacity",
+            help="raven: a selection table a recording, in the folder --out, or one .txt for all; audacity: a label "
+            "track a recording.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds, if that is anything else.")
+    ] = False,
     window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
+    channel: ChannelOption = "mean",
     beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy decoding.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 300,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{ENGINE_NAMES}. [default: http with --server; with --out the first that is installed; else "
+            "transformers, which starts fastest]"
+        ),
+    ] = None,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+    engine_option: EngineOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -34,44 +85,103 @@ def ask(
     Examples:
       mergekit-bio ask merged/alpha-0.50 wren.wav --prompt "What is the common name for the focal species in the audio?"
       mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
+      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out birds.csv
+      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out labels/ --format audacity
     """
     from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.layout import AUDIO_SLOT
     from mergekit_bio.audio.prompt import check_audio_count, render_prompt
-    from mergekit_bio.audio.recording import check_windows
-    from mergekit_bio.listen.ask import Asker
-    from mergekit_bio.model.loading import load_model
+    from mergekit_bio.audio.recording import check_windows, parse_channel
+    from mergekit_bio.engine.interface import EngineSettings
+    from mergekit_bio.errors import OutputError
+    from mergekit_bio.listen.answering import AskRequest, ask_archive, ask_together
+    from mergekit_bio.listen.question import Question
+    from mergekit_bio.listen.tables.choice import table_class
 
-    output = Output(as_json=as_json, quiet=quiet)
+    # 1. Before a minute of loading, what can be said at once.
     check_windows(window=window, hop=hop)
-    recordings = find_recordings(audio).recordings
+    output = ListenOutput(as_json=as_json, quiet=quiet)
+    heard_channel = parse_channel(channel)
+    found = find_recordings(audio)
+    recordings = found.recordings
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
-    # Before a minute of loading, what can be said at once.
     if together:
         check_audio_count(slots=slots, audios=len(recordings))
     render_prompt(prompt, template="{}", num_audios=max(slots, 1))
-    output.note(f"loading {model}")
-    asker = Asker(*load_model(model, device=device), num_beams=beams, max_new_tokens=max_new_tokens)
-    failed: list[dict[str, str]] = []
-    answers: list[Answer] = []
+    if out is None and (table_format is not None or overwrite):
+        raise OutputError(f"--{'overwrite' if overwrite else 'format'}: give it with --out")
+    if out is not None:
+        table_class(out, table_format)
+        if together:
+            raise OutputError("--out: holds answers about single recordings, and this prompt is about several at once")
+    options = dict(map(key_value, engine_option or [])) | ({} if device == "auto" else {"device": device})
+    settings = EngineSettings(options=options, servers=tuple(server or ()), api_key=api_key, quiet=quiet)
+    if engine is None and out is None and not server:
+        engine = "transformers"
+    question = Question(
+        prompt=prompt,
+        window=window,
+        hop=hop or window,
+        channel=heard_channel,
+        num_beams=beams,
+        max_new_tokens=max_new_tokens,
+    )
+    document: dict[str, Any]
+    # 2. Ask.
+    for text in found.notes:
+        output.note(f"note: {text}")
     if together:
-        answers.append(asker.together(recordings, prompt))
-    else:
-        failed = hear_each(
-            recordings,
-            lambda recording: answers.extend(asker.each_window(recording, prompt, window=window, hop=hop)),
-            output,
-        )
-    document = {"prompt": prompt, "answers": [vars(answer) for answer in answers], "failed": failed}
-    if answers or not failed:
-        output.result(
-            document,
-            lambda console: console.print("\n".join(map(_line, answers)), soft_wrap=True),
-            lines=[answer.text for answer in answers],
-        )
-    check_any_used(recordings, failed)
+        output.note(f"loading {model}")
+        row = ask_together(recordings, question, model, engine=engine, settings=settings, note=output.tell)
+        document = {"prompt": prompt, "answers": [_answer(row, recordings)], "failed": []}
+        output.result(document, lambda console: _print_rows([row], quiet=False), lines=[row.answer])
+        return
+    answers: list[Row] = []
+
+    def answered(rows: "Sequence[Row]") -> None:
+        """Print answers as they come, but for those that go into one document or a table."""
+        if as_json and out is None:
+            answers.extend(rows)
+        elif out is None:
+            _print_rows(rows, quiet=quiet)
+
+    request = AskRequest(
+        model=model,
+        named=audio,
+        question=question,
+        engine=engine,
+        settings=settings,
+        out=out,
+        table_format=table_format,
+        overwrite=overwrite,
+        workers=workers,
+        ray=ray,
+    )
+    with output.shown(several=len(recordings) > 1, bar=out is not None or as_json):
+        outcome = ask_archive(request, recordings, output, answered=answered)
+    # 3. Say what came of it.
+    failed = [{"recording": path, "error": error} for path, error in outcome.failed.items()]
+    if out is not None:
+        document = {
+            "prompt": prompt, "out": str(out), "recordings": outcome.recordings, "windows": outcome.windows,
+            "failed": failed,
+        }  # fmt: skip
+        line = f"{outcome.windows} windows of {outcome.recordings - len(failed)} recordings -> {out}"
+        output.result(document, lambda console: console.print(line, soft_wrap=True), lines=[str(out)])
+    elif as_json and (answers or not failed):
+        shown = [_answer(row, [row.recording]) for row in answers]
+        output.result({"prompt": prompt, "answers": shown, "failed": failed}, lambda console: None)
+    tell_failed(outcome.recordings, outcome.failed, output)
 
 
-def _line(answer: "Answer") -> str:
-    return f"{' + '.join(answer.recordings)} [{answer.start:.1f}-{answer.end:.1f} s]  {answer.text}"
+def _print_rows(rows: "Sequence[Row]", *, quiet: bool) -> None:
+    from mergekit_bio.listen.tables.lines import shown
+
+    for row in rows:
+        print(row.answer if quiet else shown(row), flush=True)
+
+
+def _answer(row: "Row", recordings: "Sequence[str | Path]") -> dict[str, Any]:
+    """An answer as JSON has it."""
+    return {"recordings": list(map(str, recordings)), "start": row.start, "end": row.end, "text": row.answer}

@@ -42,6 +42,10 @@ class Output:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Say what a user must know even under ``--quiet`` (stderr)."""
+        print(text, file=sys.stderr, flush=True)
+
     def result(self, document: Any, render: Callable[["Console"], None], lines: Iterable[str] = ()) -> None:
         """Print what the command was run for (stdout).
 
@@ -91,13 +95,13 @@ def _json(document: Any, encoding: str) -> str:
     return text
 
 
-def progress_bars(*columns: "ProgressColumn") -> "Progress":
+def progress_bars(*columns: "ProgressColumn", bar_width: int = 40) -> "Progress":
     """Bars on stderr that vanish at their end, with these columns behind the description and the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     description = TextColumn("{task.description}", markup=False)
-    return Progress(description, BarColumn(), *columns, console=Console(stderr=True), transient=True)
+    return Progress(description, BarColumn(bar_width), *columns, console=Console(stderr=True), transient=True)
 
 
 def table_of_numbers(title: str, *columns: str, texts: int = 1, **style: Any) -> "Table":

@@ -1,12 +1,12 @@
 """``mergekit-bio embed``: recordings to vectors, for similarity and clustering."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from mergekit_bio.cli.console import JsonOption, Output, QuietOption
-from mergekit_bio.cli.listening import check_any_used, hear_each
+from mergekit_bio.cli.console import JsonOption, QuietOption
+from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
 
 
 def embed(
@@ -17,40 +17,58 @@ def embed(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .safetensors or .npz.")],
     window: Annotated[float, typer.Option(help="Seconds an embedding stands for, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
+    channel: ChannelOption = "mean",
+    prefixes: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefixes/--no-prefixes",
+            help="Write what Llama reads, too: 0.5 MB a window of an 8B model. [default: unless all of them would take "
+            "more than 4 GB]",
+        ),
+    ] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the vectors.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Embed recordings: the prefix that Llama reads, and the mean of the encoder's output, for every 10 s.
+    """Embed recordings: the mean of the encoder's output, and the prefix that Llama reads, for every 10 s.
 
     A recording that cannot be used is named and counted, and the others are embedded. The file holds the arrays
-    prefix, encoder, recording, start and end, a row for every window.
+    encoder, prefix, recording, start and end, a row for every window. It is written when all is embedded; until then
+    parts of it stand in the folder OUT.parts, and the same command goes on where it was stopped.
 
     \b
     Examples:
       mergekit-bio embed merged/alpha-0.50 recordings/ --out embeddings.safetensors
       mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
+      mergekit-bio embed merged/alpha-0.50 archive/ --no-prefixes --dtype float16 --out archive.safetensors
     """
-    from mergekit_bio.audio.device import pick_device
     from mergekit_bio.audio.finding import find_recordings
-    from mergekit_bio.audio.prefix import AudioPrefix
-    from mergekit_bio.audio.recording import check_windows
-    from mergekit_bio.listen.embeddings import open_embeddings
+    from mergekit_bio.audio.recording import check_windows, parse_channel
+    from mergekit_bio.listen.embeddings import EmbedRequest, embed_archive
 
-    output = Output(as_json=as_json, quiet=quiet)
     check_windows(window=window, hop=hop)
-    recordings = find_recordings(audio).recordings
-    with open_embeddings(out, overwrite=overwrite) as embeddings:
-        output.note(f"loading {model}")
-        prefix = AudioPrefix.from_pretrained(model).to(pick_device(device))
-        failed = hear_each(
-            recordings, lambda recording: embeddings.add(prefix, recording, window=window, hop=hop), output
-        )
-        check_any_used(recordings, failed)
-        clips, used = embeddings.clips, len(embeddings.recordings)
+    output = ListenOutput(as_json=as_json, quiet=quiet)
+    heard_channel = parse_channel(channel)
+    found = find_recordings(audio)
+    for text in found.notes:
+        output.note(f"note: {text}")
+    request = EmbedRequest(
+        model=model, out=out, window=window, hop=hop or window, channel=heard_channel, prefixes=prefixes, dtype=dtype,
+        device=device, overwrite=overwrite,
+    )  # fmt: skip
+    with output.shown(several=len(found.recordings) > 1):
+        embedded = embed_archive(request, found.recordings, output)
+    tell_failed(embedded.heard, embedded.failed, output)
+    failed = [{"recording": path, "error": error} for path, error in embedded.failed.items()]
     output.result(
-        {"out": str(out), "recordings": used, "clips": clips, "failed": failed},
-        lambda console: console.print(f"{clips} clips of {used} recordings -> {out}", soft_wrap=True),
+        {
+            "out": str(out), "recordings": embedded.recordings, "clips": embedded.clips, "failed": failed,
+            "prefixes": embedded.prefixes,
+        },
+        lambda console: console.print(
+            f"{embedded.clips} clips of {embedded.recordings} recordings -> {out}", soft_wrap=True
+        ),
         lines=[str(out)],
-    )
+    )  # fmt: skip

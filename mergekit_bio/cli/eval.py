@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_bio.cli.console import JsonOption, Output, QuietOption
+from mergekit_bio.cli.engine_options import (
+    ENGINE_NAMES,
+    ApiKeyOption,
+    EngineOption,
+    RayOption,
+    ServerOption,
+    WorkersOption,
+    key_value,
+)
 from mergekit_bio.cli.eval_plan import print_fetch, print_plan
 from mergekit_bio.cli.run_progress import RunOutput
-from mergekit_bio.engine.choice import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,36 +46,14 @@ def evaluate(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(ENGINES)}. [default: the first that is installed, or that asks --server]"),
+        typer.Option(help=f"{ENGINE_NAMES}. [default: the first that is installed, or that asks --server]"),
     ] = None,
-    server: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL", help="A running `mergekit-bio serve` that answers. Repeatable."),
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The servers' key.")] = None,
-    engine_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="For the engine: dtype=float32, device=cpu, or any other argument that it takes, such as "
-            "tensor_parallel_size=2 or distributed_executor_backend=ray. Repeatable.",
-        ),
-    ] = None,
+    server: ServerOption = None,
+    api_key: ApiKeyOption = None,
+    engine_option: EngineOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask about the first N clips of each dataset only.")] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Engines that answer side by side, on Ray. [default: one for every GPU, if Ray is installed, else 1]",
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="A running Ray cluster for the workers, or auto. [default: Ray on this machine only]",
-        ),
-    ] = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
     show_prompts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Print the first N prompts of each query, and load nothing.")
     ] = None,
@@ -116,7 +102,7 @@ def evaluate(
         _show_prompts(recipe, data, show_prompts, output)
         return
     settings = EngineSettings(
-        options=dict(map(_key_value, engine_option or [])), servers=tuple(server or ()), api_key=api_key, quiet=quiet
+        options=dict(map(key_value, engine_option or [])), servers=tuple(server or ()), api_key=api_key, quiet=quiet
     )
     plan = prepare_run(
         recipe=recipe,
@@ -140,20 +126,6 @@ def evaluate(
     with output.shown():
         carry_out(plan, settings, listener=output, workers=workers, ray=ray)
     _print_run(plan, output, scored=report)
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    """``"enforce_eager=true"`` -> ``("enforce_eager", True)``: values are YAML's."""
-    from mergekit_bio.errors import EngineError
-    from mergekit_bio.outside_data import parse_yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise EngineError(f"--engine-option {text}: write KEY=VALUE, such as dtype=float32")
-    try:
-        return key, parse_yaml(value, source=f"--engine-option {key}", error=EngineError).data
-    except EngineError:
-        return key, value
 
 
 def _show_prompts(recipe: str, data: str | None, count: int, output: Output) -> None:

@@ -103,6 +103,7 @@ class EngineSettings:
         max_audios: Most audios in a prompt.
         prefixes: Folder that keeps audio prefixes; None keeps them in memory only.
         quiet: Whether the engine logs errors only.
+        heard_once: Whether every audio is asked about once, so that nothing need be kept of it.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +112,7 @@ class EngineSettings:
     max_audios: int = 1
     prefixes: Path | None = None
     quiet: bool = False
+    heard_once: bool = False
 
 
 def check_options(engine: str, options: Iterable[str], *, known: Sequence[str]) -> None:

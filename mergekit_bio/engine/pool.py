@@ -110,6 +110,7 @@ def hand_out(
     group: Callable[[Job], Hashable],
     started: Callable[[Job], None],
     note: Callable[[str], None],
+    rest: Callable[[Result], Job | None] = lambda result: None,
 ) -> Iterator[tuple[Job, Result | None]]:
     """Have every job done once, in whatever order it goes fastest.
 
@@ -119,6 +120,7 @@ def hand_out(
         group: Jobs between which a worker changes cheaply. It stays with its group as long as that has open jobs.
         started: Is told of every job that is begun.
         note: Is told of workers that die.
+        rest: What a result leaves of its job: the same worker goes on with it at once.
 
     Yields:
         A job and its result, as they come; None for a job that has killed ``DEATHS_OF_A_JOB`` workers.
@@ -148,6 +150,10 @@ def hand_out(
         job, following = running.pop(finished.worker)
         if not finished.died:
             given_up_in_a_row = 0
+            left = None if finished.result is None else rest(finished.result)
+            if left is not None:
+                running[finished.worker] = left, following
+                workers.start(finished.worker, left, following)
             yield job, finished.result
             continue
         # 3. The job of a worker that died goes to the next free one, unless it is what kills them.

@@ -120,6 +120,13 @@ class PrefixCache:
             held = wanted & self._held.keys()
         return held | self._folder.known(wanted - held) if self._folder else held
 
+    def forget(self, digests: Iterable[str]) -> None:
+        """Free the memory of prefixes that nobody will ask for again."""
+        with self._lock:
+            for digest in digests:
+                if (prefix := self._held.pop(digest, None)) is not None:
+                    self._held_bytes -= prefix.nbytes
+
     def flush(self) -> None:
         """Wait until all prefixes are on disk."""
         if self._folder:

@@ -104,6 +104,11 @@ class EngineSlot:
         if self._engine is not None and self._engine.prefixes is not None:
             self._engine.prefixes(clips)
 
+    def forget(self, clips: "Iterable[Clip]") -> None:
+        """Free the memory of the prefixes of clips that are not asked about again."""
+        if self._engine is not None and self._engine.prefixes is not None:
+            self._engine.prefixes.forget(clip.digest for clip in clips)
+
     def flush(self) -> None:
         """Wait until all prefixes are on disk, or note why they are not."""
         if self._engine is not None and self._engine.prefixes is not None:

@@ -104,15 +104,13 @@ class TransformersEngine:
         prefixes: PrefixCache | None = None,
     ) -> None:
         self.checkpoint = resolve(checkpoint).path
-        self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
-        from mergekit_bio.model.modeling import NatureLMAudioForConditionalGeneration
+        from mergekit_bio.model.loading import load_weights
 
         if dtype not in _DTYPES:
             raise EngineError(f"dtype={dtype}: no such data type; write {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
-        device = pick_device(device)
-        model = NatureLMAudioForConditionalGeneration.from_pretrained(self.checkpoint, dtype=dtype)
-        self._model: Any = model.to(device).eval()
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size = pick_device(device), batch_size
+        self._model: Any = load_weights(self.checkpoint, device=self._device, dtype=dtype)
+        self.tokenization = Tokenization.from_checkpoint(self.checkpoint)
         self.prefixes = prefixes or PrefixCache(self._model.audio_prefix)
         self.prefixes.keep_in(self._model.model.embed_tokens.weight.dtype)
 

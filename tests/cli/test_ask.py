@@ -143,7 +143,7 @@ def test_a_recording_that_breaks_midway_is_answered_up_to_there(
     run: Run, merged: Path, tmp_path: Path, others: int
 ) -> None:
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 12 * 16_000)
-    samples[11 * 16_000] = np.nan  # in the sixth of windows of 2 s, which are answered by fours
+    samples[11 * 16_000] = np.nan  # in the sixth of windows of 2 s
     soundfile.write(tmp_path / "broken.wav", samples, 16_000, subtype="DOUBLE")
     (tmp_path / "text.wav").write_text("no audio")
     paths = [tmp_path / "broken.wav", *[tmp_path / "text.wav"] * others]
@@ -152,17 +152,43 @@ def test_a_recording_that_breaks_midway_is_answered_up_to_there(
 
     assert code == 1
     document = json.loads(out)
-    assert [answer["start"] for answer in document["answers"]] == [0.0, 2.0, 4.0, 6.0]
+    assert [answer["start"] for answer in document["answers"]] == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert document["answers"][-1]["end"] == 11.0
     assert [failure["recording"] for failure in document["failed"]] == list(map(str, paths))
-    assert "broken.wav: holds NaN or infinity after 10.0 s" in err.splitlines()[-1]
+    assert "broken.wav: breaks after 11.00 s: holds NaN or infinity" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("error: none of the 2" if others else "error: ")
+
+
+def test_answers_go_to_a_table_and_what_failed_is_said_even_when_quiet(
+    run: Run, recording, merged: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "birds.csv"
+    folder.mkdir()
+    recording("good.wav", seconds=12).rename(folder / "good.wav")
+    (folder / "text.wav").write_text("no audio")
+    words = (merged, folder, "-p", QUESTION, *SHORT, "--engine", "transformers", "--out", out)
+
+    code, stdout, err = run(*words, "--quiet")
+
+    assert (code, stdout) == (0, f"{out}\n")
+    assert err.startswith(f"skipped: {folder}/text.wav: ") and err.count("\n") == 1
+    assert [line.split(",")[1:3] for line in out.read_text().splitlines()[1:]] == [["0.0", "10.0"], ["10.0", "12.0"]]
+
+    code, stdout, err = run(*words, "--json")  # where nothing is left to ask
+
+    document = json.loads(stdout)
+    assert {key: document[key] for key in ("prompt", "out", "recordings", "windows")} == {
+        "prompt": QUESTION, "out": str(out), "recordings": 2, "windows": 2,
+    }  # fmt: skip
+    assert [failure["recording"] for failure in document["failed"]] == [str(folder / "text.wav")]
+    assert "1 of 2 recordings could not be used" in err
 
 
 def test_where_none_is_good_it_is_an_error(run: Run, tmp_path: Path, merged: Path) -> None:
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_text("no audio")
 
-    for named in ([tmp_path], [tmp_path / "a.wav"] * 2):
+    for named in ([tmp_path], [tmp_path / "a.wav", tmp_path / "b.wav"]):
         code, out, err = run(merged, *named, "-p", QUESTION)
 
         assert code == 1
@@ -182,6 +208,13 @@ def test_where_none_is_good_it_is_an_error(run: Run, tmp_path: Path, merged: Pat
         (["a.wav", "--prompt", "x", "--window", "11"], "window of 11 s"),
         (["a.wav", "--prompt", "x", "--hop", "0"], "hop of 0 s"),
         (["a.wav", "--prompt", "<|reserved_special_token_0|>"], "write <AudioHere> instead"),
+        (["a.wav", "--prompt", "x", "--format", "raven"], "--format: give it with --out"),
+        (["a.wav", "--prompt", "x", "--out", "birds.xls"], "birds.xls: the name must end in .csv, .jsonl"),
+        (["a.wav", "a.wav", "--prompt", "<AudioHere><AudioHere>", "--out", "b.csv"], "this prompt is about several"),
+        (["a.wav", "--prompt", "x", "--channel", "left"], "a channel is 'mean' or a number from 1, not 'left'"),
+        (["a.wav", "--prompt", "x", "--channel", "2"], "a.wav: "),
+        (["a.wav", "--prompt", "x", "--engine", "vlm"], "--engine vlm: no such engine; did you mean 'vllm'?"),
+        (["a.wav", "--prompt", "x", "--workers", "0"], "--workers 0: write a whole number of 1 or more"),
     ],
 )
 def test_mistakes_get_one_clear_line(
@@ -206,7 +239,7 @@ def test_a_model_without_ears_is_refused(run: Run, recording, tmp_path: Path) ->
     code, _, err = run(tmp_path / "llama", recording("a.wav"), "-p", QUESTION)
 
     assert code == 1
-    assert "not a merged model with an audio tower" in err
+    assert "has no audio tower; give a merge of NatureLM-audio made without --text-only" in err
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -67,6 +67,8 @@ def is_merge_recipe(block: Block) -> bool:
 def starts_an_engine(command: Block) -> bool:
     """Whether it asks a model many things, for minutes, through vLLM where that is installed."""
     _, name, *options = command.words
+    if name == "ask":
+        return "--out" in options
     if name == "eval" and "--probe" not in options:
         return not {"--dry-run", "--show-prompts", "--fetch-only"} & {*options}
     return name in ("serve", "demo", "eval")

@@ -1,11 +1,13 @@
 """README.md and docs/: what starts vLLM, make or pip runs as it stands, in a shell."""
 
+import csv
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ def shell(line: str, *, programs: Path = PYTHONS, cwd: Path | None = None, **mor
 
 
 EVALUATIONS = [command for command in named("mergekit-bio", "eval") if starts_an_engine(command)]
+ASKED = [command for command in named("mergekit-bio", "ask") if starts_an_engine(command)]
 PROBES = [command for command in EVALUATIONS if "--probe" in command.words]
 
 
@@ -108,6 +111,21 @@ def test_a_probe_says_hours_as_it_stands_with_vllm(command: Block, here: Path) -
     said = shell(command.text)
     assert "for the run with one engine, merging not counted" in said and "a question" in said
     assert not Path("runs").exists()
+
+
+@VLLM
+@pytest.mark.long
+def test_a_folder_becomes_a_table_in_two_commands_as_they_stand_and_other_formats_without_a_model(here: Path) -> None:
+    shutil.rmtree("merged")
+    merge, (first, *others) = named("mergekit-bio", "merge", "--alpha", "0.5", "--out")[0], ASKED
+    shell(f"{merge.text}\n{first.text}")
+    with Path("birds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recording"] for row in rows] == ["recordings/1.wav", "recordings/2.flac"]
+    for command in others:
+        shell(command.text)
+        assert Path(command.words[command.words.index("--out") + 1]).exists()
+    assert sqlite3.connect("birds.journal").execute("SELECT count(*) FROM windows").fetchone() == (2,)
 
 
 @contextmanager

@@ -69,6 +69,19 @@ def test_every_job_is_done_once_and_only_what_kills_is_given_up(jobs, workers, d
     assert all(result == -job for job, result in results if job != deadly)
 
 
+@given(workers=st.integers(1, 5), deadly=st.none() | st.integers(0, 5), seed=st.integers(0, 1000))
+def test_a_worker_goes_on_with_what_is_left_of_its_job(workers, deadly, seed):
+    """Job 503 leaves 502, that 501, and that 500."""
+    simulated = Simulated(workers, seed, None if deadly is None else 101 * deadly, accidents=0.2)
+    rest = {"rest": lambda result: -result - 1 if result % 100 else None}
+    results = list(hand_out(simulated, [101 * parts for parts in range(6)], **HAND_OUT, **rest))
+    done = Counter(job for job, result in results if result is not None)
+    others = [parts for parts in range(6) if parts != deadly]
+    assert done == Counter(100 * parts + part for parts in others for part in range(parts + 1))
+    for worker, job in simulated.log if deadly is None and not simulated.had_one else ():
+        assert {who for who, other in simulated.log if other // 100 == job // 100} == {worker}
+
+
 @given(workers=st.integers(1, 5), groups=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_a_worker_leaves_its_group_when_nothing_of_it_is_open(workers, groups, seed):
     jobs = [10 * group + number for group in range(groups) for number in range(8)]

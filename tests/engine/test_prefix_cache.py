@@ -51,6 +51,16 @@ def test_clips_that_differ_in_one_sample_in_the_middle_are_two(tower, clips):
     assert cache.encoded == 2
 
 
+def test_what_is_forgotten_takes_no_memory_and_is_encoded_again(tower, clips):
+    cache = PrefixCache(tower)
+    first = cache(clips)
+    cache.forget(clip.digest for clip in clips[1:])
+    assert cache.held_bytes == first[0].nbytes and cache.known(clip.digest for clip in clips) == {clips[0].digest}
+    again = cache(clips)
+    assert cache.encoded == 2 * len(clips) - 1
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_memory_keeps_to_its_budget_and_drops_the_least_recently_used(tower, clips):
     size = by_hand(tower, clips[0]).nbytes
     cache = PrefixCache(tower, memory_bytes=2 * size)

@@ -23,6 +23,7 @@ from tiny_naturelm import make_base
 from eval import beans_zero_tool
 from mergekit_bio.audio import waveform
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
+from mergekit_bio.audio.recording import read_clip
 from mergekit_bio.demo import run as demo
 from mergekit_bio.demo.recordings import write_recordings as write_demo_recordings
 from mergekit_bio.demo.species import HEARD, UNHEARD
@@ -104,18 +105,20 @@ def test_alphas_and_queries_give_different_answers(run):
 
 
 def test_examples_are_heard_where_the_prompt_says(run, evaluation):
-    """The same question through `mergekit-bio ask`'s way, which runs the model's own tower and its own prompt."""
-    from mergekit_bio.listen.ask import Asker
-
+    """The same question to Transformers itself, which runs the model's own tower and its own prompt."""
     head, tail = LLAMA3_TEMPLATE.split("{}")
-    asker = Asker(*load_model(run.path / "checkpoints/alpha-1.00", device="cpu"), num_beams=1, max_new_tokens=6)
+    model, processor = load_model(run.path / "checkpoints/alpha-1.00", device="cpu")
     for row in list(read_predictions(run.path / FILES[3]))[:3]:
         assert len(row.example_ids) == 3 and row.id not in row.example_ids
         recordings = [evaluation.recordings / clip for clip in (*row.example_ids, row.id)]
         if any(recording.name == f"{CLIPS - 1}.wav" for recording in recordings):
             continue  # shorter than `ask` takes
         instruction = row.prompt.removeprefix(head).removesuffix(tail)
-        assert asker.together(recordings, instruction).text == row.prediction
+        prompt = processor.render(instruction, num_audios=len(recordings))
+        inputs = processor([prompt], audio=[read_clip(recording) for recording in recordings])
+        ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=6)
+        answer = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        assert answer.strip() == row.prediction.strip()
 
 
 def test_the_record_says_what_was_run(run, evaluation):

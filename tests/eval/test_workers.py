@@ -18,6 +18,8 @@ import pytest
 from demo.terminal import COLUMNS, PROGRAM, off_a_terminal, on_a_terminal, users_environment
 from eval.evaluation import CLIPS, Evaluation, write_evaluation
 from eval.test_run_loop import CPU, FILES, Listening, answers_in, by_id, nearly
+from listen import archive as listening_to_archives
+from listen.deadly import DEADLY, Deadly
 
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings
@@ -256,3 +258,39 @@ def test_two_workers_with_vllm_give_the_predictions_of_one_engine(one, evaluatio
             key: row.generated_ids for key, row in wanted[file].items()
         }
     assert answers_in(done.path) == len(FILES) * CLIPS
+
+
+@pytest.mark.long
+def test_an_archive_asked_by_two_workers_has_the_table_of_one(ray, one, tmp_path):
+    """One of the two dies when the first answers are there."""
+
+    class Killing(listening_to_archives.Listening):
+        killed = 0
+
+        def standing(self, standing):
+            super().standing(standing)
+            if not self.killed:
+                workers_of(psutil.Process())[0].kill()
+                self.killed += 1
+
+    model, killing = one.path / "checkpoints/alpha-1.00", Killing()
+    archive = listening_to_archives.write_archive(tmp_path / "archive")
+    for number in range(8):
+        listening_to_archives.write_recording(archive / f"more/{number}.wav", 12 + number)
+    listening_to_archives.ask(model, archive, tmp_path / "one.csv")
+    listening_to_archives.ask(model, archive, tmp_path / "two.csv", workers=2, listener=killing)
+    assert killing.killed == 1 and {standing.workers for standing in killing.heard} <= {0, 1, 2}
+    assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
+
+
+@pytest.mark.long
+def test_a_recording_that_workers_die_of_is_named_and_all_others_are_answered(ray, one, tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_bio.listen.answering.OwnEngine", Deadly)
+    archive, listening = tmp_path / "archive", listening_to_archives.Listening()
+    for name in ("a.wav", "b.wav", DEADLY, "e.wav"):
+        listening_to_archives.write_recording(archive / name, 3)
+    model = one.path / "checkpoints/alpha-1.00"
+    outcome = listening_to_archives.ask(model, archive, tmp_path / "birds.csv", workers=2, listener=listening)
+    said = f"{archive / DEADLY}: 3 workers died when they heard it"
+    assert outcome.failed == {str(archive / DEADLY): said} and list(listening.failures.values()) == [said]
+    assert outcome.windows == 3

@@ -140,6 +140,8 @@ class VllmEngine:
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
         """Start it on a checkpoint, with a prefix cache in front of its tower, which runs on the option ``device``."""
         directory, options = resolve(checkpoint).path, {"max_audios": settings.max_audios, **settings.options}
+        if settings.heard_once:
+            options.setdefault("mm_processor_cache_gb", 0)
         prefixes = PrefixCache.of_checkpoint(directory, device=options.pop("device", "auto"), folder=settings.prefixes)
         # The tower takes its memory first, so that vLLM can be told what is left.
         if (memory := prefixes.reserve_memory()) and not options.keys() & {

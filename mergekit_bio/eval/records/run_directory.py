@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.kept_answers import AskedNow, KeptAnswers, keep_answers, kept_answers, notes
 from mergekit_bio.eval.records.predictions import PredictionWriter, read_predictions
-from mergekit_bio.outside_data import FORBID_EXTRA, Document, dotted, read_json
+from mergekit_bio.outside_data import FORBID_EXTRA, Document, changes, read_json
 
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
@@ -201,10 +201,9 @@ def _continued(
         if known and kept[cell.file].rows:
             identity, answered_under = ({**of, "data": None} for of in (identity, answered_under))
         if answered_under != identity:
-            changes = list(_changes(answered_under, identity))
-            shown = "; ".join(changes[:3]) + ("; ..." if len(changes) > 3 else "")
             raise RunError(
-                f"{path}: started with another configuration: {shown}; restore it, or give another --out for a new run"
+                f"{path}: started with another configuration: {changes(answered_under, identity)}; restore it, or give "
+                "another --out for a new run"
             )
 
     # 2. The new cells first, then those of before that are not asked again. The time spent on a cell is kept.
@@ -222,15 +221,3 @@ def _continued(
         environment={**started.environment, **wanted.environment},
     )
     return record, kept
-
-
-def _changes(before: Any, now: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every key that differs, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) or (key in before) != (key in now):
-                yield from _changes(before.get(key), now.get(key), (*path, key))
-    else:
-        shown = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
-        was, is_now = (text if len(text) <= 60 else text[:57] + "..." for text in shown)
-        yield f"{dotted(path)} was {was} and is now {is_now}"

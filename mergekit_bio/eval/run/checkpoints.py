@@ -1,16 +1,15 @@
 """The checkpoints that a run compares: those given, and a recipe's sweep, of which what is missing is merged."""
 
-import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.identity import merge_strength
 from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import missing_files, resolve, without_bars
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
@@ -121,7 +120,7 @@ def run_checkpoints(
         RunCheckpoint(
             name=Path(source).name if short[Path(source).name] == 1 else source,
             source=source,
-            alpha=_alpha(Path(source) if served or not fetch else resolve(source).path),
+            alpha=merge_strength(Path(source) if served or not fetch else resolve(source).path),
         )
         for source in sources
     ]
@@ -143,18 +142,9 @@ def _sweep(source: str) -> list[str]:
     if not root.is_dir() or (root / MANIFEST).is_file():
         return [source]
     checkpoints = [manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))]
-    alphas = {checkpoint: _alpha(checkpoint) for checkpoint in checkpoints}
+    alphas = {checkpoint: merge_strength(checkpoint) for checkpoint in checkpoints}
     checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
     return [str(checkpoint) for checkpoint in checkpoints] or [source]
-
-
-def _alpha(directory: Path) -> float | None:
-    """The one strength that a checkpoint was merged with."""
-    if not (directory / MANIFEST).is_file():
-        return None
-    strengths = [adapter.alpha for adapter in read_manifest(directory).adapters]
-    values = {strength.default for strength in strengths}
-    return values.pop() if len(values) == 1 and not any(strength.modules for strength in strengths) else None
 
 
 def merge_missing(
@@ -242,13 +232,3 @@ def _same_source(origin: Origin, source: str) -> bool:
         used |= stored.keys() & origin.base_weights.values()
         stored = {name: stored[name] for name in used}
     return fingerprint(stored) == origin.fingerprint
-
-
-def weights_identity(directory: Path) -> dict[str, Any]:
-    """What decides the weights of a checkpoint, as far as it can be known without reading all of them."""
-    if not (directory / MANIFEST).is_file():
-        return {"weights": fingerprint(Checkpoint.open(directory).tensors)}
-    manifest = read_manifest(directory)
-    lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(manifest.tensors.items()))
-    sources = {"base": manifest.base.fingerprint, "adapters": [adapter.fingerprint for adapter in manifest.adapters]}
-    return {"merged_from": sources, "folded": hashlib.sha256(lines.encode()).hexdigest()}

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.checkpoint.identity import weights_identity
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine, engine_class
 from mergekit_bio.engine.interface import EngineSettings
@@ -23,7 +24,7 @@ from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import OwnEngine, RunWorker
 from mergekit_bio.eval.run.batches import ask_all
-from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints, weights_identity
+from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints
 from mergekit_bio.eval.run.fetching import fetch_recordings, missing_recordings
 from mergekit_bio.eval.run.headers import check_headers
 from mergekit_bio.eval.run.plan import RunPlan, asked_now, identified_cells, plan_run

@@ -1,0 +1,264 @@
+"""A question about an archive, from recordings to a table: answered as it goes, and gone on with where it stopped."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mergekit_bio.audio.decoding import Note
+from mergekit_bio.audio.recording import read_windows
+from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.choice import choose_engine
+from mergekit_bio.engine.interface import EngineSettings, Prompt
+from mergekit_bio.engine.pool import DEATHS_OF_A_JOB, OneWorker, Workers, hand_out
+from mergekit_bio.engine.ray_pool import cluster_for
+from mergekit_bio.engine.slot import EngineSlot
+from mergekit_bio.errors import OutputError
+from mergekit_bio.listen.asking import Answered, ListenWorker, OwnEngine, Stretch, answers_to, stretches
+from mergekit_bio.listen.journal import Journal, Row
+from mergekit_bio.listen.progress import Listener, RecordingCounter
+from mergekit_bio.listen.question import Question
+from mergekit_bio.listen.reading import Ended, OpenRecording, each_once
+from mergekit_bio.listen.tables.choice import is_folder, journal_file, table_class
+from mergekit_bio.listen.tables.interface import About, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskRequest:
+    """What a user asks for.
+
+    Attributes:
+        model: A merged directory, a hub id, or the name that servers know it by.
+        named: What the user named: files, and folders of them.
+        question: What is asked about every window.
+        engine: The engine's name; None takes the first that is installed, or that asks servers.
+        settings: What it is started with.
+        out: The table, a file or a folder; None keeps no answers on the disk.
+        table_format: ``--format``.
+        overwrite: Replace a table that is not made of its journal, and answers to another question.
+        workers: See :func:`mergekit_bio.engine.ray_pool.cluster_for`.
+        ray: Of a running cluster.
+    """
+
+    model: str
+    named: Sequence[Path]
+    question: Question
+    engine: str | None = None
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    out: Path | None = None
+    table_format: str | None = None
+    overwrite: bool = False
+    workers: int | None = None
+    ray: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has come of it.
+
+    Attributes:
+        recordings: How many were asked about.
+        windows: How many of their windows are answered, now or before.
+        failed: Those that are no use, or not to their end, each with its error.
+    """
+
+    recordings: int
+    windows: int
+    failed: dict[str, str]
+
+
+def ask_archive(
+    request: AskRequest,
+    recordings: Sequence[Path],
+    listener: Listener,
+    *,
+    answered: Callable[[Sequence[Row]], None] = lambda rows: None,
+) -> Outcome:
+    """Ask about every window of every recording that is not answered yet, and write the answers down as they come.
+
+    Args:
+        request: What is asked, of whom, and where it goes.
+        recordings: The files, in order.
+        listener: Is told how it goes.
+        answered: Is given new answers as they come.
+
+    Raises:
+        MergekitBioError: It cannot go on. Answers so far are kept where the request has an ``out``.
+    """
+    with ExitStack() as stack:
+        recordings = each_once(recordings)
+        # 1. Who will answer.
+        table_kind = table_class(request.out, request.table_format) if request.out else None
+        engine, note = choose_engine(request.engine, servers=request.settings.servers)
+        if note:
+            listener.note(f"note: {note}")
+        settings = replace(request.settings, heard_once=True)
+        slot = stack.enter_context(EngineSlot(engine, settings))
+        folder = Path(request.model) if engine.remote else resolve(request.model).path
+        weights = {"served": slot.revision(request.model)} if engine.remote else weights_identity(folder)
+        # 2. The journal of what is answered already, which refuses another question; and the table made of it.
+        dtype = settings.options.get("dtype")
+        identity = request.question.identity() | {
+            "checkpoint": weights,
+            "engine": engine.name,
+            "dtype": None if dtype in (None, "auto") else str(dtype),
+        }
+        journal = stack.enter_context(_journal(request, identity))
+        still_open, changed = journal.open_recordings(recordings)
+        if changed:
+            they = f"{changed} recordings have" if changed > 1 else "1 recording has"
+            listener.note(f"note: {they} changed and will be asked about anew")
+        about = About(
+            root=_root(request.named),
+            model=request.model,
+            alpha=merge_strength(folder),
+            prompt=request.question.prompt,
+            channel=request.question.channel,
+        )
+        table = table_kind(request.out, about) if table_kind and request.out else None
+        if table is not None:
+            table.begin(journal)
+        # 3. Ask: one engine in this process, or Ray's workers with one each. What comes back goes into the journal, and
+        # into the table as far as that can grow.
+        if still_open:
+            listener.note(f"loading {request.model}")
+            cluster = stack.enter_context(
+                cluster_for(engine, settings.options, workers=request.workers, address=request.ray, note=listener.note)
+            )
+            workers: Workers[Stretch, Answered]
+            if cluster is None:
+                workers = OneWorker(stack.enter_context(closing(ListenWorker(request.question, request.model, slot))))
+            else:
+                make = partial(OwnEngine, request.question, request.model, engine.name, settings)
+                workers = stack.enter_context(cluster.workers(make))
+            _Asking(journal, table, listener, answered, workers).ask(recordings, still_open)
+        # 4. The whole table, in order.
+        if table is not None:
+            table.finish(journal)
+        heard = list(map(journal.recording, recordings))
+        return Outcome(
+            recordings=len(heard),
+            windows=sum(recording.windows for recording in heard),
+            failed={recording.path: recording.error for recording in heard if recording.error is not None},
+        )
+
+
+class _Asking:
+    """Hands out what is open, and writes down what comes back."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        table: Table | None,
+        listener: Listener,
+        answered: Callable[[Sequence[Row]], None],
+        workers: Workers[Stretch, Answered],
+    ) -> None:
+        self._journal, self._table, self._listener = journal, table, listener
+        self._answered, self._workers = answered, workers
+
+    def ask(self, recordings: Sequence[Path], still_open: Sequence[OpenRecording]) -> None:
+        """Ask about all of it. A recording that workers die of is found, and fails."""
+        failed = sum(self._journal.recording(path).state == "failed" for path in recordings)
+        counter = RecordingCounter(
+            len(recordings), still_open, failed=failed, listener=self._listener, workers=lambda: self._workers.up
+        )
+        suspected = [
+            recording
+            for stretch in self._given_up(stretches(still_open, workers=self._workers.count), counter)
+            for recording in stretch.recordings
+        ]
+        # Each alone: of a stretch that workers died of, one recording will be the reason.
+        alone = [Stretch(number, (recording,)) for number, recording in enumerate(suspected)]
+        for stretch in self._given_up(alone, counter):
+            (recording,) = stretch.recordings
+            error = f"{recording.path}: {DEATHS_OF_A_JOB} workers died when they heard it"
+            self._write_down(Answered((), (Ended(recording.path, 0.0, None, error),), None, 0.0), counter)
+
+    def _given_up(self, parts: Sequence[Stretch], counter: RecordingCounter) -> list[Stretch]:
+        """Ask about stretches; those that workers died of are returned."""
+        given_up = []
+        for stretch, result in hand_out(
+            self._workers,
+            parts,
+            group=lambda stretch: stretch.number,
+            started=lambda stretch: None,
+            note=self._listener.note,
+            rest=lambda result: result.rest,
+        ):
+            if result is None:
+                given_up.append(stretch)
+            else:
+                self._write_down(result, counter)
+        return given_up
+
+    def _write_down(self, result: Answered, counter: RecordingCounter) -> None:
+        self._journal.add(result.windows, result.ended)
+        rows = [
+            Row(window.recording, window.start, window.end, window.answer.text, window.answer.probability,
+                window.answer.others)
+            for window in result.windows
+        ]  # fmt: skip
+        if self._table is not None:
+            ended = [self._journal.recording(recording.recording) for recording in result.ended]
+            self._table.add(self._journal, rows, ended)
+        self._answered(rows)
+        for recording in result.ended:
+            for text in recording.notes:
+                self._listener.note(f"note: {text}")
+            if recording.error is not None:
+                self._listener.failed(recording)
+        for text in result.notes:
+            self._listener.note(f"note: {text}")
+        counter.add(len(result.windows), result.ended, seconds=result.seconds)
+
+
+def ask_together(
+    recordings: Sequence[Path],
+    question: Question,
+    model: str,
+    *,
+    engine: str | None,
+    settings: EngineSettings,
+    note: Note,
+) -> Row:
+    """Ask once about several recordings, the first 10 s of each, one a slot of the prompt.
+
+    Raises:
+        AudioError: A recording is no use.
+        MergekitBioError: The engine cannot run the model, or the prompt does not fit the recordings.
+    """
+    chosen, _ = choose_engine(engine, servers=settings.servers)
+    clips = tuple(next(read_windows(path, channel=question.channel, note=note)) for path in recordings)
+    with EngineSlot(chosen, replace(settings, max_audios=len(clips))) as slot:
+        (answer,) = answers_to(slot.at(model), question, [Prompt(question.prompt, clips)])
+    return Row(" + ".join(map(str, recordings)), 0.0, max(clip.end for clip in clips), answer.text)
+
+
+def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
+    """The journal beside the table; a table that is not made of it is left alone.
+
+    Raises:
+        OutputError: The table exists already, or its folder does not.
+        RunError: See :class:`mergekit_bio.listen.journal.Journal`.
+    """
+    unsaid = Question(prompt="").identity()
+    if (out := request.out) is None:
+        return Journal(None, identity, unsaid=unsaid)
+    file = journal_file(out)
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"{out.parent}: no such folder")
+    if not request.overwrite and not file.exists() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise OutputError(f"{out}: exists already; choose another --out or pass --overwrite")
+    if is_folder(out):
+        out.mkdir(exist_ok=True)
+    return Journal(file, identity, unsaid=unsaid, overwrite=request.overwrite)
+
+
+def _root(named: Sequence[Path]) -> Path:
+    """The folder that holds all that the user named."""
+    return Path(os.path.commonpath([path.absolute() if path.is_dir() else path.absolute().parent for path in named]))

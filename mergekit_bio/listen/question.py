@@ -1,0 +1,37 @@
+"""What is asked about every window of a recording, and how."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mergekit_bio.audio.clip import CLIP_SECONDS
+from mergekit_bio.engine.interface import Decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Everything that decides an answer beside the model and the recording.
+
+    Attributes:
+        prompt: The user's words.
+        window: Seconds that are heard at a time, 0.5 to 10.
+        hop: Seconds from one window's start to the next.
+        channel: The channel that is heard, from 1; None for the mean of all.
+        num_beams: Beams; 1 is greedy.
+        max_new_tokens: Tokens an answer may have.
+    """
+
+    prompt: str
+    window: float = CLIP_SECONDS
+    hop: float = CLIP_SECONDS
+    channel: int | None = None
+    num_beams: int = 2
+    max_new_tokens: int = 300
+
+    @property
+    def decoding(self) -> Decoding:
+        """How an engine generates the answer."""
+        return Decoding(max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+
+    def identity(self) -> dict[str, Any]:
+        """All of it, as values of JSON: answers of one journal are answers to one identity."""
+        return asdict(self)

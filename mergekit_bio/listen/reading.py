@@ -1,0 +1,242 @@
+"""Recordings read ahead on threads: their windows in order, decoded while a model is busy with those before."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Condition, Thread
+
+from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.decoding import Note
+from mergekit_bio.audio.recording import Windows, read_windows
+from mergekit_bio.errors import AudioError
+
+#: Recordings that are decoded at the same time.
+_THREADS = min(4, os.cpu_count() or 1)
+#: Windows of each of them that wait: 1.3 MB of samples each.
+_DECODED = 8
+#: Windows that are prepared together, such as by an audio tower.
+_TOGETHER = 16
+#: Seconds after which a thread that waits looks whether it is still needed.
+_PATIENCE = 0.1
+
+
+@dataclass(frozen=True)
+class OpenRecording:
+    """A recording with windows that are still to be heard.
+
+    Attributes:
+        path: Its file.
+        first: The number of the first of them, from 0.
+        size: Of the file, in bytes.
+    """
+
+    path: str
+    first: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a recording, the ``number``-th from 0."""
+
+    recording: str
+    number: int
+    clip: Clip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A recording that has been read, to its end or to where it breaks.
+
+    Attributes:
+        recording: Its file.
+        seconds: How long it is, as far as it was heard.
+        sampling_rate: Its own, in Hz; None where it is no use.
+        error: Why it is no use, or not from some second on.
+        notes: What a user should know of it.
+    """
+
+    recording: str
+    seconds: float
+    sampling_rate: int | None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def place_of(path: str | Path) -> Path:
+    """The absolute path of a recording, however its user names it; links are kept."""
+    return Path(os.path.normpath(Path(path).absolute()))
+
+
+def each_once(paths: Sequence[Path]) -> list[Path]:
+    """Recordings without those that are named a second time."""
+    places: dict[Path, Path] = {}
+    for path in paths:
+        places.setdefault(place_of(path), path)
+    return list(places.values())
+
+
+def stamp_of(path: str | Path) -> tuple[str, int]:
+    """What changes with a file's content, and its size in bytes."""
+    try:
+        stat = Path(path).stat()
+    except OSError:  # gone since it was found: whoever opens it says so
+        return "gone", 0
+    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+
+
+#: Cuts a recording into its windows, and tells the user what is odd about it.
+Cut = Callable[[str, Note], Windows]
+
+
+def windows_of(*, window: float, hop: float, channel: int | None) -> Cut:
+    """What cuts recordings into windows; see :func:`mergekit_bio.audio.recording.read_windows`."""
+
+    def cut(path: str, note: Note) -> Windows:
+        return read_windows(path, window=window, hop=hop, channel=channel, note=note)
+
+    return cut
+
+
+class WindowReader:
+    """Reads recordings one after the other, ahead of whoever takes their windows.
+
+    Args:
+        recordings: In order.
+        cut: Makes windows of a recording.
+        prepare: Is given windows, a few at a time and in order, before they can be taken; it may return others.
+        ahead: Windows that wait to be taken, at most.
+    """
+
+    def __init__(
+        self,
+        recordings: Sequence[OpenRecording],
+        cut: Cut,
+        *,
+        prepare: Callable[[list[Window]], list[Window]],
+        ahead: int,
+    ) -> None:
+        self._cut, self._prepare, self._ahead = cut, prepare, ahead
+        self._ready: deque[Window | Ended] = deque()
+        self._windows = 0
+        self._changed = Condition()
+        self._stopped = self.read_all = False
+        self._failure: BaseException | None = None
+        self._reading = Thread(target=self._read, args=(list(recordings),), name="window reader")
+        self._reading.start()
+
+    def take(self, count: int) -> list[Window | Ended]:
+        """The next ``count`` windows, with the recordings that end among them; fewer where all are read, or more are
+        asked for than wait.
+
+        Raises:
+            MergekitBioError: Reading is impossible, such as without a package.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._windows >= min(count, self._ahead) or self.read_all)
+            taken: list[Window | Ended] = []
+            while self._ready and (count > 0 or isinstance(self._ready[0], Ended)):
+                item = self._ready.popleft()
+                if isinstance(item, Window):
+                    self._windows -= 1
+                    count -= 1
+                taken.append(item)
+            self._changed.notify_all()
+            if self._failure is not None and not taken:
+                raise self._failure
+            return taken
+
+    @property
+    def empty(self) -> bool:
+        """Whether all of it has been taken."""
+        with self._changed:
+            return self.read_all and not self._ready and self._failure is None
+
+    def close(self) -> None:
+        """Read no further."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._reading.join()
+
+    def _read(self, recordings: list[OpenRecording]) -> None:
+        try:
+            with ThreadPoolExecutor(_THREADS) as threads:
+                buffers: list[Queue[Window | Ended | BaseException]] = [Queue(_DECODED) for _ in recordings]
+                # In this order, so that the recording whose windows come next is always being decoded.
+                for recording, buffer in zip(recordings, buffers, strict=True):
+                    threads.submit(self._decode, recording, buffer)
+                try:
+                    self._collect(buffers)
+                finally:
+                    self._stopped = True
+                    threads.shutdown(wait=False, cancel_futures=True)
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            with self._changed:
+                self.read_all = True
+                self._changed.notify_all()
+
+    def _collect(self, buffers: "list[Queue[Window | Ended | BaseException]]") -> None:
+        """Hand on, in order, what the threads decode."""
+        waiting: list[Window | Ended] = []
+        for buffer in buffers:
+            while not self._stopped:
+                try:
+                    item = buffer.get(timeout=_PATIENCE)
+                except Empty:
+                    continue
+                if isinstance(item, BaseException):
+                    self._hand_on(waiting)
+                    raise item
+                waiting.append(item)
+                if sum(isinstance(one, Window) for one in waiting) >= _TOGETHER:
+                    self._hand_on(waiting)
+                    waiting = []
+                if isinstance(item, Ended):
+                    break
+        self._hand_on(waiting)
+
+    def _hand_on(self, items: "list[Window | Ended]") -> None:
+        if self._stopped or not items:
+            return
+        prepared = iter(self._prepare([item for item in items if isinstance(item, Window)]))
+        items = [next(prepared) if isinstance(item, Window) else item for item in items]
+        with self._changed:
+            self._changed.wait_for(lambda: self._windows < self._ahead or self._stopped)
+            self._ready += items
+            self._windows += sum(isinstance(item, Window) for item in items)
+            self._changed.notify_all()
+
+    def _decode(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> None:
+        try:
+            self._put(self._windows_into(recording, buffer), buffer)
+        except BaseException as failure:
+            self._put(failure, buffer)
+
+    def _windows_into(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> Ended:
+        notes: list[str] = []
+        windows, error = self._cut(recording.path, notes.append), None
+        try:
+            for number, clip in enumerate(windows):
+                if self._stopped:
+                    break
+                if number >= recording.first:
+                    self._put(Window(recording.path, number, clip), buffer)
+        except AudioError as failure:
+            error = str(failure)
+        finally:
+            windows.close()
+        return Ended(recording.path, windows.seconds, windows.sampling_rate or None, error, tuple(notes))
+
+    def _put(self, item: Window | Ended | BaseException, buffer: "Queue[Window | Ended | BaseException]") -> None:
+        while not self._stopped:
+            with suppress(Full):
+                buffer.put(item, timeout=_PATIENCE)
+                return

@@ -1,0 +1,137 @@
+"""Embeddings of an archive: in parts, gone on with, in one file at the end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from listen.archive import WINDOWS, Listening, write_recording
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from mergekit_bio.audio.finding import find_recordings
+from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.listen import embeddings
+from mergekit_bio.listen.embeddings import Embedded, EmbedRequest, embed_archive
+
+
+def embed(model: Path, folder: Path, out: Path, *, listener=None, **more) -> Embedded:
+    request = EmbedRequest(**{"model": str(model), "out": out, "window": 10.0, "hop": 10.0, "device": "cpu"} | more)
+    return embed_archive(request, find_recordings([folder]).recordings, listener or Listening())
+
+
+def recordings_of(file: Path) -> list[str]:
+    with safe_open(file, "np") as held:
+        return json.loads(held.metadata()["recordings"])
+
+
+@pytest.fixture(scope="module")
+def whole(archive: Path, merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an undisturbed start."""
+    out = tmp_path_factory.mktemp("embedded") / "birds.safetensors"
+    embed(merged, archive, out)
+    return out
+
+
+@pytest.fixture
+def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch is a part."""
+    monkeypatch.setattr(embeddings, "_PART_SECONDS", 0.0)
+
+
+class Stopping(Listening):
+    """Stops it after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def standing(self, standing) -> None:
+        self.batches -= 1
+        if not self.batches:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["birds.safetensors", "birds.npz"])
+def test_what_was_stopped_ends_as_what_was_not(
+    archive: Path, merged: Path, whole: Path, tmp_path: Path, parts_at_once, name: str
+) -> None:
+    out, parts = tmp_path / name, tmp_path / f"{name}.parts"
+    with pytest.raises(KeyboardInterrupt):
+        embed(merged, archive, out, listener=Stopping(2))
+    published = sorted(parts.glob("*.safetensors"))
+    assert len(published) == 2 and not out.exists()
+    first = load_file(published[0])
+    assert {key: len(values) for key, values in first.items()} == dict.fromkeys(first, 4), "a file of the same kind"
+    listening = Listening()
+    done = embed(merged, archive, out, listener=listening)
+    assert (done.recordings, done.clips, done.prefixes) == (4, len(WINDOWS), True)
+    assert sum(1 for _ in listening.heard) == 1, "one window was left"
+    expected, found = load_file(whole), load_file(out) if name.endswith("safetensors") else dict(np.load(out))
+    names = recordings_of(out) if name.endswith("safetensors") else found.pop("recordings").tolist()
+    assert names == recordings_of(whole) == list(dict.fromkeys(str(archive / name) for name, *_ in WINDOWS))
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert values.dtype == found[key].dtype and np.allclose(values, found[key], atol=1e-6), key
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_rows_of_a_recording_that_has_changed_since_are_not_in_the_file(
+    archive: Path, merged: Path, whole: Path, tmp_path: Path, parts_at_once
+) -> None:
+    recordings, out = shutil.copytree(archive, tmp_path / "recordings"), tmp_path / "birds.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        embed(merged, recordings, out, listener=Stopping(1))
+    write_recording(recordings / "a.wav", 14, seed=1)
+    done = embed(merged, recordings, out)
+    arrays, names = load_file(out), recordings_of(out)
+    assert done.clips == len(WINDOWS) + 1
+    ends = {name: sorted(arrays["end"][arrays["recording"] == number]) for number, name in enumerate(names)}
+    assert ends[str(recordings / "a.wav")] == [10, 14] and ends[str(recordings / "site 1/b.flac")] == [10, 20, 25]
+
+
+def test_float16_is_half_as_large_and_nearly_the_same(archive: Path, merged: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "birds.safetensors"
+    embed(merged, archive, out, dtype="float16")
+    expected, found = load_file(whole), load_file(out)
+    for key in ("encoder", "prefix"):
+        assert found[key].dtype == np.float16
+        assert np.array_equal(found[key], expected[key].astype(np.float16))
+    assert found["end"].dtype == np.float64
+
+
+def test_a_big_job_has_no_prefixes_unless_they_are_asked_for(
+    archive: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "_MOST_PREFIX_BYTES", 1000)
+    listening, out = Listening(), tmp_path / "birds.safetensors"
+    assert not embed(merged, archive, out, listener=listening).prefixes
+    assert load_file(out).keys() == {"encoder", "recording", "start", "end"}
+    (note,) = listening.notes
+    assert "only the averages of the encoder's output are written; --prefixes writes them, too" in note
+    assert embed(merged, archive, out, prefixes=True, overwrite=True).prefixes
+    assert "prefix" in load_file(out)
+
+
+def test_parts_of_other_embeddings_are_refused_and_say_what_changed(
+    archive: Path, merged: Path, tmp_path: Path, parts_at_once
+) -> None:
+    out = tmp_path / "birds.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        embed(merged, archive, out, listener=Stopping(1))
+    with pytest.raises(RunError, match=r"parts of other embeddings: window was 10\.0 and is now 5\.0"):
+        embed(merged, archive, out, window=5.0)
+    embed(merged, archive, out, window=5.0, overwrite=True)
+    assert set(load_file(out)["end"] - load_file(out)["start"]) <= {1.0, 3.0, 5.0}
+
+
+def test_a_value_that_float16_cannot_hold_is_an_error_and_not_infinity(
+    archive: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_bio.audio.prefix import AudioPrefix
+
+    project = AudioPrefix.project
+    monkeypatch.setattr(AudioPrefix, "project", lambda prefix, encoded: project(prefix, encoded) * 1e9)
+    with pytest.raises(OutputError, match="--dtype float16: a value is too large for it; take float32"):
+        embed(merged, archive, tmp_path / "birds.safetensors", dtype="float16")
