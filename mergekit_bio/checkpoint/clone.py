@@ -71,11 +71,12 @@ def write_exactly(descriptor: int, buffer: memoryview | bytes, offset: int) -> N
         view, offset = view[done:], offset + done
 
 
-def start_write_back(descriptor: int, offset: int, count: int) -> None:
-    """Have the disk begin with bytes that were just written. Nothing waits for it, and they stay in memory."""
+def start_write_back(file: Path, offset: int, count: int) -> None:
+    """Have the disk begin with bytes that were just written; they stay in memory. It may wait for a busy disk."""
     if hasattr(os, "posix_fadvise"):
-        # What is not on the disk yet is not dropped from memory by this: its writing is begun.
-        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+        with file.open("rb", buffering=0) as stream:
+            # What is not on the disk yet is not dropped from memory by this: its writing is begun.
+            os.posix_fadvise(stream.fileno(), offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event, Lock, local
 from typing import TYPE_CHECKING, Any
@@ -56,12 +56,18 @@ def execute(plan: MergePlan, root: Path, journal: Journal, progress: Callable[[i
         with lock:
             progress(count)
 
-    # What must be on the disk at the end is sent there at once, beside the work.
-    write_back = start_write_back if plan.request.fsync else lambda *_: None
     started: list[Future[Any]] = []
     folding: list[Future[Folded]] = []
     with ExitStack() as afterwards, ExitStack() as pools:
         copiers = pools.enter_context(ThreadPoolExecutor(cores(), "merge"))
+        # What must be on the disk at the end is sent there at once, by a thread that waits for the disk.
+        sender = pools.enter_context(ThreadPoolExecutor(1, "disk"))
+
+        def write_back(file: str, offset: int, count: int) -> None:
+            with suppress(RuntimeError):  # the sender has been told to stop
+                if plan.request.fsync:
+                    sender.submit(start_write_back, root / file, offset, count)
+
         try:
             # 1. Make the files, and start copying at once. Importing torch takes a second and runs beside it.
             for shard in plan.shards:
@@ -86,6 +92,7 @@ def execute(plan: MergePlan, root: Path, journal: Journal, progress: Callable[[i
             stop.set()
             for job in started:
                 job.cancel()
+            sender.shutdown(wait=False, cancel_futures=True)
     for job in started:
         failure = None if job.cancelled() else job.exception()
         if failure is not None and not isinstance(failure, _Stopped):
@@ -148,16 +155,17 @@ def _copy(
     target: str,
     root: Path,
     journal: Journal,
-    write_back: Callable[[int, int, int], None],
+    write_back: Callable[[str, int, int], None],
     advance: Callable[[int], None],
 ) -> None:
     with (root / target).open("r+b", buffering=0) as writer:
         for copy in copies:
             with copy.source.open("rb", buffering=0) as reader:
                 copy_range(reader.fileno(), copy.source_offset, writer.fileno(), copy.target_offset, copy.count)
-            write_back(writer.fileno(), copy.target_offset, copy.count)
             advance(copy.count)
     journal.note_copied(target, copies)
+    first, last = copies[0], copies[-1]
+    write_back(target, first.target_offset, last.target_offset + last.count - first.target_offset)
 
 
 def _start_folding(
@@ -166,7 +174,7 @@ def _start_folding(
     devices: "Sequence[torch.device]",
     pools: Sequence[ThreadPoolExecutor],
     journal: Journal,
-    write_back: Callable[[int, int, int], None],
+    write_back: Callable[[str, int, int], None],
     advance: Callable[[int], None],
 ) -> "list[Future[Folded]]":
     """Hand the folds to the workers of each device; the results come in the plan's order."""
@@ -185,8 +193,7 @@ def _start_folding(
             state.folder = Folder(root=root, device=device, request=plan.request, progress=advance)
         result: Folded = state.folder.fold(job)
         for target in job.targets:
-            with (root / target.file).open("rb", buffering=0) as written:
-                write_back(written.fileno(), target.offset, job.nbytes)
+            write_back(target.file, target.offset, job.nbytes)
         journal.note_folded(job.name, result)
         return result
 

@@ -199,6 +199,17 @@ def test_strengths_by_module_and_layer(sources, tmp_path):
         assert (strength == 0) == torch.equal(weights[name], base[name].float())
 
 
+def test_a_strength_that_goes_from_the_first_layer_to_the_last(sources, tmp_path):
+    (merged,) = merge(sources, tmp_path / "out", "0.9,layers=0.1..0.7,k_proj=1", dtype="float32")
+    weights = read_tensors(merged.path)
+    for name in FOLDED:
+        strength = 1.0 if "k_proj" in name else (0.1, 0.3, 0.5, 0.7)[int(name.split(".")[2])]
+        assert torch.allclose(weights[name].double(), exact(sources, strength)[name], rtol=2**-24, atol=1e-17), name
+    (adapter,) = json.loads((merged.path / "merge.json").read_text())["adapters"]
+    assert adapter["alpha"] == {"default": 0.9, "modules": {"layers": "0.1..0.7", "k_proj": 1.0}}
+    assert "0.1 in the first layer to 0.7 in the last on `layers`" in (merged.path / "README.md").read_text()
+
+
 def test_several_adapters_add_up_each_with_its_own_strength(sources, tmp_path):
     (tmp_path / "other").mkdir()
     other = write_example(tmp_path / "other", seed=7)
