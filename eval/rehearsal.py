@@ -39,7 +39,8 @@ _PAGE = """\
 
 {pair}
 Offline, from a Hugging Face cache, each command in a process of its own and with its defaults; in this order, the page
-cache as the command before left it. {rounds}: times vary with what else the machine and its disk do. The weights are
+cache as the command before left it.
+{rounds}: times vary with what else the machine and its disk do. The weights are
 random, so the answers mean nothing; the files, the work and the memory are those of the real models. Made by
 `make rehearsal` (`eval/rehearsal.py`).
 
@@ -215,7 +216,7 @@ class Rehearsal:
             rows="\n".join(_row(shown, cost) for shown, cost in _medians(self.rows)),
             rounds="One run"
             if self.rounds == 1
-            else f"Copying and merging took turns {self.rounds} times, and the table has the medians of them",
+            else f"Copying and merging took turns {self.rounds} times, and the table has their medians",
             notes="\n".join(f"- {note}" for note in self.notes),
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
+from importlib.metadata import version
 from typing import Any
 
 import mergekit_bio
@@ -57,8 +58,6 @@ def describe(
         command: What the user typed.
         made: What came of it.
     """
-    import torch
-
     request, base, files = plan.request, plan.base, output.files
     shared = sorted(name for name, shard in files.items() if shard.links)
     others = [other.folder for other in plan.outputs if other is not output]
@@ -83,14 +82,14 @@ def describe(
         dtype=request.dtype,
         rounding=request.rounding,
         seed=request.seed,
-        device=device_name(request.device),
+        device=device_name(request.device) if plan.folds else "cpu",
         audio_prefix=bool(plan.tower),
         text_only=request.text_only,
         tokenizer=request.tokenizer,
         untied=plan.untied,
         sweep=sweep,
         shared={"files": shared, "with": others} if shared else None,
-        versions={"torch": torch.__version__, "python": platform.python_version()},
+        versions={"torch": version("torch"), "python": platform.python_version()},
         rounding_loss=list(made.losses),
         files={
             name: FileRecord(shard.size, sha256(shard.header).hexdigest(), made.files.get(name))

@@ -271,6 +271,16 @@ def test_a_plan_reads_no_weight_and_imports_no_torch(sources):
     assert printed(program, *sources) == "16 False\n"
 
 
+def test_a_merge_that_only_copies_imports_no_torch(sources, tmp_path):
+    program = (
+        "import sys, mergekit_bio\n"
+        "mergekit_bio.merge(base=sys.argv[1], adapter=sys.argv[2], alphas=[0], out=sys.argv[3])\n"
+        "print('torch' in sys.modules)"
+    )
+    assert printed(program, *sources, tmp_path / "out") == "False\n"
+    assert json.loads((tmp_path / "out/merge.json").read_text())["versions"]["torch"] == torch.__version__
+
+
 def test_the_plan_accounts_for_every_byte(sources):
     for alphas in ([0.5], ["0:1:0.1"]):
         plan = plan_merge(MergeRequest(base=sources[0], adapter=sources[1], alphas=alphas))
