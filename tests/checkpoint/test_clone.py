@@ -1,6 +1,10 @@
 """Copying without reading: the bytes arrive, whatever the file system can do."""
 
+import ctypes
 import os
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +73,30 @@ def test_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     assert not clone.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"x" and not (tmp_path / "a").samefile(tmp_path / "b")
+
+
+class CacheStat(ctypes.Structure):
+    """What Linux knows of a file's pages in memory (cachestat(2), since 6.5)."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writing", "evicted", "recently_evicted"))
+
+    @classmethod
+    def of(cls, file: Path) -> "CacheStat":
+        found, whole = cls(), (ctypes.c_uint64 * 2)(0, 0)
+        with file.open("rb") as stream:
+            if ctypes.CDLL(None).syscall(451, stream.fileno(), whole, ctypes.byref(found), 0):
+                pytest.skip("this system does not tell which pages are dirty")
+        return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_what_is_sent_to_the_disk_is_no_longer_dirty_and_still_in_memory(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(8 << 20))
+    before = CacheStat.of(file)
+    if not before.dirty:
+        pytest.skip("the system has written it already, or keeps files in memory")
+    clone.start_write_back(file, 0, 8 << 20)
+    while (after := CacheStat.of(file)).dirty or after.writing:
+        time.sleep(0.01)
+    assert after.cached == before.cached == (8 << 20) // os.sysconf("SC_PAGE_SIZE")
