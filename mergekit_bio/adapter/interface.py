@@ -68,9 +68,10 @@ class Base:
 
     @cached_property
     def layers(self) -> int | None:
-        """How many layers the language model has, by its configuration."""
-        count = language_setting(self.checkpoint.config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-        return count if isinstance(count, int) else None
+        """How many layers the language model has, by its configuration; None for an encoder beside a decoder."""
+        config = self.checkpoint.config
+        count = language_setting(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        return count if isinstance(count, int) and not config.get("is_encoder_decoder") else None
 
     @cached_property
     def conv1d_modules(self) -> frozenset[str]:

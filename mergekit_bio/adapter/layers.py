@@ -8,7 +8,7 @@ from mergekit_bio.adapter.names import plain_parts
 #: Layers that predict further tokens: in the files of DeepSeek, Qwen3-Next, MiMo and others, but in no model of
 #: Transformers.
 _MORE_TOKENS = re.compile(r"mtp|mtp_\w+|nextn\w*")
-_TOWER = re.compile(r"vision|visual|audio|image|video|speech")
+_TOWER = re.compile(r"vision|visual|audio|image|video|speech|sound|tower|encoder")
 
 
 def is_built(name: str, base: Base) -> bool:

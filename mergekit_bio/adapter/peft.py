@@ -150,31 +150,37 @@ def _token_rows(
     Raises:
         AdapterError: The configuration does not say which rows they are.
     """
-    stated = config.get("trainable_token_indices")
     deltas: dict[str, TokenRows] = {}
     for module, stored in rows.items():
         values, origin, weight = stored[_ROWS], stored.get(_ROWS_ORIGIN), f"{module}.weight"
-        tokens = stated
-        if isinstance(stated, dict):  # module -> its tokens; a tied head has the embedding's
-            of_module = (tokens for name, tokens in stated.items() if module.endswith(name))
-            tokens = next(of_module, next(iter(stated.values())) if len(stated) == 1 else None)
-        target = origin or base.find(weight)
+        target, tokens = origin or base.find(weight), _stated_tokens(config, module)
         shape = target.shape if target else ()
-        if not (
-            isinstance(tokens, list)
-            and all(isinstance(token, int) and 0 <= token < shape[0] for token in tokens)
-            and values.shape == (len(tokens), *shape[1:])
-        ):
+        if values.shape != (len(tokens), *shape[1:]):
             raise AdapterError(
                 f"{values.where}: has shape {list(values.shape)}; trainable_token_indices in {where} does not name "
                 f"that many rows of {weight} {list(shape)}"
             )
-        deltas[weight] = TokenRows(values, tuple(tokens), shape, origin)
+        if beyond := [token for token in tokens if token >= shape[0]]:
+            raise AdapterError(
+                f"{values.where}: trainable_token_indices in {where} names row {beyond[0]} of {weight}, which has "
+                f"{shape[0]}; save the adapter with save_embedding_layers=True, so that it brings the new rows"
+            )
+        deltas[weight] = TokenRows(values, tokens, shape, origin)
     # PEFT ties the rows as the model ties its matrices.
     embedding, head = base.input_embedding, base.head
     if embedding in deltas and base.shared and head is not None and head not in deltas:
         deltas[head] = deltas[embedding]
     return deltas
+
+
+def _stated_tokens(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """The tokens that were trained in one embedding or head; none where the configuration does not say it well."""
+    stated = config.get("trainable_token_indices")
+    if isinstance(stated, dict):  # module -> its tokens; a tied head has the embedding's
+        of_module = (tokens for name, tokens in stated.items() if module.endswith(name))
+        stated = next(of_module, next(iter(stated.values())) if len(stated) == 1 else None)
+    tokens = stated if isinstance(stated, list) else []
+    return tuple(tokens) if all(isinstance(token, int) and token >= 0 for token in tokens) else ()
 
 
 def _spelling_notes(names: Mapping[str, str], base: Base) -> Iterator[str]:
