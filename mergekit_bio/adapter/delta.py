@@ -6,8 +6,9 @@ adapters make them (for PEFT's see ``peft_kind.py``); everything else knows only
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
 from mergekit_bio.errors import AdapterError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 #: ``compute(start, stop, base_rows, out)`` writes rows [start, stop) of ``d`` to ``out``. ``base_rows`` are the same
 #: rows of W0. Both are [stop - start, cols], in the compute dtype and on the compute device; a vector is one row.
 BlockDelta: TypeAlias = "Callable[[int, int, torch.Tensor, torch.Tensor], None]"
+#: How a module stores its weight: [out, in], [in, out], or [vocabulary, hidden].
+Layout: TypeAlias = Literal["linear", "conv1d", "embedding"]
 
 
 class Delta(Protocol):
@@ -26,8 +29,8 @@ class Delta(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Shape of ``d`` as the base stores the tensor.
 
-        It is the base's shape. The embeddings are the exception: there ``d`` may have more rows, where the adapter was
-        trained with a larger vocabulary.
+        It is the base's shape. The embeddings are the exception: there ``d`` may have more rows, or fewer, where the
+        adapter was trained with a larger or smaller vocabulary.
         """
         ...
 
@@ -52,6 +55,11 @@ class Delta(Protocol):
     @property
     def summary(self) -> str | None:
         """How it is scaled, for people: ``"2 (rank 16)"``. None where there is nothing to say."""
+        return None
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the base's module was taken to store its weight; None where ``d`` does not depend on it."""
         return None
 
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
@@ -86,6 +94,18 @@ def read_finite(tensor: StoredTensor, device: "torch.device", dtype: "torch.dtyp
     if not values.isfinite().all():
         raise not_finite(tensor)
     return values.to(device, dtype)
+
+
+def same_tensor(first: StoredTensor | None, second: StoredTensor | None) -> bool:
+    """Whether both hold the same values in the same dtype and shape, or neither is there."""
+    if not (isinstance(first, TensorInfo) and isinstance(second, TensorInfo)):
+        return first is second  # of an old .bin file, which is in memory
+    return (first.dtype, first.shape) == (second.dtype, second.shape) and same_bytes(first, second)
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether all values are 0. Most tensors that are not are told from their ends, which are other than 0 and -0."""
+    return not set(tensor.ends()) - {0x00, 0x80} and not bool(tensor.read().any())
 
 
 def not_finite(tensor: StoredTensor) -> AdapterError:

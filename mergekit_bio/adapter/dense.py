@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.delta import BlockDelta, Delta
-from mergekit_bio.checkpoint.compare import same_bytes
+from mergekit_bio.adapter.delta import BlockDelta, Delta, same_tensor
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -43,9 +42,4 @@ class Dense(Delta):
         return compute
 
     def equals(self, other: Delta) -> bool:
-        if not isinstance(other, Dense):
-            return False
-        first, second = self.tuned, other.tuned
-        if not (isinstance(first, TensorInfo) and isinstance(second, TensorInfo)):
-            return first is second  # of an old .bin file, which is in memory
-        return (first.dtype, first.shape) == (second.dtype, second.shape) and same_bytes(first, second)
+        return isinstance(other, Dense) and same_tensor(self.tuned, other.tuned)

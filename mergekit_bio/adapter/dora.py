@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.delta import BlockDelta, Delta, read_finite
+from mergekit_bio.adapter.delta import BlockDelta, Delta, Layout, read_finite
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class Dora(Delta):
     @property
     def summary(self) -> str:
         return self.low_rank.summary
+
+    @property
+    def layout(self) -> Layout:
+        return self.low_rank.layout
 
     def prepare(self, base: TensorInfo, device: "torch.device", dtype: "torch.dtype") -> BlockDelta:
         import torch

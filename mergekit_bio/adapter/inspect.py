@@ -4,13 +4,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from mergekit_bio.adapter import naturelm, peft
-from mergekit_bio.adapter.interface import LM_HEAD
+from mergekit_bio.adapter import naturelm, peft_file
+from mergekit_bio.adapter.interface import Base
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.tower import refuse_newer_layout
-from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside, what_else
 from mergekit_bio.checkpoint.header import Shard, TensorInfo
 from mergekit_bio.checkpoint.manifest import MANIFEST
+from mergekit_bio.checkpoint.model_config import language_setting
 from mergekit_bio.checkpoint.source import Source, stated_licence
 from mergekit_bio.errors import SourceError
 from mergekit_bio.outside_data import read_json
@@ -29,11 +30,12 @@ def inspect(source: Source) -> dict[str, Any]:
         CheckpointError: Its files are damaged.
     """
     refuse_newer_layout(source)
-    if (source.path / peft.CONFIG).exists():
+    if (source.path / peft_file.CONFIG).exists():
         return _adapter(source)
     if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
         raise SourceError(
-            f"{source.given}: holds neither {peft.CONFIG}, {SINGLE} nor {INDEX}; it is no model or adapter"
+            f"{source.given}: holds neither {peft_file.CONFIG}, {SINGLE} nor {INDEX}; it is no model or adapter"
+            f"{what_else(source.path)}"
         )
     checkpoint = Checkpoint.open(source.path)
     if naturelm.recognise(checkpoint):
@@ -41,15 +43,14 @@ def inspect(source: Source) -> dict[str, Any]:
     config = checkpoint.config
     has_tower = any(name.startswith(MERGED_PREFIX) for name in checkpoint.tensors)
     kind = "merged audio model" if has_tower else "checkpoint"
-    text = _mapping(config.get("text_config")) or config
     architectures = config.get("architectures")
     facts = {
         "model type": config.get("model_type"),
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else None,
-        "layers": text.get("num_hidden_layers"),
-        "hidden size": text.get("hidden_size"),
-        "vocabulary": text.get("vocab_size"),
-        "tied embeddings": LM_HEAD not in checkpoint.tensors,
+        "layers": language_setting(config, "num_hidden_layers"),
+        "hidden size": language_setting(config, "hidden_size"),
+        "vocabulary": language_setting(config, "vocab_size"),
+        "tied embeddings": Base(source, checkpoint).tied,
         "quantized": _mapping(config.get("quantization_config")).get("quant_method"),
         "audio tower": _count(info for name, info in checkpoint.tensors.items() if name.startswith(MERGED_PREFIX)),
     }
@@ -69,7 +70,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _adapter(source: Source) -> dict[str, Any]:
-    config = read_json(inside(source.path, peft.CONFIG))
+    config = read_json(inside(source.path, peft_file.CONFIG))
     facts = {
         "PEFT type": config.get("peft_type"),
         "made for": config.get("base_model_name_or_path"),
@@ -79,7 +80,7 @@ def _adapter(source: Source) -> dict[str, Any]:
         "with": ", ".join(key for key in ("use_dora", "use_rslora", "lora_bias") if config.get(key)) or None,
         "modules to save": config.get("modules_to_save"),
     }
-    shards = (Shard.open(inside(source.path, peft.WEIGHTS)),) if (source.path / peft.WEIGHTS).exists() else ()
+    shards = (Shard.open(inside(source.path, peft_file.WEIGHTS)),) if (source.path / peft_file.WEIGHTS).exists() else ()
     return _contents(source, f"PEFT {config.get('peft_type', '')} adapter", shards, facts)
 
 

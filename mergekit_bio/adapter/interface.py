@@ -3,17 +3,19 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.adapter.conv1d import conv1d_modules
 from mergekit_bio.adapter.delta import Delta
+from mergekit_bio.adapter.embeddings import Embeddings, find_embeddings
+from mergekit_bio.checkpoint.compare import same_bytes
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.header import FLOATS, StoredTensor, TensorInfo
+from mergekit_bio.checkpoint.model_config import language_setting
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
-
-LM_HEAD = "lm_head.weight"
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,55 @@ class Base:
     checkpoint: Checkpoint
     overrides: Mapping[str, TensorInfo] = field(default_factory=dict)
 
+    @cached_property
+    def _embeddings(self) -> Embeddings:
+        return find_embeddings(self.checkpoint)
+
     @property
     def input_embedding(self) -> str | None:
-        """Name of the input embedding's weight."""
-        names = [name for name in self.checkpoint.tensors if name.endswith(_INPUT_EMBEDDINGS)]
-        return names[0] if len(names) == 1 else None
+        """Name of the input embedding's weight; None if there is none, or more than one."""
+        return self._embeddings.input
+
+    @property
+    def head(self) -> str | None:
+        """Name of the output head's weight, stored or not; None if the architecture has no head."""
+        return self._embeddings.head
+
+    @property
+    def missing_prefix(self) -> str:
+        """What must stand in front of all names if the tied head gets a tensor; empty for most files."""
+        return self._embeddings.missing_prefix
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the input embedding: then the files hold the matrix once."""
-        return LM_HEAD not in self.checkpoint.tensors and self.input_embedding is not None
+        """Whether the output head is the input embedding, and the files hold the matrix once."""
+        return self.head is not None and self.head not in self.checkpoint.tensors
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether the output head is the input embedding for Transformers, however often the files hold the matrix."""
+        if self.tied or self.head is None or self.input_embedding is None:
+            return self.tied
+        if language_setting(self.checkpoint.config, "tie_word_embeddings") is False:
+            return False
+        head, embedding = self.checkpoint.tensors[self.head], self.checkpoint.tensors[self.input_embedding]
+        return (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and same_bytes(head, embedding)
+
+    @cached_property
+    def layers(self) -> int | None:
+        """How many layers the language model has, by its configuration; None for an encoder beside a decoder."""
+        config = self.checkpoint.config
+        count = language_setting(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        return count if isinstance(count, int) and not config.get("is_encoder_decoder") else None
+
+    @cached_property
+    def conv1d_modules(self) -> frozenset[str]:
+        """Last parts of the names of modules that store their weight as [in, out]; see :mod:`.conv1d`."""
+        return conv1d_modules(self.checkpoint.tensors)
 
     def find(self, name: str) -> TensorInfo | None:
         """The stored tensor that ``name`` means; for a tied head, the input embedding."""
-        if name == LM_HEAD and self.tied and self.input_embedding:
+        if name == self.head and self.tied and self.input_embedding:
             name = self.input_embedding
         return self.checkpoint.tensors.get(name)
 
@@ -123,8 +160,8 @@ def check_fits(name: str, delta: Delta, base: Base) -> None:
         )
     if target.dtype not in FLOATS:
         raise AdapterError(f"{target.where}: is {target.dtype}; a quantized base cannot be folded exactly")
-    grown = delta.shape[1:] == target.shape[1:] and len(target.shape) == 2 and delta.shape[0] > target.shape[0]
-    if delta.shape != target.shape and not (grown and name in (base.input_embedding, LM_HEAD)):
+    resized = delta.shape[1:] == target.shape[1:] and len(target.shape) == 2
+    if delta.shape != target.shape and not (resized and name in (base.input_embedding, base.head)):
         raise AdapterError(
             f"{first.where}: changes {name} of shape {list(delta.shape)}, but the base's is "
             f"{list(target.shape)}; this adapter was made for another model"

@@ -2,9 +2,10 @@
 
 from mergekit_bio.adapter import finetune, naturelm, peft
 from mergekit_bio.adapter.interface import Adapter, Base
+from mergekit_bio.adapter.peft_file import CONFIG
 from mergekit_bio.audio.names import MERGED_PREFIX
 from mergekit_bio.audio.tower import refuse_newer_layout
-from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint
+from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, what_else
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
@@ -26,11 +27,12 @@ def load_adapter(source: Source, base: Base) -> Adapter:
         )
     _refuse_merged_audio(base.source, base.checkpoint)
     refuse_newer_layout(source)
-    if (source.path / peft.CONFIG).exists():
+    if (source.path / CONFIG).exists():
         return peft.load(source, base)
     if not (source.path / SINGLE).exists() and not (source.path / INDEX).exists():
         raise AdapterError(
-            f"{source.given}: holds neither {peft.CONFIG} (PEFT), {SINGLE} nor {INDEX}; it is no adapter or checkpoint"
+            f"{source.given}: holds neither {CONFIG} (PEFT), {SINGLE} nor {INDEX}; it is no adapter or checkpoint"
+            f"{what_else(source.path)}"
         )
     checkpoint = Checkpoint.open(source.path)
     if naturelm.recognise(checkpoint):

@@ -1,11 +1,12 @@
 """LoRA: a low-rank matrix added to a weight, and the vector that PEFT's ``lora_bias`` adds to a bias."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_bio.adapter.delta import BlockDelta, Delta, read_finite
+from mergekit_bio.adapter.delta import BlockDelta, Delta, Layout, read_finite
+from mergekit_bio.adapter.delta import is_zero as tensor_is_zero
 from mergekit_bio.adapter.dora import Dora
 from mergekit_bio.adapter.peft_kind import AdaptedModule
 from mergekit_bio.checkpoint.header import StoredTensor, TensorInfo
@@ -23,13 +24,18 @@ class LowRank(Delta):
         a: [rank, in], or [rank, vocabulary] for an embedding.
         b: [out, rank], or [hidden, rank] for an embedding.
         scaling: ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` for rank-stabilised LoRA.
-        transposed: The base stores [in, out] (GPT-2's Conv1D) or [vocabulary, hidden] (an embedding).
+        layout: How the base stores the weight.
     """
 
     a: StoredTensor
     b: StoredTensor
     scaling: float
-    transposed: bool = False
+    layout: Layout = "linear"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether ``d`` is stored as [in, out], or [vocabulary, hidden]."""
+        return self.layout != "linear"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,15 +147,12 @@ SETTINGS = frozenset({
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 
-# Where Transformers uses Conv1D, which keeps weights as [in, out].
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
-
 
 def read(module: AdaptedModule) -> dict[str, Delta]:
     """What LoRA changes of a module's weight, perhaps with DoRA, and of its bias (``lora_bias``)."""
     config, where = module.config, module.config_file
-    if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
+    init = config.get("init_lora_weights", True)
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
         raise AdapterError(
             f"{where}: init_lora_weights {init!r} changed the base weights; save the adapter again with "
             "path_initial_model_for_weight_conversion, then merge that"
@@ -157,7 +160,8 @@ def read(module: AdaptedModule) -> dict[str, Delta]:
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise AdapterError(f"{where}: bias {config['bias']!r} is not one of none, all, lora_only")
     low_rank = _low_rank(module)
-    deltas: dict[str, Delta] = {f"{module.name}.weight": low_rank}
+    weight, bias = f"{module.base_name}.weight", f"{module.base_name}.bias"
+    deltas: dict[str, Delta] = {weight: low_rank}
     magnitude, vector = module.parts.get("lora_magnitude_vector"), module.parts.get("lora_B.bias")
     if (magnitude is not None) != bool(config.get("use_dora")):
         raise AdapterError(f"{where}: use_dora is {bool(config.get('use_dora'))}, but {module.name} says otherwise")
@@ -165,13 +169,18 @@ def read(module: AdaptedModule) -> dict[str, Delta]:
         numbers, outputs = math.prod(magnitude.shape), low_rank.shape[1 if low_rank.transposed else 0]
         if numbers != outputs:
             raise AdapterError(f"{magnitude.where}: has {numbers} numbers for {outputs} outputs")
-        deltas[f"{module.name}.weight"] = Dora(low_rank, magnitude, module.parts.get("base_layer"))
+        deltas[weight] = Dora(low_rank, magnitude, module.parts.get("base_layer"))
     if vector is not None:
-        bias = f"{module.name}.bias"
         if module.base.find(bias) is None:
             raise AdapterError(f"{where}: lora_bias: the base has no {bias} to add it to; this cannot be folded")
         deltas[bias] = BiasVector(vector, low_rank.scaling)
     return deltas
+
+
+def is_zero(parts: Mapping[str, StoredTensor]) -> bool:
+    """Whether one half of the pair is zero; DoRA's magnitude may change a module all the same."""
+    halves = (parts[name] for name in ("lora_B", "lora_embedding_A", "lora_A", "lora_embedding_B") if name in parts)
+    return "lora_magnitude_vector" not in parts and any(map(tensor_is_zero, halves))
 
 
 def _low_rank(module: AdaptedModule) -> LowRank:
@@ -184,20 +193,13 @@ def _low_rank(module: AdaptedModule) -> LowRank:
             f"{module.config_file.name} gives {module.name}"
         )
     scaling = alpha / math.sqrt(rank) if module.config.get("use_rslora") else alpha / rank
-    if embedding:
-        return LowRank(a, b, scaling, transposed=True)
-    low_rank = LowRank(a, b, scaling, transposed=_stored_transposed(module))
-    target = module.base.find(f"{module.name}.weight")
-    if low_rank.transposed and target is not None and low_rank.shape != target.shape:
-        return LowRank(a, b, scaling)  # a plain Linear among Conv1D layers
-    return low_rank
+    return LowRank(a, b, scaling, "embedding" if embedding else _layout(module, (b.shape[0], a.shape[1])))
 
 
-def _stored_transposed(module: AdaptedModule) -> bool:
-    """Whether the base stores the module's weight as [in, out], as the Conv1D of GPT-2 and its kin does.
-
-    PEFT keeps one fan_in_fan_out for all modules, that of the last it has seen, so the base is asked first.
-    """
-    if module.base.checkpoint.config.get("model_type") in _CONV1D_MODELS:
-        return module.name.rpartition(".")[2] in _CONV1D
-    return bool(module.config.get("fan_in_fan_out"))
+def _layout(module: AdaptedModule, linear: tuple[int, int]) -> Layout:
+    """How the base stores the module's weight, which a Linear would store in the shape ``linear``."""
+    conv1d, names = linear[::-1], module.base.conv1d_modules
+    if linear == conv1d:
+        return "conv1d" if module.base_name.rpartition(".")[2] in names else "linear"
+    target = module.base.find(f"{module.base_name}.weight")
+    return "conv1d" if names and target is not None and target.shape == conv1d else "linear"

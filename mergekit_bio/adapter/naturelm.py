@@ -14,7 +14,7 @@ from typing import Any
 
 from mergekit_bio.adapter import lora
 from mergekit_bio.adapter.delta import Delta, check_float
-from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, Override, check_all_used, check_fits
+from mergekit_bio.adapter.interface import Adapter, Base, Override, check_all_used, check_fits
 from mergekit_bio.adapter.peft_kind import AdaptedModule
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.compare import rows_that_differ, same_bytes
@@ -115,7 +115,7 @@ def load(source: Source, base: Base) -> Adapter:
     for module, parts in contents.lora.items():
         for part in parts.values():
             check_float(part)
-        for name, delta in lora.read(AdaptedModule(module, parts, settings, where, base)).items():
+        for name, delta in lora.read(AdaptedModule(module, module, parts, settings, where, base)).items():
             check_fits(name, delta, base)
             deltas[name] = (delta,)
     # 2. All BEATs layers share one position bias: a stored copy of it must be one.
@@ -170,7 +170,7 @@ def _fit(name: str, info: TensorInfo, base: Base) -> tuple[TensorInfo, TensorInf
     if target is None:
         raise AdapterError(f"{info.where}: the base {base.source.given} has no {name}")
     grown = (
-        name in (base.input_embedding, LM_HEAD)
+        name in (base.input_embedding, base.head)
         and len(info.shape) == 2
         and info.shape == (target.shape[0] + 1, *target.shape[1:])
     )

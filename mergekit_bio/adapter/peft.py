@@ -6,76 +6,52 @@ them (0.21: ``peft/config.py``, ``peft/utils/save_and_load.py``).
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_bio.adapter import lora
-from mergekit_bio.adapter.delta import Delta, check_float
+from mergekit_bio.adapter.delta import Delta
 from mergekit_bio.adapter.dense import Dense
-from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base, check_all_used, check_fits
+from mergekit_bio.adapter.interface import Adapter, Base, check_all_used, check_fits
+from mergekit_bio.adapter.names import differing_beginnings, match_names
+from mergekit_bio.adapter.peft_file import CONFIG, read_tensors
 from mergekit_bio.adapter.peft_kind import AdaptedModule, PeftKind
+from mergekit_bio.adapter.peft_settings import check_settings, settings_notes
+from mergekit_bio.adapter.peft_targets import check_targets, promise_notes
+from mergekit_bio.adapter.token_rows import TokenRows
 from mergekit_bio.checkpoint.directory import inside
-from mergekit_bio.checkpoint.header import DTYPES, Shard, StoredTensor
+from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.checkpoint.source import Source
 from mergekit_bio.errors import AdapterError
 from mergekit_bio.outside_data import read_json
-
-if TYPE_CHECKING:
-    import torch
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_OLD_WEIGHTS = "adapter_model.bin"
-_PREFIX = "base_model.model."
 
 #: ``peft_type`` -> how such an adapter is read.
 _KINDS: dict[str, PeftKind] = {
     "LORA": lora,
 }
-# Settings of all kinds that are read here, or that do not change what the merged weights are.
-_SETTINGS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "dynamic_lora", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
 
-# A saved module of a resized model comes thrice: as trained, and with both sides of PEFT's wrapper.
-_WRAPPED = re.compile(r"(?P<module>.+)\.(?:modules_to_save|original_module)\.(?P<part>weight|bias)")
+# A module to save is wrapped, with the base's beside it; files of resized models have it under its own name too.
+_WRAPPED = re.compile(r"(?P<module>.+)\.(?P<side>modules_to_save|original_module)\.(?P<part>weight|bias)")
+_ROWS, _ROWS_ORIGIN = "token_adapter.trainable_tokens_delta", "token_adapter.base_layer"
+#: Where LLaVA's own training puts what is no LoRA.
+_LLAVA_REST = "non_lora_trainables.bin"
 
 
 @dataclass(frozen=True)
-class LoadedTensor:
-    """A tensor of an old ``adapter_model.bin``, already in memory."""
+class _Contents:
+    """The tensors of an adapter, by what they are; modules and tensors are named as the adapter names them.
 
-    name: str
-    file: Path
-    values: "torch.Tensor"
+    Attributes:
+        modules: Module -> its parts: those of the adapter's kind, new rows, and the matrices it was trained on.
+        whole: Tensor of the base -> what stands in its place: a bias, a module to save, a resized embedding.
+        repeated: Names of tensors that may say again what another one says.
+    """
 
-    @property
-    def dtype(self) -> str:
-        name = str(self.values.dtype).removeprefix("torch.")
-        return next((key for key, (_, torch_name) in DTYPES.items() if torch_name == name), name)
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}: tensor {self.name}"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    def read(self, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        if self.values.ndim < 2 or (start == 0 and stop is None):
-            return self.values
-        return self.values[start:stop]
-
-    def ends(self, count: int = 4096) -> bytes:
-        import torch
-
-        flat = self.values.contiguous().flatten().view(torch.uint8)
-        return bytes(flat[:count].tolist() + flat[max(0, len(flat) - count) :].tolist())
+    modules: dict[str, dict[str, StoredTensor]]
+    whole: dict[str, StoredTensor]
+    repeated: set[str]
 
 
 def load(source: Source, base: Base) -> Adapter:
@@ -85,155 +61,129 @@ def load(source: Source, base: Base) -> Adapter:
         AdapterError: It is of another kind, damaged, made for another model, or cannot be folded exactly.
     """
     config, where = read_json(inside(source.path, CONFIG)), source.path / CONFIG
-    kind = _kind(config, where)
-    file, tensors = _stored(source.path)
-    # 1. Tell the parts of adapted modules from whole tensors: a bias, a module to save, a resized embedding.
+    kind = check_settings(config, where, _KINDS)
+    file, tensors = read_tensors(source.path)
+    if not tensors:
+        raise AdapterError(f"{file}: holds no tensors; there is nothing to merge")
+    # 1. Tell the parts of adapted modules from whole tensors, and find the tensors of the base that all are about.
+    contents = _sorted(tensors, kind)
+    about = {f"{module}.weight": next(iter(parts.values())) for module, parts in contents.modules.items()}
+    names = match_names(about | contents.whole, base)
+    in_base = {module: names[f"{module}.weight"].removesuffix(".weight") for module in contents.modules}
+    # 2. Turn whole tensors into deltas.
     deltas: dict[str, list[Delta]] = defaultdict(list)
-    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    adapted: set[str] = set()  # modules with parts of the adapter's kind
-    repeated: set[str] = set()  # tensors that may say again what another one says
-    part_of_module = re.compile(
-        rf"(.+)\.({'|'.join(map(re.escape, kind.PARTS))}|base_layer|base_layer\.bias)(\.weight)?"
-    )
-    for key, tensor in tensors.items():
-        check_float(tensor)
-        if not key.startswith(_PREFIX):
-            raise AdapterError(f"{file}: tensor {key}: does not begin with {_PREFIX!r} as PEFT's names do")
-        name = key.removeprefix(_PREFIX)
-        part, wrapped = part_of_module.fullmatch(name), _WRAPPED.fullmatch(name)
-        if part:
-            modules[part[1]][part[2]] = tensor
-            if "base_layer" in part[2]:
-                repeated.add(key)  # both sides of tied embeddings bring theirs
-            else:
-                adapted.add(part[1])
-        elif wrapped and f"{_PREFIX}{wrapped['module']}.{wrapped['part']}" in tensors:
-            repeated.add(key)
-        else:
-            deltas[name].append(Dense(tensor))
-    whole = set(deltas)  # tensors of the base that the adapter brings a whole one for
-    # 2. Turn the parts of each module into deltas of its weight and bias.
-    for module, parts in modules.items():
-        weight, brought = f"{module}.weight", parts.get("base_layer")
+    for name, tensor in contents.whole.items():
+        deltas[names[name]].append(Dense(tensor))
+    brought = set(deltas)  # tensors of the base that the adapter brings a whole one for, or rows of
+    # 3. Turn the parts of each module into deltas of its weight and bias.
+    adapted = {module: in_base[module] for module, parts in contents.modules.items() if parts.keys() & set(kind.PARTS)}
+    for module, parts in contents.modules.items():
+        weight, matrix = f"{in_base[module]}.weight", parts.get("base_layer")
         if "base_layer.bias" in parts:
-            deltas[f"{module}.bias"].append(Dense(parts["base_layer.bias"]))
+            deltas[f"{in_base[module]}.bias"].append(Dense(parts["base_layer.bias"]))
+            brought.add(f"{in_base[module]}.bias")
         if module in adapted:
-            for name, delta in kind.read(AdaptedModule(module, parts, config, where, base)).items():
+            read = kind.read(AdaptedModule(module, in_base[module], parts, config, where, base))
+            for name, delta in read.items():
                 deltas[name].append(delta)
-                if brought in delta.stored:
-                    whole.add(name)  # it counts from the matrix that the adapter brings
-        if brought is None:
+                if matrix in delta.stored:
+                    brought.add(name)  # it counts from the matrix that the adapter brings
+        if matrix is None:
             continue
         # PEFT saves an adapted embedding's own matrix along; with a tied head it is the head's too.
-        tied = base.tied and weight in (base.input_embedding, LM_HEAD)
-        for side in (str(base.input_embedding), LM_HEAD) if tied else (weight,):
-            if side not in whole:
-                deltas[side].append(Dense(brought))
-                whole.add(side)
-    # 3. Check that the deltas fit the base, and that they are all that the configuration and the file speak of.
-    _check_targets(config, adapted, base, where)
+        tied = weight in (base.input_embedding, base.head) and base.shared
+        for side in (str(base.input_embedding), str(base.head)) if tied else (weight,):
+            if side not in brought:
+                deltas[side].append(Dense(matrix))
+                brought.add(side)
+    rows = {in_base[module]: parts for module, parts in contents.modules.items() if _ROWS in parts}
+    for name, row_delta in _token_rows(rows, config, where, base).items():
+        deltas[name].append(row_delta)
+        brought.add(name)
+    # 4. Check that the deltas fit the base, and that they are all that the configuration and the file speak of.
+    notes = [*settings_notes(config, kind, base), *check_targets(config, adapted, base, where)]
+    notes += promise_notes(config, adapted, brought, base)
     for name, added in deltas.items():
         for delta in added:
             check_fits(name, delta, base)
     used = {tensor.name for added in deltas.values() for delta in added for tensor in delta.stored}
-    check_all_used(tensors, used | repeated, file)
-    if not deltas:
-        raise AdapterError(f"{file}: holds no tensors; there is nothing to merge")
+    check_all_used({tensor.name: tensor for tensor in tensors.values()}, used | contents.repeated, file)
+    # 5. Say what else is worth knowing.
+    notes += _spelling_notes(names, base)
+    if adapted and all(kind.is_zero(contents.modules[module]) for module in adapted):
+        notes.append("every LoRA B in its file is zero, as before training; it was not trained, or not saved")
+    if (source.path / _LLAVA_REST).exists():
+        notes.append(f"its {_LLAVA_REST} is pickled, and not read; what is trained in it stays the base's")
     frozen = {name: tuple(added) for name, added in deltas.items()}
-    return Adapter("peft", source, file, frozen, config=config)
+    return Adapter("peft", source, file, frozen, config=config, notes=tuple(notes))
 
 
-def _kind(config: Mapping[str, Any], where: Path) -> PeftKind:
-    """The kind of adapter, if every setting is one that it knows."""
-    peft_type = config.get("peft_type")
-    kind = _KINDS.get(str(peft_type))
-    if kind is None:
-        known = ", ".join(_KINDS)
-        raise AdapterError(f"{where}: peft_type {peft_type!r} cannot be folded; only {known} (with its variants) can")
-    for key, value in config.items():
-        if key not in _SETTINGS | kind.SETTINGS and value not in (None, False, [], {}, ""):
-            raise AdapterError(f"{where}: {key} = {value!r} cannot be folded into plain weights by this version")
-    return kind
+def _sorted(tensors: Mapping[str, StoredTensor], kind: PeftKind) -> _Contents:
+    contents = _Contents(defaultdict(dict), {}, set())
+    parts = "|".join(map(re.escape, (*kind.PARTS, _ROWS, _ROWS_ORIGIN, "base_layer.bias", "base_layer")))
+    part_of_module = re.compile(rf"(.+?)\.({parts})(\.weight)?")
+    for name, tensor in tensors.items():
+        part, wrapped = part_of_module.fullmatch(name), _WRAPPED.fullmatch(name)
+        plain = f"{wrapped['module']}.{wrapped['part']}" if wrapped else name
+        if part:
+            contents.modules[part[1]][part[2]] = tensor
+            if "base_layer" in part[2]:
+                contents.repeated.add(tensor.name)  # both sides of tied embeddings bring theirs
+        elif wrapped and (wrapped["side"] == "original_module" or plain in tensors):
+            contents.repeated.add(tensor.name)
+        else:
+            contents.whole[plain] = tensor
+    return contents
 
 
-def _stored(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
-    if (folder / WEIGHTS).exists():
-        file = inside(folder, WEIGHTS)
-        return file, {info.name: info for info in Shard.open(file).tensors}
-    if not (folder / _OLD_WEIGHTS).exists():
-        raise AdapterError(f"{folder}: has {CONFIG} but neither {WEIGHTS} nor {_OLD_WEIGHTS}")
-    file = inside(folder, _OLD_WEIGHTS)
-    import pickle
+def _token_rows(
+    rows: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], where: Path, base: Base
+) -> dict[str, TokenRows]:
+    """What ``trainable_token_indices`` changes: name of a base tensor -> its new rows.
 
-    import torch
+    Args:
+        rows: Module of the base -> its parts in the file.
+        config: ``adapter_config.json``.
+        where: That file, for messages.
+        base: What the rows are for.
 
-    try:
-        values = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise AdapterError(
-            f"{file}: is not a plain file of tensors, so it is not loaded; save it as safetensors"
-        ) from error
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise AdapterError(f"{file}: is not a dictionary of tensors")
-    return file, {name: LoadedTensor(name, file, value) for name, value in values.items()}
-
-
-def _check_targets(config: Mapping[str, Any], adapted: set[str], base: Base, where: Path) -> None:
-    """The configuration and the file must speak of the same modules."""
-    if config.get("target_modules") in (None, "all-linear"):
-        return
-    modules = {
-        name.removesuffix(".weight")
-        for name, info in base.checkpoint.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2
-    }
-    if base.tied:
-        modules.add(LM_HEAD.removesuffix(".weight"))
-    try:
-        wanted = _targeted(config, modules)
-    except re.error as error:
-        raise AdapterError(f"{where}: target_modules is not a regular expression: {error}") from error
-    if not wanted:
-        raise AdapterError(
-            f"{where}: target_modules {config['target_modules']!r} match no module of the base {base.source.given}; "
-            "this adapter was made for another model"
-        )
-    missing = sorted(wanted - adapted)
-    if missing:
-        raise AdapterError(
-            f"{where.parent}: target_modules name {missing[0]} of the base, but the file holds no LoRA for it "
-            f"({len(missing)} such); the adapter is incomplete"
-        )
+    Raises:
+        AdapterError: The configuration does not say which rows they are.
+    """
+    deltas: dict[str, TokenRows] = {}
+    for module, stored in rows.items():
+        values, origin, weight = stored[_ROWS], stored.get(_ROWS_ORIGIN), f"{module}.weight"
+        target, tokens = origin or base.find(weight), _stated_tokens(config, module)
+        shape = target.shape if target else ()
+        if values.shape != (len(tokens), *shape[1:]):
+            raise AdapterError(
+                f"{values.where}: has shape {list(values.shape)}; trainable_token_indices in {where} does not name "
+                f"that many rows of {weight} {list(shape)}"
+            )
+        if beyond := [token for token in tokens if token >= shape[0]]:
+            raise AdapterError(
+                f"{values.where}: trainable_token_indices in {where} names row {beyond[0]} of {weight}, which has "
+                f"{shape[0]}; save the adapter with save_embedding_layers=True, so that it brings the new rows"
+            )
+        deltas[weight] = TokenRows(values, tokens, shape, origin)
+    # PEFT ties the rows as the model ties its matrices.
+    embedding, head = base.input_embedding, base.head
+    if embedding in deltas and base.shared and head is not None and head not in deltas:
+        deltas[head] = deltas[embedding]
+    return deltas
 
 
-def _targeted(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
-    """The modules of the base that ``target_modules`` and its companions choose, by PEFT's rules."""
-    return {
-        module
-        for module in modules
-        if _matches(config.get("target_modules"), module)
-        and not _matches(config.get("exclude_modules"), module)
-        and _in_layers(config, module)
-    }
+def _stated_tokens(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """The tokens that were trained in one embedding or head; none where the configuration does not say it well."""
+    stated = config.get("trainable_token_indices")
+    if isinstance(stated, dict):  # module -> its tokens; a tied head has the embedding's
+        of_module = (tokens for name, tokens in stated.items() if module.endswith(name))
+        stated = next(of_module, next(iter(stated.values())) if len(stated) == 1 else None)
+    tokens = stated if isinstance(stated, list) else []
+    return tuple(tokens) if all(isinstance(token, int) and token >= 0 for token in tokens) else ()
 
 
-def _matches(wanted: Any, module: str) -> bool:
-    if not wanted:
-        return False
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
-
-
-def _in_layers(config: Mapping[str, Any], module: str) -> bool:
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    layers = [layers] if isinstance(layers, int) else layers
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        layer = re.match(rf".*\.{pattern}\.(\d+)\.", module)
-        if layer:
-            return int(layer[1]) in layers
-    return False
+def _spelling_notes(names: Mapping[str, str], base: Base) -> Iterator[str]:
+    for ours, theirs in differing_beginnings(names).items():
+        spelled = [f"{start}.*" if start else "*" for start in (ours, theirs)]
+        yield f"its {spelled[0]} is {spelled[1]} in the files of {base.source.given}"

@@ -18,7 +18,8 @@ class AdaptedModule:
     """A module that an adapter changes.
 
     Attributes:
-        name: Dotted, as the base names it: ``"model.layers.0.self_attn.q_proj"``.
+        name: Dotted, as the adapter names it, and the patterns of its configuration: ``"model.layers.0.mlp.up_proj"``.
+        base_name: The same, as the base's files name it.
         parts: Its tensors, under the names in the kind's ``PARTS``, and ``base_layer`` and ``base_layer.bias`` where
             the adapter brings the weights that it was trained on.
         config: ``adapter_config.json``.
@@ -27,6 +28,7 @@ class AdaptedModule:
     """
 
     name: str
+    base_name: str
     parts: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     config_file: Path
@@ -81,4 +83,8 @@ class PeftKind(Protocol):
         Raises:
             AdapterError: The parts are incomplete, or cannot be folded exactly.
         """
+        ...
+
+    def is_zero(self, parts: Mapping[str, StoredTensor]) -> bool:
+        """Whether the parts of a module change nothing: they are as they were before training."""
         ...

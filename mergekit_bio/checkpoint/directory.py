@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Weights as torch.save writes them; reading such a file runs what is in it.
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,7 @@ class Checkpoint:
         if (root / SINGLE).exists():
             return cls(root, (Shard.open(inside(root, SINGLE)),))
         if not (root / INDEX).exists():
-            hint = ""
-            if any(root.glob("pytorch_model*.bin")):
-                hint = "; its pytorch_model*.bin would run pickled code: convert it to safetensors first"
-            elif (root / "merge.json").is_file():
-                hint = f"; it has a receipt: mergekit-bio rebuild {root / 'merge.json'} --out DIR makes the checkpoint"
-            raise CheckpointError(f"{root}: holds neither {SINGLE} nor {INDEX}{hint}")
+            raise CheckpointError(f"{root}: holds neither {SINGLE} nor {INDEX}{what_else(root)}")
         weight_map = read_json(inside(root, INDEX)).get("weight_map")
         if (
             not isinstance(weight_map, dict)
@@ -105,11 +102,28 @@ def inside(root: Path, name: str) -> Path:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete, fetch it again")
     home = root.resolve()
-    if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
-        home = home.parent.parent
+    for folder in (home, *home.parents):  # the snapshot itself, or a folder in it
+        if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+            home = folder.parent.parent
+            break
     if not file.resolve().is_relative_to(home):
         raise CheckpointError(f"{file}: is a link out of its directory; it is not followed, copy the file there")
     return file
+
+
+def what_else(root: Path) -> str:
+    """The end of a message about a directory without weights: what there is in it that may have been meant."""
+    inner = sorted(
+        path.parent.name for name in ("adapter_config.json", SINGLE, INDEX) for path in root.glob(f"*/{name}")
+    )
+    if inner:
+        return f"; name one of the folders in it: {', '.join(dict.fromkeys(inner))}"
+    pickled = sorted(path.name for pattern in _PICKLED for path in root.glob(pattern) if path.is_file())
+    if pickled:
+        return f"; its {pickled[0]} would run pickled code: convert it to safetensors first"
+    if (root / "merge.json").is_file():
+        return f"; it has a receipt: mergekit-bio rebuild {root / 'merge.json'} --out DIR makes the checkpoint"
+    return ""
 
 
 def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], root: Path) -> None:

@@ -58,7 +58,8 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
     """Find ``source``, downloading it into the Hugging Face cache if it is a hub id that is not there yet.
 
     Args:
-        source: A directory, or ``user/repo`` or ``user/repo@revision``. A directory wins over a hub id.
+        source: A directory, or ``user/repo``, ``user/repo@revision`` or ``user/repo/folder``. A directory wins over a
+            hub id.
         patterns: Which files of a repository are wanted; safetensors, configuration, tokenizer and licences by
             default.
 
@@ -75,10 +76,10 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
         return _from_directory(given, path)
     if path.exists():
         raise SourceError(f"{given}: is a file; name the directory that holds it, or a hub id")
-    repo, _, revision = given.partition("@")
+    repo, folder, revision = _parts(given)
     if not is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")
-    return _from_hub(given, _name_in_cache(repo, revision or None), revision or None, patterns or PATTERNS)
+    return _from_hub(given, _name_in_cache(repo, revision), folder, revision, patterns or PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,22 @@ def missing_files(source: str | Path) -> MissingFiles:
         SourceError: As :func:`resolve`.
     """
     given = str(source)
-    repo, _, revision = given.partition("@")
+    repo, folder, revision = _parts(given)
     if Path(source).exists() or not is_hub_id(repo):
         resolve(source)
         return MissingFiles(given, 0, 0)
     from huggingface_hub import errors, snapshot_download
 
-    name = _name_in_cache(repo, revision or None)
+    name = _name_in_cache(repo, revision)
 
     def listed(patterns: Sequence[str]) -> list[Any]:
         """Every file that the patterns name, those in the cache too."""
         with without_bars():
             return snapshot_download(
                 name,
-                revision=revision or None,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(_IGNORED),
+                revision=revision,
+                allow_patterns=_within(folder, patterns),
+                ignore_patterns=_within(folder, _IGNORED),
                 dry_run=True,
             )
 
@@ -126,13 +127,13 @@ def missing_files(source: str | Path) -> MissingFiles:
         files = listed(PATTERNS)
         config, weights, old = _OLD_LORA
         names = {file.filename for file in files}
-        if config in names and weights not in names:
+        if {*_within(folder, [config])} <= names and not {*_within(folder, [weights])} <= names:
             files += listed([old])
     except errors.DryRunError:  # the hub is switched off or does not answer: the cache may have everything
         resolve(source)
         return MissingFiles(given, 0, 0)
     except hub_errors() as error:
-        raise SourceError(f"{given}: {_explain(error, name, revision or None)}") from error
+        raise SourceError(f"{given}: {_explain(error, name, revision)}") from error
     missing = [file for file in files if file.will_download]
     return MissingFiles(given, len(missing), sum(file.file_size or 0 for file in missing))
 
@@ -142,13 +143,13 @@ def on_this_machine(source: str | Path, *files: str) -> Path | None:
     path = Path(source)
     if path.is_dir():
         return path if all((path / file).is_file() for file in files) else None
-    repo, _, revision = str(source).partition("@")
+    repo, folder, revision = _parts(str(source))
     if not is_hub_id(repo):
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    name = _name_in_cache(repo, revision or None)
-    cached = [try_to_load_from_cache(name, file, revision=revision or None) for file in files]
+    name = _name_in_cache(repo, revision)
+    cached = [try_to_load_from_cache(name, file, revision=revision) for file in _within(folder, files)]
     here = [Path(file).parent for file in cached if isinstance(file, str)]
     return here[0] if len(here) == len(files) else None
 
@@ -199,19 +200,34 @@ def _name_in_cache(repo: str, revision: str | None) -> str:
     return other if not cached(repo) and cached(other) else repo
 
 
-def _from_hub(given: str, repo: str, revision: str | None, patterns: Sequence[str]) -> Source:
+def _parts(given: str) -> tuple[str, str, str | None]:
+    """Repository, folder in it (empty for the whole) and revision of ``USER/REPO/FOLDER@REVISION``."""
+    name, _, revision = given.partition("@")
+    parts = name.split("/")
+    if len(parts) < 3 or "" in parts or ".." in parts:
+        return name, "", revision or None
+    return "/".join(parts[:2]), "/".join(parts[2:]), revision or None
+
+
+def _within(folder: str, patterns: Sequence[str]) -> list[str]:
+    """Patterns of a repository's files that are meant in one of its folders."""
+    return [f"{folder}/{pattern}" for pattern in patterns] if folder else list(patterns)
+
+
+def _from_hub(given: str, repo: str, folder: str, revision: str | None, patterns: Sequence[str]) -> Source:
     from huggingface_hub import snapshot_download
 
+    wanted, unwanted = _within(folder, patterns), _within(folder, _IGNORED)
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED))
-        )
-        config, weights, old = (folder / name for name in _OLD_LORA)
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        config, weights, old = (snapshot / folder / name for name in _OLD_LORA)
         if patterns is PATTERNS and config.exists() and not weights.exists() and not old.exists():
-            snapshot_download(repo, revision=folder.name, allow_patterns=[old.name])
+            snapshot_download(repo, revision=snapshot.name, allow_patterns=_within(folder, [old.name]))
     except hub_errors() as error:
         raise SourceError(f"{given}: {_explain(error, repo, revision)}") from error
-    return Source(given, folder, repo, folder.name)
+    if not (snapshot / folder).is_dir():
+        raise SourceError(f"{given}: the repository {repo} has no folder {folder}")
+    return Source(given, snapshot / folder, repo, snapshot.name)
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str:

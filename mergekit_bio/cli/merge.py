@@ -32,7 +32,7 @@ def merge(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            help="Directory or hub id[@revision]; repeat it to sum several; ADAPTER=0.3 has a strength of its own. "
+            help="Directory or hub id[/folder][@revision]; repeat it to sum several; ADAPTER=0.3 has its own strength. "
             f"{_default('adapter')}"
         ),
     ] = None,

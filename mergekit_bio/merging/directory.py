@@ -10,13 +10,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mergekit_bio.adapter.interface import LM_HEAD
 from mergekit_bio.audio.layout import merged_config, processor_config
 from mergekit_bio.checkpoint.digest import file_sha256
 from mergekit_bio.checkpoint.directory import INDEX, inside
 from mergekit_bio.checkpoint.file_names import fitting
 from mergekit_bio.checkpoint.source import licence_files
 from mergekit_bio.errors import CheckpointError
+from mergekit_bio.merging.merged_config import model_config
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.outside_data import read_json
 
@@ -145,7 +145,7 @@ def _custom_classes(folder: Path, file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _documents(plan: MergePlan) -> dict[str, dict[str, Any]]:
-    config = _text_config(plan)
+    config = model_config(plan)
     if not plan.tower:
         return {"config.json": config}
     naturelm = dict(next(planned.adapter.config for planned in plan.adapters if planned.adapter.tower))
@@ -160,16 +160,3 @@ def _index(output: Output) -> dict[str, Any]:
     weight_map = {name: file for file, shard in output.files.items() for name in shard.tensors}
     total = sum(shard.size - len(shard.header) for shard in output.files.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _text_config(plan: MergePlan) -> dict[str, Any]:
-    config: dict[str, Any] = dict(plan.base.checkpoint.config)
-    # A base may store the head beside an equal embedding and say that they are tied; they may differ from now on.
-    changed = {fold.name for fold in plan.folds if fold.deltas} & {LM_HEAD, plan.base.input_embedding}
-    if plan.untied or (changed and LM_HEAD in plan.base.checkpoint.tensors and config.get("tie_word_embeddings")):
-        config["tie_word_embeddings"] = False
-    if plan.vocabulary is not None:
-        config["vocab_size"] = plan.vocabulary
-    if plan.request.dtype != "keep":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.request.dtype
-    return config

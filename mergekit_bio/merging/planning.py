@@ -3,13 +3,13 @@
 Nothing here reads a weight or writes a file.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
+from mergekit_bio.adapter.interface import Adapter, Base
+from mergekit_bio.adapter.layers import is_built
 from mergekit_bio.audio.config import AudioPrefixConfig
 from mergekit_bio.audio.names import merged_name
 from mergekit_bio.audio.tower import PROJECTION, check_tower
@@ -21,7 +21,7 @@ from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.plan import Copy, Fold, MergePlan, Output, OutputShard, PlannedAdapter, Target
 from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.tokenizers import choose_tokenizer
-from mergekit_bio.merging.tying import Change, resolve_tying
+from mergekit_bio.merging.tying import Change, Changes, resolve_tying
 
 #: What a file holds: name, dtype and shape of each tensor in it, in order.
 _Entries: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -96,7 +96,7 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
     # 2. Find W0 of every tensor, everything that is added to it, and how strongly.
     base = _with_overrides(base, adapters, request.base_from_adapter)
     changes, untied = resolve_tying(base, adapters)
-    layers = _tensors_in_layers(base)
+    layers = [name for name in base.checkpoint.tensors if is_built(name, base)]
     planned = tuple(
         PlannedAdapter(
             adapter,
@@ -112,17 +112,21 @@ def build_plan(request: MergeRequest, base: Base, adapters: Sequence[Adapter]) -
 
     # 3. Decide each tensor's dtype, shape and strengths: whether it is copied, converted or folded.
     wanted = next((dtype for dtype, (_, torch_name) in DTYPES.items() if torch_name == request.dtype), None)
+    vocabulary = _new_vocabulary(base, changes, untied)
     pieces = {
-        name: _piece(name, base, planned, alphas, changes.get(name, ()), wanted)
-        for name in [*base.checkpoint.tensors, *([LM_HEAD] if untied else [])]
+        name: _piece(name, base, planned, alphas, changes.get(name, ()), wanted, vocabulary)
+        for name in [*base.checkpoint.tensors, *([str(base.head)] if untied else [])]
     }
-    vocabulary = _grown_vocabulary(base, pieces)
+
+    if untied:
+        for name in base.checkpoint.tensors:
+            pieces[name].name = f"{base.missing_prefix}{name}"
 
     # 4. Group the tensors into files as the base has them; a new output head joins the input embedding. With several
     # strengths, files that are equal are stored once.
     groups = [[pieces[info.name] for info in shard.tensors] for shard in base.checkpoint.shards]
     if untied:
-        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[LM_HEAD])
+        next(group for group in groups if pieces[str(base.input_embedding)] in group).append(pieces[str(base.head)])
     every_output = tuple(range(len(alphas)))
     each_output = [(output_index,) for output_index in every_output]
     if request.share and len(alphas) > 1:
@@ -191,17 +195,6 @@ def _with_overrides(base: Base, adapters: Sequence[Adapter], base_from_adapter: 
     return replace(base, overrides=overrides)
 
 
-def _tensors_in_layers(base: Base) -> list[str]:
-    """The base's tensors, without the layers behind its last one that predict further tokens (DeepSeek-V3, GLM-4.5)."""
-    config = base.checkpoint.config
-    count = config.get("num_hidden_layers")
-    if not config.get("num_nextn_predict_layers") or not isinstance(count, int):
-        return list(base.checkpoint.tensors)
-    further = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-    found = ((name, further.match(name)) for name in base.checkpoint.tensors)
-    return [name for name, layer in found if layer is None or int(layer[1]) < count]
-
-
 def _check_strengths(planned: Sequence[PlannedAdapter], alphas: Sequence[Alpha]) -> None:
     """Every module that a strength names must be one that the adapters with this strength change."""
     for adapter in planned:
@@ -221,12 +214,19 @@ def _piece(
     alphas: Sequence[Alpha],
     changes: tuple[Change, ...],
     wanted: str | None,
+    vocabulary: int | None,
 ) -> _Piece:
-    """Decide what becomes of one tensor; ``wanted`` is the dtype of all weights, None for the base's own."""
+    """Decide what becomes of one tensor.
+
+    ``wanted`` is the dtype of all weights, ``vocabulary`` the embeddings' number of rows; None for the base's own.
+    """
     source, in_base = base.origin(name), base.find(name)
     assert in_base is not None
     dtype = wanted if wanted and in_base.dtype in FLOATS else in_base.dtype
-    piece = _Piece(name, source, dtype, _shape(name, source, changes), changes)
+    shape = source.shape
+    if vocabulary is not None and name in (base.input_embedding, base.head):
+        shape = (vocabulary, *shape[1:])
+    piece = _Piece(name, source, dtype, shape, changes)
     converted = (piece.dtype, piece.shape) != (source.dtype, source.shape)
     for output_index, alpha in enumerate(alphas):
         strengths = tuple((planned[change.adapter_index].alpha or alpha).of(name) for change in changes)
@@ -235,32 +235,34 @@ def _piece(
     return piece
 
 
-def _shape(name: str, source: TensorInfo, changes: tuple[Change, ...]) -> tuple[int, ...]:
-    """The base's shape, or the grown one if an adapter brings new rows. Then it alone may change the tensor."""
-    growing = {change.adapter_index: change.delta.shape for change in changes if change.delta.shape != source.shape}
-    if not growing:
-        return source.shape
-    if len(growing) > 1 or any(change.adapter_index not in growing for change in changes):
-        raise AdapterError(f"{name}: one adapter brings new rows for it and another changes it too; merge them in turn")
-    if all(change.delta.new_rows is None for change in changes):
-        first = changes[0].delta.stored[0]
-        raise AdapterError(f"{first.where}: is for a larger vocabulary, but the new rows are not there")
-    return next(iter(growing.values()))
-
-
-def _grown_vocabulary(base: Base, pieces: Mapping[str, _Piece]) -> int | None:
-    """The new number of rows, if the vocabulary grows; input embedding and output head must then grow alike."""
-    sides = [pieces[name] for name in (str(base.input_embedding), LM_HEAD) if name in pieces]
-    grown = {piece.shape[0] for piece in sides if piece.shape != piece.source.shape}
-    if not grown:
+def _new_vocabulary(base: Base, changes: Changes, untied: bool) -> int | None:
+    """The new number of rows, if an adapter brings another vocabulary; embedding and head must have the same."""
+    stored = base.checkpoint.tensors
+    sides = [name for name in (base.input_embedding, base.head) if name is not None and (name in stored or untied)]
+    sizes = {name: {change.delta.shape[0] for change in changes.get(name, ())} for name in sides}
+    rows = base.origin(sides[0]).rows if sides else 0
+    resized = set().union(*sizes.values()) - {rows}
+    if not resized:
         return None
-    for piece in sides:
-        if {piece.shape[0]} != grown:
+    for name in sides:
+        of_side = changes.get(name, ())
+        # 1. A matrix of another size counts from the adapter that brings it, and nothing else can be added to it.
+        if len({change.adapter_index for change in of_side}) > 1 and sizes[name] != {rows}:
             raise AdapterError(
-                f"{piece.name}: the adapter brings a vocabulary of {max(grown)}, but no rows for this tensor of "
-                f"{piece.shape[0]}; save the adapter with save_embedding_layers=True"
+                f"{name}: one adapter brings new rows for it and another changes it too; merge them in turn"
             )
-    return grown.pop()
+        # 2. Rows that are left out need nothing; new ones must be there.
+        if max(resized) <= rows and not of_side:
+            continue
+        if sizes[name] != resized:
+            raise AdapterError(
+                f"{name}: the adapter brings a vocabulary of {max(resized)}, but no rows for this tensor of {rows}; "
+                "save the adapter with save_embedding_layers=True"
+            )
+        if max(resized) > rows and all(change.delta.new_rows is None for change in of_side):
+            first = of_side[0].delta.stored[0]
+            raise AdapterError(f"{first.where}: is for a larger vocabulary, but the new rows are not there")
+    return max(resized)
 
 
 def _shared_shards(groups: list[list[_Piece]], every_output: tuple[int, ...]) -> list[_ShardPieces]:

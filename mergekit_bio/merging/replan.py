@@ -64,7 +64,8 @@ def _located(origin: Origin, option: str) -> str:
     if Path(origin.source).is_dir():
         return origin.source
     if origin.id and origin.revision:
-        return f"{origin.id}@{origin.revision}"
+        in_repository = origin.source.partition("@")[0]
+        return f"{in_repository if in_repository.startswith(f'{origin.id}/') else origin.id}@{origin.revision}"
     raise SourceError(f"{origin.source}: no such directory; say where {origin.name} is now with {option}")
 
 

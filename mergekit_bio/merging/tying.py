@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mergekit_bio.adapter.delta import Delta
-from mergekit_bio.adapter.interface import LM_HEAD, Adapter, Base
+from mergekit_bio.adapter.interface import Adapter, Base
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ def resolve_tying(base: Base, adapters: Sequence[Adapter]) -> tuple[Changes, boo
     for adapter_index, adapter in enumerate(adapters):
         for name, deltas in adapter.deltas.items():
             changes[name] = changes.get(name, ()) + tuple(Change(adapter_index, delta) for delta in deltas)
-    embedding = base.input_embedding
-    if not base.tied or embedding is None or not {embedding, LM_HEAD} & changes.keys():
+    embedding, head = base.input_embedding, base.head
+    if not base.tied or embedding is None or head is None or not {embedding, head} & changes.keys():
         return changes, False
-    if not _same_changes(changes.get(embedding, ()), changes.get(LM_HEAD, ())):
+    if not _same_changes(changes.get(embedding, ()), changes.get(head, ())):
         return changes, True
-    del changes[LM_HEAD]
+    del changes[head]
     return changes, False
 
 

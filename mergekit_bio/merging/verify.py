@@ -14,6 +14,7 @@ from mergekit_bio.checkpoint.directory import INDEX, SINGLE, Checkpoint, inside
 from mergekit_bio.checkpoint.header import TensorInfo, read_exactly
 from mergekit_bio.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mergekit_bio.errors import CheckpointError, VerificationError
+from mergekit_bio.merging.layouts import check_layouts
 from mergekit_bio.merging.plan import Fold
 from mergekit_bio.merging.replan import plan_again
 
@@ -136,6 +137,7 @@ def _against_sources(
     # 1. Plan the merge again, from the same weights.
     whole, output_index = plan_again(manifest, base, adapters)
     plan = whole.only(output_index)
+    check_layouts(plan)
     planned = {name for shard in plan.shards for name in shard.tensors}
     if planned != checkpoint.tensors.keys():
         name = min(planned ^ checkpoint.tensors.keys())
@@ -150,7 +152,7 @@ def _against_sources(
             if distance >= worst:
                 worst, worst_tensor = distance, name
         else:
-            source = towers.get(name) or plan.base.origin(name)
+            source = towers.get(name) or plan.base.origin(name.removeprefix(plan.base.missing_prefix))
             if source.nbytes != info.nbytes or not same_bytes(source, info):
                 raise VerificationError(f"{info.where}: is not what {source.file} holds")
             copied += 1
@@ -186,7 +188,9 @@ def _recompute(fold: Fold, written: TensorInfo, *, stochastic: bool) -> float:
             exact.add_(delta, alpha=strength)
             terms.add_(delta.abs(), alpha=abs(strength))
         # Where base and delta nearly cancel, the sum's own unit is finer than the precision of its terms.
-        excess = (values.to(double) - exact).abs() - terms * (_TERMS_PRECISION if narrow else 0)
+        excess = (values.to(double) - exact).where(values != exact, 0).abs() - terms * (
+            _TERMS_PRECISION if narrow else 0
+        )
         distance = float((excess.clamp_(min=0) / _ulp(exact, values.dtype)).max())
         if not distance <= limit:
             raise VerificationError(

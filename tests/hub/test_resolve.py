@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hub.server import File, Hub, Repo
 
-from mergekit_bio.checkpoint.source import resolve, stated_licence
+from mergekit_bio.checkpoint.directory import inside
+from mergekit_bio.checkpoint.source import missing_files, on_this_machine, resolve, stated_licence
 from mergekit_bio.errors import SourceError
 
 ID = "owl/Llama-tiny"
@@ -59,6 +60,25 @@ def test_an_old_lora_comes_with_its_bin_file_and_a_new_one_without(hub: Hub) -> 
     assert {path.name for path in resolve(ID).path.iterdir()} == {*files, "adapter_model.safetensors"} - {
         "adapter_model.bin"
     }
+
+
+def test_a_folder_of_a_repository_is_a_source_of_its_own(hub: Hub) -> None:
+    """Training leaves an adapter in each checkpoint's folder."""
+    repo = published(hub)
+    names = ("adapter_config.json", "adapter_model.bin", "README.md", "optimizer.pt", "old/adapter_config.json")
+    repo.commit(repo.files() | {f"run/checkpoint-500/{name}": File.regular(b"{}") for name in names})
+    folder, commit = f"{ID}/run/checkpoint-500", repo.branches["main"]
+
+    assert missing_files(folder).files == 4
+    assert not [request for request in downloads(hub) if request.startswith("GET")]
+    source = resolve(f"{folder}@main")
+    assert (source.given, source.id, source.revision) == (f"{folder}@main", ID, commit)
+    assert {path.name for path in source.path.iterdir()} == {*names[:3], "old"}
+    assert source.path == on_this_machine(f"{folder}@{commit}", *names[:2])
+    assert inside(source.path, "adapter_config.json").read_bytes() == b"{}"
+    assert {path.name for path in source.path.parent.parent.iterdir()} == {"run"}
+
+    assert refusal(f"{ID}/run/checkpoint-600").endswith(f"the repository {ID} has no folder run/checkpoint-600")
 
 
 def test_shards_come_whatever_they_are_called(hub: Hub) -> None:
@@ -196,7 +216,7 @@ def test_nobody_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["owl", "owl/", "/owl/tiny", "../owl/tiny", "owl/tiny/more", "owl/..", "owl tiny/x", "daten/vögel",
+    ["owl", "owl/", "/owl/tiny", "../owl/tiny", "owl/tiny//more", "owl/..", "owl tiny/x", "daten/vögel",
      "owl/llama--lora", "foo/bar-"],
 )  # fmt: skip
 def test_neither_a_directory_nor_a_hub_id(hub: Hub, name: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mergekit_bio
 
 ALPHAS = (0.0, 0.25, 1.0)
-TOKENS = torch.arange(24).reshape(2, 12) * 5 % VOCABULARY
+TOKENS = torch.arange(24).reshape(2, 12) * 5 % (VOCABULARY - 5)
 CASES = [
     Case.of("rank 1", r=1),
     Case.of("rank above the width", r=40),
@@ -60,6 +60,20 @@ CASES = [
     Case.of("resized, both sides saved", added_tokens=3, modules_to_save=["embed_tokens", "lm_head"]),
     Case.of("resized, both sides LoRA", added_tokens=3, target_modules=["embed_tokens", "lm_head"]),
     Case.of("resized, tied", "llama-tied", added_tokens=3),
+    Case.of("shrunk", added_tokens=-5),
+    Case.of("shrunk, tied", "llama-tied", added_tokens=-5),
+    Case.of("shrunk, both sides LoRA", added_tokens=-5, target_modules=["embed_tokens", "lm_head"]),
+    Case.of("tokens", trainable_token_indices=[3, 5]),
+    Case.of("tokens, tied", "llama-tied", trainable_token_indices=[3, 5]),
+    Case.of("tokens of both sides", trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [4]}),
+    Case.of(
+        "tokens of both sides, tied",
+        "llama-tied",
+        stays_tied=False,
+        trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [4]},
+    ),
+    Case.of("tokens, resized", added_tokens=3, trainable_token_indices=[3, 61, 62, 63]),
+    Case.of("tokens, resized, tied", "llama-tied", added_tokens=3, trainable_token_indices=[3, 61, 62, 63]),
     Case.of("DoRA", use_dora=True),
     Case.of("DoRA, rslora, patterns", use_dora=True, use_rslora=True, rank_pattern={"v_proj": 3}),
     Case.of("DoRA, embedding", use_dora=True, target_modules=["embed_tokens", "o_proj"]),
@@ -112,7 +126,7 @@ def trained(base_of, tmp_path) -> Callable[[Case], tuple[Path, Path, dict[str, t
 
 
 def unadapted(base: Path, adapter: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The weights at alpha 0: the base's, and the rows of a grown vocabulary as the adapter brings them."""
+    """The weights at alpha 0: the base's, with rows that the adapter adds, without those it lacks."""
     weights = read_tensors(base)
     stored = load_file(adapter / "adapter_model.safetensors")
     if "lm_head.weight" in names and "lm_head.weight" not in weights:
@@ -120,9 +134,11 @@ def unadapted(base: Path, adapter: Path, names: Iterable[str]) -> dict[str, torc
         weights["lm_head.weight"] = weights[embedding]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        grown = stored.get(f"{module}.base_layer.weight", stored.get(f"{module}.weight"))
-        if name in weights and grown is not None:
-            weights[name] = torch.cat([weights[name].float(), grown[len(weights[name]) :].float()])
+        places = (f"{module}.base_layer.weight", f"{module}.token_adapter.base_layer.weight", f"{module}.weight")
+        resized = next((stored[place] for place in places if place in stored), None)
+        if name in weights and resized is not None:
+            rows = torch.cat([weights[name].float(), resized[len(weights[name]) :].float()])
+            weights[name] = rows[: len(resized)]
     return weights
 
 

@@ -51,8 +51,6 @@ MADE_BY_PEFT = [
     Case.of("kasa_config", kasa_config=KasaConfig()),
     Case.of("velora_config", velora_config=VeloraConfig(num_groups=4)),
     Case.of("init_lora_weights", init_lora_weights="pissa"),
-    Case.of("trainable_token", trainable_token_indices=[3, 5]),
-    Case.of("trainable_token", "llama-tied", trainable_token_indices=[3, 5]),
     # PEFT saves the resized side that has LoRA and forgets the other, whose new rows are lost.
     Case.of("lm_head", added_tokens=3, target_modules=["q_proj", "embed_tokens"]),
 ]
