@@ -1,8 +1,10 @@
 """Runs by several workers on Ray: the predictions of one engine, whatever is killed."""
 
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import soundfile
 from demo.terminal import COLUMNS, PROGRAM, off_a_terminal, on_a_terminal, users_environment
 from eval.evaluation import CLIPS, Evaluation, write_evaluation
 from eval.test_run_loop import CPU, FILES, Listening, answers_in, by_id, nearly
@@ -24,7 +27,7 @@ from listen.deadly import DEADLY, Deadly
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.ray_pool import cluster_for
-from mergekit_bio.errors import AudioError, EngineError
+from mergekit_bio.errors import EngineError
 from mergekit_bio.eval.records.run_directory import read_record
 from mergekit_bio.eval.run.evaluate import Run, carry_out, evaluate, prepare_run
 
@@ -113,16 +116,24 @@ def test_sampled_answers_do_not_depend_on_the_workers_nor_on_their_deaths(ray, o
     assert len({row.generated_ids for row in by_id(done.path)[FILES[0]].values()}) > 1
 
 
-def test_a_recording_that_is_no_use_is_said_as_by_one_engine(ray, one, evaluation, tmp_path):
+def test_recordings_that_are_no_use_are_left_out_and_said_as_by_one_engine(ray, one, evaluation, tmp_path):
+    """One that is no recording, and one that only a worker finds out, when it hears it whole."""
     other = write_evaluation(tmp_path, base=evaluation.base, adapter=evaluation.adapter)
     (other.recordings / "4.wav").write_bytes(b"RIFF of nothing")
+    soundfile.write(other.recordings / "5.wav", [0.1] * 2400 + [math.nan], 8000, subtype="DOUBLE")
     arguments = {"recipe": other.recipe, "models": [one.path / "checkpoints/alpha-1.00"], **CPU}
-    said = []
+    said, answers = [], []
     for workers in (1, 2):
-        with pytest.raises(AudioError) as caught:
-            evaluate(out=tmp_path / f"run-{workers}", workers=workers, **arguments)
-        said.append(str(caught.value))
-    assert said[0] == said[1] and "4.wav" in said[0] and "\n" not in said[0]
+        listening = Listening()
+        done = evaluate(out=tmp_path / "run", workers=workers, listener=listening, **arguments)
+        said.append({note for note in listening.notes if "left out" in note or "missing" in note})
+        answers.append(by_id(done.path, FILES[2:]))
+        shutil.rmtree(done.path)
+    assert said[0] == said[1] and len(said[0]) == 3
+    assert all(any(name in note for note in said[0]) for name in ("4.wav", "5.wav", "because 2 recordings cannot be"))
+    assert answers[0] == nearly(answers[1]) and {*answers[0][FILES[2]]} == {
+        f"{n}.wav" for n in range(CLIPS) if n not in (4, 5)
+    }
 
 
 def deadly_recording(clip_id, note, *, recording, deadly):
