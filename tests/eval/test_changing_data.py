@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 from eval.evaluation import Evaluation, write_evaluation
+from typer.testing import CliRunner
 
+from mergekit_bio.cli.app import app
 from mergekit_bio.errors import DatasetError, RunError
 from mergekit_bio.eval.records.kept_answers import REPLACED, AskedNow, kept_answers
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
@@ -190,6 +192,20 @@ def test_a_bad_example_leaves_the_questions_open_that_hear_it(sources, tmp_path)
     _, notes, file = started(recipe, tmp_path / "run")
     assert {row.id for row in read_predictions(file)} == {*names} - hearing
     assert f"{len(hearing)} of 4 answers are missing, because 1 recording cannot be heard" in notes[-1]
+
+
+def test_a_run_that_says_nothing_else_says_what_it_leaves_out(sources, tmp_path):
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    write_tone(folder / "0.wav", 0)
+    (folder / "1.wav").write_bytes(b"<html>")
+    write_metadata(folder, {"0.wav": "wren", "1.wav": "owl"})
+    command = ["eval", recipe_about(sources, folder), "--out", tmp_path / "run", "--no-report", "--quiet"]
+    options = ["--engine", "transformers", "--engine-option", "device=cpu"]
+    done = CliRunner().invoke(app, [str(part) for part in command + options])
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path / 'run'}\n"
+    first, last = done.stderr.splitlines()
+    assert "1.wav" in first and "1 of 2 answers are missing, because 1 recording cannot be heard" in last
 
 
 def row(name: str, **changes) -> Prediction:

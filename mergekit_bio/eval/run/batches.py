@@ -97,7 +97,7 @@ def ask_all(
                 left_open.questions += len(batch.places) - len(answered.predictions)
                 for clip_id, why in answered.unheard.items():
                     if (cell.dataset, clip_id) not in left_open.unheard:
-                        listener.note(f"note: left out: {why}")
+                        listener.warn(f"note: left out: {why}")
                         left_open.unheard[cell.dataset, clip_id] = why
                 counter.answered(cell, len(answered.predictions), seconds=answered.seconds)
                 unsaved[batch.cell] += answered.seconds

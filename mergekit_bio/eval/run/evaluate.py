@@ -252,7 +252,7 @@ def carry_out(
             )
             if left_open.questions == plan.rows:
                 raise DatasetError(f"{said} ({next(iter(left_open.unheard.values()))})")
-            listener.note(f"note: {said}")
+            listener.warn(f"note: {said}")
         elif prefixes is not None:
             shutil.rmtree(prefixes, ignore_errors=True)
         return run.record

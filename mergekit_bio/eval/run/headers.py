@@ -45,7 +45,7 @@ def check_headers(plan: RunPlan, listener: ProgressListener) -> Unheard:
             raise DatasetError(f"{dataset.name}: no recording of it can be heard: {next(iter(of_dataset.values()))}")
         unheard |= of_dataset
     for why in unheard.values():
-        listener.note(f"note: left out: {why}")
+        listener.warn(f"note: left out: {why}")
     return unheard
 
 

@@ -51,6 +51,9 @@ class ProgressListener(Protocol):
     def note(self, text: str) -> None:
         """Something that a user should know."""
 
+    def warn(self, text: str) -> None:
+        """Something that a user must know, who wants to hear of nothing else too."""
+
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Any]:
         """Open a bar for something that takes time; the value is called with each step's size."""
 
@@ -62,6 +65,9 @@ class SilentListener:
     """A ProgressListener that tells nobody."""
 
     def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        self.note(text)
 
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Any]:
         return nullcontext(lambda step: None)
