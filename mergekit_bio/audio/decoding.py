@@ -48,6 +48,9 @@ _SCALES = {"u8": (128, 128.0), "s16": (0, 2.0**15), "s32": (0, 2.0**31), "flt": 
 
 #: Seconds behind the end of a WAV by its header that are worth to be heard.
 _LEAST_MISSED = 0.1
+#: What a chunk of a WAV may be called, and chunks that often stand behind the samples, even where the file is cut off.
+_CHUNK_NAME = re.compile(rb"[ -~]{4}")
+_BEHIND_SAMPLES = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"guan", b"wamd", b"junk", b"JUNK"}
 #: Seconds by which a lossy encoder's frames may differ from what the header says without a note, and a lossless one's.
 _LOSSY_TOLERANCE, _LOSSLESS_TOLERANCE = 0.25, 0.01
 
@@ -150,10 +153,13 @@ def _libsndfile(file: "FileIO | _Rest") -> Iterator[Any]:
 def _libsndfile_blocks(sound: Any, first: int = 0) -> Iterator[Block]:
     """The blocks of a ``soundfile.SoundFile`` from a frame on."""
     check_rate(sound.samplerate)
-    if first:
-        sound.seek(min(first, sound.frames))
+    if first and not sound.seekable():  # some codecs: GSM, say
+        yield from _skipped(_libsndfile_blocks(sound), first / sound.samplerate)
+        return
     frames = _block_frames(sound.samplerate, sound.channels)
     try:
+        if first:
+            sound.seek(min(first, sound.frames))
         while len(samples := sound.read(frames, dtype="float64", always_2d=True)):
             yield Block(samples, sound.samplerate)
     except soundfile().SoundFileError as error:
@@ -184,6 +190,8 @@ def _wav_seconds(file: FileIO, head: bytes) -> tuple[float, float]:
         file.seek(position)
         name, size = struct.unpack("<4sI", file.read(8))
         position += 8
+        if not _CHUNK_NAME.fullmatch(name):
+            return 0, 0
         if name == b"ds64":
             _, large = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
         elif name == b"fmt ":
@@ -203,8 +211,13 @@ def _wav_seconds(file: FileIO, head: bytes) -> tuple[float, float]:
     if size and size < end - position:
         file.seek(position + size)
         behind = file.read(64)
-        # A chunk's name is of letters, and begins at once or at the next even byte. Padding is no sound.
-        if len(behind) < 64 or re.match(rb"\0?[ -~]{4}", behind) or not behind.strip(b"\0"):
+        # Padding is no sound, nor is a chunk, which begins at once or at the next even byte. Samples that look like its
+        # name are followed by what would be a size beyond the end of the file.
+        chunk = re.match(rb"\0?([ -~]{4})(....)", behind, re.DOTALL)
+        is_chunk = chunk and (
+            chunk[1] in _BEHIND_SAMPLES or position + size + chunk.end() + int.from_bytes(chunk[2], "little") <= end
+        )
+        if len(behind) < 64 or is_chunk or not behind.strip(b"\0"):
             return there, there
     return size / bytes_a_second, there
 

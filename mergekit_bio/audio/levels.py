@@ -58,16 +58,18 @@ class Levels:
             yield f"its samples reach {self._peak:.4g} times full scale and are clipped; divide them by that first"
         # Without the offset that cheap recorders add.
         with np.errstate(all="ignore"):
-            energies = self._squares / self._frames - (self._sums / self._frames) ** 2
+            energies = np.maximum(self._squares / self._frames - (self._sums / self._frames) ** 2, 0)
         mean, channels = energies[0], energies[1:]
         loudest = channels.max()
         number = int(channels.argmax()) + 1
         choose = f"--channel {number} hears the strongest alone (in a recipe: channel: {number})"
         if not self._squares.any():
             yield "it holds nothing but silence"
-        elif self._mixed and mean < _CANCELLED * channels.mean():
+        elif len(channels) == 1 or not self._mixed:
+            return
+        elif mean < _CANCELLED * channels.mean():
             yield f"its channels cancel each other out (opposite phase): their mean is next to silence; {choose}"
-        elif self._mixed and (channels < _DEAD * loudest).any():
+        elif (channels < _DEAD * loudest).any():
             dead = [str(number) for number, energy in enumerate(channels, start=1) if energy < _DEAD * loudest]
             names = f"channel {dead[0]} is" if len(dead) == 1 else f"channels {', '.join(dead)} are"
             yield f"{names} silent, so that the mean is weaker than what was recorded; {choose}"

@@ -68,6 +68,22 @@ def test_what_stands_behind_a_wavs_samples_is_not_heard(tmp_path, behind: bytes)
     assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [], [(0, 10), (10, 12.3)])
 
 
+def test_samples_that_look_like_a_chunks_name_are_heard(tmp_path) -> None:
+    """A stale size ends where the next samples, of 8 bits, read "wxyz"."""
+    loud = np.tile(np.frombuffer(b"wxyz\xf0\xf1\xf2\xf3", np.uint8).astype(float) / 128 - 1, RATE)
+    whole = written(tmp_path / "a.wav", "WAV", loud, subtype="PCM_U8")
+    (tmp_path / "a.wav").write_bytes(with_wav_sizes(whole, 4 * RATE, 36))
+    assert heard(tmp_path / "a.wav")[:2] == (8.0, ["its header says 4.00 s; 8.00 s are heard"])
+
+
+def test_a_part_of_a_recording_that_cannot_be_sought_in_is_the_whole_ones(tmp_path) -> None:
+    """GSM 6.10 in a WAV."""
+    written(tmp_path / "a.wav", "WAV", rate=8000, subtype="GSM610")
+    whole, rate = read_samples(tmp_path / "a.wav", seconds=60)
+    part, _ = read_samples(tmp_path / "a.wav", start=2.5, seconds=3)
+    assert np.array_equal(part, whole[round(2.5 * rate) : round(5.5 * rate)])
+
+
 def test_an_rf64_of_a_recorder_that_lost_its_power_is_heard(tmp_path) -> None:
     whole = written(tmp_path / "a.wav", "RF64")
     (tmp_path / "a.wav").write_bytes(patched(whole, whole.index(b"ds64") + 8, bytes(24)))

@@ -61,6 +61,11 @@ def test_dead_channels_are_named(notes) -> None:
     assert notes(samples, channel=3) == []
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_an_offset_alone_is_not_said_to_be_of_opposite_phase(notes, value: float) -> None:
+    assert notes(np.full((11 * RATE, 1), value)) == []
+
+
 def test_silence_is_named(notes) -> None:
     assert notes(np.zeros((11 * RATE, 2))) == ["it holds nothing but silence"]
     samples = NOISE[:, :2].copy()
