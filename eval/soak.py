@@ -84,6 +84,16 @@ SOAKS = {
         (f"{SERVER}_body_makes_predict_fail", f"{SERVER}_body_makes_chat_fail", f"{SERVER}_bytes_make_the_server_fail"),
         10_000,
     ),
+    "dial-ranks": Soak(
+        "two processes that hold half of Llama each answer at several strengths as the merges do",
+        ("tests/engine/test_tensor_parallel.py::test_two_ranks_answer_at_every_strength_as_merges_do",),
+        None,
+    ),
+    "dial-memory": Soak(
+        "requests at 500 strengths, and clients that leave, make the server's processes no larger",
+        ("tests/serve/test_server.py::test_many_strengths_leave_the_server_as_large_as_it_was",),
+        10_000,
+    ),
     "random-prompts": Soak(
         "on random prompts vLLM's answers are Transformers' (greedy, beams, closed lists, label scores)",
         ("tests/engine/test_engines_random.py",),

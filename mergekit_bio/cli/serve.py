@@ -1,43 +1,99 @@
-"""``mergekit-bio serve``: an OpenAI-compatible server for merged checkpoints."""
+"""``mergekit-bio serve``: an OpenAI-compatible server for a merged checkpoint, or for every strength of an adapter."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from mergekit_bio.merging.request import MergeRequest
+
+if TYPE_CHECKING:
+    from mergekit_bio.serve.dial import DialRequest
 
 
 def serve(
     arguments: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT... [VLLM FLAGS]",
-            help="Merged directories or hub ids, then any flags of `vllm serve`: --port, --api-key, "
-            "--tensor-parallel-size, --data-parallel-size, --distributed-executor-backend ray, "
+            metavar="[CHECKPOINT] [VLLM FLAGS]",
+            help="A merged directory or hub id, or none for the dial; then any flags of `vllm serve`: --port, "
+            "--api-key, --tensor-parallel-size, --data-parallel-size, --distributed-executor-backend ray, --max-loras, "
             "--allowed-local-media-path, --allowed-media-domains, ...",
         ),
-    ],
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help=f"Of the dial: directory or hub id[@revision]. [default: {MergeRequest.base}]")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help=f"Likewise; one LoRA. [default: {MergeRequest.adapter}]")] = None,
+    alpha: Annotated[str | None, typer.Option(help="The strength that NAME alone stands for. [default: 0.5]")] = None,
+    dial: Annotated[
+        bool, typer.Option("--dial", help="Serve every strength of what the checkpoints were merged from, unmerged.")
+    ] = False,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most items in a /predict request.")] = 64,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Most items in a /predict request, if so many recordings fit into one.")
+    ] = 8,
     max_audio_seconds: Annotated[float, typer.Option(min=0.5, help="Longest recording.")] = 600.0,
+    beams: Annotated[int, typer.Option(min=1, max=16, help="Of /predict, where a request does not say.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of /predict, where a request does not say.")] = 300,
+    system_turns: Annotated[
+        Literal["drop", "keep"], typer.Option(help="Of /predict: NatureLM-audio was trained without.")
+    ] = "drop",
 ) -> None:
-    """Serve merged checkpoints: OpenAI's API with audio in chat, and the predictions_v1 contract, on one port.
+    """Serve OpenAI's API with audio in chat, and the predictions_v1 contract, on one port.
 
-    Binds 127.0.0.1 unless --host says otherwise. Several checkpoints of one sweep are offered as models by their
-    directory names, from one copy of the weights: requests for another one wait until it is swapped in. /predict and
-    /info are the first one's; /NAME/predict and /NAME/info any other's.
+    Without a checkpoint, every strength of an adapter is served at once: alpha as a dial. Ask for the model NAME@0.35,
+    any strength from 0 to 2 with up to three digits; NAME is the adapter's. /NAME@0.35/predict and /NAME@0.35/info are
+    for beans-next; /predict and /info are those of --alpha. The base is not copied: the adapter is applied while vLLM
+    computes, so answers may differ in a token from those of a merge that was rounded to 16 bits.
+
+    With one checkpoint, exactly that is served, its own rounded weights. Binds 127.0.0.1 unless --host says otherwise.
 
     \b
     Examples:
-      mergekit-bio serve merged/NatureLM-audio-alpha-0.50 --port 8000
-      mergekit-bio serve sweep/alpha-0.40 sweep/alpha-1.00 --tensor-parallel-size 2 --api-key secret
+      mergekit-bio serve --port 8000                # NatureLM-audio, every alpha
+      mergekit-bio serve --base llama/ --adapter lora/ --alpha 0.4
+      mergekit-bio serve merged/half --api-key KEY --tensor-parallel-size 2
     """
     from mergekit_bio.serve.command import serve as start
     from mergekit_bio.serve.settings import ServeSettings
 
-    first_flag = next((index for index, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    checkpoints, flags = arguments[:first_flag], arguments[first_flag:]
-    if not checkpoints:
-        raise typer.BadParameter("name a checkpoint before the flags")
+    given = arguments or []
+    first_flag = next((index for index, argument in enumerate(given) if argument.startswith("-")), len(given))
+    checkpoints, flags = given[:first_flag], given[first_flag:]
     settings = ServeSettings(
-        models={}, max_body_bytes=max_body_mb << 20, max_batch=max_batch, max_audio_seconds=max_audio_seconds
+        max_body_bytes=max_body_mb << 20,
+        max_batch=max_batch,
+        max_audio_seconds=max_audio_seconds,
+        num_beams=beams,
+        max_new_tokens=max_new_tokens,
+        system_turns=system_turns,
     )
-    start(checkpoints=checkpoints, flags=flags, settings=settings)
+    options = {"base": base, "adapter": adapter, "alpha": alpha}
+    given_options = {key: value for key, value in options.items() if value is not None}
+    start(source=_source(checkpoints, given_options, dial=dial), flags=flags, settings=settings)
+
+
+def _source(checkpoints: list[str], options: dict[str, Any], *, dial: bool) -> "str | DialRequest":
+    """What is to be served."""
+    from dataclasses import replace
+
+    from mergekit_bio.serve.dial import DialRequest, request_of_merges
+
+    if not checkpoints:
+        if dial:
+            raise typer.BadParameter("--dial is about merged checkpoints: name some before the flags")
+        return DialRequest(**options)
+    if wrong := next((key for key in ("base", "adapter") if key in options), None):
+        raise typer.BadParameter(
+            f"--{wrong} is for the dial, and {checkpoints[0]} is a checkpoint: leave one of them out"
+        )
+    if dial:
+        return replace(request_of_merges(checkpoints), **options)
+    if "alpha" in options:
+        raise typer.BadParameter(f"{checkpoints[0]} has its own alpha; --alpha is for the dial")
+    if len(checkpoints) > 1:
+        raise typer.BadParameter(
+            "a server has one merged checkpoint: start one for each, on a --port of its own, or serve every strength "
+            "of what they were merged from with --dial"
+        )
+    return checkpoints[0]

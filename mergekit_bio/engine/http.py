@@ -136,7 +136,7 @@ class HttpEngine:
         self._template = "{}"
         try:
             self._offered = self._in_common()
-            if model is not None and model not in self._offered:
+            if model is not None and not _offers(self._offered, model):
                 raise EngineError(
                     f"not every server offers the model {model}; in common are: {', '.join(self._offered) or 'none'}"
                 )
@@ -207,7 +207,7 @@ class HttpEngine:
         The servers check what they load; what is returned is their ``model_revision`` and not a hash of weights.
         """
         name = Path(checkpoint).name
-        if name not in self._offered:
+        if not _offers(self._offered, name):
             raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
         told = [self._wait_for(self._get(f"{server}/{name}/info")) for server in self._servers]
         revisions = {str(info.get("model_revision")) for info in told}
@@ -357,6 +357,11 @@ class HttpEngine:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise EngineError(f"{url} cannot be reached ({type(error).__name__}); is the server running?") from error
         return document
+
+
+def _offers(offered: Sequence[str], name: str) -> bool:
+    """Whether servers have a model: they list it, or it is a strength of one that they list, such as ``NAME@0.35``."""
+    return name in offered or name.rpartition("@")[0] in offered
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,65 +13,79 @@ from mergekit_bio.audio.chat_template import server_chat_template
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.sweep import difference, verify
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
-from mergekit_bio.serve.settings import PLUGIN, ServeSettings
+from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
+from mergekit_bio.serve.settings import PLUGIN, DialSettings, ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
 MAX_AUDIOS = 16
 MAX_MODEL_LEN = 16384
+#: Strengths of one batch: those that are listed, and one more. Strengths that are kept in memory.
+MAX_STRENGTHS, KEPT_STRENGTHS = 12, 32
+
+#: vLLM's options that say how large its cache is, or how many there are.
+_OF_THE_CACHE = (
+    "kv_cache_memory_bytes", "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size",
+    "data_parallel_size",
+)  # fmt: skip
+#: vLLM's flags that a dial sets itself.
+_OF_THE_DIAL = (
+    "--enable-lora",
+    "--no-enable-lora",
+    "--lora-modules",
+    "--default-mm-loras",
+    "--enable-tower-connector-lora",
+)
 
 
-def find_models(checkpoints: Sequence[str | Path]) -> dict[str, Path]:
-    """Give every checkpoint its name: that of its directory or repository.
+def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], dial: PreparedDial | None = None) -> Any:
+    """vLLM's own arguments, with defaults that suit the model and keep the server private; flags win over them.
+
+    Args:
+        checkpoint: The directory that vLLM loads.
+        names: What the model is called.
+        flags: vLLM's.
+        dial: What is served at every strength.
 
     Raises:
-        EngineError: Two have the same name, or they are not of one sweep.
-        CheckpointError: One has no ears.
+        EngineError: A flag is one that a dial sets itself.
     """
-    models: dict[str, Path] = {}
-    for checkpoint in checkpoints:
-        source = resolve(checkpoint)
-        if source.name in models:
-            raise EngineError(f"two checkpoints are called {source.name}; rename one of the directories")
-        read_audio_model_config(source.path)
-        models[source.name] = source.path.resolve()
-    first, *others = models.values()
-    for other in others:
-        verify(difference(first, other))
-    return models
-
-
-def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
-    """vLLM's own arguments, with defaults that suit the model and keep the server private; flags win over them."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from mergekit_bio.engine.vllm.plugin import worker_class
     from mergekit_bio.engine.vllm.start import engine_dtype
 
-    first = next(iter(models.values()))
-    longest = read_audio_model_config(first)["text_config"]["max_position_embeddings"]
-    defaults = {
+    longest = read_audio_model_config(checkpoint)["text_config"]["max_position_embeddings"]
+    defaults: dict[str, str | Sequence[str]] = {
         "--host": "127.0.0.1",
-        "--served-model-name": list(models),
-        "--chat-template": _chat_template(first),
+        "--served-model-name": names,
+        "--chat-template": _chat_template(checkpoint),
         "--chat-template-content-format": "openai",
         "--limit-mm-per-prompt": f'{{"audio": {MAX_AUDIOS}}}',
-        "--dtype": engine_dtype(first),
+        "--dtype": engine_dtype(checkpoint),
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
         "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
         "--worker-cls": worker_class(),
-        "--worker-extension-cls": "mergekit_bio.engine.vllm.model.WeightReload",
         "--middleware": "mergekit_bio.serve.guard.Guard",
     }
-    if len(models) > 1:
-        defaults["--api-server-count"] = "1"  # one process decides whose weights are loaded
-    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}  # vLLM warns of a flag that comes twice
+    given = _named(flags)
+    if dial is not None:
+        if wrong := sorted(given.intersection(_OF_THE_DIAL)):
+            raise EngineError(
+                f"{wrong[0]} cannot be set where every strength is served: the dial has vLLM's LoRA slots"
+            )
+        defaults |= {
+            "--enable-lora": (),
+            "--max-lora-rank": str(dial.slots.slot_rank),
+            "--max-loras": str(MAX_STRENGTHS),
+            "--max-cpu-loras": str(KEPT_STRENGTHS),
+            "--lora-target-modules": dial.slots.vllm_layers,
+        }
     ours = [
         part
         for flag, value in defaults.items()
@@ -77,55 +93,83 @@ def parse_flags(models: dict[str, Path], flags: Sequence[str]) -> Any:
         for part in (flag, *([value] if isinstance(value, str) else value))
     ]
     parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
-    args = parser.parse_args(["--model", str(first), *ours, *flags])
+    args = parser.parse_args(["--model", str(checkpoint), *ours, *flags])
     validate_parsed_serve_args(args)
-    if len(models) > 1 and (args.served_model_name != list(models) or args.api_server_count != 1):
-        raise EngineError(
-            "--served-model-name and --api-server-count cannot be set when several checkpoints are served"
-        )
+    if getattr(args, "grpc", False):
+        raise EngineError("--grpc: this server's routes and its guard are HTTP's; leave it out")
     return args
 
 
-def serve(*, checkpoints: Sequence[str | Path], flags: Sequence[str], settings: ServeSettings) -> None:
-    """Serve merged directories or hub ids, several of one sweep under their names, until a signal comes.
+def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: ServeSettings) -> None:
+    """Serve one merged checkpoint, or an adapter at every strength, until a signal comes.
 
     Args:
+        source: A merged directory or hub id, or what a dial is made of.
         flags: vLLM's.
-        settings: Limits; its models and media rules are filled in here.
+        settings: Limits; what is served, and the rules for media, are filled in here.
 
     Raises:
-        MergekitBioError: The checkpoints cannot be served, or not with these flags.
+        MergekitBioError: The source cannot be served, or not with these flags.
         MissingPackageError: vLLM is not installed.
     """
+    from mergekit_bio.engine.vllm.cpu_memory import cache_memory
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
     require_vllm()
     register()
-    models = find_models(checkpoints)
-    args = parse_flags(models, flags)
-    if len(models) == 1:
-        models = {args.served_model_name[0]: next(iter(models.values()))}
-    settings = replace(
-        settings,
-        models={name: str(path) for name, path in models.items()},
-        prompt_template=prompt_template(args),
-        allowed_local_media_path=args.allowed_local_media_path or None,
-        allowed_media_domains=tuple(args.allowed_media_domains or ()),
-    )
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
-    os.environ |= settings.to_environment() | {
-        # vLLM adds routes only for plugins that are named here.
-        "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, PLUGIN])),
-        "VLLM_MEDIA_CONNECTOR": PLUGIN,
-        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-    }
-    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+    with ExitStack() as stack:
+        # 1. What is served, on the disk.
+        dial: PreparedDial | None = None
+        if isinstance(source, DialRequest):
+            dial = stack.enter_context(prepared_dial(source))
+            checkpoint, names = dial.model, [dial.name, *source.aliases]
+        else:
+            found = resolve(source)
+            checkpoint, names = found.path.resolve(), [found.name]
+        # 2. vLLM's arguments, and what our parts in its processes need to know.
+        args = parse_flags(checkpoint, names, flags, dial)
+        options = {option: getattr(args, option) for option in _OF_THE_CACHE if _flag(option) in _named(flags)}
+        if (cache := cache_memory(checkpoint, options)) is not None:
+            args.kv_cache_memory_bytes = cache.bytes
+            print(f"note: {cache.in_words}", file=sys.stderr)
+        settings = replace(
+            settings,
+            directory=str(checkpoint),
+            names=tuple(args.served_model_name),
+            prompt_template=prompt_template(args),
+            allowed_local_media_path=args.allowed_local_media_path or None,
+            allowed_media_domains=tuple(args.allowed_media_domains or ()),
+        )
+        if dial is not None and isinstance(source, DialRequest):
+            print(f"note: {names[0]}@0 to {names[0]}@2 are served {dial.weights}", file=sys.stderr)
+            told = DialSettings(str(dial.adapters), source.default, source.aliases, dial.revision, dial.weights)
+            settings = replace(settings, dial=told)
+        plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+        os.environ |= settings.to_environment() | {
+            # vLLM adds routes only for plugins that are named here.
+            "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, PLUGIN])),
+            "VLLM_MEDIA_CONNECTOR": PLUGIN,
+            "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # it lets a client name any path
+            "VLLM_USE_RUST_FRONTEND": "0",  # it knows neither our routes nor the guard
+        }
+        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
+        from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    signal.signal(signal.SIGINT, _interrupt)
-    with interruptible(), objections(Path(args.model)):
-        ServeSubcommand.cmd(args)
+        # 3. The server, until a signal comes.
+        signal.signal(signal.SIGINT, _interrupt)
+        with interruptible(), objections(Path(args.model)):
+            ServeSubcommand.cmd(args)
+
+
+def _named(flags: Sequence[str]) -> set[str]:
+    """The names of the flags that are given. vLLM warns of one that comes twice."""
+    return {flag.partition("=")[0].replace("_", "-") for flag in flags}
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

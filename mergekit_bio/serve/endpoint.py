@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-import json
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -14,9 +14,11 @@ import mergekit_bio.serve.media_connector  # noqa: F401 -- registers it with vLL
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.engine.tokenization import Tokenization
-from mergekit_bio.engine.vllm.online import answer
-from mergekit_bio.errors import AudioError, MergekitBioError
-from mergekit_bio.serve.guard import MODEL_KEY
+from mergekit_bio.engine.vllm.dial import without_strengths_in_metrics
+from mergekit_bio.engine.vllm.grammars import GrammarCheck
+from mergekit_bio.engine.vllm.online import answer, prepare_requests
+from mergekit_bio.errors import AudioError, MergekitBioError, PromptError
+from mergekit_bio.serve.guard import DOCUMENT_KEY, MODEL_KEY
 from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
 from mergekit_bio.serve.predictions import (
     MAX_BEAMS,
@@ -51,18 +53,31 @@ class PredictionsEndpoint:
         """Keep what the routes need."""
         settings = ServeSettings.from_environment()
         state.mergekit_bio_settings = settings
-        state.mergekit_bio_tokenization = Tokenization.from_checkpoint(settings.directory(settings.default_model))
+        state.mergekit_bio_tokenization = Tokenization.from_checkpoint(Path(settings.directory))
+        state.mergekit_bio_dial = dial = settings.make_dial()
+        if dial is not None:
+            state.openai_serving_models.lora_requests = dial  # where vLLM looks for a request's adapter
+            if engine_client.logger_manager is not None:
+                without_strengths_in_metrics(engine_client.logger_manager.stat_loggers)
+        # A longer prompt need not be tokenized to know that it does not fit.
+        longest_token = engine_client.renderer.get_tokenizer().max_chars_per_token
+        state.mergekit_bio_max_characters = engine_client.model_config.max_model_len * longest_token
+        config = engine_client.vllm_config
+        check = None
+        if config.structured_outputs_config.backend == "guidance":
+            check = GrammarCheck(engine_client.renderer.get_tokenizer(), config.model_config.get_vocab_size())
+        never = None if config.speculative_config else state.mergekit_bio_tokenization.audio_token_id
+        prepare_requests(engine_client, dial, never=never, check=check)
 
 
 @router.post("/predict")
 async def predict(request: Request) -> Response:
     """Answer the items of a request, each with a prediction or an error of its own."""
-    try:
-        document = json.loads(await request.body())
-    except (ValueError, RecursionError):
+    document = request.scope[DOCUMENT_KEY]
+    if document is None:
         return _error(400, "the body is not JSON")
     try:
-        items = read_requests(document, max_batch=request.app.state.mergekit_bio_settings.max_batch)
+        items = read_requests(document, max_batch=request.app.state.mergekit_bio_settings.max_batch_that_fits)
     except BadRequest as error:
         return _error(error.status, str(error))
     responses = await with_cancellation(_respond_to_all)(items, request)
@@ -74,37 +89,62 @@ async def predict(request: Request) -> Response:
 @router.get("/info")
 async def info(request: Request) -> JSONResponse:
     """Say what is served, and what ``/predict`` takes."""
-    settings, model = request.app.state.mergekit_bio_settings, request.scope[MODEL_KEY]
-    manifest = settings.directory(model) / MANIFEST
+    settings: ServeSettings = request.app.state.mergekit_bio_settings
+    dial, name = request.app.state.mergekit_bio_dial, request.scope[MODEL_KEY]
     payloads = ["base64_wav"]
     payloads += ["file_path"] if settings.allowed_local_media_path else []
     payloads += ["file_url"] if settings.allowed_media_domains else []
     about = {
         "name": "mergekit-bio",
-        "model": model,
+        **(_of_checkpoint(settings) if dial is None else _of_strength(settings, dial[name])),
         "prompt_template": settings.prompt_template,
-        "model_revision": hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown",
         "audio_payload_types": payloads,
-        "max_batch_size": settings.max_batch,
+        "max_batch_size": settings.max_batch_that_fits,
         "supports_batching": True,
         "schema_versions": [SCHEMA],
         "max_num_beams": MAX_BEAMS,
+        "num_beams": settings.num_beams,
+        "max_new_tokens": settings.max_new_tokens,
+        "system_turns": settings.system_turns,
     }
     return JSONResponse(about)
 
 
+def _of_checkpoint(settings: ServeSettings) -> dict[str, str]:
+    manifest = Path(settings.directory) / MANIFEST
+    revision = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else "unknown"
+    return {"model": settings.names[0], "model_revision": revision, "weights": "the checkpoint's own"}
+
+
+def _of_strength(settings: ServeSettings, adapter: Any) -> dict[str, Any]:
+    assert settings.dial is not None
+    strength = adapter.lora_name.rpartition("@")[2]
+    return {
+        "model": adapter.lora_name,
+        "model_revision": f"{settings.dial.revision}@{strength}",
+        "alpha": float(strength),
+        "weights": settings.dial.weights,
+    }
+
+
 async def _respond_to_all(items: list[tuple[str, Item | str]], request: Request) -> list[dict[str, Any]]:
-    return await asyncio.gather(*(_respond(request.app.state, *item) for item in items))
+    dial = request.app.state.mergekit_bio_dial
+    adapter = None if dial is None else dial[request.scope[MODEL_KEY]]
+    return await asyncio.gather(*(_respond(request.app.state, adapter, *item) for item in items))
 
 
-async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, Any]:
+async def _respond(state: Any, adapter: Any, sample_id: str, item: Item | str) -> dict[str, Any]:
     """Answer one item; whatever is wrong with it stays its own."""
     if isinstance(item, str):
         return failure(sample_id, item)
     settings: ServeSettings = state.mergekit_bio_settings
     seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
     try:
-        prompt = item.prompt()
+        prompt = item.prompt(system_turns=settings.system_turns)
+        if len(prompt) > state.mergekit_bio_max_characters:
+            raise PromptError(
+                f"the prompt has {len(prompt)} characters; more than {state.mergekit_bio_max_characters} never fit"
+            )
         most = state.vllm_config.model_config.multimodal_config.get_limit_per_prompt("audio")
         if len(item.audio_inputs) > most:
             return failure(sample_id, f"at most {most} audios may be provided in one prompt")
@@ -113,7 +153,10 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
             state.mergekit_bio_tokenization,
             prompt=prompt,
             clips=[await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs],
-            decoding=item.generation_config.decoding(default_tokens=settings.max_new_tokens),
+            decoding=item.generation_config.decoding(
+                default_tokens=settings.max_new_tokens, default_beams=settings.num_beams
+            ),
+            adapter=adapter,
         )
     except (MergekitBioError, VLLMClientError) as error:
         return failure(sample_id, str(error))
@@ -122,7 +165,7 @@ async def _respond(state: Any, sample_id: str, item: Item | str) -> dict[str, An
 
 async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:
     if audio.payload_type == "base64_wav":
-        data = decode_base64(audio.data)
+        data = await asyncio.to_thread(decode_base64, audio.data, settings)
     elif audio.payload_type == "file_path":
         data = await asyncio.to_thread(read_local, audio.data, settings)
     else:

@@ -1,4 +1,4 @@
-"""What every request passes before vLLM sees it: keys, body size, and the weights that it needs."""
+"""What every request passes before vLLM sees it: its key, its body, and the model that it names."""
 
 import asyncio
 import hashlib
@@ -6,28 +6,46 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mergekit_bio.errors import EngineError, MergekitBioError
+from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.outside_data import is_text
-from mergekit_bio.serve.loaded_model import LoadedModel
 from mergekit_bio.serve.settings import ServeSettings
+
+T = TypeVar("T")
 
 #: Answered without a key: nothing here tells or does more than "the server is up".
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
 
-#: Where the chosen model stands in a request's scope.
+#: Where the model that a request is for stands in its scope; None for the default.
 MODEL_KEY = "mergekit_bio.model"
+#: Where the JSON of a body for ``/predict`` stands; None where it is none.
+DOCUMENT_KEY = "mergekit_bio.document"
 
 #: How often a waiting request looks whether the engine still runs.
 _WATCH_SECONDS = 1.0
+#: What Python says to who asks for a thread of a pool that is shut down.
+_NO_MORE_THREADS = "cannot schedule new futures after shutdown"
+#: What uvicorn waits, once the engine has stopped, for connections whose other side neither reads nor writes.
+_CLOSING_SECONDS = 3
+
+#: A body must be complete after so many seconds, and one more for so many bytes.
+_BODY_SECONDS, _BODY_BYTES_A_SECOND = 20.0, 64 << 10
+#: Bodies of so many times the largest are held at once, all requests together.
+_BODIES_HELD = 16
+#: Of a body that is not wanted so much is read, for so long, that its sender comes to read why.
+_UNWANTED_BYTES, _UNWANTED_SECONDS = 512 << 20, 20.0
+
+#: Numbers, texts, lists and so on in a body at most. A prompt of token ids has one for each.
+_MAX_VALUES = 1_000_000
+#: A larger body is read on a thread; one such at a time, for JSON is read in one go and holds up all others.
+_READ_AT_ONCE = 64 << 10
+_reader = ThreadPoolExecutor(1, "body")
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -35,137 +53,220 @@ _PER_MODEL = ("/predict", "/info", "/health")
 _WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
 
 
+class _Refused(Exception):
+    """A request that vLLM never sees, or does not answer any more."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Guard:
     """ASGI middleware, outermost; vLLM makes it (``--middleware``).
 
-    With several models, a request waits until the weights it names are loaded (see
-    :class:`mergekit_bio.serve.loaded_model.LoadedModel`). ``/NAME/predict`` and its kin choose a model by path, for
-    clients of a contract that has no field for it.
+    ``/NAME/predict`` and its kin choose a model by path, for clients of a contract that has no field for it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._settings = ServeSettings.from_environment()
-        self._loaded_from = self._settings.directory(self._settings.default_model)
-        self._loaded_model: LoadedModel | None = None
+        self._dial = self._settings.make_dial()
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
+        if scope["type"] == "lifespan":
+            scope["app"].state.server.config.timeout_graceful_shutdown = _CLOSING_SECONDS  # vLLM's uvicorn has none
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        # 1. Which model the path names, and whether the client may ask. What has no body needs no more.
         scope = self._route(scope)
-        if not _has_key(scope):
-            await _refuse(scope, receive, send, 401, "a valid API key is needed: Authorization: Bearer KEY")
-            return
-        if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
-            await self._app(scope, receive, send)
-            return
-        # 2. The whole body, within its limit, and nothing in it that would harm vLLM.
-        body = await self._body(scope, receive)
-        if body is None:
-            message = f"the request is larger than {self._settings.max_body_bytes} bytes"
-            await _refuse(scope, receive, send, 413, message)
-            return
-        # /predict answers item by item, and the model of such a path is known.
-        document, flaw = (None, None) if scope["path"] == "/predict" else _read(body)
-        if flaw is not None:
-            await _refuse(scope, receive, send, 400, f"the request holds {flaw}")
-            return
-        # 3. On to vLLM, with several models once the weights of this one are loaded.
-        replay = _replay(body, receive)
-        if len(self._settings.models) == 1:
-            await self._answer(scope, replay, send)
-            return
-        if self._loaded_model is None:
-            state = scope["app"].state
-            self._loaded_model = LoadedModel(self._settings.default_model, lambda model: self._switch(state, model))
-        try:
-            async with self._loaded_model.use(self._model(scope, document)):
-                await self._answer(scope, replay, send)
-        except MergekitBioError as error:  # of the switch: answering turns its own into answers
-            await _refuse(scope, receive, send, 503, str(error))
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and let go of it when the engine stops: it would wait for tokens for ever."""
-        engine, started = scope["app"].state.engine_client, False
+        body = _Body(receive)
+        started = False
 
         async def tell(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
-        task = asyncio.ensure_future(self._app(scope, receive, tell))
         try:
-            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
-                if not engine.is_running:
-                    break
+            await _while_running(scope["app"].state.engine_client, self._answer(scope, body, tell))
+        except _Refused as refused:
+            # A request that is half answered is left as it is: uvicorn closes its connection.
+            if not started:
+                await _refuse(scope, body, send, refused)
         finally:
-            task.cancel()  # does nothing to one that is done
-        if task.done() and (engine.is_running or task.cancelled() or task.exception() is None):
-            await task
-        elif not started:  # whatever went wrong in a request while the engine stops is the stopping
-            await _refuse(scope, receive, send, 503, "the server is stopping")
+            self._held_bytes -= body.held
+
+    async def _answer(self, scope: Scope, body: "_Body", send: Send) -> None:
+        # 1. Whether the client may ask. What has no body needs no more.
+        if not _has_key(scope):
+            raise _Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
+        if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
+            await self._app(scope, body.receive, send)
+            return
+        # 2. The whole body, within its limits, and nothing in it that would harm vLLM.
+        await self._read(scope, body)
+        if body.gone:
+            return
+        read = _parsed if scope["path"] == "/predict" else _parsed_for_vllm
+        if len(body.data) > _READ_AT_ONCE:
+            document = await asyncio.get_running_loop().run_in_executor(_reader, read, body.data)
+        else:
+            document = read(body.data)
+        # 3. A model that there is, and no audio as a client has computed it. /predict has neither, and answers for
+        # what is wrong with its items one by one.
+        if scope["path"] == "/predict":
+            scope[DOCUMENT_KEY] = document
+        elif isinstance(document, dict):
+            self._check_model(document.get("model"))
+            if document.get("features") is not None:  # with keys of vLLM's caches
+                raise _Refused(400, "features: audio is computed by this server alone; send it in content_parts")
+        await self._app(scope, body.replay, send)
 
     def _route(self, scope: Scope) -> Scope:
-        first, _, rest = scope["path"].removeprefix("/").partition("/")
-        if first in self._settings.models and f"/{rest}" in _PER_MODEL:
+        """Take the model out of a path, and the prefix that a proxy has left there."""
+        path = scope["path"]
+        root = scope.get("root_path", "").rstrip("/")
+        if root and path.startswith(f"{root}/"):
+            path = path.removeprefix(root)
+        name, _, rest = path.removeprefix("/").partition("/")
+        if f"/{rest}" in _PER_MODEL and self._knows(name):
             path = f"/{rest}"
-            return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: first}
-        return {**scope, MODEL_KEY: self._settings.default_model}
+        else:
+            name = None
+        return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: name}
 
-    def _model(self, scope: Scope, document: Any) -> str:
-        name = document.get("model") if isinstance(document, dict) and scope["path"] not in _PER_MODEL else None
-        model: str = name if isinstance(name, str) and name in self._settings.models else scope[MODEL_KEY]
-        return model
+    def _knows(self, name: str) -> bool:
+        return bool(name) and (name in self._settings.names if self._dial is None else name in self._dial)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None if it is too large."""
+    def _check_model(self, name: Any) -> None:
+        """vLLM itself refuses other names; of a strength that there is not, we know what is wrong with it."""
+        if self._dial is None or not isinstance(name, str) or name in self._dial:
+            return
+        model, at, strength = name.rpartition("@")
+        if at and model in self._settings.names:
+            raise _Refused(
+                404,
+                f"the model {name} does not exist: {strength!r} is no strength from 0 to {LARGEST // 1000} with up to "
+                f"three digits behind the point, such as {model}@0.35",
+            )
+
+    async def _read(self, scope: Scope, body: "_Body") -> None:
         limit = self._settings.max_body_bytes
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return None
-        body = bytearray()
-        with suppress(ClientDisconnect):
-            async for chunk in Request(scope, receive).stream():
-                body += chunk
-                if len(body) > limit:
-                    return None
-        return bytes(body)
-
-    async def _switch(self, state: Any, model: str) -> None:
-        from mergekit_bio.engine.sweep import difference
-
-        engine, served = state.engine_client, state.openai_serving_models
-        target = Path(self._settings.models[model])
-        change = difference(self._loaded_from, target)
-        if change.names:
+        too_large = _Refused(413, f"the request is larger than {limit} bytes")
+        if body.declared(scope) > limit:
+            raise too_large
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        while not body.complete:
+            seconds = start + _BODY_SECONDS + len(body.data) / _BODY_BYTES_A_SECOND - loop.time()
             try:
-                for loaded in await _replace(engine, target, change.names):
-                    change.check(*loaded)
-            except EngineError:
-                for _, failure in await _replace(engine, self._loaded_from, change.names):  # back to what was sound
-                    if failure is not None:
-                        raise EngineError(f"{failure}; the server holds a mix of two checkpoints: restart it") from None
-                raise
-        self._loaded_from = target
-        # A prefix computed with other weights would be silently wrong.
-        await engine.reset_mm_cache()
-        await engine.reset_encoder_cache()
-        if not await engine.reset_prefix_cache():
-            raise EngineError(f"vLLM did not empty its prefix cache, so {model} cannot be served")
-        # vLLM's answers say that they are from the first of its served names.
-        served.base_model_paths = sorted(served.base_model_paths, key=lambda path: bool(path.name != model))
+                async with asyncio.timeout(seconds):
+                    chunk = await body.chunk()
+            except TimeoutError:
+                raise _Refused(408, "the request's body did not arrive in time") from None
+            if len(body.data) + len(chunk) > limit:
+                raise too_large
+            if self._held_bytes + len(chunk) > _BODIES_HELD * limit:
+                raise _Refused(503, "the server holds as many requests as it can; try again later")
+            body.data += chunk
+            body.held += len(chunk)
+            self._held_bytes += len(chunk)
 
 
-async def _replace(engine: Any, checkpoint: Path, names: Sequence[str]) -> Any:
-    """Load these tensors of a checkpoint; returns what each worker then holds, and what went wrong."""
-    return await engine.collective_rpc("reload_tensors", args=(str(checkpoint), list(names)))
+class _Body:
+    """A request's body as it comes in.
+
+    Attributes:
+        data: What was kept of it, until vLLM has it.
+        held: Its bytes, as long as the request runs.
+        complete: Whether nothing more comes.
+        gone: Whether the client has left before it was complete.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive = receive
+        self.data, self.held = bytearray(), 0
+        self.complete = self.gone = False
+        self._replayed = False
+
+    @staticmethod
+    def declared(scope: Scope) -> int:
+        """The length that the client has announced; 0 where it has not."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        return int(length) if length.isdigit() else 0
+
+    async def chunk(self) -> bytes:
+        """What comes next."""
+        message = await self.receive()
+        self.gone = message["type"] == "http.disconnect"
+        self.complete = self.gone or not message.get("more_body", False)
+        data: bytes = message.get("body", b"")
+        return data
+
+    async def replay(self) -> Message:
+        """The whole body for vLLM, and afterwards whether the client leaves."""
+        if self._replayed:
+            return await self.receive()
+        self._replayed = True
+        data, self.data = bytes(self.data), bytearray()
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    async def drop(self, scope: Scope) -> None:
+        """Read on for a while without keeping anything: a client that still sends does not read an answer."""
+        if dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue":
+            return  # it waits for leave to send
+        dropped = 0
+        try:
+            async with asyncio.timeout(_UNWANTED_SECONDS):
+                while not self.complete and dropped < _UNWANTED_BYTES:
+                    dropped += len(await self.chunk())
+        except TimeoutError:
+            pass
 
 
-def _read(body: bytes) -> tuple[Any, str | None]:
-    """A body's JSON, and what in it vLLM can neither tokenize, nor hand to its other processes, nor send back."""
+async def _while_running(engine: Any, work: Coroutine[Any, Any, None]) -> None:
+    """Do something, and let go of it when the engine stops: it would wait for tokens, or for a body, for ever.
+
+    Raises:
+        _Refused: The engine has stopped; or whatever ``work`` raises while it runs.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+            if not engine.is_running:
+                break
+    finally:
+        task.cancel()  # does nothing to one that is done
+    failure = task.exception() if task.done() and not task.cancelled() else None
+    # Whatever goes wrong in a request while the engine stops is the stopping. vLLM's threads go first.
+    stopping = not engine.is_running or _NO_MORE_THREADS in str(failure)
+    if not task.done() or (failure is not None and stopping):
+        raise _Refused(503, "the server is stopping")
+    await task
+
+
+def _parsed(body: bytes | bytearray, parse_int: Callable[[str], int] = int) -> Any:
+    """A body's JSON; None where it is none.
+
+    Raises:
+        _Refused: It holds too many values.
+    """
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
+        raise _Refused(413, f"the request holds more than {_MAX_VALUES:,} values")
+    try:
+        return json.loads(body, parse_int=parse_int)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parsed_for_vllm(body: bytes | bytearray) -> Any:
+    """The same; of what is no JSON vLLM will say so.
+
+    Raises:
+        _Refused: It holds what vLLM can neither tokenize, nor hand to its other processes, nor send back.
+    """
     longest = 0
 
     def integer(digits: str) -> int:
@@ -174,15 +275,12 @@ def _read(body: bytes) -> tuple[Any, str | None]:
         longest = max(longest, value.bit_length() + 1)
         return value
 
-    try:
-        document = json.loads(body, parse_int=integer)
-    except (ValueError, RecursionError):
-        return None, None  # no JSON: vLLM will say so
+    document = _parsed(body, integer)
     if longest > 64:
-        return document, "an integer of more than 64 bits"
+        raise _Refused(400, "the request holds an integer of more than 64 bits")
     if _SURROGATE.search(body) and not is_text(json.dumps(document, ensure_ascii=False)):
-        return document, "half of a surrogate pair, which is no text"
-    return document, None
+        raise _Refused(400, "the request holds half of a surrogate pair, which is no text")
+    return document
 
 
 def _has_key(scope: Scope) -> bool:
@@ -196,18 +294,13 @@ def _has_key(scope: Scope) -> bool:
     return scheme.lower() == b"bearer" and any(matches)
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
+async def _refuse(scope: Scope, body: _Body, send: Send, refused: _Refused) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
-    await JSONResponse({"error": error}, status, headers={"connection": "close"})(scope, receive, send)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+    if refused.status < 500 and refused.status != 408:
+        await body.drop(scope)
+    if body.gone:
+        return
+    error = {"message": str(refused), "type": "invalid_request_error", "param": None, "code": refused.status}
+    await JSONResponse({"error": error}, refused.status, headers={"connection": "close"})(scope, body.receive, send)

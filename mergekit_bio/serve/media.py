@@ -24,6 +24,11 @@ from mergekit_bio.serve.settings import ServeSettings
 #: What is decoded beyond a clip's end: further than the resampler reaches at any rate.
 _MARGIN_SECONDS = 1.0
 
+#: What libsndfile says of a length that it does not know is more.
+_KNOWN_FRAMES = 1 << 62
+#: The size that a WAV states where it does not know it.
+_NO_SIZE = b"\xff\xff\xff\xff"
+
 #: All of the IPv6 internet (RFC 4291, section 2.4), and IPv4 as seen from it (RFC 6052).
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -61,23 +66,79 @@ def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:
     if len(data) > settings.max_audio_bytes:
         raise AudioError(f"the audio file is larger than {settings.max_audio_bytes} bytes")
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(io.BytesIO(_with_length(data))) as file:
             check_rate(file.samplerate)
             check_channels(file.channels)
+            heard = math.ceil((CLIP_SECONDS + _MARGIN_SECONDS) * file.samplerate)
+            if file.frames > _KNOWN_FRAMES:
+                return _decode_flac(data, heard), file.samplerate
             if file.frames > settings.max_audio_seconds * file.samplerate:
                 raise AudioError(
                     f"the audio is {file.frames / file.samplerate:.0f} s long; at most {settings.max_audio_seconds:g} s"
                 )
-            heard = math.ceil((CLIP_SECONDS + _MARGIN_SECONDS) * file.samplerate)
             return file.read(min(heard, max(file.frames, 0)), dtype="float64", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:
         raise AudioError("the data cannot be decoded as audio") from error
 
 
-def decode_base64(data: str) -> bytes:
-    """Decode base64, strictly; raise AudioError for what is none."""
+def _with_length(data: bytes) -> bytes:
+    """A WAV that was written to a pipe says that it has no samples; it is made to say that it goes on to its end."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return data
+    place = 12
+    while place + 8 < len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        if data[place : place + 4] == b"data":
+            # A chunk behind it would mean that there are no samples indeed.
+            following = int.from_bytes(data[place + 12 : place + 16], "little")
+            if size == 0 and place + 16 + following > len(data):
+                return b"".join((data[:4], _NO_SIZE, data[8 : place + 4], _NO_SIZE, data[place + 8 :]))
+            return data
+        place += 8 + size + size % 2
+    return data
+
+
+def _decode_flac(data: bytes, heard: int) -> Any:
+    """The first frames of a FLAC whose header does not say how many there are, which libsndfile only streams.
+
+    Returns:
+        float64 ``[samples, channels]``.
+    """
+    import av
+    import numpy as np
+
+    blocks: list[Any] = []
     try:
-        return binascii.a2b_base64(data.encode("ascii"), strict_mode=True)
+        # The format is named, so that FFmpeg does not guess one that refers to other files.
+        with av.open(io.BytesIO(data), mode="r", format="flac") as container:
+            for frame in container.decode(audio=0):
+                values = frame.to_ndarray()
+                channels = frame.layout.nb_channels
+                block = values.T if frame.format.is_planar else values.reshape(-1, channels)
+                blocks.append(block / -float(np.iinfo(values.dtype).min))
+                if sum(map(len, blocks)) >= heard:
+                    break
+    except av.error.FFmpegError as error:
+        raise AudioError("the data cannot be decoded as audio") from error
+    if not blocks:
+        raise AudioError("the data holds no audio")
+    return np.concatenate(blocks)[:heard]
+
+
+def decode_base64(data: str, settings: ServeSettings) -> bytes:
+    """Decode base64, strictly but for line breaks; a ``data:`` URL's is what follows its comma.
+
+    Raises:
+        AudioError: It is no base64, or of a file that is too large.
+    """
+    if data[:5].lower() == "data:":
+        head, _, data = data.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise AudioError("a data URL must hold base64")
+    if len(data) > 2 * settings.max_audio_bytes:  # no line is that short
+        raise AudioError(f"the audio file is larger than {settings.max_audio_bytes} bytes")
+    try:
+        return binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
     except (ValueError, UnicodeEncodeError) as error:
         raise AudioError("the data is not base64") from error
 

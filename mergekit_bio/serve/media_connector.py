@@ -28,7 +28,7 @@ class GuardedConnector(MediaConnector):
         settings = ServeSettings.from_environment()
         try:
             if url[:5].lower() == "data:":
-                data, seconds = _decode_data_url(url)
+                data, seconds = await asyncio.to_thread(_decode_data_url, url, settings)
             else:
                 data, seconds = await _read(url, settings), CLIP_SECONDS
             return await read_clip(data, settings, seconds=seconds)
@@ -36,9 +36,11 @@ class GuardedConnector(MediaConnector):
             raise VLLMValidationError(str(error), parameter="audio_url") from error
 
 
-def _decode_data_url(url: str) -> tuple[bytes, float]:
+def _decode_data_url(url: str, settings: ServeSettings) -> tuple[bytes, float]:
     """The audio file that a ``data:`` URL holds, and the length of the clip that it stands for."""
     head, comma, data = url[5:].partition(",")
+    if data[:5].lower() == "data:":  # one inside another: what vLLM makes of a data URL in input_audio.data
+        return _decode_data_url(data, settings)
     if not comma or not head.lower().endswith(";base64"):
         raise AudioError("a data URL must hold base64")
     seconds = CLIP_SECONDS
@@ -49,7 +51,7 @@ def _decode_data_url(url: str) -> tuple[bytes, float]:
                 seconds = float(value)
             except ValueError:
                 raise AudioError(f"seconds={value[:20]!r} of the data URL is no number of seconds") from None
-    return decode_base64(data), seconds
+    return decode_base64(data, settings), seconds
 
 
 async def _read(url: str, settings: ServeSettings) -> bytes:

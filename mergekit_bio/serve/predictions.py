@@ -67,16 +67,23 @@ class GenerationConfig(_Tolerant):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     max_length_seconds: Annotated[float, Field(strict=True, ge=MIN_SECONDS, le=CLIP_SECONDS)] | None = None
 
-    def decoding(self, *, default_tokens: int) -> Decoding:
-        """As an engine's settings."""
+    def decoding(self, *, default_tokens: int, default_beams: int) -> Decoding:
+        """As an engine's settings.
+
+        Args:
+            default_tokens: Where the request does not say how many at most.
+            default_beams: Where it does not say how many and does not sample.
+        """
         temperature = 1.0 if self.temperature is None else self.temperature
         sample = self.do_sample
         if sample is None:
             sample = self.temperature is not None and self.num_beams in (None, 1)
-        same = {"num_beams", "length_penalty", "early_stopping", "top_p", "top_k", "seed"}
+        samples = sample and temperature > 0
+        same = {"length_penalty", "early_stopping", "top_p", "top_k", "seed"}
         return Decoding(
             max_new_tokens=self.max_new_tokens or self.max_tokens or default_tokens,
-            temperature=temperature if sample else 0.0,
+            num_beams=self.num_beams or (1 if samples else default_beams),
+            temperature=temperature if samples else 0.0,
             **self.model_dump(include=same, exclude_none=True),
         )
 
@@ -89,25 +96,29 @@ class Item(_Tolerant):
     audio_inputs: list[AudioInput] = []
     generation_config: GenerationConfig = GenerationConfig()
 
-    def prompt(self) -> str:
+    def prompt(self, *, system_turns: Literal["drop", "keep"]) -> str:
         """The complete prompt, with a slot for every audio.
 
-        Audios without any slot stand before the first words of the user's.
+        Audios without any slot stand before the first words of the user's. NatureLM-audio was trained without system
+        turns, and its launchers in beans-next drop them.
 
         Raises:
             PromptError: The slots are not as many as the audios.
         """
-        contents = [message.content.strip() for message in self.messages]
+        messages = [message for message in self.messages if message.role != "system" or system_turns == "keep"]
+        contents = [message.content.strip() for message in messages]
         audios = len(self.audio_inputs)
         if audios and not any(AUDIO_SLOT in content for content in contents):
-            first = next((n for n, message in enumerate(self.messages) if message.role == "user"), 0)
+            first = next((n for n, message in enumerate(messages) if message.role == "user"), 0)
+            if not messages:
+                raise PromptError("the messages are empty")
             contents[first] = AUDIO_LEAD * audios + contents[first]
         check_audio_count(slots=sum(content.count(AUDIO_SLOT) for content in contents), audios=audios)
         if not any(contents):
             raise PromptError("the messages are empty")
         turns = "".join(
             f"<|start_header_id|>{message.role}<|end_header_id|>\n\n{content}<|eot_id|>"
-            for message, content in zip(self.messages, contents, strict=True)
+            for message, content in zip(messages, contents, strict=True)
         )
         return f"{turns}<|start_header_id|>assistant<|end_header_id|>\n\n"
 

@@ -1,14 +1,40 @@
 """What the server's parts need to know, handed to every process of vLLM's through the environment."""
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from mergekit_bio.engine.vllm.dial import Dial
 
 VARIABLE = "MERGEKIT_BIO_SERVE"
 #: What vLLM knows this package's routes and its way to audio by (``pyproject.toml``).
 PLUGIN = "mergekit_bio"
+
+#: 10 s at 48 kHz of 16 bits in base64, and a little for the rest of an item.
+_BYTES_OF_A_CLIP = 10 * 48_000 * 2 * 4 / 3 + 10_000
+
+
+@dataclass(frozen=True)
+class DialSettings:
+    """A dial: its arguments, and what ``/info`` says of it.
+
+    Attributes:
+        folder: With a folder for every strength.
+        default: The strength, in thousandths, of a name without one.
+        aliases: More names -> the strength that each stands for, in thousandths.
+        revision: The same for the same weights of base and adapter.
+        weights: What is served, in words.
+    """
+
+    folder: str
+    default: int
+    aliases: Mapping[str, int]
+    revision: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -16,11 +42,15 @@ class ServeSettings:
     """Everything beyond vLLM's own flags.
 
     Attributes:
-        models: Model name -> directory, the first being the one that is loaded at the start.
+        directory: The checkpoint that vLLM loads.
+        names: What the model is called.
+        dial: How every strength is served; None for one merged checkpoint.
         max_body_bytes: Larger requests are refused before they are read.
-        max_batch: Items in one ``/predict`` request.
+        max_batch: Items in one ``/predict`` request, if their recordings fit into one.
         max_audio_seconds: Longer recordings are refused before they are decoded.
+        num_beams: Of ``/predict`` where a request neither says it nor samples.
         max_new_tokens: What ``/predict`` generates where the request does not say.
+        system_turns: Whether ``/predict`` keeps them.
         prompt_template: What the chat template makes of one user's turn, with ``{}`` for it; None where a user gave a
             chat template of their own.
         fetch_seconds: Time for one ``file_url``.
@@ -28,32 +58,41 @@ class ServeSettings:
         allowed_media_domains: The only hosts that files are fetched from.
     """
 
-    models: Mapping[str, str]
+    directory: str = ""
+    names: tuple[str, ...] = ()
+    dial: DialSettings | None = None
     max_body_bytes: int = 64 << 20
-    max_batch: int = 64
+    max_batch: int = 8
     max_audio_seconds: float = 600.0
     max_audio_bytes: int = 25 << 20
-    max_new_tokens: int = 100
+    num_beams: int = 2
+    max_new_tokens: int = 300
+    system_turns: Literal["drop", "keep"] = "drop"
     prompt_template: str | None = None
     fetch_seconds: float = 20.0
     allowed_local_media_path: str | None = None
     allowed_media_domains: tuple[str, ...] = ()
 
     @property
-    def default_model(self) -> str:
-        """The model for requests that name none."""
-        return next(iter(self.models))
+    def max_batch_that_fits(self) -> int:
+        """``max_batch``, or as many clips of 10 s at 48 kHz as a request holds."""
+        return max(1, min(self.max_batch, int(self.max_body_bytes / _BYTES_OF_A_CLIP)))
 
-    def directory(self, model: str) -> Path:
-        """Where a model lies."""
-        return Path(self.models[model])
+    def make_dial(self) -> Dial | None:
+        """The dial that is served, if one is."""
+        if self.dial is None:
+            return None
+        folder = Path(self.dial.folder)
+        return Dial(self.names, folder, default=self.dial.default, aliases=self.dial.aliases)
 
     def to_environment(self) -> dict[str, str]:
         """As environment variables for vLLM's processes."""
-        return {VARIABLE: json.dumps(asdict(self) | {"models": dict(self.models)})}
+        return {VARIABLE: _SETTINGS.dump_json(self).decode()}
 
     @classmethod
     def from_environment(cls) -> "ServeSettings":
         """What :meth:`to_environment` wrote."""
-        values = json.loads(os.environ[VARIABLE])
-        return cls(**values | {"allowed_media_domains": tuple(values["allowed_media_domains"])})
+        return _SETTINGS.validate_json(os.environ[VARIABLE])
+
+
+_SETTINGS = TypeAdapter(ServeSettings)

@@ -161,8 +161,10 @@ def test_a_server_serves_as_it_stands(command: Block, here: Path, monkeypatch: p
             except httpx.ConnectError:
                 time.sleep(0.5)
         wanted = [Path(word).name for word in words[2:] if (here / word).is_dir()]
+        if not wanted:
+            wanted = ["NatureLM-audio", *(f"NatureLM-audio@{n / 10:g}" for n in range(11))]
         assert [model["id"] for model in models] == wanted
-        question = {"model": wanted[0], "max_tokens": 4, "messages": [{"role": "user", "content": "What is it?"}]}
+        question = {"model": wanted[-1], "max_tokens": 4, "messages": [{"role": "user", "content": "What is it?"}]}
         client.post("/v1/chat/completions", json=question, timeout=60).raise_for_status()
     assert process.returncode == 0
 

@@ -29,12 +29,12 @@ class AsyncClient:
         self.model_config, self._fail_at, self.asked = self._llm.model_config, fail_at, 0
         self._queues, self._stepping = {}, None
 
-    async def generate(self, request, params, request_id):
+    async def generate(self, request, params, request_id, *, lora_request=None):
         self.asked += 1
         if self.asked == self._fail_at:
             raise EngineError("one request failed")
         queue = self._queues[request_id] = asyncio.Queue()
-        self._llm.add_request(request_id, self._rendered(request), params)
+        self._llm.add_request(request_id, self._rendered(request), params, lora_request=lora_request)
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._step())
         try:
@@ -53,7 +53,7 @@ class AsyncClient:
             await asyncio.sleep(0)
 
 
-def ask_online(engine, prompts, decoding, *, client=None):
+def ask_online(engine, prompts, decoding, *, client=None, adapters=None):
     client = client or AsyncClient(engine)
 
     async def ask_all():
@@ -64,8 +64,9 @@ def ask_online(engine, prompts, decoding, *, client=None):
                 prompt=engine.render(prompt),
                 clips=list(prompt.audios),
                 decoding=decoding,
+                adapter=adapter,
             )
-            for prompt in prompts
+            for prompt, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True)
         ]
         return await asyncio.gather(*asked, return_exceptions=True)
 

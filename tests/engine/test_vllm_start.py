@@ -92,6 +92,22 @@ def test_an_engine_that_does_not_come_up_is_an_error_and_a_bug_is_a_traceback(tm
         raise RuntimeError("a bug")
 
 
+@pytest.mark.long
+def test_an_engine_that_does_not_come_up_names_its_cause(tiny_sweep):
+    """Its own process has it; what it says is in the one line of the process that a user has started."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    script = f"""
+from mergekit_bio.engine.vllm.offline import VllmEngine
+VllmEngine({str(tiny_sweep[0.5])!r}, enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 50)
+"""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "vLLM cannot start: its engine did not come up: Available memory on node" in said, done.stderr[-3000:]
+    assert "less than requested memory for kv" in said
+
+
 def test_a_script_without_a_main_guard_is_told_so(tiny_sweep, tmp_path):
     """On a GPU vLLM spawns its engine's process, which imports the script again."""
     script = tmp_path / "script.py"

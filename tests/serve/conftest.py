@@ -1,4 +1,4 @@
-"""One real server with two models, for all tests of this folder."""
+"""One real server with every strength of an adapter, for all tests of this folder."""
 
 import os
 import signal
@@ -19,7 +19,11 @@ from tiny_naturelm import make_base, make_naturelm
 import mergekit_bio
 from mergekit_bio.engine.transformers import TransformersEngine
 
-ALPHAS = (0.5, 1.0)
+#: Of the merges; the server is named two of them, and told to turn the dial of what they were merged from.
+ALPHAS = tuple(n / 10 for n in range(11))
+NAMED = ("alpha-0.50", "alpha-1.00")
+#: Fewer slots than strengths, so that strengths wait for each other, and adapters are read again.
+SLOTS = ["--max-loras", "4", "--max-cpu-loras", "6"]
 
 
 @dataclass
@@ -52,7 +56,7 @@ def sweep(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def engines(sweep) -> dict[str, TransformersEngine]:
-    """What each served model should answer."""
+    """What each strength should answer: its merge in float32."""
     return {name: TransformersEngine(path, device="cpu") for name, path in sweep.items()}
 
 
@@ -69,11 +73,10 @@ def server(sweep, tmp_path_factory):
         "--allowed-media-domains",
         "localhost",
         "--max-body-mb",
-        "8",
-        "--max-batch",
-        "8",
+        "11",
         "--max-audio-seconds",
         "60",
+        *SLOTS,
     ]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -88,7 +91,8 @@ def server(sweep, tmp_path_factory):
             "-c",
             "from mergekit_bio.cli.app import main; main()",
             "serve",
-            *map(str, sweep.values()),
+            *(str(sweep[name]) for name in NAMED),
+            "--dial",
             *flags,
         ]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

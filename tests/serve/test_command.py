@@ -1,57 +1,192 @@
-"""Which checkpoints can be served together, and what vLLM is told unless flags say otherwise."""
+"""What can be served, and what vLLM is told unless flags say otherwise."""
 
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import mergekit_bio
+from mergekit_bio.adapter.interface import Base
+from mergekit_bio.adapter.load import load_adapter
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
-from mergekit_bio.errors import CheckpointError, EngineError
-from mergekit_bio.serve.command import find_models, parse_flags, prompt_template
+from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.engine.vllm.dial import SlotAdapter
+from mergekit_bio.errors import AdapterError, EngineError, MergekitBioError
+from mergekit_bio.serve.command import parse_flags, prompt_template
+from mergekit_bio.serve.dial import DialRequest, prepared_dial, request_of_merges, slot_adapter
 
 
-def test_checkpoints_are_named_after_their_directories(sweep):
-    assert find_models(sweep.values()) == {name: path.resolve() for name, path in sweep.items()}
+@pytest.fixture(scope="module")
+def sources(sweep) -> tuple[Path, Path]:
+    """Base and adapter of the sweep."""
+    folder = next(iter(sweep.values())).parents[1]
+    return folder / "base", folder / "naturelm"
 
 
-def test_what_cannot_be_served_is_said_before_anything_starts(sweep, tmp_path):
-    first, second = sweep.values()
-    base = first.parents[1] / "base"
-    with pytest.raises(CheckpointError, match="model_type 'llama', which cannot hear"):
-        find_models([base])
-    with pytest.raises(EngineError, match=f"two checkpoints are called {first.name}"):
-        find_models([first, first])
-    copy = tmp_path / "other"
-    shutil.copytree(second, copy)
-    manifest = json.loads((copy / "merge.json").read_text())
-    manifest["tensors"][min(manifest["tensors"])]["sha256"] = "0" * 64
-    (copy / "merge.json").write_text(json.dumps(manifest))
-    with pytest.raises(EngineError, match=r"is not what merge\.json records"):
-        find_models([first, copy])
+def as_peft(sources, folder: Path, **config) -> Path:
+    """The sweep's LoRA as PEFT stores one; it has no ears."""
+    stored = load_file(sources[1] / "model.safetensors")
+    tensors = {
+        name.removeprefix("llama_model.").replace(".default.", "."): tensor
+        for name, tensor in stored.items()
+        if ".lora_" in name
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(lora | config))
+    return folder
 
 
-def test_flags_are_vllms_and_win_over_private_defaults(sweep):
+def changed_naturelm(sources, folder: Path, **tensors: torch.Tensor) -> Path:
+    shutil.copytree(sources[1], folder)
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_dials_model_is_the_merge_at_alpha_0_without_a_copy_of_the_base(sources, tmp_path):
+    base, adapter = sources
+    (merged,) = mergekit_bio.merge(base=base, adapter=adapter, alphas=0.0, out=tmp_path / "merged")
+    with prepared_dial(DialRequest(base, adapter)) as dial:
+        ours, theirs = Checkpoint.open(tmp_path / "merged"), {}
+        for file in sorted(dial.model.glob("*.safetensors")):
+            theirs |= load_file(file)
+        assert theirs.keys() == ours.tensors.keys()
+        assert all(torch.equal(ours.read(name), tensor) for name, tensor in theirs.items())
+        linked = [file.resolve() for file in dial.model.iterdir() if file.is_symlink()]
+        assert linked == [(base / "model.safetensors").resolve()]
+        for name in ("config.json", "processor_config.json", "tokenizer.json", "generation_config.json"):
+            assert (dial.model / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+        strengths = [folder.name for folder in dial.adapters.iterdir()]
+        assert len(strengths) == 2001 and {"0", "0.001", "0.35", "2"} <= set(strengths)
+    assert merged.unchanged and not dial.model.exists() and not dial.adapters.exists()
+    assert (base / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("alpha", ["2.5", "0.1234", "q_proj=0.3", "0:1:0.1", "half", ""])
+def test_a_strength_that_the_dial_has_not_is_refused(sources, alpha):
+    request = DialRequest(*sources, alpha=alpha)
+    said = r"a dial has strengths from 0 to 2 .* such as 0\.35"
+    with pytest.raises(MergekitBioError, match=said), prepared_dial(request):
+        pass
+
+
+def test_what_slots_cannot_hold_is_refused_by_name_with_the_way_out(sources, tmp_path):
+    base, adapter = sources
+
+    def refusal(source, **more) -> str:
+        with pytest.raises(AdapterError) as refused, prepared_dial(DialRequest(base, source, **more)):
+            pass
+        return str(refused.value)
+
+    # 1. Of NatureLM-audio's own files, another base than the one that is given.
+    embedding = load_file(adapter / "model.safetensors")["llama_embed_tokens.weight"] + 1
+    said = refusal(changed_naturelm(sources, tmp_path / "override", **{"llama_embed_tokens.weight": embedding}))
+    assert "differs from the base's at every strength" in said and "--alpha 0.5 --base-from-adapter" in said
+    # 2. Of PEFT's kinds: with ears they would be refused for this, and without for having none.
+    plain = as_peft(sources, tmp_path / "plain")
+    assert "brings no audio tower" in refusal(plain)
+    assert "leave out what follows the '='" in refusal(f"{adapter}=0.3")
+    # 3. Everything that is no LoRA of a linear layer.
+    assert slots_of(plain, base).slot_rank == 8
+    halves = load_file(plain / "adapter_model.safetensors")
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(half))
+        for name, half in halves.items()
+        if "lora_B" in name
+    }
+    norm = {"base_model.model.model.layers.0.input_layernorm.weight": torch.ones(64)}
+    kinds = [
+        ("dora", {"use_dora": True}, magnitudes, "is changed by DoRA"),
+        ("saved", {"modules_to_save": ["input_layernorm"]}, norm, "is changed by a whole tensor"),
+    ]
+    for name, config, tensors, problem in kinds:
+        folder = as_peft(sources, tmp_path / name, **config)
+        save_file(halves | tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(
+            AdapterError, match=f"{problem}, which no LoRA slot holds exactly; merge it at one strength"
+        ):
+            slots_of(folder, base)
+
+
+def slots_of(folder: Path, base: Path) -> SlotAdapter:
+    """What slots need to know of an adapter, ears or not."""
+    source = resolve(base)
+    return slot_adapter(load_adapter(resolve(folder), Base(source, Checkpoint.open(source.path))))
+
+
+def test_merges_of_one_sweep_name_the_dial_that_they_stand_for(sweep, sources, tmp_path):
+    half, whole = sweep["alpha-0.50"], sweep["alpha-1.00"]
+    request = request_of_merges([whole, half])
+    assert (Path(request.base), Path(request.adapter)) == sources
+    assert (request.alpha, request.aliases) == ("1", {"alpha-1.00": 1000, "alpha-0.50": 500})
+    with pytest.raises(EngineError, match=r"two checkpoints are called alpha-0\.50"):
+        request_of_merges([half, half])
+    # What they were merged from must be what it was.
+    changed = DialRequest(*sources, fingerprints=("0", *request.fingerprints[1:]))
+    with pytest.raises(EngineError, match="has changed since the checkpoints were merged"), prepared_dial(changed):
+        pass
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    document = json.loads((other / "merge.json").read_text())
+    (adapter,) = document["adapters"]
+    strengths = {"default": 0.12345, "modules": {}}, {"default": 1.0, "modules": {"q_proj": 0.3}}
+    for change, message in [
+        ({"base": document["base"] | {"fingerprint": "0"}}, "was not merged from the same base and adapter"),
+        *(({"adapters": [adapter | {"alpha": alpha}]}, "is none of a dial's") for alpha in strengths),
+    ]:
+        (other / "merge.json").unlink()
+        (other / "merge.json").write_text(json.dumps(document | change))
+        with pytest.raises(EngineError, match=message):
+            request_of_merges([half, other])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{half}", "{whole}"], "a server has one merged checkpoint"),
+        (["{half}", "--alpha", "0.4"], "has its own alpha"),
+        (["{half}", "--base", "x"], "is a checkpoint"),
+        (["--dial"], "name some before the flags"),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(sweep, command_line, arguments, said):
+    named = {"half": sweep["alpha-0.50"], "whole": sweep["alpha-1.00"]}
+    code, _, err = command_line("serve", *(argument.format(**named) for argument in arguments))
+    assert code == 2 and said in " ".join(err.replace("│", "").split())
+
+
+def test_flags_are_vllms_and_win_over_private_defaults(sweep, sources):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    models = find_models(sweep.values())
-    args = parse_flags(models, [])
+    half = sweep["alpha-0.50"]
+    args = parse_flags(half, ["half"], [])
     assert (args.host, args.allowed_origins, args.allowed_local_media_path) == ("127.0.0.1", [], "")
-    assert args.served_model_name == list(models)
+    assert args.served_model_name == ["half"] and not args.enable_lora
     given = ["--host", "0.0.0.0", "--api-key", "k", "--tensor-parallel-size", "2", "--data-parallel-size", "2"]
-    args = parse_flags(models, [*given, "--distributed-executor-backend", "ray"])
+    args = parse_flags(half, ["half"], [*given, "--distributed-executor-backend", "ray"])
     assert (args.host, args.api_key, args.distributed_executor_backend) == ("0.0.0.0", ["k"], "ray")
     assert (args.tensor_parallel_size, args.data_parallel_size) == (2, 2)
     assert prompt_template(args) == LLAMA3_TEMPLATE
-    assert prompt_template(parse_flags(models, ["--chat-template", "{{ messages }}"])) is None
-    with pytest.raises(EngineError, match="--served-model-name"):
-        parse_flags(models, ["--served-model-name", "frog"])
+    assert prompt_template(parse_flags(half, ["half"], ["--chat-template", "{{ messages }}"])) is None
+    with prepared_dial(DialRequest(*sources)) as dial:
+        args = parse_flags(dial.model, ["naturelm"], ["--max-loras", "3"], dial)
+        assert (args.enable_lora, args.max_lora_rank, args.max_loras, args.max_cpu_loras) == (True, 8, 3, 32)
+        assert args.lora_target_modules == ["o_proj", "qkv_proj"]
+        with pytest.raises(EngineError, match="--lora-modules cannot be set"):
+            parse_flags(dial.model, ["naturelm"], ["--lora-modules", "a=/b"], dial)
 
 
 def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, monkeypatch):
     """Before any process of vLLM's is started."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setattr("os.environ", os.environ.copy())
-    (model, *_) = sweep.values()
+    model = sweep["alpha-0.50"]
     code, out, err = command_line("serve", model, "--gpu-memory-utilization", "7")
     line = f"error: {model}: vLLM cannot start: gpu_memory_utilization: Input should be less than or equal to 1"
     assert code == 1 and err.splitlines()[-1] == line

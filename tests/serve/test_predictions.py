@@ -2,33 +2,37 @@
 
 import pytest
 
+from mergekit_bio.errors import PromptError
 from mergekit_bio.serve.predictions import BadRequest, GenerationConfig, Item, read_requests
 
 HALF = "\ud800"
 
 
 def decoding(**config):
-    return GenerationConfig(**config).decoding(default_tokens=100)
+    return GenerationConfig(**config).decoding(default_tokens=100, default_beams=2)
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "temperature"),
+    ("config", "tokens", "temperature", "beams"),
     [
-        ({}, 100, 0.0),
-        ({"max_tokens": 256, "temperature": 0.0, "max_length_seconds": None}, 256, 0.0),
-        ({"max_tokens": 256, "temperature": 0.7}, 256, 0.7),
-        ({"max_tokens": 256, "max_new_tokens": 3}, 3, 0.0),
-        ({"temperature": 0.7, "do_sample": False}, 100, 0.0),
-        ({"do_sample": True}, 100, 1.0),
-        ({"do_sample": True, "temperature": 0.3}, 100, 0.3),
-        ({"temperature": 1.0, "num_beams": 2}, 100, 0.0),
-        (dict.fromkeys(GenerationConfig.model_fields), 100, 0.0),
+        ({}, 100, 0.0, 2),
+        ({"max_tokens": 256, "temperature": 0.0, "max_length_seconds": None}, 256, 0.0, 2),
+        ({"max_tokens": 256, "temperature": 0.7}, 256, 0.7, 1),
+        ({"max_tokens": 256, "max_new_tokens": 3}, 3, 0.0, 2),
+        ({"temperature": 0.7, "do_sample": False}, 100, 0.0, 2),
+        ({"do_sample": True}, 100, 1.0, 1),
+        ({"do_sample": True, "temperature": 0.0}, 100, 0.0, 2),
+        ({"do_sample": True, "temperature": 0.3}, 100, 0.3, 1),
+        ({"temperature": 1.0, "num_beams": 3}, 100, 0.0, 3),
+        ({"num_beams": 1}, 100, 0.0, 1),
+        (dict.fromkeys(GenerationConfig.model_fields), 100, 0.0, 2),
     ],
     ids=str,
 )
-def test_settings_go_by_both_names_and_null_is_unset(config, tokens, temperature):
+def test_settings_go_by_both_names_and_what_is_not_said_is_the_servers(config, tokens, temperature, beams):
+    """Two beams are its default, and a temperature above 0 asks for one that is sampled."""
     settings = decoding(**config)
-    assert (settings.max_new_tokens, settings.temperature) == (tokens, temperature)
+    assert (settings.max_new_tokens, settings.temperature, settings.num_beams) == (tokens, temperature, beams)
 
 
 def test_transformers_settings_reach_the_decoding():
@@ -67,4 +71,16 @@ def test_audios_without_a_slot_stand_before_the_users_words():
     messages = [{"role": "system", "content": "You listen."}, {"role": "user", "content": "What?"}]
     ((_, one),) = read({"sample_id": "a", "messages": messages, "audio_inputs": [wav, wav]})
     user = "<Audio><AudioHere></Audio> <Audio><AudioHere></Audio> What?"
-    assert f"user<|end_header_id|>\n\n{user}<|eot_id|>" in one.prompt()
+    assert f"user<|end_header_id|>\n\n{user}<|eot_id|>" in one.prompt(system_turns="keep")
+
+
+def test_system_turns_are_kept_or_dropped():
+    """And the last user turn is not all that is kept: beans-next's prompts are one turn, others' may be several."""
+    messages = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant", "user")]
+    ((_, one),) = read({"sample_id": "a", "messages": messages})
+    kept, dropped = (one.prompt(system_turns=choice) for choice in ("keep", "drop"))
+    assert kept.startswith("<|start_header_id|>system<|end_header_id|>\n\nsystem?<|eot_id|>")
+    assert dropped == kept.partition("<|eot_id|>")[2] and dropped.count("user?") == 2
+    ((_, only),) = read({"sample_id": "a", "messages": messages[:1]})
+    with pytest.raises(PromptError, match="the messages are empty"):
+        only.prompt(system_turns="drop")

@@ -1,4 +1,4 @@
-"""What the server lets in: hosts, files, bodies, and whose turn it is."""
+"""What the server lets in: hosts, files and bodies."""
 
 import asyncio
 import contextlib
@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import AudioError
 from mergekit_bio.serve import media
-from mergekit_bio.serve.loaded_model import LoadedModel
 from mergekit_bio.serve.media import allowed_host, decode, decode_base64, fetch, is_public, read_local
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.settings import DialSettings, ServeSettings
 
-SETTINGS = ServeSettings(models={"a": "/nowhere"})
+SETTINGS = ServeSettings()
 
 
 @pytest.mark.parametrize(
@@ -118,14 +117,14 @@ def web_server():
 
 
 def test_a_host_that_leads_inside_is_not_connected_to(web_server):
-    settings = ServeSettings(models={}, allowed_media_domains=("localhost",))
+    settings = ServeSettings(allowed_media_domains=("localhost",))
     with pytest.raises(AudioError, match="cannot be fetched from"):
         asyncio.run(fetch(f"{web_server}/clip", settings))
 
 
 def test_fetching_has_a_size_limit_and_follows_no_redirect(web_server, monkeypatch):
     monkeypatch.setattr(media, "is_public", lambda address: True)  # the only server at hand is on this machine
-    settings = ServeSettings(models={}, allowed_media_domains=("localhost",), max_audio_bytes=1000)
+    settings = ServeSettings(allowed_media_domains=("localhost",), max_audio_bytes=1000)
     assert asyncio.run(fetch(f"{web_server}/clip", settings)) == b"x" * 10
     with pytest.raises(AudioError, match="larger than 1000 bytes"):
         asyncio.run(fetch(f"{web_server}/large", settings))
@@ -140,7 +139,7 @@ def test_files_are_read_under_the_allowed_folder_only(tmp_path):
     (tmp_path / "secret").write_bytes(b"outside")
     (folder / "link").symlink_to(tmp_path / "secret")
     (folder / "loop").symlink_to(folder / "loop")
-    settings = ServeSettings(models={}, allowed_local_media_path=str(folder), max_audio_bytes=10)
+    settings = ServeSettings(allowed_local_media_path=str(folder), max_audio_bytes=10)
     assert read_local("deep/a.wav", settings) == read_local(str(folder / "deep" / "a.wav"), settings) == b"inside"
     for name in (
         "../secret",
@@ -168,8 +167,8 @@ def test_long_and_broken_audio_is_refused(tmp_path):
     samples, rate = decode(path.read_bytes(), SETTINGS)
     assert (samples.shape, rate) == ((16000, 1), 16000)
     for settings, data in [
-        (ServeSettings(models={}, max_audio_seconds=0.5), path.read_bytes()),
-        (ServeSettings(models={}, max_audio_bytes=100), path.read_bytes()),
+        (ServeSettings(max_audio_seconds=0.5), path.read_bytes()),
+        (ServeSettings(max_audio_bytes=100), path.read_bytes()),
         (SETTINGS, b"no audio"),
         (SETTINGS, b""),
     ]:
@@ -207,65 +206,52 @@ def test_any_bytes_decode_or_are_refused(data):
 @given(st.text())
 def test_any_text_is_base64_or_refused(text):
     with contextlib.suppress(AudioError):
-        assert isinstance(decode_base64(text), bytes)
+        assert isinstance(decode_base64(text, SETTINGS), bytes)
 
 
 def test_settings_survive_the_environment(monkeypatch):
-    settings = ServeSettings(models={"b": "/b", "a": "/a"}, allowed_media_domains=("clips.org",), max_batch=3)
-    for name, value in settings.to_environment().items():
-        monkeypatch.setenv(name, value)
-    assert ServeSettings.from_environment() == settings
-    assert settings.default_model == "b"
+    dial = DialSettings("/strengths", 350, {"alpha-0.40": 400}, "0123", "unmerged")
+    for settings in (
+        ServeSettings("/a", ("b", "a"), dial, allowed_media_domains=("clips.org",), max_batch=3, system_turns="keep"),
+        ServeSettings("/a", ("a",)),
+    ):
+        for name, value in settings.to_environment().items():
+            monkeypatch.setenv(name, value)
+        assert ServeSettings.from_environment() == settings
 
 
-def test_loading_models_by_turns_never_mixes_models_and_starves_none():
-    order: list[str] = []
-    inside: set[str] = set()
-    loaded = ["a"]
-
-    async def switch(model):
-        assert not inside
-        await asyncio.sleep(0.001)
-        loaded[:] = [model]
-
-    async def visit(in_turn, model, number):
-        async with in_turn.use(model):
-            assert loaded == [model] and inside <= {model}
-            inside.add(model)
-            order.append(f"{model}{number}")
-            await asyncio.sleep(0.002)
-            inside.discard(model)
-
-    async def run():
-        in_turn = LoadedModel("a", switch)
-        visits = [visit(in_turn, model, n) for n, model in enumerate("aababbabcacb")]
-        await asyncio.wait_for(asyncio.gather(*visits), 10)
-
-    asyncio.run(run())
-    assert [name[1:] for name in order] == [str(n) for n in range(12)]  # first come, first served
+@pytest.mark.parametrize(("megabytes", "most", "batch"), [(64, 8, 8), (64, 100, 52), (8, 8, 6), (1, 8, 1)])
+def test_a_batch_is_as_large_as_its_recordings_let_it_be(megabytes, most, batch):
+    """10 s at 48 kHz, 16 bits, in base64, are 1.28 MB."""
+    assert ServeSettings(max_body_bytes=megabytes << 20, max_batch=most).max_batch_that_fits == batch
 
 
-def test_a_failed_switch_is_tried_again_and_a_cancelled_wait_leaves_no_trace():
-    failures = [RuntimeError("no"), None, None]
+@pytest.mark.parametrize("trailing", [b"", b"LIST\x04\x00\x00\x00INFO"], ids=["nothing behind", "a chunk behind"])
+def test_a_wav_that_states_no_length_goes_on_to_its_end(trailing):
+    file = io.BytesIO()
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write(file, samples, 16000, format="WAV")
+    data = bytearray(file.getvalue())
+    place = data.index(b"data")
+    data[4:8] = data[place + 4 : place + 8] = bytes(4)
+    decoded, _ = decode(bytes(data), SETTINGS)
+    assert np.abs(decoded[:, 0] - samples).max() < 2**-15
+    with contextlib.suppress(AudioError):  # an empty one stays empty
+        assert len(decode(bytes(data[: place + 8]) + trailing, SETTINGS)[0]) == 0
+    decoded, _ = decode(file.getvalue() + trailing, SETTINGS)
+    assert len(decoded) == 16000
 
-    async def switch(model):
-        if error := failures.pop(0):
-            raise error
 
-    async def run():
-        in_turn = LoadedModel("a", switch)
-        with pytest.raises(RuntimeError):
-            async with in_turn.use("b"):
-                pass
-        async with in_turn.use("b"):
-            waiting = asyncio.create_task(in_turn.use("c").__aenter__())
-            await asyncio.sleep(0.01)
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-            async with asyncio.timeout(1), in_turn.use("b"):
-                pass
-        async with asyncio.timeout(1), in_turn.use("a"):
-            pass
-
-    asyncio.run(run())
-    assert not failures
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_S8"])
+@pytest.mark.parametrize("seconds", [1, 13])
+def test_a_flac_that_states_no_length_is_heard_as_one_that_does(subtype, seconds):
+    """libsndfile wrote it, and reads it where it says its length (RFC 9639, section 8.2)."""
+    file = io.BytesIO()
+    samples = np.random.default_rng(1).uniform(-0.5, 0.5, (seconds * 8000, 2))
+    soundfile.write(file, samples, 8000, format="FLAC", subtype=subtype)
+    data = bytearray(file.getvalue())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    decoded, rate = decode(bytes(data), SETTINGS)
+    wanted, _ = decode(file.getvalue(), SETTINGS)
+    assert rate == 8000 and np.array_equal(decoded, wanted)

@@ -1,6 +1,11 @@
 """The server as its clients see it: OpenAI's own package, and the predictions_v1 contract point by point."""
 
+import base64
+import contextlib
+import io
 import json
+import random
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,15 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
+import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve.requests_to_server import KEY, MAX_AUDIOS, encoded
 
 from mergekit_bio.audio.clip import Clip
+from mergekit_bio.engine.http import HttpEngine
 from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.errors import EngineError
 
+#: Merges that the server was told of, and the strengths that their names stand for.
 A, B = "alpha-0.50", "alpha-1.00"
+NAME = "naturelm"
+STRENGTH = {A: f"{NAME}@0.5", B: f"{NAME}@1", NAME: f"{NAME}@0.5"}
+LISTED = [NAME, A, B, *(f"{NAME}@{n / 10:g}" for n in range(11))]
 QUESTION = "What is the common name for the focal species in the audio?"
 GREEDY = Decoding(max_new_tokens=8)
 
@@ -29,13 +42,13 @@ def part(samples, kind="wav"):
     return {"type": "input_audio", "input_audio": {"data": encoded(samples, kind), "format": kind}}
 
 
-def chat(client, content, *, model=A, **options):
+def chat(client, content, *, model=A, extra=None, **options):
     return client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content}],
         temperature=0,
         max_tokens=8,
-        extra_body={"return_token_ids": True},
+        extra_body={"return_token_ids": True, **(extra or {})},
         **options,
     )
 
@@ -55,11 +68,6 @@ def test_text_alone_is_answered_as_transformers_does(client, engines):
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
 def test_audio_in_chat_is_answered_as_transformers_does(client, engines, sounds, kind):
-    import base64
-    import io
-
-    import soundfile
-
     data = encoded(sounds[2], kind)
     heard, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
     prompt = Prompt(QUESTION, [Clip.from_samples(heard, sampling_rate=rate)])
@@ -140,36 +148,72 @@ def test_bad_audio_is_the_clients_error(client, content):
     assert "Traceback" not in str(refused.value)
 
 
-def test_parallel_requests_for_two_models_get_their_own_models_answers(client, engines, sounds):
-    questions = [f"{QUESTION} {n}" for n in range(4)]
-    wanted = {
-        (model, n): expected(engines[model], Prompt(question, [clip(sounds[n])]))
-        for model in (A, B)
-        for n, question in enumerate(questions)
-    }
-    assert any(wanted[A, n] != wanted[B, n] for n in range(4))
+def test_32_clients_at_eleven_strengths_get_each_merges_answers(client, http, engines, sounds):
+    """In random order, by chat and with two beams by /predict; there are fewer slots than strengths."""
+    beams = Decoding(max_new_tokens=8, num_beams=2)
+    wanted = {}
+    for n, engine in enumerate(engines.values()):
+        questions = [(f"{QUESTION} {text}", sounds[(n + text) % 6]) for text in range(2)]
+        prompts = [Prompt(question, [clip(samples)]) for question, samples in questions]
+        for decoding in (GREEDY, beams):
+            for (question, samples), answer in zip(questions, engine.generate(prompts, decoding), strict=True):
+                wanted[n, question, decoding.num_beams] = samples, answer
 
     def ask(job):
-        model, n = job
-        return answered(chat(client, [part(sounds[n]), {"type": "text", "text": questions[n]}], model=model))
+        (n, question, num_beams), (samples, _) = job
+        model = f"{NAME}@{n / 10:.3f}"
+        if num_beams == 1:
+            return answered(chat(client, [part(samples), {"type": "text", "text": question}], model=model))
+        asked = item(question, question, [wav(samples)], num_beams=num_beams)
+        return predict(http, asked, path=f"/{model}/predict").json()["responses"][0]["predictions"]
 
-    jobs = [((A, B)[k // 8 % 2], k % 4) for k in range(64)]
-    with ThreadPoolExecutor(64) as pool:
-        for job, tokens in zip(jobs, pool.map(ask, jobs), strict=True):
-            assert tokens == wanted[job], job
+    jobs = 3 * list(wanted.items())
+    random.Random(5).shuffle(jobs)
+    with ThreadPoolExecutor(32) as pool:
+        for ((*_, num_beams), (_, answer)), found in zip(jobs, pool.map(ask, jobs), strict=True):
+            assert found == (answer.token_ids if num_beams == 1 else [answer.text])
+    assert len({answer.text for _, answer in wanted.values()}) > 11
 
 
-def test_every_kind_of_answer_names_the_model_that_was_asked(client, http):
-    for model in (B, A, B):
-        assert chat(client, QUESTION, model=model).model == model
-        assert {chunk.model for chunk in chat(client, QUESTION, model=model, stream=True)} == {model}
-        assert client.completions.create(model=model, prompt="frog", max_tokens=2).model == model
-        assert client.responses.create(model=model, input="frog", max_output_tokens=2).model == model
+def test_every_kind_of_answer_names_the_strength_that_was_asked(client, http):
+    for model in (B, A, NAME, f"{NAME}@.350"):
+        strength = STRENGTH.get(model, f"{NAME}@0.35")
+        assert chat(client, QUESTION, model=model).model == strength
+        assert {chunk.model for chunk in chat(client, QUESTION, model=model, stream=True)} == {strength}
+        assert client.completions.create(model=model, prompt="frog", max_tokens=2).model == strength
+        assert client.responses.create(model=model, input="frog", max_output_tokens=2).model == strength
         events = client.responses.create(model=model, input="frog", max_output_tokens=2, stream=True)
-        named = {event.response.model for event in events if hasattr(event, "response")}
-        assert named == {model}
-        assert [known.id for known in client.models.list()] == [A, B]
-    assert http.post("/v1/completions", json={"prompt": "frog", "max_tokens": 2}).json()["model"] == A
+        assert {event.response.model for event in events if hasattr(event, "response")} == {strength}
+    assert http.post("/v1/completions", json={"prompt": "frog", "max_tokens": 2}).json()["model"] == STRENGTH[NAME]
+
+
+def test_no_way_to_the_engine_leaves_the_strength_out(client, http, engines):
+    """What comes without a name is asked at the default strength."""
+    ids = http.post("/tokenize", json={"messages": [{"role": "user", "content": QUESTION}]}).json()["tokens"]
+    wanted = {name: expected(engines[name], Prompt(QUESTION)) for name in (A, B)}
+    assert wanted[A] != wanted[B]
+
+    def tokens(path, **body):
+        document = http.post(path, json=body).raise_for_status().json()
+        return tuple(document["choices"][0]["token_ids"])
+
+    greedy = {"max_tokens": 8, "temperature": 0}
+    for name, fields in ((A, {}), (A, {"model": NAME}), (A, {"model": A}), (B, {"model": f"{NAME}@1"})):
+        asked = {**greedy, **fields}
+        assert tokens("/v1/completions", prompt=ids, return_token_ids=True, **asked) == wanted[name]
+    message = {"max_tokens": 8, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    texts = [
+        http.post("/v1/messages", json=message | {"model": name}).json()["content"] for name in (A, f"{NAME}@0.5", B)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_placeholder_for_audio_is_never_generated(client, http):
+    (placeholder,) = http.post(
+        "/tokenize", json={"prompt": "<|reserved_special_token_0|>", "add_special_tokens": False}
+    ).json()["tokens"]
+    liked = chat(client, QUESTION, logit_bias={str(placeholder): 100})
+    assert placeholder not in answered(liked) and answered(liked) == answered(chat(client, QUESTION))
 
 
 @pytest.mark.parametrize(
@@ -214,9 +258,11 @@ def test_numbers_that_no_machine_holds_are_the_clients_error(client, http):
 
 
 def test_the_models_are_listed_and_another_is_not_found(client):
-    assert [model.id for model in client.models.list()] == [A, B]
+    assert [model.id for model in client.models.list()] == LISTED
     with pytest.raises(openai.NotFoundError):
         chat(client, "hello", model="alpha-0.70")
+    with pytest.raises(openai.NotFoundError, match=r"'2\.5' is no strength from 0 to 2 .* such as naturelm@0\.35"):
+        chat(client, "hello", model=f"{NAME}@2.5")
 
 
 def predict(http, *requests, path="/predict", **more):
@@ -228,7 +274,7 @@ def item(sample_id="a", text=QUESTION, audios=(), **config):
         "sample_id": sample_id,
         "messages": [{"role": "user", "content": text}],
         "audio_inputs": list(audios),
-        "generation_config": {"max_new_tokens": 8, "unknown": 1, **config},
+        "generation_config": {"max_new_tokens": 8, "num_beams": 1, "unknown": 1, **config},
     }
 
 
@@ -269,12 +315,13 @@ def test_predict_answers_as_transformers_does_beams_included(http, engines, soun
 
 
 def test_predict_reaches_every_model_by_its_path(http, engines, sounds):
-    for model in (A, B):
+    for model in (A, B, f"{NAME}%401.0"):
         prompt = Prompt(QUESTION, [clip(sounds[3])])
         (entry,) = predict(http, item(audios=[wav(sounds[3])]), path=f"/{model}/predict").json()["responses"]
-        assert entry["predictions"] == [engines[model].generate([prompt], GREEDY)[0].text]
-        assert http.get(f"/{model}/info").json()["model"] == model
+        assert entry["predictions"] == [engines[A if model == A else B].generate([prompt], GREEDY)[0].text]
+        assert http.get(f"/{model}/info").json()["model"] == STRENGTH.get(model, STRENGTH[B])
         assert http.get(f"/{model}/health").status_code == 200
+    assert http.get(f"/{NAME}@3/info").status_code == 404
 
 
 def test_predict_reads_allowed_files_only(http, server, sounds):
@@ -354,27 +401,115 @@ def test_who_leaves_is_not_answered_to_the_end(http):
     assert running == "0.0"
 
 
-def test_a_checkpoint_that_has_changed_on_disk_is_not_served(http, server, sounds):
-    manifest = server.sweep[B] / "merge.json"
-    sound = manifest.read_text()
-    document = json.loads(sound)
-    tensor = next(name for name in document["tensors"] if "q_proj" in name)
-    document["tensors"][tensor]["sha256"] = "0" * 64
-    before = predict(http, item(audios=[wav(sounds[0])])).json()["responses"][0]["predictions"]
-    try:
-        manifest.unlink()  # the base's files may share it
-        manifest.write_text(json.dumps(document))
-        refused = predict(http, item(), path=f"/{B}/predict")
-    finally:
-        manifest.write_text(sound)
-    assert refused.status_code == 503 and "merge.json records" in refused.json()["error"]["message"]
-    assert predict(http, item(audios=[wav(sounds[0])])).json()["responses"][0]["predictions"] == before
-    assert predict(http, item(), path=f"/{B}/predict").json()["responses"][0]["predictions"]
+def poisoned(**fields) -> list[dict]:
+    """An audio part with more fields, or with others in the place of its audio."""
+    return [{"type": "input_audio", **fields}, {"type": "text", "text": QUESTION}]
+
+
+def test_a_client_cannot_choose_what_an_audio_is_known_by(client, http, engines, sounds):
+    """Neither an id of its own, nor the public digest of a clip, nor an id that its audio was sent with before."""
+    one, other = sounds[1], sounds[4]
+    wanted = expected(engines[A], Prompt(QUESTION, [clip(one)]))
+    assert wanted != expected(engines[A], Prompt(QUESTION, [clip(other)]))
+    for key in ("mine", clip(one).digest):
+        for samples in (other, one):
+            audio = {"data": encoded(samples), "format": "wav"}
+            chat(client, poisoned(input_audio=audio, uuid=key))
+            url = {"url": f"data:audio/wav;base64,{encoded(samples)}"}
+            chat(client, [{"type": "audio_url", "audio_url": url, "uuid": key}, {"type": "text", "text": QUESTION}])
+        assert answered(chat(client, poisoned(input_audio={"data": encoded(one), "format": "wav"}, uuid=key))) == wanted
+    assert answered(chat(client, [part(one), {"type": "text", "text": QUESTION}])) == wanted
+    (entry,) = predict(http, item(audios=[wav(one) | {"uuid": "mine"}])).json()["responses"]
+    assert entry["predictions"] == [engines[A].generate([Prompt(QUESTION, [clip(one)])], GREEDY)[0].text]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        poisoned(input_audio=None, uuid="mine"),
+        poisoned(input_audio={"data": "", "format": "wav"}, uuid="mine"),
+        poisoned(input_audio={"data": "", "format": "wav"}),
+        [{"type": "audio_url", "audio_url": {"url": ""}, "uuid": "mine"}],
+        [{"type": "audio_url", "audio_url": None, "uuid": "mine"}],
+        [{"audio_url": None, "uuid": "mine"}],
+    ],
+)
+def test_an_audio_without_data_is_refused(client, sounds, content):
+    sent = [{"type": "input_audio", "input_audio": {"data": encoded(sounds[0]), "format": "wav"}, "uuid": "mine"}]
+    chat(client, [*sent, {"type": "text", "text": QUESTION}])
+    with pytest.raises(openai.BadRequestError):
+        chat(client, content)
+
+
+def test_audio_that_a_client_has_computed_itself_is_refused(http, sounds):
+    """Its key would be the client's to choose."""
+    messages = [{"role": "user", "content": [part(sounds[0]), {"type": "text", "text": QUESTION}]}]
+    rendered = http.post("/v1/chat/completions/render", json={"model": A, "messages": messages}).json()
+    assert clip(sounds[0]).digest not in json.dumps(rendered)
+    body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 1}, "features": rendered.get("features") or {}}
+    refused = http.post("/inference/v1/generate", json=body)
+    assert refused.status_code == 400 and "features" in refused.text
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"regex": "(a{1000}){1000}"},
+        {"regex": "((a{100}){100}){100}"},
+        {"regex": "("},
+        {"choice": [f"species {n}" for n in range(3000)]},
+    ],
+    ids=["regex", "nested", "broken", "choices"],
+)
+def test_a_grammar_that_is_too_much_work_is_the_clients_error(client, grammar):
+    with pytest.raises(openai.BadRequestError, match=r"[Gg]rammar"):
+        chat(client, QUESTION, extra={"structured_outputs": grammar})
+
+
+def without_length(samples, kind) -> bytes:
+    """As a program writes it that sends it on at once: its header says nothing of its length."""
+    data = bytearray(base64.b64decode(encoded(samples, kind)))
+    if kind == "flac":  # 36 bits of STREAMINFO (RFC 9639, section 8.2)
+        data[21] &= 0xF0
+        data[22:26] = bytes(4)
+    else:
+        place = data.index(b"data")
+        data[4:8] = data[place + 4 : place + 8] = bytes(4)
+    return bytes(data)
+
+
+def test_audio_is_taken_as_programs_send_it(client, http, engines, sounds):
+    """Without a length in its header, in base64 with line breaks, as a data URL where bare base64 belongs."""
+    prompt = Prompt(QUESTION, [clip(sounds[2])])
+    (wanted,) = engines[A].generate([prompt], GREEDY)
+    streams = [base64.encodebytes(without_length(sounds[2], kind)).decode() for kind in ("flac", "wav")]
+    for data in [*streams, f"data:audio/wav;base64,{encoded(sounds[2])}"]:
+        content = [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
+        assert answered(chat(client, [*content, {"type": "text", "text": QUESTION}])) == wanted.token_ids
+        (entry,) = predict(http, item(audios=[{"payload_type": "base64_wav", "data": data}])).json()["responses"]
+        assert entry["predictions"] == [wanted.text]
+
+
+def test_predict_searches_with_two_beams_and_drops_system_turns_unless_told_otherwise(http, engines, sounds):
+    """As beans-next's own launcher of NatureLM-audio does."""
+    prompt = Prompt(QUESTION, [clip(sounds[3])])
+    (wanted,) = engines[A].generate([prompt], Decoding(max_new_tokens=8, num_beams=2))
+    asked = item(audios=[wav(sounds[3])], num_beams=None)
+    asked["messages"].insert(0, {"role": "system", "content": "You are an expert."})
+    (entry,) = predict(http, asked).json()["responses"]
+    assert entry["predictions"] == [wanted.text] and entry["usage"]["prompt_tokens"] == wanted.prompt_tokens
+    info = http.get("/info").json()
+    assert (info["num_beams"], info["max_new_tokens"], info["system_turns"]) == (2, 300, "drop")
+
+
+def test_a_prompt_that_can_never_fit_is_refused_before_it_is_read(http):
+    (entry,) = predict(http, item(text="frog " * 200_000)).json()["responses"]
+    assert entry["error"].endswith("never fit") and entry["predictions"] == []
+    for path, body in (("/v1/chat/completions", {"messages": [{"role": "user", "content": "frog " * 200_000}]}),):
+        assert http.post(path, json=body).status_code == 400
 
 
 def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
-    from mergekit_bio.engine.http import HttpEngine
-
     client = HttpEngine([server.url], api_key=KEY, model=A)
     labels = ["marsh wren", "tree frog", "gray wolf"]
     text = "Audio: <Audio><AudioHere></Audio>\nLabel: marsh wren\n<Audio><AudioHere></Audio> Which?"
@@ -393,6 +528,16 @@ def test_the_http_engine_gets_the_same_answers(server, engines, sounds):
         for one, other in zip(client.generate(prompts, beams), engines[model].generate(prompts, beams), strict=True):
             assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
             assert one.prompt_tokens == other.prompt_tokens
+
+
+def test_the_http_engine_asks_for_any_strength(server, engines, sounds):
+    client = HttpEngine([server.url], api_key=KEY, model=f"{NAME}@0.3")
+    prompt = Prompt(QUESTION, [clip(sounds[2])])
+    for name, merge in ((f"{NAME}@0.3", "alpha-0.30"), (f"{NAME}@0.8", "alpha-0.80")):
+        assert client.load(name).endswith(name.rpartition("@")[2])
+        assert client.generate([prompt], GREEDY)[0].token_ids == expected(engines[merge], prompt)
+    with pytest.raises(EngineError, match="status 404"):
+        client.load(f"{NAME}@7")
 
 
 def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
@@ -423,11 +568,11 @@ def test_the_key_guards_everything_but_health(server):
 
 
 def test_an_oversized_body_is_refused_declared_or_not(http):
-    large = b" " * (9 << 20)
+    large = b" " * (12 << 20)
     assert http.post("/predict", content=large).status_code == 413
 
     def drip():
-        for _ in range(9):
+        for _ in range(12):
             yield b" " * (1 << 20)
 
     assert http.post("/v1/chat/completions", content=drip()).status_code == 413
@@ -526,8 +671,50 @@ def test_no_bytes_make_the_server_fail(http, count):
     send(st.tuples(st.sampled_from(["/predict", "/v1/chat/completions"]), st.binary(max_size=40)), post, count=count)
 
 
+def connection(server, path, *, length, sent=b"") -> socket.socket:
+    """A request that is begun by hand."""
+    host, port = server.url.removeprefix("http://").split(":")
+    link = socket.create_connection((host, int(port)))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    link.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + sent)
+    return link
+
+
+def resident(server) -> int:
+    """Bytes of the server's processes together."""
+    process = psutil.Process(server.process.pid)
+    return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+
+
+@pytest.mark.soak
+@pytest.mark.repeated(2000)
+def test_many_strengths_leave_the_server_as_large_as_it_was(client, http, server, sounds, count):
+    """Every fifth client leaves before it is answered. Sizes are printed; at the end they must not have grown."""
+    rng = random.Random(9)
+
+    def ask(number):
+        model = f"{NAME}@{rng.randrange(500) / 500:.3f}"
+        if number % 5:
+            content = [part(sounds[number % 6]), {"type": "text", "text": f"{QUESTION} {number % 50}"}]
+            assert chat(client, content, model=model).model
+        else:
+            body = {"model": model, "prompt": "frog", "max_tokens": 200}
+            with contextlib.suppress(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.05)
+
+    sizes = []
+    with ThreadPoolExecutor(16) as pool:
+        for tenth in range(10):
+            list(pool.map(ask, range(tenth * count // 10, (tenth + 1) * count // 10)))
+            sizes.append(resident(server) >> 20)
+            print(f"{(tenth + 1) * count // 10} requests: {sizes[-1]} MiB")
+    # What a process keeps for itself, it has after half of them: buffers, the caches of prefixes and of recordings.
+    assert sizes[-1] < 1.03 * max(sizes[3:6]), sizes
+    assert len(http.get("/metrics").text) < 2**20
+
+
 def test_sigterm_in_the_middle_ends_cleanly(server, http):
-    """The last test: it stops the server."""
+    """The last test: it stops the server. Some have not sent their request whole, one does not read its answer."""
     outcome = []
 
     def ask():
@@ -536,10 +723,18 @@ def test_sigterm_in_the_middle_ends_cleanly(server, http):
         except httpx.HTTPError as error:
             outcome.append(error)
 
+    body = {"model": A, "stream": True, "max_tokens": 900, "messages": [{"role": "user", "content": QUESTION}]}
+    whole = json.dumps(body | {"logprobs": True, "top_logprobs": 20, "ignore_eos": True}).encode()
+    links = [
+        connection(server, path, length=1000, sent=b"{") for path in ("/predict", "/v1/completions") for _ in "123"
+    ]
+    links.append(connection(server, "/v1/chat/completions", length=len(whole), sent=whole))
     request = threading.Thread(target=ask)
     request.start()
     assert server.process.poll() is None
     assert server.stop() == 0
     request.join(30)
+    for link in links:
+        link.close()
     assert len(outcome) == 1
     assert "Traceback" not in server.log.read_text()

@@ -19,8 +19,13 @@ USUAL = {
         "TORCH_COMPILE_DISABLE is set",
     ),
     "vllm.engine.arg_utils": ("The global random seed is set to",),
+    "vllm.lora.model_manager": ("Regarding %s, no matching PunicaWrapper",),  # the tower, which has no LoRA slots
     "vllm.platforms.cpu": ("Triton is not installed", "Reset SSM cache type to float32"),
     "vllm.renderers.hf": ("You specified `--chat-template-content-format %s` which is different",),
+    "vllm.v1.engine.input_processor": (
+        "vLLM has deprecated support for supporting different tokenizers for different LoRAs",
+        "Passing raw prompts to InputProcessor is deprecated",
+    ),
     "vllm.triton_utils.importing": ("Triton is installed, but doesn't include CPU backend",),
 }
 

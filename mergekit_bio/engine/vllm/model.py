@@ -1,6 +1,7 @@
 """The merged audio model for vLLM: audio prefix, processor and Llama; all that touches vLLM's model internals."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import MultiModalDataDict
+from vllm.inputs import MultiModalDataDict, MultiModalHashes
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
@@ -34,6 +35,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
     PromptUpdate,
 )
+from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import MultiModalProcessingResult, PlaceholderFeaturesInfo
 from vllm.renderers import TokenizeParams
 from vllm.sequence import IntermediateTensors
@@ -48,6 +50,7 @@ from mergekit_bio.audio.prompt import PromptTokenizer, check_audio_count
 from mergekit_bio.audio.tower import POSITION_IDS, PREDICTOR
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
+from mergekit_bio.engine.vllm.cache_keys import ContentKey, cache_key
 from mergekit_bio.engine.vllm.log import left_out
 from mergekit_bio.errors import AudioError, MergekitBioError, PromptError
 from mergekit_bio.model.configuration import NatureLMAudioConfig
@@ -57,11 +60,7 @@ TOWER_BATCH = 16
 
 
 class ClipItems(AudioProcessorItems):
-    """The clips of a prompt; None for one that vLLM knows by its id and was not sent again."""
-
-    def get_item_for_hash(self, index: int) -> Any:
-        clip = self.get(index)
-        return None if clip is None else clip.waveform.numpy()
+    """The clips of a prompt."""
 
 
 class AudioParser(MultiModalDataParser):
@@ -87,9 +86,11 @@ class AudioParser(MultiModalDataParser):
                 )
             return AudioEmbeddingItems(data, self.expected_hidden_size)
         items = data if isinstance(data, list) and not _is_number(data) else [data]
-        return ClipItems([None if item is None else self._clip(item) for item in items])
+        return ClipItems([self._clip(item) for item in items])
 
     def _clip(self, audio: Any) -> Clip:
+        if audio is None:  # vLLM would look for one that was sent before under the same id
+            raise VLLMValidationError("an audio comes without its data", parameter="audio")
         if isinstance(audio, Clip):
             if not self._config.prefix_length(audio.samples):
                 raise VLLMValidationError(
@@ -181,6 +182,15 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         except PromptError as error:
             raise VLLMValidationError(str(error), parameter="audio") from error
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        # vLLM's caches know an audio by its key. They take a client's "uuid" for one, whatever is heard.
+        audios, given = inputs.mm_data_items.get("audio"), (inputs.mm_uuid_items or {}).get("audio")
+        if isinstance(audios, ClipItems):
+            keys: list[str | None] = [cache_key(clip.digest) for clip in audios]
+        else:
+            keys = [cache_key(key) if isinstance(key, ContentKey) else None for key in given or ()]
+        return super()._get_mm_hashes(replace(inputs, mm_uuid_items={"audio": keys} if keys else None))
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         # Not through vLLM's call of a processor: it would cast the features to Llama's dtype, and the tower is float32.

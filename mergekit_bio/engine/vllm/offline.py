@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from mergekit_bio.engine.prefix_cache import PrefixCache
 from mergekit_bio.engine.sweep import difference, replace_weights
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.beams import PromptBeams, Rollout
+from mergekit_bio.engine.vllm.cache_keys import ContentKey
+from mergekit_bio.engine.vllm.cpu_memory import cache_memory
 from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
 from mergekit_bio.engine.vllm.requests import (
     MAX_LOGPROBS,
@@ -42,8 +45,6 @@ _SECONDS_TO_STOP = 30.0
 _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # by default stdout, where results belong
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # On a CPU its cache takes a share of all memory, twice what is left where a model is loaded already. In GiB.
-    "VLLM_CPU_KVCACHE_SPACE": "4",
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "20",  # a busy machine needs more than the 5 s after which it would kill
 }
 
@@ -149,6 +150,10 @@ class VllmEngine:
             "kv_cache_memory_bytes",
         }:
             options["gpu_memory_utilization"] = gpu_share(free=memory[0], total=memory[1])
+        require_vllm()
+        cache = cache_memory(directory, options)
+        if cache is not None and cache.is_less_than_usual and not settings.quiet:
+            print(f"note: {cache.in_words}", file=sys.stderr)
         return cls(directory, prefixes=prefixes, **options)
 
     def __init__(
@@ -174,6 +179,9 @@ class VllmEngine:
         self.prefixes = prefixes
         self._max_len = min(self.tokenization.max_tokens, max_model_len or 16384)
         self._max_audios = max_audios
+        cache = cache_memory(self.checkpoint, vllm_options)
+        if cache is not None:
+            vllm_options["kv_cache_memory_bytes"] = cache.bytes
         with interruptible(), objections(self.checkpoint):
             self._llm = LLM(
                 str(self.checkpoint),
@@ -300,7 +308,7 @@ class VllmEngine:
             audio = list(prompt.audios) if self.prefixes is None else self.prefixes(prompt.audios)
             request["multi_modal_data"] = {"audio": audio}
             # Known by content already: vLLM need not hash it again at every step.
-            request["multi_modal_uuids"] = {"audio": [clip.digest for clip in prompt.audios]}
+            request["multi_modal_uuids"] = {"audio": [ContentKey(clip.digest) for clip in prompt.audios]}
         return request
 
     def _length(self, prompt: Prompt, request: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """Makes vLLM know the merged audio model: the entry point of ``vllm.general_plugins``."""
 
 from mergekit_bio.audio.layout import ARCHITECTURE
+from mergekit_bio.engine.vllm.failures import tell_failures
 from mergekit_bio.errors import EngineError, MissingPackageError
 
 #: vLLM changes its model interface between releases; this is the one that ``model`` is written for.
@@ -16,6 +17,7 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
+    tell_failures()
     import mergekit_bio.model  # noqa: F401 -- registers the configuration and the processor with Transformers
 
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)

@@ -1,6 +1,7 @@
 """Prompts as requests to vLLM, and what its answers say."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from mergekit_bio.engine.interface import Decoding, Generation
@@ -34,6 +35,13 @@ def sampling_params(decoding: Decoding, tokenization: Tokenization, *, seed: int
         logprobs=0,
         detokenize=False,
     )
+
+
+def never_generate(token: int, params: Any) -> Any:
+    """A client's ``SamplingParams`` with a token that is not generated, whatever the client says of it."""
+    params = copy(params)
+    params.logit_bias = {**(params.logit_bias or {}), token: _NEVER}
+    return params
 
 
 def one_token(**wanted: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.engine.tokenization import read_audio_model_config
+from mergekit_bio.engine.vllm.failures import first_failure
 from mergekit_bio.errors import EngineError
 
 
@@ -74,22 +75,22 @@ def objections(checkpoint: Path) -> Iterator[None]:
     import torch
     from pydantic import ValidationError
 
-    try:
-        yield
-    except (ValueError, TypeError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, ValidationError):
-            of_option = {str(fault["loc"][0]) if fault["loc"] else "": fault["msg"] for fault in error.errors()}
-            reason = "; ".join(f"{option}: {message}".removeprefix(": ") for option, message in of_option.items())
-        elif isinstance(error, TypeError):
-            reason = f"is every option of the type that it needs? ({error})"
-        elif isinstance(error, (ValueError, torch.OutOfMemoryError)):
-            reason = str(error)
-        elif str(error).startswith("Engine core initialization failed"):
-            # vLLM's engine is another process, which has said why. Its own error says that it is not there.
-            raise EngineError(
-                f"{checkpoint}: vLLM cannot start: its engine did not come up; why stands above"
-            ) from None
-        else:
-            raise
-        reason = " ".join(reason.replace("Value error, ", "").split())
-        raise EngineError(f"{checkpoint}: vLLM cannot start: {reason}") from error
+    with first_failure() as cause:
+        try:
+            yield
+        except (ValueError, TypeError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, ValidationError):
+                of_option = {str(fault["loc"][0]) if fault["loc"] else "": fault["msg"] for fault in error.errors()}
+                reason = "; ".join(f"{option}: {message}".removeprefix(": ") for option, message in of_option.items())
+            elif isinstance(error, TypeError):
+                reason = f"is every option of the type that it needs? ({error})"
+            elif isinstance(error, (ValueError, torch.OutOfMemoryError)):
+                reason = str(error)
+            elif str(error).startswith("Engine core initialization failed"):
+                # vLLM's engine is another process, which knows why. Its own error says that it is not there.
+                why = f": {cause()}" if cause() else "; why stands above"
+                raise EngineError(f"{checkpoint}: vLLM cannot start: its engine did not come up{why}") from None
+            else:
+                raise
+            reason = " ".join(reason.replace("Value error, ", "").split())
+            raise EngineError(f"{checkpoint}: vLLM cannot start: {reason}") from error

@@ -1,0 +1,177 @@
+"""The guard in front of a small application: real sockets, and clients that do not behave. No engine is needed."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from mergekit_bio.serve import guard
+from mergekit_bio.serve.settings import DialSettings, ServeSettings
+
+KEY = "the-key"
+LIMIT = 1 << 20
+SETTINGS = ServeSettings("/none", ("lm",), DialSettings("/none", 500, {}, "r", "w"), max_body_bytes=LIMIT)
+
+
+async def echo(request: Request) -> JSONResponse:
+    """Where a request came out, for which model, and how much of it."""
+    body = await request.body()
+    return JSONResponse([request.url.path, request.scope[guard.MODEL_KEY], len(body)])
+
+
+PATHS = ["/predict", "/info", "/health", "/v1/completions"]
+
+
+class Served:
+    """The application and its uvicorn, on a thread."""
+
+    def __init__(self, *, root_path: str = "", key: str | None = None) -> None:
+        routes = [Route(path, echo, methods=["GET", "POST"]) for path in PATHS]
+        app = Starlette(routes=routes, middleware=[Middleware(guard.Guard)])
+        app.state.engine_client = self.engine = SimpleNamespace(is_running=True)
+        app.state.args = SimpleNamespace(api_key=[key] if key else None)
+
+        async def below_root(scope, receive, send) -> None:
+            await app({**scope, "root_path": root_path}, receive, send)  # as FastAPI does
+
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(below_root, log_level="error", lifespan="on"))
+        app.state.server = self.server
+        self.thread = threading.Thread(target=asyncio.run, args=(self.server.serve([self.socket]),), daemon=True)
+
+    def __enter__(self) -> "Served":
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, object]:
+        """With the standard library's own client, which reads nothing before it has sent everything."""
+        request = urllib.request.Request(self.url + path, data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["error"]["message"]
+
+    def begin(self, path: str, *, length: int, sent: bytes = b"{") -> socket.socket:
+        """A request that is not ended."""
+        link = socket.create_connection(self.socket.getsockname(), timeout=30)
+        link.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + sent)
+        return link
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    for name, value in SETTINGS.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+@pytest.mark.parametrize("root_path", ["", "/models/bio"])
+@pytest.mark.parametrize("stripped", [True, False], ids=["the proxy strips the prefix", "the proxy leaves the prefix"])
+def test_a_path_names_a_model_behind_a_proxy_too(root_path, stripped):
+    prefix = "" if stripped else root_path
+    with Served(root_path=root_path, key=KEY) as served:
+        key = {"Authorization": f"Bearer {KEY}"}
+        for path, wanted in [
+            ("/predict", ["/predict", None]),
+            ("/lm/predict", ["/predict", "lm"]),
+            ("/lm@.350/predict", ["/predict", "lm@.350"]),
+            ("/lm%400.35/info", ["/info", "lm@0.35"]),
+            ("/health", ["/health", None]),
+            ("/lm@1/health", ["/health", "lm@1"]),
+        ]:
+            status, (where, model, _) = served.ask(prefix + path, **key)
+            assert (status, where.removeprefix(root_path), model) == (200, *wanted), path
+        assert served.ask(f"{prefix}/health")[0] == 200  # without a key
+        for path in ("/info", "/lm/info", "/predict", "/v1/completions"):
+            assert served.ask(prefix + path)[0] == 401
+
+
+def test_a_refusal_is_read_by_a_client_that_has_sent_far_too_much():
+    far_too_much = b" " * (32 << 20)
+    with Served(key=KEY) as served:
+        code, message = served.ask("/predict", far_too_much)
+        assert code == 401 and "API key" in message
+        code, message = served.ask("/predict", far_too_much, Authorization=f"Bearer {KEY}")
+        assert code == 413 and message == f"the request is larger than {LIMIT} bytes"
+        assert served.ask("/predict", b"{}", Authorization=f"Bearer {KEY}") == (200, ["/predict", None, 2])
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(guard, "_BODY_SECONDS", 0.3)
+    with Served() as served:
+        links = [served.begin("/predict", length=1000) for _ in range(20)]
+        answers = [link.recv(1000) for link in links]
+        assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
+        assert served.ask("/health")[0] == 200
+
+
+def test_requests_together_hold_a_bounded_number_of_bytes(monkeypatch):
+    monkeypatch.setattr(guard, "_BODIES_HELD", 2)
+    half = b" " * (LIMIT // 2)
+    with Served() as served:
+        links = [served.begin("/predict", length=LIMIT, sent=half) for _ in range(4)]
+        deadline = time.monotonic() + 20
+        while served.ask("/predict", half)[0] != 503:
+            assert time.monotonic() < deadline
+        for link in links:
+            link.close()
+        while served.ask("/predict", half)[0] != 200:  # what the clients that left held is free again
+            assert time.monotonic() < deadline
+
+
+def test_a_body_of_a_million_values_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(guard, "_MAX_VALUES", 1000)
+    with Served() as served:
+        code, message = served.ask("/v1/completions", json.dumps([1] * 1001).encode())
+        assert code == 413 and message == "the request holds more than 1,000 values"
+        assert served.ask("/v1/completions", json.dumps([1] * 999).encode())[0] == 200
+        assert served.ask("/v1/completions", json.dumps(", " * 400).encode())[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/completions"])
+def test_when_the_engine_stops_nobody_is_waited_for(path, monkeypatch):
+    monkeypatch.setattr(guard, "_WATCH_SECONDS", 0.05)
+    with Served() as served:
+        link = served.begin(path, length=1000)
+        served.engine.is_running = False
+        assert link.recv(1000).startswith(b"HTTP/1.1 503")
+
+
+def test_a_strength_that_there_is_not_is_named():
+    with Served() as served:
+        for name in ("lm@3", "lm@half", "lm@"):
+            code, message = served.ask("/v1/completions", json.dumps({"model": name}).encode())
+            assert code == 404 and message.startswith(f"the model {name} does not exist: ")
+        for name in ("lm", "lm@0.35", "other", None, 3):  # vLLM itself answers for the others
+            assert served.ask("/v1/completions", json.dumps({"model": name}).encode())[0] == 200
+
+
+def test_what_a_client_computed_of_an_audio_is_refused(monkeypatch):
+    for name, value in replace(SETTINGS, dial=None).to_environment().items():
+        monkeypatch.setenv(name, value)
+    with Served() as served:
+        code, message = served.ask("/v1/completions", json.dumps({"features": {"mm_hashes": {}}}).encode())
+        assert code == 400 and "features" in message
+        assert served.ask("/v1/completions", json.dumps({"features": None}).encode())[0] == 200
