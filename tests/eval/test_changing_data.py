@@ -1,8 +1,10 @@
 """Recordings that cannot be heard, and data that changes between two starts of a run, with a real engine."""
 
 import csv
+import errno
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from mergekit_bio.cli.app import app
 from mergekit_bio.errors import DatasetError, RunError
+from mergekit_bio.eval.data import dataset
 from mergekit_bio.eval.records.kept_answers import REPLACED, AskedNow, kept_answers
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.records.read import read_runs
@@ -155,7 +158,7 @@ def test_data_that_changes_changes_its_own_clips_only_and_says_so(sources, tmp_p
     assert encoded(done) == 6 + 2
     assert [note.removeprefix("note: recordings: 1 clip ") for note in notes] == [
         "asked again, because the question or a recording has changed (3.wav); the old answers are in replaced/",
-        "no longer in the data (5.wav); the old answers are in replaced/",
+        "not asked about any more (5.wav); the old answers are in replaced/",
         "scored with another label now (0.wav)",
     ]
     aside = read_predictions(out / REPLACED / file.name)
@@ -213,13 +216,48 @@ def row(name: str, **changes) -> Prediction:
     return Prediction(**(values | changes))
 
 
-def test_a_clip_beyond_a_limit_keeps_its_answer_and_every_row_is_kept_or_set_aside():
-    now = AskedNow(questions={"a": "1", "b": "2"}, labels={"a": "a", "b": "a", "beyond": "b"})
-    rows = [row("a"), row("b"), row("beyond"), row("gone")]
+def test_every_row_is_kept_or_set_aside_and_what_cannot_be_read_now_stands():
+    now = AskedNow(questions={"a": "1", "b": "2", "away": None}, labels={"a": "a", "b": "a", "away": "b"})
+    rows = [row("a"), row("b"), row("away"), row("gone")]
     kept = kept_answers(rows, now)
-    assert [one.id for one in kept.rows] == ["a", "beyond"] and [one.id for one in kept.replaced] == ["b", "gone"]
-    assert (kept.again, kept.gone, kept.relabelled) == (["b"], ["gone"], ["beyond"])
+    assert [one.id for one in kept.rows] == ["a", "away"] and [one.id for one in kept.replaced] == ["b", "gone"]
+    assert (kept.again, kept.gone, kept.relabelled) == (["b"], ["gone"], ["away"])
     assert kept.rows[1].label == "b"
+
+
+def failing_disk(read, name: str, path: Path, *version: int) -> bytes:
+    """A disk that does not give one file at the moment."""
+    if path.name == name:
+        raise OSError(errno.EIO, "Input/output error")
+    return read(path, *version)
+
+
+def test_a_start_with_a_limit_looks_at_every_answer_that_there_is(sources, tmp_path, monkeypatch):
+    folder, out = tmp_path / "recordings", tmp_path / "run"
+    folder.mkdir()
+    for number in range(6):
+        write_tone(folder / f"{number}.wav", number)
+    labels = {f"{number}.wav": SPECIES[number % 2] for number in range(6)}
+    write_metadata(folder, labels)
+    recipe = recipe_about(sources, folder)
+    _, _, file = started(recipe, out)
+    before = {row.id: row for row in read_predictions(file)}
+    # Beyond the limit one recording is another, one is set apart for examples, and one cannot be read for the moment.
+    write_tone(folder / "3.wav", 50)
+    with (folder / "metadata.csv").open("w", newline="") as table:
+        rows = [(name, label, "examples" if name == "4.wav" else "") for name, label in labels.items()]
+        csv.writer(table).writerows([("file_name", "label", "split"), *rows])
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_digest_of_version", partial(failing_disk, dataset._digest_of_version, "5.wav"))
+        _, notes, _ = started(recipe, out, limit=1)
+    assert {row.id: row for row in read_predictions(file)} == {
+        name: before[name] for name in ("0.wav", "1.wav", "2.wav", "5.wav")
+    }
+    assert [note.partition("; ")[0].removeprefix("note: recordings: 1 clip ") for note in notes] == [
+        "asked again, because the question or a recording has changed (3.wav)", "not asked about any more (4.wav)",
+    ]  # fmt: skip
+    _, notes, _ = started(recipe, out)
+    assert notes == [] and {row.id for row in read_predictions(file)} == labels.keys() - {"4.wav"}
 
 
 def test_a_sampled_answer_draws_by_its_place_whatever_is_left_out():

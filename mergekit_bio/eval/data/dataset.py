@@ -16,6 +16,9 @@ from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
 from mergekit_bio.outside_data import nearest
 
+#: Where a file's digest would begin that cannot be read, for now.
+UNREADABLE = b"cannot be read"
+
 
 class RecordingError(DatasetError):
     """One recording is no use; others of the dataset may be."""
@@ -127,7 +130,7 @@ def _file_digest(path: Path) -> bytes:
         stat = path.stat()
         return _digest_of_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
     except OSError:
-        return b"cannot be read"
+        return UNREADABLE
 
 
 @lru_cache(1 << 20)

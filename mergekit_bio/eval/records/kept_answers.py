@@ -17,11 +17,12 @@ class AskedNow:
     """What a cell asks now.
 
     Attributes:
-        questions: Clip id -> what tells its question and recordings from any other; of those that the run asks about.
-        labels: Clip id -> label, of all clips that the dataset has.
+        questions: Clip id -> what tells its question and recordings from any other; None where a recording cannot be
+            read at the moment. Of all clips that can be asked about, those beyond a limit too.
+        labels: Clip id -> label.
     """
 
-    questions: Mapping[str, str]
+    questions: Mapping[str, str | None]
     labels: Mapping[str, str]
 
 
@@ -33,7 +34,7 @@ class KeptAnswers:
         rows: Those that stand, with today's labels.
         replaced: Those that do not.
         again: Clips whose question or recording is another one now.
-        gone: Clips that the data no longer has.
+        gone: Clips that are not asked about any more.
         relabelled: Clips whose label is another one now: what was answered still stands.
     """
 
@@ -45,12 +46,12 @@ class KeptAnswers:
 
 
 def kept_answers(rows: Sequence[Prediction], now: AskedNow) -> KeptAnswers:
-    """Sort out answers. A clip that the run does not ask about this time, beyond a limit, keeps its own."""
+    """Sort out answers. Where nobody knows whether a recording is another one now, its answers stand."""
     kept = KeptAnswers()
     for row in rows:
-        if row.id not in now.labels:
+        if row.id not in now.questions:
             kept.gone.append(row.id)
-        elif row.id in now.questions and row.question != now.questions[row.id]:
+        elif now.questions[row.id] not in (None, row.question):
             kept.again.append(row.id)
         else:
             if row.label != now.labels[row.id]:
@@ -91,7 +92,7 @@ def notes(by_dataset: Mapping[str, Sequence[KeptAnswers]]) -> Iterator[str]:
     for dataset, several in by_dataset.items():
         for kind, says in (
             ("again", "asked again, because the question or a recording has changed"),
-            ("gone", "no longer in the data"),
+            ("gone", "not asked about any more"),
             ("relabelled", "scored with another label now"),
         ):
             ids = sorted({clip for kept in several for clip in getattr(kept, kind)})

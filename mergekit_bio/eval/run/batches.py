@@ -92,7 +92,9 @@ def ask_all(
                 # 3. Write a batch when all of it is back: whatever happens to a worker loses and doubles nothing.
                 writer = writers.get(batch.cell) or writers.setdefault(batch.cell, run.writer(cell))
                 for prediction in answered.predictions:
-                    writer.append(replace(prediction, question=asked[batch.cell].questions[prediction.id]))
+                    # Of a recording that could be read only now nobody knows what it was: another start asks again.
+                    known = asked[batch.cell].questions[prediction.id] or "unknown"
+                    writer.append(replace(prediction, question=known))
                 # A recording that cannot be heard leaves its questions open, for a start after it was mended.
                 left_open.questions += len(batch.places) - len(answered.predictions)
                 for clip_id, why in answered.unheard.items():

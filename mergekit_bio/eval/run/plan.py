@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import RecipeError
-from mergekit_bio.eval.data.dataset import Dataset, open_dataset
+from mergekit_bio.eval.data.dataset import UNREADABLE, Dataset, open_dataset
 from mergekit_bio.eval.recipe.schema import Recipe
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.kept_answers import AskedNow
@@ -160,15 +160,18 @@ def identified_cells(
 
 
 def asked_now(plan: RunPlan) -> dict[str, AskedNow]:
-    """For each predictions file what its cell asks: the questions by what decides their answers, and all labels."""
+    """For each predictions file what its cell asks of all clips, those beyond a limit too, which have answers maybe."""
     by_query: dict[tuple[str, int], AskedNow] = {}
     for dataset in plan.datasets:
         clips = dataset.clip_digests()
-        labels = {row.id: row.label for row in (*dataset.examples, *dataset.asked)}
+        labels = {row.id: row.label for row in dataset.asked}
         for query in query_numbers(plan.recipe):
             listed = [] if plan.recipe.decoding == "generate" else options(plan.recipe, dataset, query)
-            digests = {}
-            for question in questions(plan.recipe, dataset, query, plan.limit):
+            digests: dict[str, str | None] = {}
+            for question in questions(plan.recipe, dataset, query, certain=plan.limit):
+                if any(clips[clip_id].startswith(UNREADABLE) for clip_id in question.instruction.clips):
+                    digests[question.row.id] = None
+                    continue
                 texts = "\0".join([question.instruction.text, *listed]).encode()
                 heard = b"\0".join(clips[clip_id] for clip_id in question.instruction.clips)
                 digests[question.row.id] = hashlib.sha256(texts + b"\0" + heard).hexdigest()[:16]

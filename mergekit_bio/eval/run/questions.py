@@ -23,7 +23,9 @@ def query_numbers(recipe: Recipe) -> range:
     return range(len(recipe.queries) or 1)
 
 
-def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = None) -> Iterator[Question]:
+def questions(
+    recipe: Recipe, dataset: Dataset, query: int, limit: int | None = None, *, certain: int | None = None
+) -> Iterator[Question]:
     """The questions of a query, in the dataset's order.
 
     What is asked about a clip depends on the recipe's seed, the dataset, the query and the clip alone, so that a run
@@ -34,6 +36,7 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
         dataset: Opened for the recipe.
         query: One of ``query_numbers``.
         limit: The first so many clips only.
+        certain: Of the clips beyond so many those that have too few examples are left out; by default none is.
 
     Raises:
         DatasetError: A species has too few clips for the examples.
@@ -41,21 +44,26 @@ def questions(recipe: Recipe, dataset: Dataset, query: int, limit: int | None = 
     """
     species = species_asked(dataset, recipe)
     pool = _pool(dataset)
-    for row in dataset.asked[:limit]:
+    for place, row in enumerate(dataset.asked[:limit]):
         if not recipe.queries:
             instruction = instruction_prompt(
                 clip=row.id, instruction=row.instruction or "", task=dataset.task, labels=dataset.labels
             )
         else:
-            instruction = query_prompt(
-                query=recipe.queries[query],
-                clip=row.id,
-                key=(recipe.seed, dataset.name, query),
-                species=species,
-                descriptions={kind.name: kind.description or "" for kind in recipe.species},
-                pool=pool,
-                n_examples=recipe.n_examples,
-            )
+            try:
+                instruction = query_prompt(
+                    query=recipe.queries[query],
+                    clip=row.id,
+                    key=(recipe.seed, dataset.name, query),
+                    species=species,
+                    descriptions={kind.name: kind.description or "" for kind in recipe.species},
+                    pool=pool,
+                    n_examples=recipe.n_examples,
+                )
+            except DatasetError:
+                if certain is None or place < certain:
+                    raise
+                continue
         yield Question(row, instruction)
 
 

@@ -27,8 +27,23 @@ _TEX = re.compile(r"\\(?:boxed|text|textbf|textit|mathrm|mathbf)\s*\{(.*)\}")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 #: What leads up to an answer within its sentence.
 _LEADS = re.compile(r"\b(?:is|are)\b(?:\s+(?:an?|the)\b)?|:", re.I)
-#: In the clause before an answer these say that it is not the answer.
-_NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|without|except|unlikely|hardly)\b|n['’]t\b", re.I)
+#: Where a clause ends that has its own say about an answer.
+_CLAUSE = re.compile(r"[,.;!?\n]|\b(?:and|but|however|yet|so|because|therefore)\b", re.I)
+#: In the clause before an answer these say that it is not the answer, and a question leaves it open.
+_NEGATION = re.compile(
+    r"\b(?:not|no|none|nothing|never|neither|nor|cannot|without|except|hardly|unlike|unlikely|impossible|doubt\w*"
+    r"|wrong|incorrect|false)\b|n['’]t\b",
+    re.I,
+)
+_QUESTION = re.compile(r"(?:is|are|was|were|can|could|may|might|would)\s+(?:it|this|that|these|they|the|there)\b", re.I)
+#: These do not, though they hold such a word: what is beyond doubt, and what is said of the animal by the way.
+_NO_DENIAL = re.compile(
+    r"\b(?:no|without(?:\s+an?y?)?)\s+doubts?\b|\bnot\s+only\b"
+    r"|\b(?:that|which|who)\s+(?:never|cannot|not|(?:do|does|did|can|could|will)(?:\s+not|n['’]t))\s+\w+",
+    re.I,
+)
+#: What precedes a name in brackets and makes it no answer: a name may hold "False", a denial is plainer.
+_NOT = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n['’]t\b", re.I)
 _WITH_BRACKET = re.compile(r"(.*\S)\s*\(([^()]+)\)")
 
 
@@ -123,7 +138,7 @@ def match_exactly(text: str, labels: Iterable[str]) -> str:
             return label
         if beside := _WITH_BRACKET.fullmatch(_bare(reading)):
             stated = {label for part in beside.groups() if (label := _label(part, known))}
-            if len(stated) == 1 and not _NEGATION.search(beside[1]):
+            if len(stated) == 1 and not _NOT.search(beside[1]):
                 return stated.pop()
     return NO_MATCH
 
@@ -143,8 +158,9 @@ def _readings(text: str) -> Iterator[str]:
 
 
 def _denied(before: str) -> bool:
-    """Whether the clause that leads up to an answer says that it is not the answer."""
-    return bool(_NEGATION.search(re.split(r"[,.;!?\n]", before)[-1]))
+    """Whether the clause that leads up to an answer says that it is not the answer, or asks whether it is."""
+    clause = _NO_DENIAL.sub(" ", _CLAUSE.split(before)[-1]).strip()
+    return bool(_NEGATION.search(clause) or (clause.endswith(":") and _QUESTION.match(clause)))
 
 
 def _label(text: str, known: "Sequence[dict[str, str]]") -> str:
