@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,31 @@ def test_alpha_can_be_chosen_on_another_dataset():
         assert choice.gain_low < choice.gain < choice.gain_high
     assert {choice.chosen_on for choice in birds.choices} == {HALVES}
     assert "Accuracy with alpha 0.5, chosen on birds, query 0: " in " ".join(sentences(frogs))
+
+
+def test_an_alpha_that_was_not_asked_here_is_said_and_halves_choose():
+    targets = np.array(["a", "b", "c"] * 4)
+    wrong = np.roll(targets, 1)
+    here = sweep_cells(targets, {0.0: wrong, 1.0: targets}, "frogs")
+    there = sweep_cells(targets, {0.0: wrong, 0.5: targets}, "birds")
+    report = build_report(here + there, scorer="exact", choose_on="birds")
+    assert {choice.chosen_on for sweep in report.sweeps for choice in sweep.choices} == {HALVES}
+    (note,) = report.notes
+    assert note == (
+        "frogs, query 0: no alpha that is best on birds, query 0 was asked here for Accuracy, F1 weighted, F1 macro; "
+        "--choose-on birds does not count there, and each half of the clips chooses for the other"
+    )
+
+
+def test_what_is_a_dataset_and_a_run_is_taken_for_the_dataset():
+    generator = np.random.default_rng(3)
+    targets = generator.choice(LABELS, 30)
+    answers = some_answers(generator, targets, {0.0: 0.2, 1.0: 0.8})
+    in_run = [replace(cell, run="birds") for cell in sweep_cells(targets, answers, "frogs")]
+    about = [replace(cell, run="mine") for cell in sweep_cells(targets, answers, "birds")]
+    frogs, birds = build_report(in_run + about, scorer="exact", choose_on="birds").sweeps
+    assert {choice.chosen_on for choice in frogs.choices} == {"mine, birds, query 0"}
+    assert {choice.chosen_on for choice in birds.choices} == {HALVES}
 
 
 def test_a_dataset_that_is_not_in_the_report_is_named_with_those_that_are():

@@ -59,6 +59,7 @@ class Sweep:
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...]
     choices: tuple[AlphaChoice, ...] = ()
+    choices_note: str | None = None
 
     @property
     def cell(self) -> Cell:
@@ -185,7 +186,7 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader must be told, each once."""
         of_scores = [note for item in self.scores for note in item.notes]
-        of_sweeps = [note for sweep in self.sweeps if (note := sweep.clips_note)]
+        of_sweeps = [note for sweep in self.sweeps for note in (sweep.clips_note, sweep.choices_note) if note]
         return list(dict.fromkeys([*of_scores, *of_sweeps, *self._waiting_notes()]))
 
     def _waiting_notes(self) -> Iterator[str]:
@@ -234,21 +235,43 @@ def build_report(
 
 
 def _chosen_on(name: str, sweeps: Sequence[Sweep]) -> Iterator[Sweep]:
-    """The sweeps, those that are not about the dataset or of the run of that name scored with its best alphas."""
-    choosing = [sweep for sweep in sweeps if name in (sweep.cell.dataset, sweep.cell.run)]
+    """The sweeps, those that are not about the dataset or of the run of that name scored with its best alphas.
+
+    What is both is taken for a dataset. Where the other's best alpha was not asked, halves choose after all.
+    """
+    datasets = {sweep.cell.dataset for sweep in sweeps}
+
+    def chooses(sweep: Sweep) -> bool:
+        return name == (sweep.cell.dataset if name in datasets else sweep.cell.run)
+
+    choosing = [sweep for sweep in sweeps if chooses(sweep)]
     if not choosing:
-        known = sorted({part for sweep in sweeps for part in (sweep.cell.dataset, sweep.cell.run)})
+        known = sorted(datasets | {sweep.cell.run for sweep in sweeps})
         raise RunError(f"--choose-on {name}: no such dataset or run in the report; there is {', '.join(known)}")
     for sweep in sweeps:
-        index = matching_cell([other.cell for other in choosing], sweep.cell)
-        if name in (sweep.cell.dataset, sweep.cell.run) or index is None:
+        if chooses(sweep) or not sweep.choices:
             yield sweep
             continue
-        other = choosing[index]
-        chosen = choose_on_another(
-            sweep.scores, sweep.comparisons, other=other.scores, of_other=other.comparisons, title=other.title
-        )
-        yield replace(sweep, choices=tuple(chosen))
+        index = matching_cell([other.cell for other in choosing], sweep.cell)
+        chosen: dict[str, AlphaChoice] = {}
+        about = name
+        if index is not None:
+            other = choosing[index]
+            about = other.title
+            found = choose_on_another(
+                sweep.scores, sweep.comparisons, other=other.scores, of_other=other.comparisons, title=about
+            )
+            chosen = {choice.metric: choice for choice in found}
+        missing = [choice.metric for choice in sweep.choices if choice.metric not in chosen]
+        note = None
+        if missing:
+            titles = ", ".join(TITLES[metric] for metric in missing)
+            note = (
+                f"{sweep.title}: no alpha that is best on {about} was asked here for {titles}; --choose-on {name} does "
+                "not count there, and each half of the clips chooses for the other"
+            )
+        choices = tuple(chosen.get(choice.metric, choice) for choice in sweep.choices)
+        yield replace(sweep, choices=choices, choices_note=note)
 
 
 def to_document(report: Report) -> dict[str, Any]:
