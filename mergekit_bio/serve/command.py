@@ -83,7 +83,6 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
             "--enable-lora": (),
             "--max-lora-rank": str(dial.slots.slot_rank),
             "--max-loras": str(MAX_STRENGTHS),
-            "--max-cpu-loras": str(KEPT_STRENGTHS),
             "--lora-target-modules": dial.slots.vllm_layers,
         }
     ours = [
@@ -95,6 +94,8 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
     parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
     args = parser.parse_args(["--model", str(checkpoint), *ours, *flags])
     validate_parsed_serve_args(args)
+    if dial is not None and args.max_cpu_loras is None:
+        args.max_cpu_loras = max(KEPT_STRENGTHS, args.max_loras)
     if getattr(args, "grpc", False):
         raise EngineError("--grpc: this server's routes and its guard are HTTP's; leave it out")
     return args

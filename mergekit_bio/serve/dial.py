@@ -13,6 +13,7 @@ from mergekit_bio.adapter.dense import Dense
 from mergekit_bio.adapter.dora import Dora
 from mergekit_bio.adapter.interface import Adapter
 from mergekit_bio.adapter.lora import BiasVector, LowRank
+from mergekit_bio.adapter.token_rows import TokenRows
 from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.checkpoint.manifest import Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
@@ -28,7 +29,9 @@ from mergekit_bio.merging.write import execute
 #: The linear layers of a Llama. vLLM has slots for these and, in ways of their own, for the embeddings.
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: What else an adapter may hold, in its users' words.
-_IN_WORDS: Mapping[type, str] = {Dora: "DoRA", Dense: "a whole tensor", BiasVector: "a bias"}
+_IN_WORDS: Mapping[type, str] = {
+    Dora: "DoRA", Dense: "a whole tensor", BiasVector: "a bias", TokenRows: "rows of an embedding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_eleven_strengths_at_once_are_eleven_merges(sources, slots, clips, tmp_p
             dtype="float32",
             enable_lora=True,
             max_loras=slots,
-            max_cpu_loras=6,
+            max_cpu_loras=max(6, slots),
             max_lora_rank=files.slots.slot_rank,
             lora_target_modules=files.slots.vllm_layers,
         )

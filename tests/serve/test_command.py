@@ -178,6 +178,8 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep, sources):
         args = parse_flags(dial.model, ["naturelm"], ["--max-loras", "3"], dial)
         assert (args.enable_lora, args.max_lora_rank, args.max_loras, args.max_cpu_loras) == (True, 8, 3, 32)
         assert args.lora_target_modules == ["o_proj", "qkv_proj"]
+        args = parse_flags(dial.model, ["naturelm"], ["--max-loras", "50"], dial)
+        assert (args.max_loras, args.max_cpu_loras) == (50, 50)  # vLLM keeps at least those of a batch
         with pytest.raises(EngineError, match="--lora-modules cannot be set"):
             parse_flags(dial.model, ["naturelm"], ["--lora-modules", "a=/b"], dial)
 
