@@ -78,7 +78,7 @@ def is_raven_table(file: Path) -> bool:
 
 def _of_raven(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
     # Raven puts nothing in quotation marks: one that stands in a field is a part of it.
-    lines = read_text(file, error=error).splitlines()
+    lines = read_text(file, error=error).split("\n")
     columns = [column.strip() for column in lines[0].split("\t")]
     if repeated := next((column for column in columns if column and columns.count(column) > 1), None):
         raise error(f"{file}:1: the column '{repeated}' stands twice")
@@ -103,7 +103,7 @@ def _of_raven(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
 
 
 def _of_audacity(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
-    for number, line in enumerate(read_text(file, error=error).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, error=error).split("\n"), start=1):
         if not line.strip() or line.startswith("\\"):
             continue
         start, end, *label = line.split("\t")
