@@ -37,7 +37,7 @@ from mergekit_bio.listen.choices import NONE, likeliest, with_choices
 from mergekit_bio.merging.merge import merge
 
 RESULTS = Path(__file__).with_name("results")
-ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
+ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 #: Those that are drawn: the best of the demo's curve, and the fine-tune as it is.
 DRAWN = ((0.5, BLUE), (1.0, VERMILION))
 CHOICES = tuple(sorted(species.scientific for species in UNHEARD))
@@ -166,7 +166,7 @@ def report(free: dict[float, np.ndarray], curves: dict[float, Chosen], beside: A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of reliability.md and reliability.png")
-    parser.add_argument("--each", type=int, default=120, help="recordings of each species")
+    parser.add_argument("--each", type=int, default=60, help="recordings of each species")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -68,7 +68,7 @@ def write_clips(
     ranked: dict[str, list[Found]],
     folder: Path,
     *,
-    cut: Callable[[Path, float, float], tuple[object, int]],
+    cut: Callable[..., tuple[object, int]],
     note: Callable[[str], None],
 ) -> int:
     """Cut windows out of their recordings: ``FOLDER/ANSWER/01_0.93_RECORDING_120.0-130.0.wav``.
@@ -78,7 +78,7 @@ def write_clips(
     Args:
         ranked: Answer -> its windows, the likeliest first.
         folder: Where to; made where it is missing.
-        cut: Recording, start and seconds -> samples ``[samples]`` or ``[samples, channels]``, and their rate.
+        cut: :func:`mergekit_bio.audio.recording.read_samples`.
         note: Is told of recordings that cannot be cut.
 
     Returns:
@@ -107,13 +107,11 @@ def write_clips(
     return written
 
 
-def _write(
-    path: Path, found: Found, cut: Callable[[Path, float, float], tuple[object, int]], note: Callable[[str], None]
-) -> bool:
+def _write(path: Path, found: Found, cut: Callable[..., tuple[object, int]], note: Callable[[str], None]) -> bool:
     import soundfile
 
     try:
-        samples, rate = cut(Path(found.recording), found.start, found.end - found.start)
+        samples, rate = cut(Path(found.recording), start=found.start, seconds=found.end - found.start)
     except AudioError as error:
         note(f"no clip of {found.recording} at {found.start:g} s: {error}")
         return False

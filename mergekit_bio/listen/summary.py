@@ -1,13 +1,9 @@
 """What an archive's answers add up to: how often each was given, a recording and a day."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from sys import intern
 from typing import Any
-
-#: Of a long list the most frequent so many are shown.
-SHOWN = 20
 
 
 @dataclass
@@ -66,8 +62,3 @@ def shortened(text: str, *, length: int = 40) -> str:
     """A text on one line, cut where it is long."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 3] + "..."
-
-
-def first_lines(keys: Sequence[str]) -> tuple[list[str], int]:
-    """As many of the keys as are shown, and how many are not."""
-    return list(keys[:SHOWN]), max(0, len(keys) - SHOWN)

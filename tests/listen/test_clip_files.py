@@ -12,7 +12,7 @@ from mergekit_bio.errors import AudioError, OutputError
 from mergekit_bio.listen.clip_files import Likeliest, file_name, write_clips
 
 
-def cut(path: Path, start: float, seconds: float) -> tuple[np.ndarray, int]:
+def cut(path: Path, *, start: float, seconds: float) -> tuple[np.ndarray, int]:
     if not path.exists():
         raise AudioError(f"{path}: is gone")
     samples, rate = soundfile.read(path, start=round(start * 44_100), frames=round(seconds * 44_100))
