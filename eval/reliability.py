@@ -43,6 +43,8 @@ DRAWN = ((0.5, BLUE), (1.0, VERMILION))
 CHOICES = tuple(sorted(species.scientific for species in UNHEARD))
 QUESTION = "What is the scientific name for the focal species in the audio?\nOutput exactly one of: {species_list}"
 BINS = 10
+#: Recordings of each kind that are asked with and without "none of these".
+COMPARED = 50
 #: What the recordings are of.
 ON, OFF = "the five species", "25 other species"
 #: What they are of, and what they were asked with -> the choice about each and its probability.
@@ -91,8 +93,9 @@ def chosen(rows: Sequence[Prediction]) -> Chosen:
 
 
 def first_choices(engine: TransformersEngine, recordings: Path, choices: Sequence[str]) -> list[tuple[str, float]]:
-    """What `ask --choices` says about every recording of a folder."""
-    clips = [read_clip(file) for file in sorted(recordings.glob("*.wav"))]
+    """What `ask --choices` says about the recordings of a folder, or about ``COMPARED`` of them, all along it."""
+    files = sorted(recordings.glob("*.wav"))
+    clips = [read_clip(file) for file in files[:: max(1, len(files) // COMPARED)]]
     prompts = [Prompt(with_choices(QUESTION, choices), (clip,)) for clip in clips]
     return [likeliest(scores, 1)[0] for scores in engine.loglikelihood(prompts, choices)]
 
@@ -121,7 +124,7 @@ def draw(curves: dict[float, Chosen], beside: Sequence[tuple[str, float]], file:
         ):
             weights = np.full(len(values), 1 / len(values))
             histogram.hist(values, edges, weights=weights, histtype="step", color=colour, label=label, linewidth=1.5)
-        histogram.set(xlim=(0.2, 1), xlabel="probability of the choice", ylabel="share of recordings")
+        histogram.set(xlim=(0.2, 1), ylim=(0, 0.26), xlabel="probability of the choice", ylabel="share of recordings")
         histogram.set_title("Alpha 0.5: likely among the choices, whatever sings")
         histogram.legend(loc="upper left")
         canvas.savefig(file)
@@ -174,7 +177,7 @@ def main() -> None:
             shutil.copytree(MODEL / part, folder / part)
         copy_shipped(CLOSED, folder)
         write_recordings(folder / "unheard", UNHEARD, each=arguments.each, seed=3, label="scientific")
-        write_recordings(folder / "heard", HEARD, each=arguments.each // 10, seed=4)
+        write_recordings(folder / "heard", HEARD, each=COMPARED // len(HEARD), seed=4)
         merge(base=folder / "base", adapter=folder / "adapter", alphas=list(ALPHAS), out=folder / "sweep")
         free = {alpha: right_in_free_text(rows) for alpha, rows in asked(folder, decoding="generate").items()}
         curves = {alpha: chosen(rows) for alpha, rows in asked(folder, decoding="loglikelihood").items()}
