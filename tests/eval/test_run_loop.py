@@ -345,7 +345,7 @@ def test_a_run_whose_labels_were_scored_without_their_ends_does_not_go_on_with_t
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["cells"][0]["identity"].pop("ends_scored")
     (tmp_path / "run/run.json").write_text(json.dumps(record))
-    with pytest.raises(RunError, match="ends_scored was False and is now True"):
+    with pytest.raises(RunError, match="ends_scored was false and is now true"):
         evaluate(limit=2, **arguments)
 
 
