@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergekit_bio.cli.console import JsonOption, QuietOption
+from mergekit_bio.cli.choice_options import (
+    ChoicesOption,
+    ClipsOption,
+    MinProbabilityOption,
+    NoneOption,
+    SkipQuietOption,
+    WindowsOption,
+    listed_choices,
+    named_windows,
+)
+from mergekit_bio.cli.console import JsonOption, QuietOption, stderr_console
 from mergekit_bio.cli.engine_options import (
     ENGINE_NAMES,
     ApiKeyOption,
@@ -17,8 +27,11 @@ from mergekit_bio.cli.engine_options import (
     key_value,
 )
 from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
+from mergekit_bio.cli.summary import print_summary
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mergekit_bio.listen.journal import Row
 
 
@@ -30,8 +43,24 @@ def ask(
             help="A merged model with an audio tower, or its hub id; with --server its name there.",
         ),
     ],
-    audio: Annotated[list[Path], typer.Argument(metavar="AUDIO", help="Recordings, or folders of them.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <AudioHere> marks where an audio goes.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The question; <AudioHere> marks where an audio goes, {species_list} where the choices go.",
+        ),
+    ],
+    audio: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="AUDIO", help="Recordings, or folders of them; by default those beside --windows."),
+    ] = None,
+    choices: ChoicesOption = None,
+    none: NoneOption = False,
+    min_probability: MinProbabilityOption = None,
+    clips: ClipsOption = None,
+    windows: WindowsOption = None,
+    skip_quiet: SkipQuietOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -87,34 +116,53 @@ def ask(
       mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out birds.csv
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out labels/ --format audacity
+      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which of {species_list}?" --choices birds.txt --clips 5 clips/
+      mergekit-bio ask merged/alpha-0.50 wren.wav -p "Which species is it?" --windows wren.Table.1.selections.txt
     """
     from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.layout import AUDIO_SLOT
     from mergekit_bio.audio.prompt import check_audio_count, render_prompt
     from mergekit_bio.audio.recording import check_windows, parse_channel
     from mergekit_bio.engine.interface import EngineSettings
-    from mergekit_bio.errors import OutputError
+    from mergekit_bio.errors import AudioError, OutputError
     from mergekit_bio.listen.answering import AskRequest, ask_archive, ask_together
+    from mergekit_bio.listen.choices import with_choices
     from mergekit_bio.listen.question import Question
+    from mergekit_bio.listen.quiet import check_level
     from mergekit_bio.listen.tables.choice import table_class
 
     # 1. Before a minute of loading, what can be said at once.
     check_windows(window=window, hop=hop)
     output = ListenOutput(as_json=as_json, quiet=quiet)
     heard_channel = parse_channel(channel)
-    found = find_recordings(audio)
+    check_level(skip_quiet)
+    listed = listed_choices(choices, none=none, min_probability=min_probability, clips=clips, note=output.note)
+    selected = None
+    if windows:
+        found, selected = named_windows(windows, audio or [], window=window, hop=hop or window)
+    elif audio:
+        found = find_recordings(audio)
+    else:
+        raise AudioError("name recordings, or folders of them")
     recordings = found.recordings
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
     if together:
         check_audio_count(slots=slots, audios=len(recordings))
-    render_prompt(prompt, template="{}", num_audios=max(slots, 1))
+        given = {
+            "out": out,
+            "windows": windows,
+            "min-probability": min_probability,
+            "skip-quiet": skip_quiet,
+            "clips": clips,
+        }
+        for option in (option for option, value in given.items() if value is not None):
+            raise OutputError(f"--{option}: is about single recordings, and this prompt is about several at once")
+    render_prompt(with_choices(prompt, listed), template="{}", num_audios=max(slots, 1))
     if out is None and (table_format is not None or overwrite):
         raise OutputError(f"--{'overwrite' if overwrite else 'format'}: give it with --out")
     if out is not None:
         table_class(out, table_format)
-        if together:
-            raise OutputError("--out: holds answers about single recordings, and this prompt is about several at once")
     options = dict(map(key_value, engine_option or [])) | ({} if device == "auto" else {"device": device})
     settings = EngineSettings(options=options, servers=tuple(server or ()), api_key=api_key, quiet=quiet)
     if engine is None and out is None and not server:
@@ -126,6 +174,9 @@ def ask(
         channel=heard_channel,
         num_beams=beams,
         max_new_tokens=max_new_tokens,
+        choices=listed,
+        skip_quiet=skip_quiet,
+        selected=selected is not None,
     )
     document: dict[str, Any]
     # 2. Ask.
@@ -148,7 +199,7 @@ def ask(
 
     request = AskRequest(
         model=model,
-        named=audio,
+        named=audio or recordings,
         question=question,
         engine=engine,
         settings=settings,
@@ -157,21 +208,34 @@ def ask(
         overwrite=overwrite,
         workers=workers,
         ray=ray,
+        windows=selected,
+        least_probability=min_probability or 0.0,
+        clips=clips,
     )
     with output.shown(several=len(recordings) > 1, bar=out is not None or as_json):
         outcome = ask_archive(request, recordings, output, answered=answered)
     # 3. Say what came of it.
     failed = [{"recording": path, "error": error} for path, error in outcome.failed.items()]
+    summary = {"summary": outcome.summary.document()} | ({"clips": outcome.clips} if clips else {})
     if out is not None:
         document = {
             "prompt": prompt, "out": str(out), "recordings": outcome.recordings, "windows": outcome.windows,
-            "failed": failed,
+            "failed": failed, **summary,
         }  # fmt: skip
-        line = f"{outcome.windows} windows of {outcome.recordings - len(failed)} recordings -> {out}"
-        output.result(document, lambda console: console.print(line, soft_wrap=True), lines=[str(out)])
+
+        def render(console: "Console") -> None:
+            line = f"{outcome.windows} windows of {outcome.recordings - len(failed)} recordings -> {out}"
+            console.print(line, soft_wrap=True)
+            print_summary(outcome.summary, console)
+
+        output.result(document, render, lines=[str(out)])
     elif as_json and (answers or not failed):
         shown = [_answer(row, [row.recording]) for row in answers]
-        output.result({"prompt": prompt, "answers": shown, "failed": failed}, lambda console: None)
+        output.result({"prompt": prompt, "answers": shown, "failed": failed, **summary}, lambda console: None)
+    elif not quiet and (listed or len(recordings) > 1):
+        print_summary(outcome.summary, stderr_console())  # stdout holds the answers
+    if clips is not None:
+        output.note(f"{outcome.clips} windows to listen to -> {clips[1]}")
     tell_failed(outcome.recordings, outcome.failed, output)
 
 
@@ -184,4 +248,8 @@ def _print_rows(rows: "Sequence[Row]", *, quiet: bool) -> None:
 
 def _answer(row: "Row", recordings: "Sequence[str | Path]") -> dict[str, Any]:
     """An answer as JSON has it."""
-    return {"recordings": list(map(str, recordings)), "start": row.start, "end": row.end, "text": row.answer}
+    answer = {"recordings": list(map(str, recordings)), "start": row.start, "end": row.end, "text": row.answer}
+    if row.probability is None:
+        return answer
+    others = [{"text": text, "probability": probability} for text, probability in row.others]
+    return answer | {"probability": row.probability, "others": others}

@@ -124,6 +124,16 @@ def stdout_console() -> "Console":
     return console
 
 
+def stderr_console() -> "Console":
+    """The same on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    if not console.is_terminal or console.width > MAX_WIDTH:
+        console.width = MAX_WIDTH
+    return console
+
+
 def human_bytes(count: float) -> str:
     """``1536`` -> ``"1.5 kB"``: decimal units, as disks and networks are sold."""
     for unit in ("B", "kB", "MB", "GB"):

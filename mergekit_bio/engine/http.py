@@ -197,7 +197,9 @@ class HttpEngine:
         settings = {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
         return self._answer_all([_chat_question(self._model, prompt, settings) for prompt in prompts])
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
+    def loglikelihood(
+        self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
+    ) -> list[dict[str, float]]:
         """OpenAI's chat API does not score given answers: raises EngineError."""
         raise EngineError("the http engine has no label scores; take --engine vllm or --engine transformers")
 

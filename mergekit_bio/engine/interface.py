@@ -204,10 +204,19 @@ class Engine(Protocol):
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
         """Answer each prompt with one of the labels: the likeliest allowed token at every step."""
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
-        """For each prompt label -> how likely it is as the answer: the sum of its tokens' natural log-probabilities.
+    def loglikelihood(
+        self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
+    ) -> list[dict[str, float]]:
+        """For each prompt label -> how likely it is as the whole answer.
 
-        The end token does not count.
+        That is the sum of its tokens' natural log-probabilities and of the log-probability that the answer ends there,
+        with whichever end token.
+
+        Args:
+            prompts: What is asked.
+            labels: The answers to score.
+            negligible: Above 0, unlikely labels that all together have less than this share of the probability of all
+                labels may be left out: they get minus infinity.
         """
 
     def load(self, checkpoint: str | Path) -> str:

@@ -145,10 +145,22 @@ class TransformersEngine:
             generations.append(choice_generation(choice, prompt_tokens=length, seconds=seconds))
         return generations
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
+    def loglikelihood(
+        self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
+    ) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
-        return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(prompts))
+        scores = []
+        for prompt in prompts:  # one by one: each is read once, however many steps its labels take
+            scores += score_labels(
+                root,
+                labels,
+                prompts=1,
+                eos_token_ids=self.tokenization.eos_token_ids,
+                next_logprobs=self._next_logprobs([prompt]),
+                negligible=negligible,
+            )
+        return scores
 
     def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""
@@ -201,16 +213,25 @@ class TransformersEngine:
             return output.past_key_values, output.logits[0, -1], len(ids)
 
         def ask(queries: Sequence[Query]) -> list[list[float]]:
-            answers = []
+            answers: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+            places = {(query.prompt, query.tokens): list(query.candidates) for query in queries}
             with torch.no_grad():
-                for query in queries:
+                # The longest first: what is read for them answers the queries about their beginnings too.
+                for query in sorted(queries, key=lambda query: (query.prompt, -len(query.tokens))):
+                    if (query.prompt, query.tokens) in answers:
+                        continue
                     cache, logits, length = read(query.prompt)
+                    rows = logits[None]
                     if query.tokens:
                         ids = torch.tensor([query.tokens], device=logits.device)
-                        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+                        rows = torch.cat([rows, output.logits[0]])
                         cache.crop(length - cache.get_seq_length())  # back to the prompt alone
-                    answers.append(logits.float().log_softmax(-1)[list(query.candidates)].tolist())
-            return answers
+                    for end, row in enumerate(rows):
+                        place = query.prompt, query.tokens[:end]
+                        if place in places and place not in answers:
+                            answers[place] = row.float().log_softmax(-1)[places[place]].tolist()
+            return [answers[query.prompt, query.tokens] for query in queries]
 
         return ask
 

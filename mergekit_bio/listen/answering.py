@@ -1,7 +1,7 @@
 """A question about an archive, from recordings to a table: answered as it goes, and gone on with where it stopped."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.audio.decoding import Note
-from mergekit_bio.audio.recording import read_windows
+from mergekit_bio.audio.recording import read_samples, read_windows
 from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine
@@ -17,14 +17,17 @@ from mergekit_bio.engine.interface import EngineSettings, Prompt
 from mergekit_bio.engine.pool import DEATHS_OF_A_JOB, OneWorker, Workers, hand_out
 from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import OutputError
+from mergekit_bio.errors import EngineError, OutputError
 from mergekit_bio.listen.asking import Answered, ListenWorker, OwnEngine, Stretch, answers_to, stretches
-from mergekit_bio.listen.journal import Journal, Row
+from mergekit_bio.listen.clip_files import Likeliest, write_clips
+from mergekit_bio.listen.journal import HeardRecording, Journal, Row
 from mergekit_bio.listen.progress import Listener, RecordingCounter
 from mergekit_bio.listen.question import Question
 from mergekit_bio.listen.reading import Ended, OpenRecording, each_once
+from mergekit_bio.listen.selected import Span
+from mergekit_bio.listen.summary import Summary
 from mergekit_bio.listen.tables.choice import is_folder, journal_file, table_class
-from mergekit_bio.listen.tables.interface import About, Table
+from mergekit_bio.listen.tables.interface import About, Table, time_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,9 @@ class AskRequest:
         overwrite: Replace a table that is not made of its journal, and answers to another question.
         workers: See :func:`mergekit_bio.engine.ray_pool.cluster_for`.
         ray: Of a running cluster.
+        windows: Start and end of each recording's windows, in seconds; None for the whole recordings.
+        least_probability: Choices that are less likely are left out of what is shown and written.
+        clips: How many of the likeliest windows of each answer are cut to files, and the folder for them.
     """
 
     model: str
@@ -54,6 +60,9 @@ class AskRequest:
     overwrite: bool = False
     workers: int | None = None
     ray: str | None = None
+    windows: Mapping[Path, tuple[Span, ...]] | None = None
+    least_probability: float = 0.0
+    clips: tuple[int, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,15 @@ class Outcome:
         recordings: How many were asked about.
         windows: How many of their windows are answered, now or before.
         failed: Those that are no use, or not to their end, each with its error.
+        summary: What the answers add up to.
+        clips: How many windows were cut to files.
     """
 
     recordings: int
     windows: int
     failed: dict[str, str]
+    summary: Summary
+    clips: int = 0
 
 
 def ask_archive(
@@ -96,6 +109,8 @@ def ask_archive(
         engine, note = choose_engine(request.engine, servers=request.settings.servers)
         if note:
             listener.note(f"note: {note}")
+        if request.question.choices and engine.remote:
+            raise EngineError("--choices: servers do not score whole answers; take --engine vllm or transformers")
         settings = replace(request.settings, heard_once=True)
         slot = stack.enter_context(EngineSlot(engine, settings))
         folder = Path(request.model) if engine.remote else resolve(request.model).path
@@ -108,7 +123,7 @@ def ask_archive(
             "dtype": None if dtype in (None, "auto") else str(dtype),
         }
         journal = stack.enter_context(_journal(request, identity))
-        still_open, changed = journal.open_recordings(recordings)
+        still_open, changed = journal.open_recordings(recordings, request.windows)
         if changed:
             they = f"{changed} recordings have" if changed > 1 else "1 recording has"
             listener.note(f"note: {they} changed and will be asked about anew")
@@ -118,6 +133,7 @@ def ask_archive(
             alpha=merge_strength(folder),
             prompt=request.question.prompt,
             channel=request.question.channel,
+            choices=bool(request.question.choices),
         )
         table = table_kind(request.out, about) if table_kind and request.out else None
         if table is not None:
@@ -136,14 +152,20 @@ def ask_archive(
                 make = partial(OwnEngine, request.question, request.model, engine.name, settings)
                 workers = stack.enter_context(cluster.workers(make))
             _Asking(journal, table, listener, answered, workers).ask(recordings, still_open)
-        # 4. The whole table, in order.
+        # 4. The whole table, in order; what it adds up to; and what is worth hearing.
         if table is not None:
             table.finish(journal)
         heard = list(map(journal.recording, recordings))
+        summary, best = _summed_up(journal, heard, most=request.clips[0] if request.clips else 0)
+        clips = 0
+        if request.clips is not None:
+            clips = write_clips(best.ranked(), request.clips[1], cut=read_samples, note=listener.note)
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),
             failed={recording.path: recording.error for recording in heard if recording.error is not None},
+            summary=summary,
+            clips=clips,
         )
 
 
@@ -202,7 +224,9 @@ class _Asking:
             Row(window.recording, window.start, window.end, window.answer.text, window.answer.probability,
                 window.answer.others)
             for window in result.windows
+            if window.answer.text is not None
         ]  # fmt: skip
+        rows = [row for row in rows if self._journal.is_shown(row)]
         if self._table is not None:
             ended = [self._journal.recording(recording.recording) for recording in result.ended]
             self._table.add(self._journal, rows, ended)
@@ -235,8 +259,23 @@ def ask_together(
     chosen, _ = choose_engine(engine, servers=settings.servers)
     clips = tuple(next(read_windows(path, channel=question.channel, note=note)) for path in recordings)
     with EngineSlot(chosen, replace(settings, max_audios=len(clips))) as slot:
-        (answer,) = answers_to(slot.at(model), question, [Prompt(question.prompt, clips)])
-    return Row(" + ".join(map(str, recordings)), 0.0, max(clip.end for clip in clips), answer.text)
+        (answer,) = answers_to(slot.at(model), question, [Prompt(question.text, clips)])
+    name, end = " + ".join(map(str, recordings)), max(clip.end for clip in clips)
+    return Row(name, 0.0, end, answer.text or "", answer.probability, answer.others)
+
+
+def _summed_up(journal: Journal, recordings: Sequence[HeardRecording], *, most: int) -> tuple[Summary, Likeliest]:
+    """What the answers about recordings add up to, and the ``most`` likeliest windows of each answer."""
+    summary, best = Summary(), Likeliest(most)
+    for recording in recordings:
+        quiet, unlikely = journal.not_shown(recording)
+        summary.quiet += quiet
+        summary.unlikely += unlikely
+        for row in journal.rows(recording):
+            summary.add(row.recording, row.answer, time_of(row))
+            if most and row.probability is not None:
+                best.add(row.answer, row.probability, recording=row.recording, start=row.start, end=row.end)
+    return summary, best
 
 
 def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
@@ -246,9 +285,11 @@ def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
         OutputError: The table exists already, or its folder does not.
         RunError: See :class:`mergekit_bio.listen.journal.Journal`.
     """
-    unsaid = Question(prompt="").identity()
+    more: dict[str, Any] = {
+        "unsaid": Question(prompt="").identity(), "least_probability": request.least_probability
+    }  # fmt: skip
     if (out := request.out) is None:
-        return Journal(None, identity, unsaid=unsaid)
+        return Journal(None, identity, **more)
     file = journal_file(out)
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out.parent}: no such folder")
@@ -256,7 +297,7 @@ def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
         raise OutputError(f"{out}: exists already; choose another --out or pass --overwrite")
     if is_folder(out):
         out.mkdir(exist_ok=True)
-    return Journal(file, identity, unsaid=unsaid, overwrite=request.overwrite)
+    return Journal(file, identity, overwrite=request.overwrite, **more)
 
 
 def _root(named: Sequence[Path]) -> Path:

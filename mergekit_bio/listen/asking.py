@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import NoReturn
 
@@ -12,7 +13,9 @@ from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import Engine, EngineSettings, Prompt
 from mergekit_bio.engine.slot import EngineSlot
+from mergekit_bio.listen.choices import NEGLIGIBLE, likeliest
 from mergekit_bio.listen.question import Question
+from mergekit_bio.listen.quiet import is_quiet
 from mergekit_bio.listen.reading import Ended, OpenRecording, Window, WindowReader, windows_of
 
 #: An engine is asked for about so long at a time: as often, answers appear.
@@ -54,12 +57,12 @@ class Answer:
     """What the model says of a window.
 
     Attributes:
-        text: Its words.
+        text: Its words, or the likeliest choice; None where it was not asked, because the window is quiet.
         probability: Among the choices, where there are any.
         others: The next likeliest choices, with their probabilities.
     """
 
-    text: str
+    text: str | None
     probability: float | None = None
     others: tuple[tuple[str, float], ...] = ()
 
@@ -143,8 +146,9 @@ class ListenWorker:
             answers = self._ask(engine, heard)
         # 3. Say what was heard, and what is left.
         seconds = time.perf_counter() - since
-        if answers and not self._slot.remote:
-            self._size = max(1, min(self._at_once, round(len(answers) / seconds * _SECONDS_AT_ONCE)))
+        asked = sum(answer.text is not None for answer in answers)
+        if asked and not self._slot.remote:
+            self._size = max(1, min(self._at_once, round(asked / seconds * _SECONDS_AT_ONCE)))
         rest = stretch.after(heard) if heard else None
         self._reading = rest, reader
         windows = [item for item in heard if isinstance(item, Window)]
@@ -167,11 +171,12 @@ class ListenWorker:
         self._sending.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, engine: Engine, heard: Sequence[Window | Ended]) -> list[Answer]:
-        clips = [item.clip for item in heard if isinstance(item, Window)]
-        answers = answers_to(engine, self._question, [Prompt(self._question.prompt, (clip,)) for clip in clips])
+        windows = [item for item in heard if isinstance(item, Window)]
+        clips = [window.clip for window in windows if not window.quiet]
+        answers = iter(answers_to(engine, self._question, [Prompt(self._question.text, (clip,)) for clip in clips]))
         if not self._slot.remote:
             self._forget(clips)
-        return answers
+        return [Answer(None) if window.quiet else next(answers) for window in windows]
 
     def _reader_at(self, stretch: Stretch) -> WindowReader:
         """The reader whose next windows are the stretch's first ones."""
@@ -195,18 +200,16 @@ class ListenWorker:
             windows_of(window=question.window, hop=question.hop, channel=question.channel),
             prepare=list if self._slot.remote else self._encode,
             ahead=2 * self._at_once,
+            is_quiet=partial(is_quiet, decibels=question.skip_quiet),
         )
 
     def _encode(self, windows: list[Window]) -> list[Window]:
         """Have the prefixes of windows at hand; their samples, 1.3 MB each, are let go."""
-        clips = [window.clip for window in windows]
+        clips = [window.clip for window in windows if not window.quiet]
         with self._counting:  # before they are encoded: one that sounds the same may be answered meanwhile
             self._needed.update(clip.digest for clip in clips)
         self._slot.encode(clips)
-        return [
-            replace(window, clip=Clip(_let_go, clip.seconds, clip.start, clip.end, digest=clip.digest))
-            for window, clip in zip(windows, clips, strict=True)
-        ]
+        return [replace(window, clip=_without_samples(window)) for window in windows]
 
     def _forget(self, clips: Sequence[Clip]) -> None:
         """Free what no window needs any more: silence sounds like other silence."""
@@ -248,7 +251,16 @@ def answers_to(engine: Engine, question: Question, prompts: Sequence[Prompt]) ->
     """Ask an engine in the way that the question says."""
     if not prompts:
         return []
+    if question.choices:
+        scored = engine.loglikelihood(prompts, question.choices, negligible=NEGLIGIBLE)
+        return [Answer(*first, tuple(others)) for first, *others in map(likeliest, scored)]
     return [Answer(generation.text.strip()) for generation in engine.generate(prompts, question.decoding)]
+
+
+def _without_samples(window: Window) -> Clip:
+    clip = window.clip
+    digest = None if window.quiet else clip.digest
+    return Clip(_let_go, clip.seconds, clip.start, clip.end, digest=digest)
 
 
 def _let_go() -> NoReturn:

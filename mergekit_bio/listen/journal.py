@@ -1,5 +1,6 @@
 """The journal of an archive: which windows of which recordings are answered, in one SQLite file, kill by kill."""
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -13,6 +14,7 @@ from mergekit_bio.audio.recording import decoder
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.listen.asking import AnsweredWindow
 from mergekit_bio.listen.reading import Ended, OpenRecording, place_of, stamp_of
+from mergekit_bio.listen.selected import Span
 from mergekit_bio.outside_data import changes
 
 _FORMAT = 1
@@ -99,6 +101,7 @@ class Journal:
         identity: What decides the answers, nested by key, as values of JSON.
         unsaid: What an older journal that lacks a key of the identity meant.
         overwrite: Forget the answers to another question, instead of refusing.
+        least_probability: Choices that are less likely stay in the journal and are not among its rows.
 
     Raises:
         RunError: The file answers another question (the error names what changed), is written by another process, or
@@ -107,9 +110,15 @@ class Journal:
     """
 
     def __init__(
-        self, file: Path | None, identity: Mapping[str, Any], *, unsaid: Mapping[str, Any], overwrite: bool = False
+        self,
+        file: Path | None,
+        identity: Mapping[str, Any],
+        *,
+        unsaid: Mapping[str, Any],
+        overwrite: bool = False,
+        least_probability: float = 0.0,
     ) -> None:
-        self.file = file
+        self.file, self._least_probability = file, least_probability
         with self._problems():
             self._db = sqlite3.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
@@ -154,11 +163,17 @@ class Journal:
                 )
             self._db.execute("UPDATE facts SET value = ? WHERE name = 'identity'", (json.dumps(identity),))
 
-    def open_recordings(self, paths: Sequence[str | Path]) -> tuple[list[OpenRecording], int]:
+    def open_recordings(
+        self, paths: Sequence[str | Path], windows: Mapping[Path, tuple[Span, ...]] | None = None
+    ) -> tuple[list[OpenRecording], int]:
         """Which of these recordings have windows that are not answered, in their order.
 
         One that has changed since is to be heard anew. One that failed is only tried again once it, or what decodes
         it, has changed.
+
+        Args:
+            paths: The recordings.
+            windows: Which windows of each are wanted; a recording of which others are wanted has changed.
 
         Returns:
             Them, and how many of them were answered before and have changed.
@@ -168,6 +183,9 @@ class Journal:
         with self._problems(), self._together():
             for position, path in enumerate(map(str, paths)):
                 stamp, size = stamp_of(path)
+                wanted = None if windows is None else windows[Path(path)]
+                if wanted is not None:
+                    stamp += f" {hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
                 place = _place(path)
                 known = self._db.execute(
                     "SELECT id, stamp, state, decoder FROM recordings WHERE place = ?", (place,)
@@ -177,7 +195,7 @@ class Journal:
                         "INSERT INTO recordings (place, path, position, stamp, state) VALUES (?, ?, ?, ?, 'open')",
                         (place, os.fsencode(path), position, stamp),
                     )
-                    still_open.append(OpenRecording(path, 0, size))
+                    still_open.append(OpenRecording(path, 0, size, wanted))
                     continue
                 number, stamp_before, state, decoded_by = known
                 values = (os.fsencode(path), position, stamp, number)
@@ -190,7 +208,7 @@ class Journal:
                 if state == "open":
                     counted = "SELECT coalesce(max(number) + 1, 0) FROM windows WHERE recording = ?"
                     (first,) = self._db.execute(counted, (number,)).fetchone()
-                    still_open.append(OpenRecording(path, first, size))
+                    still_open.append(OpenRecording(path, first, size, wanted))
         return still_open, changed
 
     def add(self, windows: Iterable[AnsweredWindow], ended: Iterable[Ended]) -> None:
@@ -231,20 +249,32 @@ class Journal:
         return HeardRecording(number, os.fsdecode(shown), *others)
 
     def rows(self, recording: HeardRecording | None = None) -> Iterator[Row]:
-        """All answers, or those about one recording, in order."""
+        """All answers that are likely enough, or those about one recording, in order."""
         if recording is None:
             for each in self.recordings():
                 yield from self.rows(each)
             return
-        where = "recording = ? AND answer IS NOT NULL"
+        where = "recording = ? AND answer IS NOT NULL AND coalesce(probability, 1) >= ?"
         columns = 'start, "end", answer, probability, others'
         found = self._db.execute(
             f"SELECT {columns} FROM windows WHERE {where} ORDER BY number",
-            (recording.number,),
+            (recording.number, self._least_probability),
         )
         for start, end, answer, probability, others in found:
             next_likeliest = tuple((text, value) for text, value in json.loads(others))
             yield Row(recording.path, start, end, answer, probability, next_likeliest)
+
+    def is_shown(self, row: Row) -> bool:
+        """Whether a row is among :meth:`rows`."""
+        return row.probability is None or row.probability >= self._least_probability
+
+    def not_shown(self, recording: HeardRecording) -> tuple[int, int]:
+        """How many windows of a recording were not asked about, and how many answers are not likely enough."""
+        counts: tuple[int, int] = self._db.execute(
+            "SELECT count(*) - count(answer), coalesce(sum(probability < ?), 0) FROM windows WHERE recording = ?",
+            (self._least_probability, recording.number),
+        ).fetchone()
+        return counts
 
     @contextmanager
     def _together(self) -> Iterator[None]:

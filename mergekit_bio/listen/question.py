@@ -5,6 +5,7 @@ from typing import Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.engine.interface import Decoding
+from mergekit_bio.listen.choices import with_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,9 @@ class Question:
         channel: The channel that is heard, from 1; None for the mean of all.
         num_beams: Beams; 1 is greedy.
         max_new_tokens: Tokens an answer may have.
+        choices: The answer is one of these, the likeliest; none: it is free text.
+        skip_quiet: Windows of which nothing is as loud as so many dB of full scale are not asked about.
+        selected: Whether the windows are those that tables name, instead of the whole recordings'.
     """
 
     prompt: str
@@ -26,6 +30,14 @@ class Question:
     channel: int | None = None
     num_beams: int = 2
     max_new_tokens: int = 300
+    choices: tuple[str, ...] = ()
+    skip_quiet: float | None = None
+    selected: bool = False
+
+    @property
+    def text(self) -> str:
+        """What the model is asked: the prompt, with the choices where it wants them."""
+        return with_choices(self.prompt, self.choices)
 
     @property
     def decoding(self) -> Decoding:

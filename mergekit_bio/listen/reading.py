@@ -2,18 +2,21 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Condition, Thread
+from typing import Protocol
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.decoding import Note
-from mergekit_bio.audio.recording import Windows, read_windows
+from mergekit_bio.audio.decoding import Note, soundfile
+from mergekit_bio.audio.recording import read_clips, read_windows
+from mergekit_bio.audio.waveform import MIN_RATE
 from mergekit_bio.errors import AudioError
+from mergekit_bio.listen.selected import Span
 
 #: Recordings that are decoded at the same time.
 _THREADS = min(4, os.cpu_count() or 1)
@@ -33,20 +36,23 @@ class OpenRecording:
         path: Its file.
         first: The number of the first of them, from 0.
         size: Of the file, in bytes.
+        windows: Start and end of each window, in seconds; None for windows of one length over the whole recording.
     """
 
     path: str
     first: int = 0
     size: int = 0
+    windows: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Window:
-    """One window of a recording, the ``number``-th from 0."""
+    """One window of a recording, the ``number``-th from 0; whether it is too quiet to be asked about."""
 
     recording: str
     number: int
     clip: Clip
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,17 +96,63 @@ def stamp_of(path: str | Path) -> tuple[str, int]:
     return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
 
 
+class Cuts(Protocol):
+    """A recording's windows in order, as :class:`mergekit_bio.audio.recording.Windows` gives them."""
+
+    @property
+    def sampling_rate(self) -> int:
+        """The recording's, in Hz; 0 before the first window, and where nobody can tell."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the recording is, as far as it was heard."""
+
+    def __iter__(self) -> Iterator[Clip]: ...
+
+    def close(self) -> None:
+        """Close the file, where not all windows are wanted."""
+
+
 #: Cuts a recording into its windows, and tells the user what is odd about it.
-Cut = Callable[[str, Note], Windows]
+Cut = Callable[[OpenRecording, Note], Cuts]
 
 
 def windows_of(*, window: float, hop: float, channel: int | None) -> Cut:
-    """What cuts recordings into windows; see :func:`mergekit_bio.audio.recording.read_windows`."""
+    """What cuts recordings into windows of so many seconds, or into those that are named."""
 
-    def cut(path: str, note: Note) -> Windows:
-        return read_windows(path, window=window, hop=hop, channel=channel, note=note)
+    def cut(recording: OpenRecording, note: Note) -> Cuts:
+        if recording.windows is not None:
+            return _NamedWindows(recording.path, recording.windows, channel, note)
+        return read_windows(recording.path, window=window, hop=hop, channel=channel, note=note)
 
     return cut
+
+
+class _NamedWindows:
+    """The windows of a recording that tables name. It is not heard to its end: how long it is, its header says."""
+
+    def __init__(self, path: str, windows: Sequence[Span], channel: int | None, note: Note) -> None:
+        self._windows = windows
+        self._clips = read_clips(path, [(start, end - start) for start, end in windows], channel=channel, note=note)
+        self.sampling_rate, self.seconds = 0, 0.0
+        library = soundfile()
+        with (
+            suppress(OSError, library.SoundFileError),
+            Path(path).open("rb") as file,
+            library.SoundFile(file.fileno(), closefd=False) as header,
+        ):
+            self.sampling_rate, self.seconds = header.samplerate, header.frames / header.samplerate
+
+    def __iter__(self) -> Iterator[Clip]:
+        for clip, (_, end) in zip(self._clips, self._windows, strict=False):
+            if abs(clip.end - end) < 1 / MIN_RATE:  # as it was named, and not as the next sample is
+                clip.end = end
+            self.seconds = max(self.seconds, clip.end)
+            yield clip
+
+    def close(self) -> None:
+        """Close the file."""
+        self._clips.close()
 
 
 class WindowReader:
@@ -111,6 +163,7 @@ class WindowReader:
         cut: Makes windows of a recording.
         prepare: Is given windows, a few at a time and in order, before they can be taken; it may return others.
         ahead: Windows that wait to be taken, at most.
+        is_quiet: Which windows nobody is asked about.
     """
 
     def __init__(
@@ -120,8 +173,10 @@ class WindowReader:
         *,
         prepare: Callable[[list[Window]], list[Window]],
         ahead: int,
+        is_quiet: Callable[[Clip], bool] = lambda clip: False,
     ) -> None:
         self._cut, self._prepare, self._ahead = cut, prepare, ahead
+        self._is_quiet = is_quiet
         self._ready: deque[Window | Ended] = deque()
         self._windows = 0
         self._changed = Condition()
@@ -222,13 +277,13 @@ class WindowReader:
 
     def _windows_into(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> Ended:
         notes: list[str] = []
-        windows, error = self._cut(recording.path, notes.append), None
+        windows, error = self._cut(recording, notes.append), None
         try:
             for number, clip in enumerate(windows):
                 if self._stopped:
                     break
                 if number >= recording.first:
-                    self._put(Window(recording.path, number, clip), buffer)
+                    self._put(Window(recording.path, number, clip, self._is_quiet(clip)), buffer)
         except AudioError as failure:
             error = str(failure)
         finally:

@@ -92,6 +92,13 @@ def test_the_base_keeps_to_the_list(curve):
     assert 1 - curve[0.0].metrics["out_of_set"] > 0.9
 
 
+def test_the_likeliest_of_the_list_is_right_at_least_as_often_as_free_text(folder, curve, tmp_path):
+    models = [folder / strength(alpha) for alpha in ALPHAS]
+    for score in scores(ask(folder, tmp_path / "run", recipe=CLOSED, models=models, decoding="loglikelihood")):
+        assert score.metrics["accuracy"] >= curve[score.cell.alpha].metrics["accuracy"], score.cell.alpha
+        assert score.metrics["out_of_set"] == 0
+
+
 def test_the_fine_tune_names_what_it_was_tuned_on(folder, tmp_path):
     assert accuracy(ask(folder, tmp_path / "run", recipe=NAMED, models=[folder / strength(1.0)])) > 0.9
 

@@ -35,6 +35,7 @@ def write_standins(here: Path, make_run: Callable[..., Path]) -> None:
     mergekit_bio.merge(**sources, alphas=[0.4, 1.0], out=here / "sweep")
     for name in ("wren.wav", "a.flac", "b.mp3", "recordings/1.wav", "recordings/2.flac"):
         write_recording(here / name)
+    (here / "species.txt").write_text("# birds of the marsh\nMarsh Wren\nSora\nVirginia Rail\n")
     _write_beans_zero(here / BEANS_ZERO / "test.parquet")
     shutil.copytree(make_run(name="closed_set"), here / "runs/closed_set")
     for name in ("eval", "recipes"):

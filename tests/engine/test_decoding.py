@@ -67,22 +67,68 @@ def encode(label: str) -> list[int]:
     return ["#abc".index(letter) for letter in label]
 
 
+class Asked:
+    """Answers queries of a language, and remembers them."""
+
+    def __init__(self, language: Language) -> None:
+        self._language = language
+        self.places: list[tuple[int, ...]] = []
+
+    def __call__(self, queries):
+        self.places += [query.tokens for query in queries]
+        return [[self._language(query.tokens)[token] for token in query.candidates] for query in queries]
+
+
+def whole_answer(language: Language, label: str, ends: list[int]) -> float:
+    """How likely the label is as an answer, whichever end token it ends with; without one, how likely it begins."""
+    tokens = encode(label)
+    ways = [math.exp(language.logprob([*tokens, end])) for end in ends] or [math.exp(language.logprob(tokens))]
+    return math.log(sum(ways))
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6))
-def test_label_scores_are_the_sums_of_their_tokens(seed):
-    language = Language(seed, words=4)
-    asked = []
-
-    def next_logprobs(queries):
-        asked.extend((n, tokens) for n, tokens, _ in queries)
-        return [[language(tokens)[token] for token in options] for _, tokens, options in queries]
-
+@given(st.integers(0, 10**6), st.sampled_from([[0], [0, 4], []]))
+def test_label_scores_are_those_of_whole_answers_over_all_end_tokens(seed, ends):
+    language, asked = Language(seed, words=5), Asked(Language(seed, words=5))
     root = build_trie(LABELS, encode)
-    (scores,) = score_labels(root, LABELS, prompts=1, next_logprobs=next_logprobs)
+    (scores,) = score_labels(root, LABELS, prompts=1, eos_token_ids=ends, next_logprobs=asked)
     assert list(scores) == LABELS
-    for label, logprob in scores.items():
-        assert logprob == pytest.approx(language.logprob(encode(label)))
-    assert len(asked) == len(set(asked))  # what labels share is asked once
+    assert scores == pytest.approx({label: whole_answer(language, label, ends) for label in LABELS})
+    assert len(asked.places) == len(set(asked.places))  # what labels share is asked once
+
+
+MANY = ["".join(letters) for n in range(1, 6) for letters in itertools.product("abc", repeat=n)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.lists(st.sampled_from(MANY), unique=True, min_size=1), st.sampled_from([1e-3, 0.2]))
+def test_labels_that_are_left_out_are_together_negligible(seed, labels, negligible):
+    language, asked = Language(seed, words=5), Asked(Language(seed, words=5))
+    root = build_trie(labels, encode)
+    (scores,) = score_labels(root, labels, prompts=1, eos_token_ids=[0, 4], next_logprobs=asked, negligible=negligible)
+    exact = {label: whole_answer(language, label, [0, 4]) for label in labels}
+    scored = {label: score for label, score in scores.items() if score > -math.inf}
+    assert scored == pytest.approx({label: exact[label] for label in scored})
+    total = sum(map(math.exp, exact.values()))
+    assert sum(math.exp(exact[label]) for label in labels if label not in scored) < negligible * total
+    assert len(asked.places) == len(set(asked.places))
+
+
+def test_a_likely_label_among_many_is_found_in_a_few_questions():
+    class Sure(Language):
+        """Says "cabca" and ends."""
+
+        def __call__(self, tokens):
+            said = encode("cabca")
+            sure = said[len(tokens)] if tokens == tuple(said[: len(tokens)]) and len(tokens) < 5 else END
+            return [math.log(0.97 if token == sure else 0.01) for token in range(4)]
+
+    asked = Asked(Sure(0))
+    (scores,) = score_labels(
+        build_trie(MANY, encode), MANY, prompts=1, eos_token_ids=[END], next_logprobs=asked, negligible=0.05
+    )
+    assert max(scores, key=scores.get) == "cabca"
+    assert len(MANY) == 363 and len(asked.places) < 40
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,5 +1,6 @@
 """On random prompts vLLM's answers are Transformers': greedy, beams, closed lists and label scores."""
 
+import math
 import random
 
 import pytest
@@ -120,6 +121,43 @@ def test_loglikelihood_is_transformers(prompts, vllm_engine, transformers_engine
     for scores, expected in zip(ours, theirs, strict=True):
         assert list(scores) == list(expected) == LABELS
         assert scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_label_scores_are_those_of_whole_answers_that_end(prompts, tiny_sweep, transformers_engine):
+    """Read by Transformers' own model in one go, the label behind the prompt, and after it any of three end tokens."""
+    import torch
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    import mergekit_bio.model  # noqa: F401 -- registers the model
+
+    model = AutoModelForMultimodalLM.from_pretrained(tiny_sweep[0.5])
+    processor = AutoProcessor.from_pretrained(tiny_sweep[0.5])
+    ends = model.generation_config.eos_token_id
+    assert len(ends) == 3
+    few = prompts[:4]
+    for prompt, scores in zip(few, transformers_engine.loglikelihood(few, LABELS), strict=True):
+        rendered = processor.render(prompt.text, num_audios=len(prompt.audios))
+        inputs = processor(rendered, audio=list(prompt.audios))
+        length = inputs["input_ids"].shape[1]
+        for label in LABELS:
+            ids = torch.tensor([processor.tokenizer.encode(label, add_special_tokens=False)])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :length], ids], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            with torch.inference_mode():
+                logprobs = model(**inputs).logits[0, length - 1 :].log_softmax(-1)
+            whole = logprobs[:-1].gather(1, ids[0, :, None]).sum() + logprobs[-1, ends].logsumexp(0)
+            assert scores[label] == pytest.approx(float(whole), abs=1e-4)
+
+
+def test_leaving_out_what_is_negligible_changes_nothing_else(prompts, vllm_engine, transformers_engine):
+    few = prompts[:8]
+    exact = transformers_engine.loglikelihood(few, LABELS)
+    for engine in (vllm_engine, transformers_engine):
+        for scores, expected in zip(engine.loglikelihood(few, LABELS, negligible=0.05), exact, strict=True):
+            scored = {label: score for label, score in scores.items() if score > -math.inf}
+            assert scored == pytest.approx({label: expected[label] for label in scored}, abs=1e-4)
+            total = sum(map(math.exp, expected.values()))
+            assert sum(map(math.exp, scored.values())) > 0.95 * total
 
 
 def test_sampling_repeats_with_its_seed_and_not_without(prompts, vllm_engine):

@@ -338,6 +338,17 @@ def test_answers_from_the_list_of_species(run, evaluation, tmp_path, decoding):
             assert row.prediction == max(row.choice_logprobs, key=row.choice_logprobs.get)
 
 
+def test_a_run_whose_labels_were_scored_without_their_ends_does_not_go_on_with_them(run, evaluation, tmp_path):
+    recipe = evaluation.variant("scored", decoding="loglikelihood", queries=["Which species is it?"], n_examples=None)
+    arguments = {"recipe": recipe, "out": tmp_path / "run", "models": [run.path / "checkpoints/alpha-1.00"], **CPU}
+    evaluate(limit=1, **arguments)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["cells"][0]["identity"].pop("ends_scored")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="ends_scored was false and is now true"):
+        evaluate(limit=2, **arguments)
+
+
 def test_sampled_answers_do_not_depend_on_where_a_run_stopped(run, evaluation, tmp_path):
     generate = {"max_new_tokens": 6, "num_beams": 1, "temperature": 1.0}
     recipe = evaluation.variant("sampled", generate=generate, queries=["Which species is it?"], n_examples=None)

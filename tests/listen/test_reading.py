@@ -58,8 +58,8 @@ def test_it_reads_so_far_ahead_and_no_further_and_ends_when_it_is_closed(tmp_pat
     write_recording(tmp_path / "long.wav", 300, 8_000)
     decoded, threads = [], threading.active_count()
 
-    def cut(path, note):
-        windows = read_windows(path, window=1.0, note=note)
+    def cut(recording, note):
+        windows = read_windows(recording.path, window=1.0, note=note)
         following = type(windows).__next__
 
         class Counted(type(windows)):
@@ -92,10 +92,10 @@ def test_more_may_be_asked_for_than_wait(tmp_path: Path) -> None:
 
 
 def test_what_makes_reading_impossible_is_raised_where_windows_are_taken(archive: Path) -> None:
-    def cut(path, note):
-        if path.endswith("b.flac"):
+    def cut(recording, note):
+        if recording.path.endswith("b.flac"):
             raise MissingPackageError("ears", "eval", "hearing")
-        return read_windows(path, note=note)
+        return read_windows(recording.path, note=note)
 
     reader = reader_of([archive / "a.wav", archive / "site 1/b.flac"], cut)
     assert described(reader.take(9)) == [("a.wav", 0, 0.0), 3.0]

@@ -14,7 +14,7 @@ from listen.archive import QUESTION, RECORDINGS, WINDOWS, ask
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.errors import OutputError
 
-COLUMNS = ["recording", "start", "end", "answer", "model", "alpha", "prompt"]
+COLUMNS = ["recording", "start", "end", "time", "answer", "model", "alpha", "prompt"]
 
 
 @pytest.fixture

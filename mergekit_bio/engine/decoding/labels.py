@@ -41,12 +41,19 @@ class Node:
     children: dict[int, "Node"] = field(default_factory=dict)
     label: str | None = None
 
-    def inner(self) -> "Iterator[Node]":
-        """The nodes that have children, from here on, parents before their children."""
-        if self.children:
-            yield self
-            for child in self.children.values():
-                yield from child.inner()
+    def all(self) -> "Iterator[Node]":
+        """This node and those below it, parents before their children."""
+        yield self
+        for child in self.children.values():
+            yield from child.all()
+
+    def unforked(self) -> "Iterator[Node]":
+        """This node and those below it, up to the next fork or the next end of a label."""
+        node = self
+        yield node
+        while len(node.children) == 1 and node.label is None:
+            (node,) = node.children.values()
+            yield node
 
 
 @dataclass
@@ -140,34 +147,101 @@ def choice_generation(choice: Choice, *, prompt_tokens: int, seconds: float) -> 
     return Generation(choice.label, choice.node.tokens, tuple(choice.logprobs), "stop", prompt_tokens, seconds)
 
 
+def longest_label(root: Node) -> int:
+    """Tokens of the longest label."""
+    return max(len(node.tokens) for node in root.all())
+
+
 def score_labels(
-    root: Node, labels: Sequence[str], *, prompts: int, next_logprobs: NextLogprobs
+    root: Node,
+    labels: Sequence[str],
+    *,
+    prompts: int,
+    eos_token_ids: Sequence[int],
+    next_logprobs: NextLogprobs,
+    negligible: float = 0.0,
 ) -> list[dict[str, float]]:
-    """Score every label for each prompt; what labels have in common is asked once.
+    """Score every label as a whole answer, its end included, for each prompt; what labels have in common is asked once.
+
+    Without the end a label could never be less likely than another one that begins with it: "wren" would beat "wren
+    babbler" whatever is heard.
 
     Args:
         root: Of :func:`build_trie`.
         labels: The order of the result.
         prompts: How many there are.
+        eos_token_ids: What ends an answer.
         next_logprobs: Asks the model.
+        negligible: 0 scores every label. Above, those that all together have less than this share of the probability
+            of all labels are not asked for: of a long list a few remain.
 
     Returns:
-        For each prompt label -> the sum of its tokens' natural log-probabilities.
+        For each prompt label -> the sum of its tokens' natural log-probabilities and of the log-probability of ending
+        there, with whichever end token; minus infinity for a label that was not asked for.
     """
-    inner = list(root.inner())
-    queries = [Query(prompt, node.tokens, tuple(node.children)) for prompt in range(prompts) for node in inner]
-    answers = iter(next_logprobs(queries))
-    result = []
-    for _ in range(prompts):
-        sums = {root.tokens: 0.0}  # tokens so far -> the sum of their log-probabilities
-        scores: dict[str, float] = {}
-        for node in inner:
-            for child, logprob in zip(node.children.values(), next(answers), strict=True):
-                sums[child.tokens] = sums[node.tokens] + logprob
-                if child.label is not None:
-                    scores[child.label] = sums[child.tokens]
-        result.append({label: scores[label] for label in labels})
-    return result
+    searches = [_Search(root, tuple(eos_token_ids), negligible) for _ in range(prompts)]
+    while asked := [(prompt, node) for prompt, search in enumerate(searches) for node in search.next()]:
+        queries = [Query(prompt, node.tokens, searches[prompt].candidates(node)) for prompt, node in asked]
+        for (prompt, node), logprobs in zip(asked, next_logprobs(queries), strict=True):
+            searches[prompt].take(node, logprobs)
+    return [{label: search.found.get(label, -math.inf) for label in labels} for search in searches]
+
+
+#: The likeliest ways, and those that are less likely by no more than this factor, are followed at the same time.
+_TOGETHER = 100.0
+
+
+class _Search:
+    """Scores labels for one prompt, the likeliest first.
+
+    Attributes:
+        found: Label -> its score.
+    """
+
+    def __init__(self, root: Node, ends: tuple[int, ...], negligible: float) -> None:
+        self.found: dict[str, float] = {}
+        self._ends, self._negligible = ends, negligible
+        self._sums = {root.tokens: 0.0}  # tokens so far -> the sum of their log-probabilities
+        self._open = [root]
+        self._asked: set[tuple[int, ...]] = set()
+
+    def candidates(self, node: Node) -> tuple[int, ...]:
+        """The next tokens that matter at a place."""
+        return (*node.children, *(self._ends if node.label is not None else ()))
+
+    def next(self) -> list[Node]:
+        """The places to ask about now, parents before their children; none where the search is over."""
+        bounds = [self._sums[node.tokens] for node in self._open]
+        if not self._negligible:
+            asked = [below for node in self._open for below in node.all()]
+            self._open = []
+        # No label is likelier than its beginning, nor are all labels together that begin alike. So what is open bounds
+        # what can still be found.
+        elif not bounds or (
+            self.found and log_sum_exp(bounds) < log_sum_exp([*self.found.values()]) + math.log(self._negligible)
+        ):
+            return []
+        else:
+            least = max(bounds) - math.log(_TOGETHER)
+            likely = [node for node, bound in zip(self._open, bounds, strict=True) if bound >= least]
+            self._open = [node for node, bound in zip(self._open, bounds, strict=True) if bound < least]
+            # A way without a fork is asked about to its end: that is one step of the model instead of many.
+            asked = [node for begun in likely for node in begun.unforked()]
+        self._asked = {node.tokens for node in asked}
+        return [node for node in asked if self.candidates(node)]
+
+    def take(self, node: Node, logprobs: Sequence[float]) -> None:
+        """Note how likely the candidates of a place are."""
+        reached = self._sums[node.tokens]
+        for child, logprob in zip(node.children.values(), logprobs, strict=False):
+            self._sums[child.tokens] = reached + logprob
+            if not self.candidates(child) and child.label is not None:  # the model has no end tokens
+                self.found[child.label] = reached + logprob
+            elif child.tokens not in self._asked:
+                self._open.append(child)
+        if node.label is not None:
+            ends = logprobs[len(node.children) :]
+            self.found[node.label] = reached + (log_sum_exp(ends) if ends else 0.0)
 
 
 def log_sum_exp(values: Sequence[float]) -> float:

@@ -12,7 +12,15 @@ from typing import Any, ClassVar, Self
 from weakref import WeakSet
 
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.decoding.labels import NextLogprobs, Query, build_trie, choice_generation, choose, score_labels
+from mergekit_bio.engine.decoding.labels import (
+    NextLogprobs,
+    Query,
+    build_trie,
+    choice_generation,
+    choose,
+    longest_label,
+    score_labels,
+)
 from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
@@ -222,7 +230,7 @@ class VllmEngine:
         """See :meth:`mergekit_bio.engine.interface.Engine.choose`."""
         root = build_trie(labels, self.tokenization.encode)
         start = time.perf_counter()
-        requests = [self._request(prompt, room=1) for prompt in prompts]
+        requests = [self._request(prompt, room=longest_label(root) + 1) for prompt in prompts]
         choices = choose(
             root,
             prompts=len(prompts),
@@ -236,11 +244,20 @@ class VllmEngine:
             for choice, length in zip(choices, lengths, strict=True)
         ]
 
-    def loglikelihood(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[dict[str, float]]:
+    def loglikelihood(
+        self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
+    ) -> list[dict[str, float]]:
         """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`."""
         root = build_trie(labels, self.tokenization.encode)
-        requests = [self._request(prompt, room=1) for prompt in prompts]
-        return score_labels(root, labels, prompts=len(prompts), next_logprobs=self._next_logprobs(requests))
+        requests = [self._request(prompt, room=longest_label(root) + 1) for prompt in prompts]
+        return score_labels(
+            root,
+            labels,
+            prompts=len(prompts),
+            eos_token_ids=self.tokenization.eos_token_ids,
+            next_logprobs=self._next_logprobs(requests),
+            negligible=negligible,
+        )
 
     def load(self, checkpoint: str | Path) -> str:
         """See :meth:`mergekit_bio.engine.interface.Engine.load`."""

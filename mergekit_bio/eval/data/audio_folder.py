@@ -1,10 +1,11 @@
-"""A folder of one's own recordings with metadata.csv or metadata.jsonl (the Hub's AudioFolder convention)."""
+"""A folder of recordings with metadata.csv or metadata.jsonl (the Hub's AudioFolder convention), or Raven's tables."""
 
 import json
+import math
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,44 +17,57 @@ from mergekit_bio.audio.decoding import Note
 from mergekit_bio.audio.recording import read_samples
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.components import Task
+from mergekit_bio.eval.data.annotations import annotated_stretches
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
 from mergekit_bio.eval.scoring.matching import label_set, normalised
 from mergekit_bio.outside_data import Document, is_text, read_rows
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-REQUIRED = ("file_name", "label")
+#: The column that names a row's recording, and the one that holds its label where nobody names another.
+FILE, LABEL = "file_name", "label"
 #: Values of the column ``split``: rows of the first are examples only, rows of the second are asked only.
 EXAMPLES, ASKED = ("examples", "train"), ("", "test")
 #: Characters that nobody sees and copying brings along: joiners, marks of direction and of byte order.
 _NO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
 
 
-def open_audio_folder(folder: Path, *, name: str, task: Task, channel: int | None = None) -> Dataset:
-    """Open a folder of recordings.
+def open_audio_folder(
+    path: Path, *, name: str, task: Task, label_column: str | None = None, channel: int | None = None
+) -> Dataset:
+    """Open recordings with their labels.
 
     Args:
-        folder: Holds the recordings and one of ``METADATA`` with the columns ``file_name`` (relative to the folder),
-            ``label`` and, if wanted, ``split``: "examples" (or "train") sets a row apart for in-context examples.
-            Without such rows examples are drawn from the rows that are asked.
+        path: A folder that holds the recordings, and says what is in them in one of two ways. One of ``METADATA`` has
+            the columns ``file_name`` (relative to the folder), ``label`` and, if wanted, ``start`` and ``end``
+            (seconds: a part of the recording) and ``split``: "examples" (or "train") sets a row apart for in-context
+            examples. Without such rows examples are drawn from the rows that are asked. Or there are Raven's selection
+            tables in it, of which every selection is a row. One such table in the folder may be named alone.
         name: The dataset's name.
         task: What is asked of it.
+        label_column: The column that holds the label, instead of ``label``.
         channel: The channel that is heard, counted from 1; None for the mean of all.
 
     Raises:
         DatasetError: The metadata is missing, damaged or names a file that is not there, or two labels differ only in
             what scoring does not look at; the file, and where there is one the line, is named.
     """
-    metadata = [folder / file for file in METADATA if (folder / file).is_file()]
-    if not metadata:
-        raise DatasetError(f"{folder}: no metadata.csv or metadata.jsonl in it; it needs the columns file_name,label")
+    folder = path.parent if path.is_file() else path
+    metadata = [folder / file for file in METADATA if (folder / file).is_file()] if path == folder else []
     if len(metadata) > 1:
         raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
+    if metadata:
+        where, documents = metadata[0], read_rows(metadata[0], error=DatasetError)
+    else:
+        where, documents = path, annotated_stretches(path, folder, label_column=label_column, task=task)
+        label_column = LABEL
     asked: list[DatasetRow] = []
     examples: list[DatasetRow] = []
-    for split, row in _rows(folder, metadata[0], task):
+    for split, row in _rows(folder, documents, task, label_column or LABEL):
         (examples if split in EXAMPLES else asked).append(row)
     rows = [*asked, *examples]
-    unique = unique_rows(asked, f"{metadata[0]} (rows that are asked)")
+    unique = unique_rows(asked, f"{where} (rows that are asked)")
+    longer = sum(row.end is not None and row.end - row.start > CLIP_SECONDS for row in rows)
+    note = f"{name}: {longer} of {len(rows)} parts of recordings are longer than 10 s; their first 10 s are heard"
     return Dataset(
         name=name,
         task=task,
@@ -61,49 +75,76 @@ def open_audio_folder(folder: Path, *, name: str, task: Task, channel: int | Non
         examples=tuple(examples) or unique,
         labels=len({row.label for row in unique}),
         seconds=CLIP_SECONDS,
-        source=str(folder),
-        recording=partial(_recording, {row.id: row.path for row in rows if row.path}, channel),
+        source=str(path),
+        notes=(note,) if longer else (),
+        recording=partial(_recording, {row.id: row for row in rows}, channel),
         channel=channel,
     )
 
 
-def _rows(folder: Path, file: Path, task: Task) -> Iterator[tuple[str, DatasetRow]]:
+def _rows(
+    folder: Path, documents: Iterable[Document], task: Task, label_column: str
+) -> Iterator[tuple[str, DatasetRow]]:
     """Every row, after its value of the column ``split``; texts as :func:`_plain` makes them."""
     lines: dict[str, str] = {}  # id -> where its row begins
     labels: dict[str, str] = {}  # label as scoring compares it -> as it is written
-    for document in read_rows(file, error=DatasetError):
+    required = (FILE, label_column)
+    for document in documents:
         values = {_plain(column): _plain(value) for column, value in document.data.items()}
         # 1. The columns are there, once, and hold texts.
-        for column in REQUIRED:
+        for column in required:
             if column not in values:
                 raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, values)) or 'none'}")
         if len(values) < len(document.data):
             raise document.problem((), "two columns differ only in white space")
-        if type(values["label"]) in (int, float):
-            values["label"] = json.dumps(values["label"])
-        for column in (*REQUIRED, "split"):
+        if type(values[label_column]) in (int, float):
+            values[label_column] = json.dumps(values[label_column])
+        for column in (*required, "split"):
             if values.get(column) is not None and not is_text(values[column]):
                 raise document.problem((), f"'{column}' must be a text without a lone surrogate")
         split = values.get("split") or ""
         if split not in EXAMPLES + ASKED:
             raise document.problem((), f"split '{split}' is none of {', '.join(filter(None, ASKED + EXAMPLES))}")
-        for column in REQUIRED:
+        for column in required:
             if not values[column]:
                 raise document.problem((), f"no {column}")
-        # 2. The recording is in the folder, and in one row.
-        path = _inside(folder, values["file_name"], document)
+        # 2. The recording, or this part of it, is in the folder, and in one row.
+        path = _inside(folder, values[FILE], document)
         row_id = unicodedata.normalize("NFC", posixpath.normpath(path.relative_to(folder).as_posix()))
+        start, end = (_seconds(document, values.get(column), column) for column in ("start", "end"))
+        if end is not None and end <= (start or 0):
+            raise document.problem((), f"ends at {end:g} s, which is not behind its start at {start or 0:g} s")
+        if start is not None or end is not None:
+            row_id += f":{_in_short(start or 0)}-{'' if end is None else _in_short(end)}"
         if row_id in lines:
             raise document.problem((), f"the id '{row_id}' stands in {lines[row_id]} too")
         lines[row_id] = document.line()
         # 3. No answer could be two labels at once.
+        label_text = values[label_column]
         if task != "captioning":
-            for label in sorted(label_set(values["label"])) if task == "detection" else [values["label"]]:
+            for label in sorted(label_set(label_text)) if task == "detection" else [label_text]:
                 first = labels.setdefault(normalised(label), label)
                 if first != label:
                     differ = "differ only in case, white space or punctuation; write one of them"
                     raise document.problem((), f"the labels {first!r} and {label!r} {differ}")
-        yield split, DatasetRow(id=row_id, label=values["label"], path=path)
+        yield split, DatasetRow(id=row_id, label=label_text, path=path, start=start or 0, end=end)
+
+
+def _seconds(document: Document, value: Any, column: str) -> float | None:
+    """A place in a recording; None where the row names none. Some locales write a comma."""
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value.replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 <= seconds < math.inf:
+        raise document.problem((), f"{column}: '{value}' is no time in seconds")
+    return seconds
+
+
+def _in_short(seconds: float) -> str:
+    return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
 def _plain(value: Any) -> Any:
@@ -125,6 +166,9 @@ def _inside(folder: Path, name: str, document: Document) -> Path:
     raise document.problem((), f"the recording '{name}' does not exist")
 
 
-def _recording(paths: dict[str, Path], channel: int | None, row_id: str, note: Note) -> tuple[np.ndarray, int]:
-    samples, rate = read_samples(paths[row_id], seconds=CLIP_SECONDS, channel=channel, note=note)
-    return checked_samples(samples, str(paths[row_id])), rate
+def _recording(rows: dict[str, DatasetRow], channel: int | None, row_id: str, note: Note) -> tuple[np.ndarray, int]:
+    row = rows[row_id]
+    assert row.path is not None
+    seconds = CLIP_SECONDS if row.end is None else min(CLIP_SECONDS, row.end - row.start)
+    samples, rate = read_samples(row.path, start=row.start, seconds=seconds, channel=channel, note=note)
+    return checked_samples(samples, str(row.path)), rate

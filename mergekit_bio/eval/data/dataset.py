@@ -33,12 +33,16 @@ class DatasetRow:
         label: Comma-separated for detection, a text for captioning.
         instruction: The dataset's own question, its audio slot included; None where it has none.
         path: The recording's file, for local data.
+        start: Where in the file it begins, in seconds.
+        end: Where it ends; None for the end of the file. Of what is longer than a clip the beginning is heard.
     """
 
     id: str
     label: str
     instruction: str | None = None
     path: Path | None = None
+    start: float = 0.0
+    end: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +107,27 @@ class Dataset:
         digest = hashlib.sha256()
         if self.channel is not None:
             digest.update(f"channel {self.channel}".encode() + b"\0")
+        contents = self._contents()
         for row in sorted({*self.asked, *self.examples}, key=lambda row: row.id):
             for part in (row.id, row.label, row.instruction or ""):
                 digest.update(part.encode() + b"\0")
             if row.path is not None:
-                digest.update(_file_digest(row.path))
+                digest.update(contents[row.path])
         return f"sha256:{digest.hexdigest()}"
 
     def clip_digests(self) -> dict[str, bytes]:
-        """Row id -> what decides how its clip sounds: a file's bytes and the channel; of other data the row's id."""
+        """Row id -> what decides how its clip sounds: a file's bytes, part and channel; of other data the row's id."""
         heard = b"" if self.channel is None else f"\0channel {self.channel}".encode()
-        return {
-            row.id: (row.id.encode() if row.path is None else _file_digest(row.path)) + heard
-            for row in {*self.asked, *self.examples}
-        }
+        contents = self._contents()
+        digests = {}
+        for row in {*self.asked, *self.examples}:
+            part = f"\0{row.start}-{row.end}".encode() if row.start or row.end is not None else b""
+            digests[row.id] = (row.id.encode() if row.path is None else contents[row.path]) + part + heard
+        return digests
+
+    def _contents(self) -> dict[Path, bytes]:
+        """The digest of each recording's file; many rows may be parts of one."""
+        return {path: _file_digest(path) for path in {row.path for row in (*self.asked, *self.examples)} if path}
 
     def species(self, top: int) -> list[str]:
         """The most frequent labels, the most frequent first, equals by name."""
@@ -156,6 +167,7 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
             name=choice.name,
             task=choice.task or "classification",
             channel=None if choice.channel == "mean" else choice.channel,
+            label_column=choice.label_column,
         )
     else:
         from mergekit_bio.eval.data.beans_zero import open_component

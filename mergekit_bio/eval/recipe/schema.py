@@ -32,9 +32,13 @@ DEFAULT_DATA = "EarthSpeciesProject/BEANS-Zero"
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetChoice:
-    """A BEANS-Zero component (``name`` alone) or a local folder of recordings (``path``).
+    """A BEANS-Zero component (``name`` alone) or local recordings (``path``).
 
-    Of a folder's recordings the mean of all channels is heard, or one, counted from 1.
+    Attributes:
+        name: The component's, or what the recordings are called.
+        path: A folder with metadata or with Raven's selection tables in it, or one such table.
+        label_column: The column that holds the label; Raven's tables have none of their own.
+        channel: Which channel is heard, counted from 1; or the mean of all.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -43,6 +47,7 @@ class DatasetChoice:
     path: Text | None = None
     task: Literal["classification", "detection", "captioning"] | None = None
     channel: Literal["mean"] | Annotated[int, Ge(1)] = "mean"
+    label_column: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +299,8 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
             refuse(("datasets", index), "the task of a BEANS-Zero component is known; leave it out")
         if choice.path is None and choice.channel != "mean":
             refuse(("datasets", index), "the recordings of BEANS-Zero have one channel; leave it out")
+        if choice.path is None and choice.label_column is not None:
+            refuse(("datasets", index), "the labels of a BEANS-Zero component are known; leave label_column out")
         if names.index(choice.name) != index:
             refuse(("datasets", index), f"'{choice.name}' stands twice; give local folders different names")
         task = components()[choice.name].task if choice.path is None else choice.task

@@ -28,8 +28,9 @@ from mergekit_bio.outside_data import FORBID_EXTRA, Document, changes, read_json
 RECORD_NAME = "run.json"
 LOCK_NAME = ".run.lock"
 
-#: What decided predictions before an identity said so: every clip was 10 s long, whatever its component.
-_UNSAID = {"clip_seconds": CLIP_SECONDS}
+#: What decided predictions before an identity said so: every clip was 10 s long, whatever its component, and a label's
+#: end did not count for its score.
+_UNSAID = {"clip_seconds": CLIP_SECONDS, "ends_scored": False}
 
 
 @dataclass(frozen=True, kw_only=True)

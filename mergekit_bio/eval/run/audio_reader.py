@@ -111,7 +111,9 @@ class _Recordings:
         self._dataset = dataset
         self._counting = Lock()
         self._notes: dict[str, bool] = {}  # with whether it has been told
-        self._paths = {row.id: row.path for row in (*dataset.asked, *dataset.examples) if row.path is not None}
+        rows = (*dataset.asked, *dataset.examples)
+        self._paths = {row.id: row.path for row in rows if row.path is not None}
+        self._parts = {row.id: (row.start, row.end or dataset.seconds) for row in rows}
         # A recording that is no file of its own is told from others by all rows' texts and the tables that they lie in.
         self._rows = None if self._paths else [dataset.fingerprint(), dataset.source, _stamps(Path(dataset.source))]
 
@@ -119,7 +121,8 @@ class _Recordings:
         """What decides the samples of a clip; see :func:`mergekit_bio.engine.clip_digests.clip_key`."""
         recording = self._rows or _stamps(self._paths[clip_id])
         heard = [] if self._dataset.channel is None else [f"channel {self._dataset.channel}"]
-        return clip_key(recording, clip_id, *heard, start=0.0, end=self._dataset.seconds, seconds=self._dataset.seconds)
+        start, end = self._parts[clip_id]
+        return clip_key(recording, clip_id, *heard, start=start, end=end, seconds=self._dataset.seconds)
 
     def clip(self, clip_id: str, digest: str) -> Clip:
         """A clip that is known already: decoded where somebody asks for its samples after all."""

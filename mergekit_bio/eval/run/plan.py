@@ -149,6 +149,7 @@ def identified_cells(
             "n_examples": recipe.n_examples,
             "seed": recipe.seed,
             "decoding": recipe.decoding,
+            "ends_scored": recipe.decoding == "loglikelihood",
             "generate": generate if recipe.decoding == "generate" else None,
             # Names to choose from; scoring may change them afterwards, generated answers do not depend on them.
             "choices": None if recipe.decoding == "generate" else {"target": cell.target, "names": recipe.label_map},

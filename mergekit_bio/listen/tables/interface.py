@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from mergekit_bio.audio.recording_time import RecordingTime, recording_time
 from mergekit_bio.listen.journal import HeardRecording, Journal, Row
 
 
@@ -36,6 +38,7 @@ class About:
             "recording": str,
             "start": float,
             "end": float,
+            "time": str,
             "answer": str,
             **(choice | {"third_probability": float} if self.choices else {}),
             "model": str,
@@ -50,6 +53,7 @@ class About:
             "recording": as_text(row.recording),
             "start": row.start,
             "end": row.end,
+            "time": time_of(row),
             "answer": row.answer,
             "probability": row.probability,
             "second": second,
@@ -79,6 +83,17 @@ class Table(Protocol):
 
     def finish(self, journal: Journal) -> None:
         """Write the whole table, in order."""
+
+
+def time_of(row: Row) -> str | None:
+    """When a window began, as ISO 8601 has it; None where its recording does not tell."""
+    began = _recording_time(row.recording)
+    return began.at(row.start) if began else None
+
+
+@lru_cache(maxsize=256)  # rows come recording by recording
+def _recording_time(recording: str) -> RecordingTime | None:
+    return recording_time(Path(recording))
 
 
 def as_text(path: str) -> str:

@@ -82,5 +82,5 @@ class RavenTable:
                     continue
                 for line in _lines(self._about, recording, journal.rows(recording), first=first, begins=begins):
                     file.write(line.encode())
-                first += recording.windows
+                    first += 1
                 begins += recording.seconds or 0.0

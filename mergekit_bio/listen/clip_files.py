@@ -1,0 +1,160 @@
+"""The likeliest windows of each answer, cut to files for listening."""
+
+import csv
+import heapq
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_bio.errors import AudioError, OutputError
+
+#: Lists the files, and tells a folder of ours from any other.
+INDEX = "clips.csv"
+_COLUMNS = ("file", "answer", "probability", "recording", "start", "end")
+
+#: Bytes of a name that is made of an answer or of a recording's; file systems take 255 in all.
+_NAME_BYTES = 80
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """An answer that may be worth hearing; the likelier is the greater, of equals the earlier."""
+
+    probability: float
+    order: int
+    answer: str
+    recording: str
+    start: float
+    end: float
+
+
+class Likeliest:
+    """Keeps the likeliest windows of each answer, of however many come.
+
+    Args:
+        count: How many of each.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._seen = count, 0
+        self._kept: dict[str, list[Found]] = defaultdict(list)
+
+    def add(self, answer: str, probability: float, *, recording: str, start: float, end: float) -> None:
+        """One more window."""
+        self._seen += 1
+        kept, found = self._kept[answer], Found(probability, -self._seen, answer, recording, start, end)
+        if len(kept) < self._count:
+            heapq.heappush(kept, found)
+        else:
+            heapq.heappushpop(kept, found)
+
+    def ranked(self) -> dict[str, list[Found]]:
+        """Answer -> its windows, the likeliest first."""
+        return {answer: sorted(self._kept[answer], reverse=True) for answer in sorted(self._kept)}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OutputError where a folder holds what is not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; --clips needs a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
+        raise OutputError(f"{folder}: holds other files; give --clips a new folder")
+
+
+def write_clips(
+    ranked: dict[str, list[Found]],
+    folder: Path,
+    *,
+    cut: Callable[..., tuple[object, int]],
+    note: Callable[[str], None],
+) -> int:
+    """Cut windows out of their recordings: ``FOLDER/ANSWER/01_0.93_RECORDING_120.0-130.0.wav``.
+
+    What an earlier call wrote there is replaced. ``clips.csv`` lists the files.
+
+    Args:
+        ranked: Answer -> its windows, the likeliest first.
+        folder: Where to; made where it is missing.
+        cut: :func:`mergekit_bio.audio.recording.read_samples`.
+        note: Is told of recordings that cannot be cut.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        OutputError: The folder holds what is not ours, or cannot be written.
+    """
+    check_folder(folder)
+    planned = list(_planned(ranked))
+    written = 0
+    try:
+        _remove_earlier(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The list first: whatever is interrupted, the next call knows what is its own.
+        with (folder / INDEX).open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(_COLUMNS)
+            for name, found in planned:
+                row = (name, found.answer, f"{found.probability:.6g}", found.recording, found.start, found.end)
+                table.writerow([str(value).encode(errors="backslashreplace").decode() for value in row])
+        for name, found in planned:
+            written += _write(folder / name, found, cut, note)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return written
+
+
+def _write(path: Path, found: Found, cut: Callable[..., tuple[object, int]], note: Callable[[str], None]) -> bool:
+    import soundfile
+
+    try:
+        samples, rate = cut(Path(found.recording), start=found.start, seconds=found.end - found.start)
+    except AudioError as error:
+        note(f"no clip of {found.recording} at {found.start:g} s: {error}")
+        return False
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    soundfile.write(partial, samples, rate, format="WAV", subtype="PCM_16")
+    partial.replace(path)
+    return True
+
+
+def _planned(ranked: dict[str, list[Found]]) -> Iterable[tuple[str, Found]]:
+    """The files' names, relative to the folder."""
+    folders: dict[str, str] = {}
+    for answer, windows in ranked.items():
+        name = plain = file_name(answer)
+        number = 1
+        # Case does not tell names apart on every disk.
+        while folders.setdefault(name.casefold(), answer) != answer:
+            number += 1
+            name = f"{plain}-{number}"
+        for rank, found in enumerate(windows, start=1):
+            recording = file_name(Path(found.recording).stem)
+            place = f"{found.start:.1f}-{found.end:.1f}"
+            yield f"{name}/{rank:02d}_{found.probability:.2f}_{recording}_{place}.wav", found
+
+
+def file_name(text: str) -> str:
+    """A text as a part of a file's name that every system takes."""
+    safe = re.sub(r"[^\w.+-]+", "-", unicodedata.normalize("NFC", text)).strip("-.")
+    return safe.encode(errors="ignore")[:_NAME_BYTES].decode(errors="ignore") or "-"
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the files that the folder's list names, and the folders that are empty then."""
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    with index.open(newline="", encoding="utf-8") as file:
+        paths = [folder / row["file"] for row in csv.DictReader(file) if row.get("file")]
+    ours = [path for path in paths if path.suffix == ".wav" and path.resolve().is_relative_to(folder.resolve())]
+    for path in ours:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".partial").unlink(missing_ok=True)
+    for parent in {path.parent for path in ours} - {folder}:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
