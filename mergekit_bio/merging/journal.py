@@ -42,7 +42,8 @@ def plan_digest(plan: MergePlan) -> str:
         digest.update(shard.header)
         digest.update(repr((shard.file, shard.size, shard.copies, shard.links)).encode())
     for fold in plan.folds:
-        digest.update(repr((fold.name, fold.base, fold.shape, fold.dtype, fold.targets)).encode())
+        # A target's strengths are of the deltas in their order; each delta's text says of which tensors and how scaled.
+        digest.update(repr((fold.name, fold.base, fold.shape, fold.dtype, fold.deltas, fold.targets)).encode())
     return digest.hexdigest()[:8]
 
 

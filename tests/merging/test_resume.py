@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 from merging.example import write_example
+from safetensors.torch import load_file, save_file
 
 from mergekit_bio.merging.fold import Folder
 from mergekit_bio.merging.journal import JOURNAL
 from mergekit_bio.merging.merge import carry_out, plan_merge
-from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.request import AdapterEntry, MergeRequest
 
 #: Merges, and kills itself when half of the folded bytes are written.
 DIES = """
-import os, signal, sys
+import json, os, signal, sys
 from mergekit_bio import MergeRequest, carry_out, plan_merge
-plan = plan_merge(MergeRequest(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.4, 0.6], out=sys.argv[3], device="cpu"))
+from mergekit_bio.merging.request import AdapterEntry
+base, adapters, alphas, out = map(json.loads, sys.argv[1:])
+adapters = [AdapterEntry(*adapter) for adapter in adapters]
+plan = plan_merge(MergeRequest(base=base, adapter=adapters, alphas=alphas, out=out, device="cpu"))
 left = plan.bytes_on_disk - plan.bytes_folded // 2
 def progress(count):
     global left
@@ -37,12 +41,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def merge(sources: Path, out: Path, *alphas: float) -> tuple[list[str], Path]:
+def die(base: Path, adapters: list[tuple], out: Path) -> None:
+    """Merge in a process that is killed halfway."""
+    arguments = [json.dumps(argument, default=str) for argument in (base, adapters, (0.4, 0.6), out)]
+    assert subprocess.run([sys.executable, "-c", DIES, *arguments]).returncode == -9
+
+
+def merge(sources: Path, out: Path, *alphas: float, **options) -> tuple[list[str], Path]:
     """Merge; what is noted, and where it is."""
     notes: list[str] = []
     alphas = alphas or (0.4, 0.6)
     request = {"base": sources / "base", "adapter": sources / "adapter", "alphas": alphas, "out": out, "device": "cpu"}
-    carry_out(plan_merge(MergeRequest(**request)), note=notes.append)
+    carry_out(plan_merge(MergeRequest(**request | options)), note=notes.append)
     return notes, out
 
 
@@ -55,8 +65,7 @@ def undisturbed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def died(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a killed merge leaves, in a directory of its own."""
     folder = tmp_path_factory.mktemp("died")
-    victim = [sys.executable, "-c", DIES, sources / "base", sources / "adapter", folder / "out"]
-    assert subprocess.run(victim).returncode == -9
+    die(sources / "base", [(sources / "adapter",)], folder / "out")
     return folder
 
 
@@ -116,12 +125,27 @@ def test_another_merge_names_it_says_its_size_and_leaves_it_alone(sources, undis
     assert contents(out) == contents(undisturbed)
 
 
-def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed, place, folds, tmp_path):
-    shutil.copytree(sources, tmp_path / "sources")
-    file = tmp_path / "sources/adapter/adapter_model.safetensors"
-    notes, _ = merge(tmp_path / "sources", place / "out")
-    os.utime(file)
+def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed, place, folds):
+    file = sources / "adapter/adapter_model.safetensors"
+    before = file.stat()
+    os.utime(file)  # as a change of its values leaves it: with the same size and header
+    try:
+        notes, _ = merge(sources, place / "out")
+    finally:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "is left alone" in notes[0] and len(folds) == 16 and scratch(place).is_dir()
+
+
+def test_adapters_that_change_places_make_another_merge_of_it(sources, tmp_path):
+    other = Path(shutil.copytree(sources / "adapter", tmp_path / "other"))
+    file = other / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    strengths = (0.9, 0.1)
+    die(sources / "base", list(zip((sources / "adapter", other), strengths, strict=True)), tmp_path / "out")
+    exchanged = [AdapterEntry(*pair) for pair in zip((other, sources / "adapter"), strengths, strict=True)]
+    for out in ("out", "undisturbed"):
+        merge(sources, tmp_path / out, adapter=exchanged)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 def test_after_the_system_has_started_anew_nothing_is_trusted(sources, undisturbed, place, folds):
