@@ -141,7 +141,7 @@ def _sweep(source: str) -> list[str]:
     root = Path(source)
     if not root.is_dir() or (root / MANIFEST).is_file():
         return [source]
-    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))]
+    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"[!.]*/{MANIFEST}"))]
     alphas = {checkpoint: merge_strength(checkpoint) for checkpoint in checkpoints}
     checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
     return [str(checkpoint) for checkpoint in checkpoints] or [source]
