@@ -35,6 +35,7 @@ def staged(
     overwrite: bool = False,
     fsync: bool = True,
     key: str | None = None,
+    journal: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Path]:
     """A scratch directory that becomes ``out`` when the block ends well, and vanishes when it does not.
@@ -49,6 +50,8 @@ def staged(
         fsync: Have everything on the disk before the rename, so that a power cut leaves all or nothing.
         key: Tells the work apart from any other that would become ``out``: if a process that did the same was killed,
             the scratch directory holds what it has left. Without one it is empty.
+        journal: A file in the scratch directory from which work is gone on with. It is no part of ``out``, and removed
+            when only the rename is left to do: what makes sure that all is on the disk may take long.
         note: Called with a line about what was left by processes that did something else.
 
     Raises:
@@ -82,6 +85,10 @@ def staged(
                 yield partial
                 if fsync:
                     _sync_tree(partial)
+                if journal is not None:
+                    (partial / journal).unlink()
+                    if fsync:
+                        _sync(partial)
                 if within:
                     _move_up(partial, out, last=mark)
                 else:

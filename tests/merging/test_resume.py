@@ -16,20 +16,24 @@ from mergekit_bio.merging.journal import JOURNAL
 from mergekit_bio.merging.merge import carry_out, plan_merge
 from mergekit_bio.merging.request import AdapterEntry, MergeRequest
 
-#: Merges, and kills itself when half of the folded bytes are written.
+#: Merges, and kills itself when half of the folded bytes are written, or when all is and is sent to the disk.
 DIES = """
 import json, os, signal, sys
 from mergekit_bio import MergeRequest, carry_out, plan_merge
 from mergekit_bio.merging.request import AdapterEntry
-base, adapters, alphas, out = map(json.loads, sys.argv[1:])
+from mergekit_bio.checkpoint import publish
+base, adapters, alphas, out, at_the_end = map(json.loads, sys.argv[1:])
 adapters = [AdapterEntry(*adapter) for adapter in adapters]
 plan = plan_merge(MergeRequest(base=base, adapter=adapters, alphas=alphas, out=out, device="cpu"))
 left = plan.bytes_on_disk - plan.bytes_folded // 2
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 def progress(count):
     global left
     left -= count
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if left < 0 and not at_the_end:
+        die()
+publish._sync_tree = die
 carry_out(plan, progress=progress)
 """
 
@@ -37,13 +41,16 @@ carry_out(plan, progress=progress)
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
-    write_example(folder)
+    base, adapter = write_example(folder)
+    for source, vocabulary in ((base, {"owl": 0}), (adapter, {"owl": 0, "wren": 1})):
+        (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 
-def die(base: Path, adapters: list[tuple], out: Path) -> None:
-    """Merge in a process that is killed halfway."""
-    arguments = [json.dumps(argument, default=str) for argument in (base, adapters, (0.4, 0.6), out)]
+def die(base: Path, adapters: list[tuple], out: Path, *, at_the_end: bool = False) -> None:
+    """Merge in a process that is killed halfway, or at the end."""
+    arguments = [json.dumps(argument, default=str) for argument in (base, adapters, (0.4, 0.6), out, at_the_end)]
     assert subprocess.run([sys.executable, "-c", DIES, *arguments]).returncode == -9
 
 
@@ -134,6 +141,27 @@ def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed
     finally:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "is left alone" in notes[0] and len(folds) == 16 and scratch(place).is_dir()
+
+
+@pytest.fixture(scope="module")
+def died_at_the_end(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("died")
+    die(sources / "base", [(sources / "adapter",)], folder / "out", at_the_end=True)
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["auto", "base"])
+def test_what_was_killed_at_its_end_needs_no_fold_and_has_what_is_asked_for_now(
+    sources, died_at_the_end, folds, tmp_path, tokenizer
+):
+    """The files beside the weights were written with ``auto``: the adapter's tokenizer, with its chat template."""
+    place = Path(shutil.copytree(died_at_the_end, tmp_path / "place", symlinks=True))
+    notes, out = merge(sources, place / "out", tokenizer=tokenizer)
+    assert "goes on with a merge that was cut off" in notes[0] and folds == []
+    _, fresh = merge(sources, tmp_path / "fresh", tokenizer=tokenizer)
+    assert contents(out) == contents(fresh) and recorded(out) == recorded(fresh)
+    assert (out / "alpha-0.40/chat_template.jinja").exists() == (tokenizer == "auto")
+    assert list(place.iterdir()) == [out]
 
 
 def test_adapters_that_change_places_make_another_merge_of_it(sources, tmp_path):
