@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -40,14 +40,18 @@ _EFFECTIVE = os.access in os.supports_effective_ids
 Companions: TypeAlias = Mapping[str, Path | Mapping[str, Any]]
 
 
-def companions(plan: MergePlan) -> Companions:
+def companions(plan: MergePlan, names: Sequence[str] | None = None) -> Companions:
     """Find out, before anything is written, what will stand beside the weights.
+
+    Args:
+        plan: The merge.
+        names: What the adapters were called, if their directories are called otherwise now.
 
     Raises:
         CheckpointError: The base's config, or the tokenizer that an audio tower needs, is missing or damaged; a file
             that would be copied cannot be.
     """
-    copies = dict(_copies(plan))
+    copies = dict(_copies(plan, names))
     for name, file in copies.items():
         try:
             name.encode()
@@ -85,19 +89,25 @@ def _written(document: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n".encode()
 
 
-def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
-    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
+def adapter_licences(plan: MergePlan, names: Sequence[str] | None = None) -> list[dict[str, Path]]:
+    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is.
+
+    Args:
+        plan: The merge.
+        names: As of :func:`companions`.
+    """
+    sources = [planned.adapter.source for planned in plan.adapters]
     taken: set[str] = set()
     licences = []
-    for source in (planned.adapter.source for planned in plan.adapters):
-        stem = source.name.lstrip(".")  # hidden files are not pushed
+    for source, called in zip(sources, names or [source.name for source in sources], strict=True):
+        stem = called.lstrip(".")  # hidden files are not pushed
         name = next(name for name in chain([stem], (f"{stem}-{suffix}" for suffix in count(2))) if name not in taken)
         taken.add(name)
         licences.append({fitting(name, f"-{file}"): source.path / file for file in licence_files(source)})
     return licences
 
 
-def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
+def _copies(plan: MergePlan, names: Sequence[str] | None) -> Iterator[tuple[str, Path]]:
     base, tokenizer = plan.base.source.path, plan.tokenizer.folder
     for origin, patterns in ((base, _SETTINGS), (tokenizer, _TOKENIZER)):
         files = {file for pattern in patterns for file in origin.glob(pattern) if file.is_file()}
@@ -109,7 +119,7 @@ def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
             yield name, inside(origin, name)
     for name in licence_files(plan.base.source):
         yield name, inside(base, name)
-    for name, file in chain.from_iterable(licences.items() for licences in adapter_licences(plan)):
+    for name, file in chain.from_iterable(licences.items() for licences in adapter_licences(plan, names)):
         yield name, inside(file.parent, file.name)
 
 

@@ -81,7 +81,8 @@ def plan_rebuild(
     )
     plan = replace(whole, request=request).only(output_index)
     # 3. Compare what can be compared before the work: files beside the weights, and the layout of the weights.
-    beside = {name: content for name, content in companions(whole).items() if name in manifest.companions}
+    names = [adapter.name for adapter in manifest.adapters]
+    beside = {name: content for name, content in companions(whole, names).items() if name in manifest.companions}
     for name, recorded in sorted(manifest.companions.items()):
         content = beside.get(name)
         if name != INDEX and (content is None or companion_sha256(content) != recorded):

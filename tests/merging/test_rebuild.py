@@ -189,11 +189,16 @@ def test_a_source_that_was_changed_is_named(sources, receipt, tmp_path):
 
 def test_a_source_that_has_moved_is_asked_for(sources, tmp_path):
     home = shutil.copytree(sources, tmp_path / "home")
+    for name in ("base", "wide", "narrow"):
+        (home / name / "LICENSE").write_text(f"the terms of {name}")
     (checkpoint,) = merge(home, tmp_path / "half", 0.3)
     home.rename(tmp_path / "away")
     with pytest.raises(SourceError, match=r"no such directory; say where wide is now with --adapter"):
         rebuilt(checkpoint, tmp_path / "out")
-    moved = {"base": str(tmp_path / "away/base"), "adapters": [str(tmp_path / "away" / n) for n in ("wide", "narrow")]}
+    for name in ("base", "wide", "narrow"):
+        (tmp_path / "away" / name).rename(tmp_path / "away" / f"new-{name}")
+    adapters = [str(tmp_path / "away" / name) for name in ("new-wide", "new-narrow")]
+    moved = {"base": str(tmp_path / "away/new-base"), "adapters": adapters}
     assert same_files(rebuilt(checkpoint, tmp_path / "out", **moved), checkpoint)
 
 
