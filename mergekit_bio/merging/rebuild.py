@@ -1,4 +1,8 @@
-"""Makes a merged checkpoint again from its receipt, the ``merge.json``: the same bytes, or a refusal that says why."""
+"""Makes a merged checkpoint again from its receipt, the ``merge.json``, or refuses and says why.
+
+Every hash of the receipt is compared: of folded tensors, small files and headers, and of whole files where the merge
+was asked for those. Else copied tensors are known by their source's fingerprint: names, types, shapes and both ends.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

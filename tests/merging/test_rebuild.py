@@ -255,6 +255,22 @@ def test_whole_files_are_recorded_and_checked_where_it_is_asked_for(sources, tmp
         verify(checkpoint)
 
 
+@pytest.mark.parametrize("hash", ["folded", "full"])
+def test_what_is_said_of_copied_tensors_is_what_was_compared(sources, tmp_path, command_line, hash):
+    """The middle of a tensor that no delta touches is in no fingerprint; hashes of whole files have it."""
+    base = Path(shutil.copytree(sources / "base", tmp_path / "base"))
+    (checkpoint,) = merge(sources, tmp_path / "half", 0.3, base=base, hash=hash)
+    file = base / "model-00001-of-00002.safetensors"
+    row = load_file(file)["model.embed_tokens.weight"][1024].view(torch.uint8).numpy().tobytes()
+    file.write_bytes(file.read_bytes().replace(row, bytes(len(row))))
+    code, out, err = command_line("rebuild", checkpoint, "--out", tmp_path / "out", "--device", "cpu", "--no-fsync")
+    if hash == "full":
+        assert code == 1 and "is not what the receipt records" in err
+    else:
+        assert code == 0, err
+        assert "copied tensors are known by their source's fingerprint" in out and "byte for byte" not in out
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_folds_to_the_same_bytes(sources, half, tmp_path):
     (checkpoint,) = merge(sources, tmp_path / "merged", 0.3, device="cuda")
