@@ -23,7 +23,10 @@ Layout: TypeAlias = Literal["linear", "conv1d", "embedding"]
 
 
 class Delta(Protocol):
-    """One delta of one base tensor. A new kind of delta is a class with these members, in a file of its own."""
+    """One delta of one base tensor. A new kind of delta is a class with these members, in a file of its own.
+
+    It is a dataclass: its text tells it from every other delta, so that no merge goes on with the work of another.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The tensors of a PEFT directory, under the names that PEFT gives them when it saves."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class LoadedTensor:
 
     name: str
     file: Path
-    values: "torch.Tensor"
+    values: "torch.Tensor" = field(repr=False)
 
     @property
     def dtype(self) -> str:

@@ -192,7 +192,7 @@ def read_manifest(directory: Path) -> Manifest:
         VerificationError: There is none, or it is not one of ours.
     """
     if not (directory / MANIFEST).is_file():
-        several = sorted(path.parent.name for path in directory.glob(f"*/{MANIFEST}"))
+        several = sorted(path.parent.name for path in directory.glob(f"[!.]*/{MANIFEST}"))
         hint = f"; it is a sweep, name one of its checkpoints: {', '.join(several)}" if several else ""
         raise VerificationError(f"{directory}: has no {MANIFEST}, so mergekit-bio did not write it{hint}")
     try:

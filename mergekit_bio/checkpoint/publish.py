@@ -9,7 +9,6 @@ key goes on with it, and others leave it alone.
 
 import errno
 import fcntl
-import glob
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ def staged(
     overwrite: bool = False,
     fsync: bool = True,
     key: str | None = None,
+    journal: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Path]:
     """A scratch directory that becomes ``out`` when the block ends well, and vanishes when it does not.
@@ -47,8 +47,10 @@ def staged(
             overwritten either.
         overwrite: Replace an existing ``out``.
         fsync: Have everything on the disk before the rename, so that a power cut leaves all or nothing.
-        key: Tells the work apart from any other that would become ``out``: if a process that did the same was killed,
-            the scratch directory holds what it has left. Without one it is empty.
+        key: Eight hexadecimal digits that tell the work apart from any other that would become ``out``: if a process
+            that did the same was killed, the scratch directory holds what it has left. Without one it is empty.
+        journal: A file in the scratch directory from which work is gone on with. It is no part of ``out``, and removed
+            when only the rename is left to do: what makes sure that all is on the disk may take long.
         note: Called with a line about what was left by processes that did something else.
 
     Raises:
@@ -71,8 +73,8 @@ def staged(
             _remove(partial)
             if key is not None:
                 partial = room / f"{stem}.{key}.partial"
-            for other in sorted(room.glob(f"{glob.escape(stem)}.*.partial")):
-                if other != partial:
+            for other in sorted(room.iterdir()):
+                if other != partial and _keyed(stem).fullmatch(other.name):
                     note(
                         f"{other}: holds {bytes_in(other) / 1e9:.3g} GB of other work on {out.name} that was cut off; "
                         "it is left alone, remove it if nobody is to go on with it"
@@ -82,6 +84,10 @@ def staged(
                 yield partial
                 if fsync:
                     _sync_tree(partial)
+                if journal is not None:
+                    (partial / journal).unlink()
+                    if fsync:
+                        _sync(partial)
                 if within:
                     _move_up(partial, out, last=mark)
                 else:
@@ -137,8 +143,14 @@ def _entries(out: Path) -> list[Path]:
     """What ``out`` holds, but for what we or the file system have left there."""
     stem = _stem(out)
     leftovers = {*(f"{stem}.{kind}" for kind in _OWN), "lost+found"}
-    keyed = re.compile(rf"{re.escape(stem)}\.\w+\.partial")
-    return sorted(path for path in out.iterdir() if path.name not in leftovers and not keyed.fullmatch(path.name))
+    return sorted(
+        path for path in out.iterdir() if path.name not in leftovers and not _keyed(stem).fullmatch(path.name)
+    )
+
+
+def _keyed(stem: str) -> re.Pattern[str]:
+    """Names of scratch directories with a key; those of an output whose name goes on, ``NAME.5``, are none."""
+    return re.compile(rf"{re.escape(stem)}\.[0-9a-f]{{8}}\.partial")
 
 
 def _stem(out: Path) -> str:

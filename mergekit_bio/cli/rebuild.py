@@ -22,10 +22,11 @@ def rebuild(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a merged checkpoint again from its receipt, byte for byte.
+    """Make a merged checkpoint again from its receipt.
 
-    Fetches base and adapters at the revisions that were merged, folds them, and compares every hash before the
-    directory appears. A source that was changed since is named.
+    Fetches base and adapters at the revisions that were merged, folds them, and compares every hash of the receipt
+    before the directory appears: of each folded tensor and each small file; what is copied is known by its source's
+    fingerprint. A source that was changed since is named.
 
     \b
     Examples:
@@ -47,12 +48,14 @@ def rebuild(
         "tensors": len(plan.receipt.tensors),
     }
     document = {"path": str(checkpoint.path), **counts, "bytes": plan.merge.bytes_on_disk, "seconds": round(seconds, 3)}
+    whole = all(record.sha256 for record in plan.receipt.files.values())
+    copied = "whole files were compared" if whole else "copied tensors are known by their source's fingerprint"
     size = human_bytes(plan.merge.bytes_on_disk)
     output.result(
         document,
         lambda console: console.print(
-            f"{checkpoint.path}: {size} in {seconds:.1f} s, byte for byte as the receipt records: {counts['files']} "
-            f"files of weights with {counts['tensors']} folded tensors, {counts['companions']} files beside them",
+            f"{checkpoint.path}: {size} in {seconds:.1f} s, every hash as the receipt records: {counts['files']} files "
+            f"of weights with {counts['tensors']} folded tensors, {counts['companions']} files beside them; {copied}",
             soft_wrap=True,
         ),
         lines=[str(checkpoint.path)],

@@ -35,7 +35,9 @@ def verify(
     from mergekit_bio.merging.verify import verify as check
 
     output = Output(as_json=as_json, quiet=quiet)
-    sweep = [] if (directory / MANIFEST).exists() else sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    sweep = (
+        [] if (directory / MANIFEST).exists() else sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
+    )
     results = []
     for folder in sweep or [directory]:
         total = Checkpoint.open(folder).nbytes if (folder / MANIFEST).exists() else 0

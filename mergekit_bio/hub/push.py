@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, read_manifest
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
 from mergekit_bio.checkpoint.source import is_hub_id
 from mergekit_bio.errors import HubError
 from mergekit_bio.merging.card import receipt_card, sweep_card
@@ -155,6 +155,8 @@ def push_sweep(
     folders = checkpoints_of_sweep(directory)
     if not folders:
         raise HubError(f"{directory}: holds no merged checkpoints")
+    manifests = {folder.name: read_manifest(folder) for folder in folders}
+    _check_one_sweep(directory, manifests)
     uploads = [
         replace(_prepare(folder, f"{repo_id}@{folder.name}", receipt=receipt), branch=folder.name) for folder in folders
     ]
@@ -165,7 +167,7 @@ def push_sweep(
     if dry_run:
         sent: set[_Inode] = set()
         return tuple(of_branch(_planned(upload, repo_id, sent), upload) for upload in uploads)
-    card = sweep_card({folder.name: asdict(read_manifest(folder)) for folder in folders}, repo_id)
+    card = sweep_card({name: asdict(manifest) for name, manifest in manifests.items()}, repo_id)
     with _explained(repo_id, None):
         repository = _Repository(repo_id, private=private)
         if any(_WEIGHTS.fullmatch(path) for path in repository.files(None)):
@@ -179,10 +181,29 @@ def push_sweep(
 
 
 def checkpoints_of_sweep(directory: Path) -> list[Path]:
-    """The checkpoints in a sweep's directory; none where it is a checkpoint itself."""
+    """The checkpoints in a sweep's directory, not what a killed merge left; none where it is a checkpoint itself."""
     if (directory / MANIFEST).exists():
         return []
-    return sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    return sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
+
+
+def _check_one_sweep(directory: Path, manifests: Mapping[str, Manifest]) -> None:
+    """Refuse checkpoints that differ in more than their strengths: one card cannot tell of them."""
+
+    def merged_from(manifest: Manifest) -> dict[str, object]:
+        return {
+            "base": manifest.base.fingerprint,
+            "adapters": [adapter.fingerprint for adapter in manifest.adapters],
+            **{key: getattr(manifest, key) for key in ("dtype", "rounding", "seed", "text_only")},
+        }
+
+    (first, of_first), *others = ((name, merged_from(manifest)) for name, manifest in manifests.items())
+    for name, of_other in others:
+        if differing := [key for key, value in of_first.items() if of_other[key] != value]:
+            raise HubError(
+                f"{directory}: is no sweep: {first} and {name} were merged with different {' and '.join(differing)}; "
+                "push each to a repository of its own"
+            )
 
 
 def _prepare(directory: Path, name: str, *, receipt: bool) -> _Upload:

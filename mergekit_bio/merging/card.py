@@ -1,7 +1,7 @@
 """The model card of a merged checkpoint, written from what its ``merge.json`` says."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_bio.outside_data import to_yaml
@@ -124,7 +124,12 @@ Each is a checkpoint of its own, on a branch of its own:
 A loader is told which as the revision, such as `revision="{branch}"` in Transformers or `--revision {branch}` in vLLM;
 to mergekit-bio it is `{repo_id}@{branch}`."""
     introduction = _introduction(first, "This is a sweep over α.", strengths=False)
-    return _page(_metadata(first), (introduction, how, _licences(first), _citation(first)))
+    # The same weights may have been found in several places, which state several licences: all of them apply.
+    sources: list[Mapping[str, Any]] = []
+    for source in (source for manifest in manifests.values() for source in _sources(manifest)):
+        if not any(all(source[key] == other[key] for key in ("name", "id", "license")) for other in sources):
+            sources.append(source)
+    return _page(_metadata(first, sources), (introduction, how, _licences(first, sources), _citation(first)))
 
 
 def _page(metadata: Mapping[str, Any], sections: Iterable[str]) -> str:
@@ -132,10 +137,11 @@ def _page(metadata: Mapping[str, Any], sections: Iterable[str]) -> str:
     return f"---\n{to_yaml(metadata)}---\n\n{body}\n"
 
 
-def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(manifest: Mapping[str, Any], sources: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     audio = manifest["audio_prefix"]
     kinds = {adapter["peft_type"] or adapter["kind"] for adapter in manifest["adapters"]}
-    parents = [source["id"] for source in _sources(manifest) if source["id"]]
+    sources = sources or _sources(manifest)
+    parents = list(dict.fromkeys(source["id"] for source in sources if source["id"]))
     tags = ["merge", "mergekit-bio"]
     tags += ["lora"] if kinds & {"LORA", "naturelm-audio"} else []
     tags += ["bioacoustics"] if "naturelm-audio" in kinds else []
@@ -144,7 +150,7 @@ def _metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
     data["library_name"] = "transformers"
     data["pipeline_tag"] = "audio-text-to-text" if audio else "text-generation"
     data["tags"] = tags
-    licensed = {stated: source for source in _sources(manifest) if (stated := _license_id(source))}
+    licensed = {stated: source for source in sources if (stated := _license_id(source))}
     match list(licensed):
         case [only] if only != "other" and ", " not in only:
             data["license"] = only
@@ -298,9 +304,9 @@ a dot product sees.{used}
 {_table(heads, rows, numbers_from=1)}"""
 
 
-def _licences(manifest: Mapping[str, Any]) -> str:
+def _licences(manifest: Mapping[str, Any], sources: Sequence[Mapping[str, Any]] = ()) -> str:
     lines = []
-    for source in _sources(manifest):
+    for source in sources or _sources(manifest):
         files = ", ".join(f"`{_plain(name)}`" for name in source["license_files"])
         texts = f" The text is here: {files}." if files else ""
         if _license_id(source) is None:

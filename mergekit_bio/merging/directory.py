@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -31,6 +31,8 @@ _TOKENIZER = (
 _SETTINGS = ("generation_config.json", "*processor_config.json")
 #: A class of custom code, as ``auto_map`` names one: module and class, perhaps of another repository.
 _CUSTOM_CLASS = re.compile(r"(?:(?P<repository>.+)--)?(?P<module>\w+)\.\w+")
+#: What such a module imports of a module beside it, as Transformers finds that.
+_OWN_IMPORT = re.compile(r"^\s*from\s+\.(\w+)(?:\.\w+)*\s+import\b", re.MULTILINE)
 
 _EFFECTIVE = os.access in os.supports_effective_ids
 
@@ -40,14 +42,18 @@ _EFFECTIVE = os.access in os.supports_effective_ids
 Companions: TypeAlias = Mapping[str, Path | Mapping[str, Any]]
 
 
-def companions(plan: MergePlan) -> Companions:
+def companions(plan: MergePlan, names: Sequence[str] | None = None) -> Companions:
     """Find out, before anything is written, what will stand beside the weights.
+
+    Args:
+        plan: The merge.
+        names: What the adapters were called, if their directories are called otherwise now.
 
     Raises:
         CheckpointError: The base's config, or the tokenizer that an audio tower needs, is missing or damaged; a file
             that would be copied cannot be.
     """
-    copies = dict(_copies(plan))
+    copies = dict(_copies(plan, names))
     for name, file in copies.items():
         try:
             name.encode()
@@ -85,50 +91,84 @@ def _written(document: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n".encode()
 
 
-def adapter_licences(plan: MergePlan) -> list[dict[str, Path]]:
-    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is."""
+def adapter_licences(plan: MergePlan, names: Sequence[str] | None = None) -> list[dict[str, Path]]:
+    """For each adapter its licence files, under names that do not clash: ``NAME-LICENSE`` -> where it is.
+
+    Args:
+        plan: The merge.
+        names: As of :func:`companions`.
+    """
+    sources = [planned.adapter.source for planned in plan.adapters]
     taken: set[str] = set()
     licences = []
-    for source in (planned.adapter.source for planned in plan.adapters):
-        stem = source.name.lstrip(".")  # hidden files are not pushed
+    for source, called in zip(sources, names or [source.name for source in sources], strict=True):
+        stem = called.lstrip(".")  # hidden files are not pushed
         name = next(name for name in chain([stem], (f"{stem}-{suffix}" for suffix in count(2))) if name not in taken)
         taken.add(name)
         licences.append({fitting(name, f"-{file}"): source.path / file for file in licence_files(source)})
     return licences
 
 
-def _copies(plan: MergePlan) -> Iterator[tuple[str, Path]]:
+def _copies(plan: MergePlan, names: Sequence[str] | None) -> Iterator[tuple[str, Path]]:
     base, tokenizer = plan.base.source.path, plan.tokenizer.folder
+    code: set[Path] = set()  # the base's
     for origin, patterns in ((base, _SETTINGS), (tokenizer, _TOKENIZER)):
         files = {file for pattern in patterns for file in origin.glob(pattern) if file.is_file()}
         if origin == base:
-            files |= _custom_code(base, (*patterns, "config.json"))
+            code |= {*base.glob("*.py")} if _named_modules(base, (*patterns, "config.json")) else set()
+            files |= code
         else:
-            files |= _custom_code(origin, patterns)
+            needed = _with_imports(_named_modules(origin, patterns))
+            _check_names(needed, code)
+            files |= needed
         for name in sorted(file.relative_to(origin).as_posix() for file in files):
             yield name, inside(origin, name)
     for name in licence_files(plan.base.source):
         yield name, inside(base, name)
-    for name, file in chain.from_iterable(licences.items() for licences in adapter_licences(plan)):
+    for name, file in chain.from_iterable(licences.items() for licences in adapter_licences(plan, names)):
         yield name, inside(file.parent, file.name)
 
 
-def _custom_code(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    """The Python files beside configurations that name classes of them; they are copied, and never run.
+def _named_modules(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The Python files that configurations name classes of; they are copied, and never run.
 
     Raises:
         CheckpointError: A module that one names is not there.
     """
-    named = False
+    modules = []
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         for name, module in _custom_classes(folder, file) if file.name.endswith("config.json") else ():
-            named = True
-            if not (folder / f"{module}.py").is_file():
+            modules.append(folder / f"{module}.py")
+            if not modules[-1].is_file():
                 raise CheckpointError(
                     f"{file}: auto_map names {name}, but {module}.py is not there: the merge could not be loaded; "
                     "fetch that file too"
                 )
-    return {*folder.glob("*.py")} if named else set()  # with what those modules import of each other
+    return modules
+
+
+def _with_imports(modules: Iterable[Path]) -> set[Path]:
+    """Modules with those beside them that they import."""
+    wanted, found = list(modules), set()
+    while wanted:
+        file = wanted.pop()
+        if file.is_file() and file not in found:
+            found.add(file)
+            text = inside(file.parent, file.name).read_text(encoding="utf-8", errors="replace")
+            wanted += [file.with_name(f"{module}.py") for module in _OWN_IMPORT.findall(text)]
+    return found
+
+
+def _check_names(needed: Iterable[Path], code: Iterable[Path]) -> None:
+    """Refuse code of a tokenizer that would take the place of other code of the base."""
+    of_base = {file.name: file for file in code}
+    for file in sorted(needed):
+        other = of_base.get(file.name, file)
+        if other.read_bytes() != file.read_bytes():
+            raise CheckpointError(
+                f"{file}: the tokenizer needs it, and {other} is another of that name; rename one, or use "
+                "--tokenizer base"
+            )
 
 
 def _custom_classes(folder: Path, file: Path) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ the plan's digest, so that no other plan goes on with it.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -42,7 +42,8 @@ def plan_digest(plan: MergePlan) -> str:
         digest.update(shard.header)
         digest.update(repr((shard.file, shard.size, shard.copies, shard.links)).encode())
     for fold in plan.folds:
-        digest.update(repr((fold.name, fold.base, fold.shape, fold.dtype, fold.targets)).encode())
+        # A target's strengths are of the deltas in their order; each delta's text says of which tensors and how scaled.
+        digest.update(repr((fold.name, fold.base, fold.shape, fold.dtype, fold.deltas, fold.targets)).encode())
     return digest.hexdigest()[:8]
 
 
@@ -51,9 +52,11 @@ class Journal:
 
     Args:
         scratch: The scratch directory. What is in it without a journal that can be trusted is removed.
+        parts: The files that a journal tells of, and their further names. All others are written at the end, quickly,
+            so they are removed and written again: this merge may want other ones.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, parts: Collection[str]) -> None:
         self._file = scratch / JOURNAL
         self._lock = Lock()
         self._made: set[str] = set()
@@ -64,8 +67,8 @@ class Journal:
         boot = _BOOT.read_text().strip() if _BOOT.exists() else None
         entries = list(_entries(self._file))
         if not entries or boot is None or entries[0].get("boot") != boot:
-            _clear(scratch)
             entries = []
+        _clear(scratch, {scratch / part for part in (*parts, JOURNAL)} if entries else set())
         #: Whether a process that was killed has left something to go on with.
         self.goes_on = bool(entries)
         self._stream = self._file.open("ab", buffering=0)
@@ -116,10 +119,6 @@ class Journal:
     def note_folded(self, name: str, folded: "Folded") -> None:
         self._write({"folded": name, "sha256": folded.sha256, "products": folded.products.tolist()})
 
-    def remove(self) -> None:
-        """The merge is finished: its output has no journal."""
-        self._file.unlink()
-
     def close(self) -> None:
         """Write no more."""
         self._stream.close()
@@ -138,9 +137,9 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
                     yield entry
 
 
-def _clear(scratch: Path) -> None:
-    for folder, subfolders, files in os.walk(scratch, topdown=False):
-        for name in files:
-            Path(folder, name).unlink()
-        for name in subfolders:
-            Path(folder, name).rmdir()
+def _clear(scratch: Path, kept: set[Path]) -> None:
+    for folder, _, files in os.walk(scratch, topdown=False):
+        for file in {Path(folder, name) for name in files} - kept:
+            file.unlink()
+        if Path(folder) != scratch and not any(Path(folder).iterdir()):
+            Path(folder).rmdir()

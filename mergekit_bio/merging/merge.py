@@ -20,7 +20,7 @@ from mergekit_bio.errors import OutputError
 from mergekit_bio.merging.alpha import Alpha
 from mergekit_bio.merging.card import model_card
 from mergekit_bio.merging.directory import Companions, companions, write_companions
-from mergekit_bio.merging.journal import Journal, plan_digest
+from mergekit_bio.merging.journal import JOURNAL, Journal, plan_digest
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
 from mergekit_bio.merging.record import Made, describe
@@ -186,7 +186,8 @@ def write_outputs(
     # 1. Check the place.
     request, out = plan.request, plan.request.destination
     _check_place(out, plan)
-    # 2. Work in a scratch directory that becomes the output only if all goes well.
+    # 2. Work in a scratch directory that becomes the output only if all goes well. The journal is in it to the last.
+    parts = {name for shard in plan.shards for name in (shard.file, *shard.links)}
     with (
         staged(
             out,
@@ -195,9 +196,10 @@ def write_outputs(
             overwrite=request.overwrite,
             fsync=request.fsync,
             key=plan_digest(plan),
+            journal=JOURNAL,
             note=note,
         ) as scratch,
-        closing(Journal(scratch)) as journal,
+        closing(Journal(scratch, parts)) as journal,
     ):
         there = bytes_in(scratch) if journal.goes_on else 0
         if there:
@@ -208,9 +210,7 @@ def write_outputs(
         folded = execute(plan, scratch, journal, progress)
         # 4. Write what stands beside them, for each output.
         hashes = _hash_files(plan, scratch) if request.hash == "full" else {}
-        merged = tuple(_finish(plan, output, beside, scratch, folded, hashes, record) for output in plan.outputs)
-        journal.remove()
-        return merged
+        return tuple(_finish(plan, output, beside, scratch, folded, hashes, record) for output in plan.outputs)
 
 
 def _finish(

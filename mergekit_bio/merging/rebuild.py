@@ -1,4 +1,8 @@
-"""Makes a merged checkpoint again from its receipt, the ``merge.json``: the same bytes, or a refusal that says why."""
+"""Makes a merged checkpoint again from its receipt, the ``merge.json``, or refuses and says why.
+
+Every hash of the receipt is compared: of folded tensors, small files and headers, and of whole files where the merge
+was asked for those. Else copied tensors are known by their source's fingerprint: names, types, shapes and both ends.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +85,8 @@ def plan_rebuild(
     )
     plan = replace(whole, request=request).only(output_index)
     # 3. Compare what can be compared before the work: files beside the weights, and the layout of the weights.
-    beside = {name: content for name, content in companions(whole).items() if name in manifest.companions}
+    names = [adapter.name for adapter in manifest.adapters]
+    beside = {name: content for name, content in companions(whole, names).items() if name in manifest.companions}
     for name, recorded in sorted(manifest.companions.items()):
         content = beside.get(name)
         if name != INDEX and (content is None or companion_sha256(content) != recorded):

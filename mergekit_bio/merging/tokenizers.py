@@ -1,6 +1,7 @@
 """Whose tokenizer a merge takes: the base's, or that of an adapter that brings new tokens."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -156,13 +157,14 @@ class _Tokenizer:
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """The tokens that the tokenizer was trained with; none where they are in a format not read here."""
-        if isinstance(model := self._tokenizer_json.get("model"), dict):
-            vocabulary = model.get("vocab") or {}
-            if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
-                return {str(piece[0]): number for number, piece in enumerate(vocabulary)}
-            return dict(vocabulary)
-        if vocabulary := self._json("vocab.json"):
-            return vocabulary
+        with self._explained("vocabulary is"):
+            if isinstance(model := self._tokenizer_json.get("model"), dict):
+                vocabulary = model.get("vocab") or {}
+                if isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
+                    return {str(piece): number for number, (piece, _) in enumerate(vocabulary)}
+                return {token: int(number) for token, number in vocabulary.items()}
+            if vocabulary := self._json("vocab.json"):
+                return {token: int(number) for token, number in vocabulary.items()}
         for file in self._files("vocab.txt"):
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             return {token: number for number, token in enumerate(lines)}
@@ -175,13 +177,19 @@ class _Tokenizer:
         """The tokens that were added to the vocabulary."""
         listed = self._tokenizer_json.get("added_tokens") or ()
         decoder = self._json("tokenizer_config.json").get("added_tokens_decoder") or {}
-        try:
-            added = {str(token["content"]): int(token["id"]) for token in listed} | self._json("added_tokens.json")
+        with self._explained("added tokens are"):
+            added = {str(token["content"]): int(token["id"]) for token in listed}
+            added |= {token: int(number) for token, number in self._json("added_tokens.json").items()}
             return added | {str(token["content"]): int(number) for number, token in decoder.items()}
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """What reading a damaged file raises while the block runs, in one line."""
+        try:
+            yield
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.folder}: its added tokens are not listed as a tokenizer's are; save it again, or use "
-                "--tokenizer base"
+                f"{self.folder}: its {what} not listed as a tokenizer's are; save it again, or use --tokenizer base"
             ) from error
 
     @cached_property

@@ -224,6 +224,17 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+def test_work_that_was_cut_off_is_told_of_by_its_own_output_only(tmp_path):
+    scratch = [".out.0123abcd.partial", ".out.5.0123abcd.partial", ".out.5.partial", ".out.v2.partial"]
+    for name in scratch:
+        (tmp_path / name).mkdir()
+    notes: list[str] = []
+    with staged(tmp_path / "out", mark="mark", key="00000000", note=notes.append) as folder:
+        (folder / "mark").touch()
+    assert len(notes) == 1 and f"{tmp_path / scratch[0]}: holds" in notes[0]
+    assert names(tmp_path) == sorted([*scratch, "out"])
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "file" / "out", mark="mark"):

@@ -305,14 +305,19 @@ def test_a_limit_is_the_beginning_of_the_whole_run(run, evaluation, tmp_path):
     folder = tmp_path / "run/checkpoints/alpha-1.00"
     first = folder.stat().st_ino
     listening = Listening()
+    (tmp_path / "run/.checkpoints.new.0123abcd.partial").mkdir()  # as a killed merge of other strengths leaves it
     evaluate(recipe=evaluation.recipe, out=tmp_path / "run", listener=listening, **CPU)
     assert by_id(tmp_path / "run") == nearly(by_id(run.path))
-    assert listening.notes == ["merged: alpha 0.00"] and folder.stat().st_ino == first
+    cut_off, merged = listening.notes
+    assert ".checkpoints.new.0123abcd.partial: holds 0 GB" in cut_off and merged == "merged: alpha 0.00"
+    assert folder.stat().st_ino == first
     assert not (tmp_path / "run/checkpoints.new").exists()
 
 
 def test_a_sweep_made_before_is_found_by_its_directory(run, evaluation, tmp_path):
-    again = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", models=[run.path / "checkpoints"], limit=2, **CPU)
+    sweep = Path(shutil.copytree(run.path / "checkpoints", tmp_path / "sweep"))
+    shutil.copytree(sweep / "alpha-1.00", sweep / ".alpha-0.50.0123abcd.partial")  # as a killed merge leaves it
+    again = evaluate(recipe=evaluation.recipe, out=tmp_path / "run", models=[sweep], limit=2, **CPU)
     assert [cell.checkpoint for cell in again.record.cells] == ["alpha-0.00"] * 2 + ["alpha-1.00"] * 2
     whole = nearly(by_id(run.path))
     assert all(whole[file][key] == row for file, rows in by_id(again.path).items() for key, row in rows.items())

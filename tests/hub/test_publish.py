@@ -291,6 +291,50 @@ def test_a_sweep_is_not_pushed_over_a_checkpoint(hub: Hub, checkpoint: Path, swe
     assert "its main branch holds a checkpoint" in one_line(failure)
 
 
+def test_what_a_killed_merge_left_is_no_strength_of_a_sweep(hub: Hub, sweep: Path) -> None:
+    shutil.copytree(sweep / ALPHAS[0], sweep / ".alpha-0.25.0123abcd.partial")  # killed when all was written
+    assert [report.url.rsplit("/")[-1] for report in push_sweep(sweep, REPO)] == ALPHAS
+    assert set(hub.repos[REPO].branches) == {"main", *ALPHAS}
+
+
+@pytest.mark.parametrize(
+    ("options", "differing"),
+    [
+        ({"base": "other/base"}, "base"),
+        ({"adapter": "other/adapter"}, "adapters"),
+        ({"seed": 1}, "seed"),
+        ({"dtype": "float32", "rounding": "nearest"}, "dtype and rounding"),
+    ],
+    ids=str,
+)
+def test_checkpoints_of_other_sources_are_no_sweep(
+    hub: Hub, sweep: Path, tmp_path: Path, options: dict, differing: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    write_example(tmp_path / "other", seed=1)
+    request = {"base": "base", "adapter": "adapter"} | options
+    request |= {source: tmp_path / request[source] for source in ("base", "adapter")}
+    mergekit_bio.merge(**request, alphas=[0.7], out=sweep / "alpha-0.70", device="cpu", fsync=False)
+    with pytest.raises(HubError) as failure:
+        push_sweep(sweep, REPO)
+
+    assert f"alpha-0.00 and alpha-0.70 were merged with different {differing};" in one_line(failure)
+    assert not hub.requests
+
+
+def test_the_card_of_a_sweep_has_every_licence_that_its_sources_state(hub: Hub, sweep: Path) -> None:
+    base = Path(shutil.copytree(sweep.parent / "base", sweep.parent / "published"))
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (sweep.parent / "adapter/README.md").write_text("---\nlicense: mit\n---\n")
+    adapter = sweep.parent / "adapter"
+    mergekit_bio.merge(base=base, adapter=adapter, alphas=[0.7], out=sweep / "alpha-0.70", device="cpu", fsync=False)
+    push_sweep(sweep, REPO)
+
+    card = (hub.repos[REPO].files()["README.md"].content or b"").decode()
+    assert {"mit", "cc-by-nc-4.0"} == set(card.split("license_name: ")[1].split("\n")[0].split("-and-"))
+    assert "`published`: [" in card.split("## Licences")[1] and "`adapter`: [" in card.split("## Licences")[1]
+
+
 def test_a_dry_run_of_a_sweep_counts_what_is_shared_once(hub: Hub, sweep: Path) -> None:
     reports = push_sweep(sweep, REPO, dry_run=True)
 

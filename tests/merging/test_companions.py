@@ -72,6 +72,38 @@ def test_custom_code_that_is_not_there_is_named(base, sources, tmp_path, file):
         merge(base, sources[1], tmp_path / "merged")
 
 
+def speaks_owl(sources: tuple[Path, Path], base: Path, folder: Path) -> Path:
+    """An adapter with new tokens, and a tokenizer of custom code."""
+    adapter = Path(shutil.copytree(sources[1], folder))
+    for source, vocabulary in ((base, {"owl": 0}), (adapter, {"owl": 0, "wren": 1})):
+        (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    auto_map = {"AutoTokenizer": ["tokenization_owl.OwlTokenizer", None]}
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (adapter / "tokenization_owl.py").write_text("from .hoots import hoot\n")
+    (adapter / "hoots.py").write_text("def hoot():\n    from .calls import call\n")
+    for name in ("calls.py", "train.py", "modeling_owl.py"):
+        (adapter / name).write_text("THE_ADAPTERS = True\n")
+    return adapter
+
+
+def test_of_an_adapters_code_what_its_tokenizer_needs_travels_and_the_bases_stays_its_own(base, sources, tmp_path):
+    custom(base, AutoConfig="configuration_owl.OwlConfig", AutoModelForCausalLM="modeling_owl.OwlForCausalLM")
+    merged = merge(base, speaks_owl(sources, base, tmp_path / "owls"), tmp_path / "merged")
+    code = sorted(file.name for file in merged.glob("*.py"))
+    assert code == ["calls.py", "configuration_owl.py", "hoots.py", "modeling_owl.py", "tokenization_owl.py"]
+    assert (merged / "modeling_owl.py").read_text() == MODELING
+
+
+def test_code_of_one_name_and_two_contents_is_refused(base, sources, tmp_path):
+    custom(base, AutoConfig="configuration_owl.OwlConfig")
+    adapter = speaks_owl(sources, base, tmp_path / "owls")
+    (base / "hoots.py").write_text("def hoot(): ...\n")
+    with pytest.raises(CheckpointError, match=r"owls/hoots\.py: the tokenizer needs it, and .*base/hoots\.py is ano"):
+        merge(base, adapter, tmp_path / "merged")
+    taken = merge(base, adapter, tmp_path / "merged", tokenizer="base")
+    assert (taken / "hoots.py").read_text() == "def hoot(): ...\n"
+
+
 def test_code_of_another_repository_and_code_that_nothing_names_stay_there(base, sources, tmp_path):
     custom(base, AutoConfig="owl/owl--configuration_owl.OwlConfig")
     assert not list(merge(base, sources[1], tmp_path / "merged").glob("*.py"))

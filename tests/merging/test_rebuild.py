@@ -189,11 +189,16 @@ def test_a_source_that_was_changed_is_named(sources, receipt, tmp_path):
 
 def test_a_source_that_has_moved_is_asked_for(sources, tmp_path):
     home = shutil.copytree(sources, tmp_path / "home")
+    for name in ("base", "wide", "narrow"):
+        (home / name / "LICENSE").write_text(f"the terms of {name}")
     (checkpoint,) = merge(home, tmp_path / "half", 0.3)
     home.rename(tmp_path / "away")
     with pytest.raises(SourceError, match=r"no such directory; say where wide is now with --adapter"):
         rebuilt(checkpoint, tmp_path / "out")
-    moved = {"base": str(tmp_path / "away/base"), "adapters": [str(tmp_path / "away" / n) for n in ("wide", "narrow")]}
+    for name in ("base", "wide", "narrow"):
+        (tmp_path / "away" / name).rename(tmp_path / "away" / f"new-{name}")
+    adapters = [str(tmp_path / "away" / name) for name in ("new-wide", "new-narrow")]
+    moved = {"base": str(tmp_path / "away/new-base"), "adapters": adapters}
     assert same_files(rebuilt(checkpoint, tmp_path / "out", **moved), checkpoint)
 
 
@@ -248,6 +253,22 @@ def test_whole_files_are_recorded_and_checked_where_it_is_asked_for(sources, tmp
     shard.write_bytes(data)
     with pytest.raises(VerificationError, match="was changed after the merge"):
         verify(checkpoint)
+
+
+@pytest.mark.parametrize("hash", ["folded", "full"])
+def test_what_is_said_of_copied_tensors_is_what_was_compared(sources, tmp_path, command_line, hash):
+    """The middle of a tensor that no delta touches is in no fingerprint; hashes of whole files have it."""
+    base = Path(shutil.copytree(sources / "base", tmp_path / "base"))
+    (checkpoint,) = merge(sources, tmp_path / "half", 0.3, base=base, hash=hash)
+    file = base / "model-00001-of-00002.safetensors"
+    row = load_file(file)["model.embed_tokens.weight"][1024].view(torch.uint8).numpy().tobytes()
+    file.write_bytes(file.read_bytes().replace(row, bytes(len(row))))
+    code, out, err = command_line("rebuild", checkpoint, "--out", tmp_path / "out", "--device", "cpu", "--no-fsync")
+    if hash == "full":
+        assert code == 1 and "is not what the receipt records" in err
+    else:
+        assert code == 0, err
+        assert "copied tensors are known by their source's fingerprint" in out and "byte for byte" not in out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,23 +9,31 @@ from pathlib import Path
 
 import pytest
 from merging.example import write_example
+from safetensors.torch import load_file, save_file
 
 from mergekit_bio.merging.fold import Folder
 from mergekit_bio.merging.journal import JOURNAL
 from mergekit_bio.merging.merge import carry_out, plan_merge
-from mergekit_bio.merging.request import MergeRequest
+from mergekit_bio.merging.request import AdapterEntry, MergeRequest
 
-#: Merges, and kills itself when half of the folded bytes are written.
+#: Merges, and kills itself when half of the folded bytes are written, or when all is and is sent to the disk.
 DIES = """
-import os, signal, sys
+import json, os, signal, sys
 from mergekit_bio import MergeRequest, carry_out, plan_merge
-plan = plan_merge(MergeRequest(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.4, 0.6], out=sys.argv[3], device="cpu"))
+from mergekit_bio.merging.request import AdapterEntry
+from mergekit_bio.checkpoint import publish
+base, adapters, alphas, out, at_the_end = map(json.loads, sys.argv[1:])
+adapters = [AdapterEntry(*adapter) for adapter in adapters]
+plan = plan_merge(MergeRequest(base=base, adapter=adapters, alphas=alphas, out=out, device="cpu"))
 left = plan.bytes_on_disk - plan.bytes_folded // 2
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 def progress(count):
     global left
     left -= count
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if left < 0 and not at_the_end:
+        die()
+publish._sync_tree = die
 carry_out(plan, progress=progress)
 """
 
@@ -33,16 +41,25 @@ carry_out(plan, progress=progress)
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
-    write_example(folder)
+    base, adapter = write_example(folder)
+    for source, vocabulary in ((base, {"owl": 0}), (adapter, {"owl": 0, "wren": 1})):
+        (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 
-def merge(sources: Path, out: Path, *alphas: float) -> tuple[list[str], Path]:
+def die(base: Path, adapters: list[tuple], out: Path, *, at_the_end: bool = False) -> None:
+    """Merge in a process that is killed halfway, or at the end."""
+    arguments = [json.dumps(argument, default=str) for argument in (base, adapters, (0.4, 0.6), out, at_the_end)]
+    assert subprocess.run([sys.executable, "-c", DIES, *arguments]).returncode == -9
+
+
+def merge(sources: Path, out: Path, *alphas: float, **options) -> tuple[list[str], Path]:
     """Merge; what is noted, and where it is."""
     notes: list[str] = []
     alphas = alphas or (0.4, 0.6)
     request = {"base": sources / "base", "adapter": sources / "adapter", "alphas": alphas, "out": out, "device": "cpu"}
-    carry_out(plan_merge(MergeRequest(**request)), note=notes.append)
+    carry_out(plan_merge(MergeRequest(**request | options)), note=notes.append)
     return notes, out
 
 
@@ -55,8 +72,7 @@ def undisturbed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def died(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a killed merge leaves, in a directory of its own."""
     folder = tmp_path_factory.mktemp("died")
-    victim = [sys.executable, "-c", DIES, sources / "base", sources / "adapter", folder / "out"]
-    assert subprocess.run(victim).returncode == -9
+    die(sources / "base", [(sources / "adapter",)], folder / "out")
     return folder
 
 
@@ -116,12 +132,48 @@ def test_another_merge_names_it_says_its_size_and_leaves_it_alone(sources, undis
     assert contents(out) == contents(undisturbed)
 
 
-def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed, place, folds, tmp_path):
-    shutil.copytree(sources, tmp_path / "sources")
-    file = tmp_path / "sources/adapter/adapter_model.safetensors"
-    notes, _ = merge(tmp_path / "sources", place / "out")
-    os.utime(file)
+def test_sources_that_were_changed_make_another_merge_of_it(sources, undisturbed, place, folds):
+    file = sources / "adapter/adapter_model.safetensors"
+    before = file.stat()
+    os.utime(file)  # as a change of its values leaves it: with the same size and header
+    try:
+        notes, _ = merge(sources, place / "out")
+    finally:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "is left alone" in notes[0] and len(folds) == 16 and scratch(place).is_dir()
+
+
+@pytest.fixture(scope="module")
+def died_at_the_end(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("died")
+    die(sources / "base", [(sources / "adapter",)], folder / "out", at_the_end=True)
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["auto", "base"])
+def test_what_was_killed_at_its_end_needs_no_fold_and_has_what_is_asked_for_now(
+    sources, died_at_the_end, folds, tmp_path, tokenizer
+):
+    """The files beside the weights were written with ``auto``: the adapter's tokenizer, with its chat template."""
+    place = Path(shutil.copytree(died_at_the_end, tmp_path / "place", symlinks=True))
+    notes, out = merge(sources, place / "out", tokenizer=tokenizer)
+    assert "goes on with a merge that was cut off" in notes[0] and folds == []
+    _, fresh = merge(sources, tmp_path / "fresh", tokenizer=tokenizer)
+    assert contents(out) == contents(fresh) and recorded(out) == recorded(fresh)
+    assert (out / "alpha-0.40/chat_template.jinja").exists() == (tokenizer == "auto")
+    assert list(place.iterdir()) == [out]
+
+
+def test_adapters_that_change_places_make_another_merge_of_it(sources, tmp_path):
+    other = Path(shutil.copytree(sources / "adapter", tmp_path / "other"))
+    file = other / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    strengths = (0.9, 0.1)
+    die(sources / "base", list(zip((sources / "adapter", other), strengths, strict=True)), tmp_path / "out")
+    exchanged = [AdapterEntry(*pair) for pair in zip((other, sources / "adapter"), strengths, strict=True)]
+    for out in ("out", "undisturbed"):
+        merge(sources, tmp_path / out, adapter=exchanged)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 def test_after_the_system_has_started_anew_nothing_is_trusted(sources, undisturbed, place, folds):

@@ -11,7 +11,7 @@ from merging.example import write_example
 from merging.tiny import VOCABULARY, Case, train
 
 import mergekit_bio
-from mergekit_bio.errors import AdapterError
+from mergekit_bio.errors import AdapterError, CheckpointError
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.request import MergeRequest
 from mergekit_bio.merging.tokenizers import _Tokenizer
@@ -150,6 +150,29 @@ def test_two_adapters_with_tokens_of_their_own_are_not_mixed(sources, adapter, t
     both = adapter(lambda tokenizer: tokenizer.add_tokens(["<|owl|>", "<|wren|>"]), "both")
     merged, _ = merge(sources, [owls, both], tmp_path / "out")  # one has all that the other has
     assert read(merged).get_vocab() == read(both).get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("file", "document", "what"),
+    [
+        ("tokenizer.json", {"model": {"vocab": [1, 2]}}, "vocabulary is"),
+        ("tokenizer.json", {"model": {"vocab": [[]]}}, "vocabulary is"),
+        ("tokenizer.json", {"model": {"vocab": "owl"}}, "vocabulary is"),
+        ("tokenizer.json", {"model": {"vocab": {"owl": "first"}}}, "vocabulary is"),
+        ("tokenizer.json", {"model": {"vocab": {"owl": None}}}, "vocabulary is"),
+        ("vocab.json", {"owl": [0]}, "vocabulary is"),
+        ("added_tokens.json", {"owl": "last"}, "added tokens are"),
+        ("tokenizer.json", {"model": {"vocab": {"owl": 0}}, "added_tokens": ["<|owl|>"]}, "added tokens are"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<|owl|>"]}, "added tokens are"),
+    ],
+    ids=str,
+)
+def test_a_damaged_tokenizer_is_one_line(sources, tmp_path, file, document, what):
+    owls = Path(shutil.copytree(sources / "adapter", tmp_path / "owls"))
+    (owls / "vocab.json").write_text('{"owl": 0}')
+    (owls / file).write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=f"owls: its {what} not listed as a tokenizer's are; save it again"):
+        merge(sources, owls, tmp_path / "out")
 
 
 def test_an_adapter_without_a_tokenizer_cannot_give_one(sources, tmp_path):

@@ -141,14 +141,19 @@ def _sweep(source: str) -> list[str]:
     root = Path(source)
     if not root.is_dir() or (root / MANIFEST).is_file():
         return [source]
-    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"*/{MANIFEST}"))]
+    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"[!.]*/{MANIFEST}"))]
     alphas = {checkpoint: merge_strength(checkpoint) for checkpoint in checkpoints}
     checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
     return [str(checkpoint) for checkpoint in checkpoints] or [source]
 
 
 def merge_missing(
-    checkpoints: Sequence[RunCheckpoint], *, merge: MergeRequest, out: Path, progress: ProgressBar
+    checkpoints: Sequence[RunCheckpoint],
+    *,
+    merge: MergeRequest,
+    out: Path,
+    progress: ProgressBar,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[RunCheckpoint]:
     """Merge what is not there yet, all strengths in one pass.
 
@@ -157,6 +162,7 @@ def merge_missing(
         merge: From which sources.
         out: The run directory.
         progress: For the bytes that are written.
+        note: Called with a line about a merge that was cut off.
 
     Returns:
         What was merged.
@@ -182,7 +188,7 @@ def merge_missing(
             f"merge.adapter: {_names(merge)[1]} brings no audio tower, so its merges could not hear the clips"
         )
     with progress("merging", plan.bytes_on_disk, "bytes") as advance:
-        merged = carry_out(plan, command="mergekit_bio.evaluate(...)", progress=advance)
+        merged = carry_out(plan, command="mergekit_bio.evaluate(...)", progress=advance, note=note)
     (out / FOLDER).mkdir(exist_ok=True)
     for checkpoint, made in zip(missing, merged, strict=True):
         made.path.rename(checkpoint.source)

@@ -191,7 +191,13 @@ def carry_out(
         fetch_recordings(missing_recordings(plan), listener)
         unheard = check_headers(plan, listener)
         if plan.recipe.merge is not None and not engine.remote:
-            merged = merge_missing(plan.checkpoints, merge=plan.recipe.merge, out=plan.out, progress=listener.progress)
+            merged = merge_missing(
+                plan.checkpoints,
+                merge=plan.recipe.merge,
+                out=plan.out,
+                progress=listener.progress,
+                note=listener.note,
+            )
             if merged:
                 listener.note(f"merged: {', '.join(checkpoint.name for checkpoint in merged)}")
         # One cell uses every prefix once; for more, or for several engines, they are kept on the disk, until the run is
