@@ -336,6 +336,7 @@ class _Listening:
         except (AudioError, OSError) as error:
             reason = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
             self.broken = AudioError(f"breaks after {self.seconds:.2f} s: {reason}" if self.rate else reason)
+            self.broken.__cause__ = error  # a disk that has gone is told from a recording that is no use
 
     def _heard(self, block: Block) -> Iterator[Block]:
         """What is heard of a block: all of it, or its beginning before an error is raised."""

@@ -80,9 +80,7 @@ def ask(
             "track a recording.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds, if that is anything else.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Ask anew, and replace what --out holds.")] = False,
     window: Annotated[float, typer.Option(help="Seconds that are heard at a time, 0.5 to 10.")] = 10.0,
     hop: Annotated[float | None, typer.Option(help="Seconds between windows.", show_default="the window")] = None,
     channel: ChannelOption = "mean",
@@ -215,7 +213,7 @@ def ask(
     with output.shown(several=len(recordings) > 1, bar=out is not None or as_json):
         outcome = ask_archive(request, recordings, output, answered=answered)
     # 3. Say what came of it.
-    failed = [{"recording": path, "error": error} for path, error in outcome.failed.items()]
+    failed = [{"recording": path, "error": error} for path, error in (outcome.failed | outcome.broken).items()]
     summary = {"summary": outcome.summary.document()} | ({"clips": outcome.clips} if clips else {})
     if out is not None:
         document = {
@@ -224,19 +222,19 @@ def ask(
         }  # fmt: skip
 
         def render(console: "Console") -> None:
-            line = f"{outcome.windows} windows of {outcome.recordings - len(failed)} recordings -> {out}"
+            line = f"{outcome.windows} windows of {outcome.recordings - len(outcome.failed)} recordings -> {out}"
             console.print(line, soft_wrap=True)
             print_summary(outcome.summary, console)
 
         output.result(document, render, lines=[str(out)])
-    elif as_json and (answers or not failed):
+    elif as_json and (answers or not outcome.failed):
         shown = [_answer(row, [row.recording]) for row in answers]
         output.result({"prompt": prompt, "answers": shown, "failed": failed, **summary}, lambda console: None)
     elif not quiet and (listed or len(recordings) > 1):
         print_summary(outcome.summary, stderr_console())  # stdout holds the answers
     if clips is not None:
         output.note(f"{outcome.clips} windows to listen to -> {clips[1]}")
-    tell_failed(outcome.recordings, outcome.failed, output)
+    tell_failed(outcome.recordings, outcome.failed, outcome.broken, output)
 
 
 def _print_rows(rows: "Sequence[Row]", *, quiet: bool) -> None:

@@ -60,8 +60,9 @@ def embed(
     )  # fmt: skip
     with output.shown(several=len(found.recordings) > 1):
         embedded = embed_archive(request, found.recordings, output)
-    tell_failed(embedded.heard, embedded.failed, output)
-    failed = [{"recording": path, "error": error} for path, error in embedded.failed.items()]
+    failed = [{"recording": path, "error": error} for path, error in (embedded.failed | embedded.broken).items()]
+    if not embedded.clips:
+        tell_failed(embedded.heard, embedded.failed, embedded.broken, output)
     output.result(
         {
             "out": str(out), "recordings": embedded.recordings, "clips": embedded.clips, "failed": failed,
@@ -72,3 +73,4 @@ def embed(
         ),
         lines=[str(out)],
     )  # fmt: skip
+    tell_failed(embedded.heard, embedded.failed, embedded.broken, output)

@@ -63,10 +63,13 @@ class ListenOutput(Output):
         self.note(f"note: {sentence}")
 
     def failed(self, recording: "Ended") -> None:
-        """Name a recording that is no use, or not to its end."""
-        if self._several:
-            upto = f"heard up to {recording.seconds:.1f} s" if recording.seconds else "skipped"
-            self.warn(f"{upto}: {recording.error}")
+        """Name a recording that is no use, or not to its end; one alone that is no use is the command's error."""
+        from mergekit_bio.audio.waveform import MIN_SECONDS
+
+        if recording.seconds >= MIN_SECONDS:
+            self.warn(f"heard up to {recording.seconds:.1f} s: {recording.error}")
+        elif self._several:
+            self.warn(f"skipped: {recording.error}")
 
     def standing(self, standing: "Standing") -> None:
         """Draw the bar, or print a line where there is no terminal."""
@@ -104,8 +107,8 @@ def _pace(standing: "Standing") -> str:
     return ", ".join(parts)
 
 
-def tell_failed(recordings: int, failed: Mapping[str, str], output: Output) -> None:
-    """Count the recordings that failed, each with its error; where all have, that is one.
+def tell_failed(recordings: int, failed: Mapping[str, str], broken: Mapping[str, str], output: Output) -> None:
+    """Count the recordings that failed and those that broke midway, each with its error.
 
     Raises:
         AudioError: Every recording has failed.
@@ -115,6 +118,8 @@ def tell_failed(recordings: int, failed: Mapping[str, str], output: Output) -> N
     several = recordings > 1
     if failed and several:
         output.note(f"{len(failed)} of {recordings} recordings could not be used")
-    if len(failed) == recordings:
+    if broken and several:
+        output.note(f"{len(broken)} of {recordings} recordings break midway, and were heard up to there")
+    if failed and len(failed) == recordings:
         none = f"none of the {recordings} recordings could be used; the first: "
         raise AudioError(f"{none if several else ''}{next(iter(failed.values()))}")

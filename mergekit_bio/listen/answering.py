@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.decoding import Note
 from mergekit_bio.audio.recording import read_samples, read_windows
+from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine
@@ -17,7 +19,7 @@ from mergekit_bio.engine.interface import EngineSettings, Prompt
 from mergekit_bio.engine.pool import DEATHS_OF_A_JOB, OneWorker, Workers, hand_out
 from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import EngineError, OutputError
+from mergekit_bio.errors import AudioError, EngineError, OutputError
 from mergekit_bio.listen.asking import Answered, ListenWorker, OwnEngine, Stretch, answers_to, stretches
 from mergekit_bio.listen.clip_files import Likeliest, write_clips
 from mergekit_bio.listen.journal import HeardRecording, Journal, Row
@@ -42,7 +44,7 @@ class AskRequest:
         settings: What it is started with.
         out: The table, a file or a folder; None keeps no answers on the disk.
         table_format: ``--format``.
-        overwrite: Replace a table that is not made of its journal, and answers to another question.
+        overwrite: Ask anew, and replace the table.
         workers: See :func:`mergekit_bio.engine.ray_pool.cluster_for`.
         ray: Of a running cluster.
         windows: Start and end of each recording's windows, in seconds; None for the whole recordings.
@@ -72,7 +74,8 @@ class Outcome:
     Attributes:
         recordings: How many were asked about.
         windows: How many of their windows are answered, now or before.
-        failed: Those that are no use, or not to their end, each with its error.
+        failed: Those that are no use, each with its error.
+        broken: Those that were heard up to where they break.
         summary: What the answers add up to.
         clips: How many windows were cut to files.
     """
@@ -80,6 +83,7 @@ class Outcome:
     recordings: int
     windows: int
     failed: dict[str, str]
+    broken: dict[str, str]
     summary: Summary
     clips: int = 0
 
@@ -127,6 +131,11 @@ def ask_archive(
         if changed:
             they = f"{changed} recordings have" if changed > 1 else "1 recording has"
             listener.note(f"note: {they} changed and will be asked about anew")
+        if others := journal.others():
+            listener.note(
+                f"note: {journal.file} has answers about {others} other recordings, which are not named now and so not "
+                "in the table"
+            )
         about = About(
             root=_root(request.named),
             model=request.model,
@@ -163,7 +172,8 @@ def ask_archive(
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),
-            failed={recording.path: recording.error for recording in heard if recording.error is not None},
+            failed={one.path: one.error for one in heard if one.error is not None and not _was_heard(one)},
+            broken={one.path: one.error for one in heard if one.error is not None and _was_heard(one)},
             summary=summary,
             clips=clips,
         )
@@ -199,7 +209,8 @@ class _Asking:
         for stretch in self._given_up(alone, counter):
             (recording,) = stretch.recordings
             error = f"{recording.path}: {DEATHS_OF_A_JOB} workers died when they heard it"
-            self._write_down(Answered((), (Ended(recording.path, 0.0, None, error),), None, 0.0), counter)
+            ended = Ended(recording.path, 0.0, None, error, passing=True)
+            self._write_down(Answered((), (ended,), None, 0.0), counter)
 
     def _given_up(self, parts: Sequence[Stretch], counter: RecordingCounter) -> list[Stretch]:
         """Ask about stretches; those that workers died of are returned."""
@@ -250,14 +261,14 @@ def ask_together(
     settings: EngineSettings,
     note: Note,
 ) -> Row:
-    """Ask once about several recordings, the first 10 s of each, one a slot of the prompt.
+    """Ask once about several recordings, the first window of each, one a slot of the prompt.
 
     Raises:
         AudioError: A recording is no use.
         MergekitBioError: The engine cannot run the model, or the prompt does not fit the recordings.
     """
     chosen, _ = choose_engine(engine, servers=settings.servers)
-    clips = tuple(next(read_windows(path, channel=question.channel, note=note)) for path in recordings)
+    clips = tuple(_beginning(path, question, note) for path in recordings)
     with EngineSlot(chosen, replace(settings, max_audios=len(clips))) as slot:
         (answer,) = answers_to(slot.at(model), question, [Prompt(question.text, clips)])
     name, end = " + ".join(map(str, recordings)), max(clip.end for clip in clips)
@@ -276,6 +287,25 @@ def _summed_up(journal: Journal, recordings: Sequence[HeardRecording], *, most: 
             if most and row.probability is not None:
                 best.add(row.answer, row.probability, recording=row.recording, start=row.start, end=row.end)
     return summary, best
+
+
+def _was_heard(recording: HeardRecording) -> bool:
+    """Whether it has at least one window."""
+    return (recording.seconds or 0.0) >= MIN_SECONDS
+
+
+def _beginning(path: Path, question: Question, note: Note) -> Clip:
+    """The first window of a recording; where that ends because the recording breaks, a note says so."""
+    windows = read_windows(path, window=question.window, channel=question.channel, note=note)
+    clip = next(windows)
+    try:
+        if clip.end < question.window:
+            next(windows, None)
+    except AudioError as error:
+        note(str(error))
+    finally:
+        windows.close()
+    return clip
 
 
 def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
@@ -297,7 +327,13 @@ def _journal(request: AskRequest, identity: dict[str, Any]) -> Journal:
         raise OutputError(f"{out}: exists already; choose another --out or pass --overwrite")
     if is_folder(out):
         out.mkdir(exist_ok=True)
-    return Journal(file, identity, overwrite=request.overwrite, **more)
+    journal = Journal(file, identity, overwrite=request.overwrite, **more)
+    try:
+        journal.claim(out, overwrite=request.overwrite)
+    except BaseException:
+        journal.__exit__()
+        raise
+    return journal
 
 
 def _root(named: Sequence[Path]) -> Path:

@@ -133,6 +133,7 @@ class ListenWorker:
         engine = self._slot.at(self._model)
         since = time.perf_counter()
         reader = self._reader_at(stretch)
+        self._reading = stretch, reader  # at once: whatever happens now, close() knows it
         # 2. Ask. Servers get the next windows too, to have something to do while the last answers are awaited.
         if self._slot.remote:
             while len(self._sent) < 2 and (heard := reader.take(self._size)):

@@ -24,7 +24,7 @@ from mergekit_bio.audio.recording import decoder
 from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.checkpoint.identity import weights_identity
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.errors import AudioError, OutputError, RunError
 from mergekit_bio.listen.progress import Listener, RecordingCounter
 from mergekit_bio.listen.publishing import problems_with, whole_file
 from mergekit_bio.listen.reading import Ended, OpenRecording, Window, WindowReader, each_once, stamp_of, windows_of
@@ -33,7 +33,7 @@ from mergekit_bio.outside_data import changes
 FORMATS = (".safetensors", ".npz")
 Dtype = Literal["float32", "float16"]
 #: NumPy's names of the data types that are written, and safetensors'.
-_SAFETENSORS_DTYPES = {"<f2": "F16", "<f4": "F32", "<f8": "F64", "<i8": "I64"}
+_SAFETENSORS_DTYPES = {"|u1": "U8", "<f2": "F16", "<f4": "F32", "<f8": "F64", "<i8": "I64"}
 
 #: Windows that are encoded at a time, on a CPU and on a GPU.
 _BATCH, _BATCH_ON_GPU = 4, 32
@@ -43,6 +43,10 @@ _AHEAD = 64
 _PART_BYTES, _PART_SECONDS = 64 << 20, 30.0
 #: Where all prefixes would take more bytes than that, they are left out unless they are asked for.
 _MOST_PREFIX_BYTES = 4e9
+#: Where the names of all recordings take more bytes, they do not go into the header, which may have 100 MB.
+_MOST_HEADER_BYTES = 16 << 20
+#: Bytes a second of a recording, at least, where nothing tells how long it is: a phone's quietest.
+_LEAST_RATE = 4000
 #: Recordings whose headers are looked at to tell how long all of them are.
 _LOOKED_AT = 100
 
@@ -82,7 +86,8 @@ class Embedded:
         heard: Recordings, all of them.
         recordings: How many have rows in the file.
         clips: The rows.
-        failed: Those that are no use, or not to their end, each with its error.
+        failed: Those that are no use, each with its error.
+        broken: Those that were heard up to where they break.
         prefixes: Whether the file has them.
     """
 
@@ -90,6 +95,7 @@ class Embedded:
     recordings: int
     clips: int
     failed: dict[str, str]
+    broken: dict[str, str]
     prefixes: bool
 
 
@@ -105,7 +111,8 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
     - ``start`` and ``end`` float64 ``[rows]``: seconds.
 
     ``recordings`` are the file names: an array of strings in ``.npz``, a JSON list in the metadata of
-    ``.safetensors``. Until all of it is there, the parts stand in the folder ``OUT.parts``, each such a file.
+    ``.safetensors``, or where that is longer than such a file's header should be, in a tensor ``recordings`` of its
+    bytes. Until all of it is there, the parts stand in the folder ``OUT.parts``, each such a file.
 
     Raises:
         OutputError: The file exists already, or its name or folder will not do, or the disk.
@@ -121,7 +128,7 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
     parts = _Parts(out.with_name(f"{out.name}.parts"))
     with_prefix = request.prefixes
     if with_prefix is None:
-        before = parts.identity.get("prefixes")
+        before = None if request.overwrite else parts.identity.get("prefixes")
         with_prefix = _small_enough(prefix, request, recordings, listener) if before is None else before
     identity = {
         "checkpoint": weights_identity(resolve(request.model).path),
@@ -139,6 +146,7 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
     counter = RecordingCounter(
         len(recordings), still_open, failed=len(parts.failed), listener=listener, workers=lambda: 1
     )
+    unread: list[str] = []
     cut = windows_of(window=request.window, hop=request.hop, channel=request.channel)
     with closing(WindowReader(still_open, cut, prepare=list, ahead=_AHEAD)) as reader, closing(parts):
         while heard := reader.take(batch):
@@ -152,9 +160,24 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
                     listener.note(f"note: {text}")
                 if recording.error is not None:
                     listener.failed(recording)
+                if recording.passing:
+                    unread.append(str(recording.error))
             counter.add(len(windows), ended, seconds=time.perf_counter() - since)
     # 3. One file of all parts, which go.
-    embedded = Embedded(len(recordings), len(parts.recordings), parts.rows, parts.failed, with_prefix)
+    if unread:
+        raise AudioError(
+            f"{len(unread)} recordings could not be read, the last: {unread[-1]}; what is embedded stands in "
+            f"{parts.folder}; run the command again to go on"
+        )
+    in_part = set(parts.recordings)
+    embedded = Embedded(
+        heard=len(recordings),
+        recordings=len(parts.recordings),
+        clips=parts.rows,
+        failed={name: error for name, error in parts.failed.items() if name not in in_part},
+        broken={name: error for name, error in parts.failed.items() if name in in_part},
+        prefixes=with_prefix,
+    )
     if embedded.clips:
         parts.join(out)
     parts.remove()
@@ -189,6 +212,7 @@ class _Parts:
         folder: Where they are; made when it is gone on with.
 
     Attributes:
+        folder: As given.
         identity: What decided the embeddings in them; empty where there are none.
         recordings: Those with rows, in the order of their rows.
         failed: Those that are no use, or not to their end, each with its error.
@@ -196,7 +220,7 @@ class _Parts:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._parts = [(file, _read_note(file)) for file in sorted(folder.glob("*.safetensors"))]
         self.identity: dict[str, Any] = self._parts[0][1]["identity"] if self._parts else {}
         self.recordings: list[str] = []
@@ -214,24 +238,24 @@ class _Parts:
             RunError: They are of others, and are not to be overwritten; or another process is at it.
         """
         identity = json.loads(json.dumps(identity))
-        with problems_with(self._folder):
-            self._folder.mkdir(exist_ok=True)
-            lock = self._lock.enter_context((self._folder / ".lock").open("wb"))
+        with problems_with(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            lock = self._lock.enter_context((self.folder / ".lock").open("wb"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(
-                f"{self._folder}: another process is writing it; wait for it, or give another --out"
+                f"{self.folder}: another process is writing it; wait for it, or give another --out"
             ) from None
-        if self.identity not in ({}, identity):
-            if not overwrite:
-                raise RunError(
-                    f"{self._folder}: holds parts of other embeddings: {changes(self.identity, identity)}; go on with "
-                    "those, or give another --out (or --overwrite)"
-                )
+        if overwrite:
             for file, _ in self._parts:
                 file.unlink()
             self._parts = []
+        elif self.identity not in ({}, identity):
+            raise RunError(
+                f"{self.folder}: holds parts of other embeddings: {changes(self.identity, identity)}; go on with "
+                "those, or give another --out (or --overwrite)"
+            )
         self.identity = identity
 
     def open_recordings(self, recordings: Sequence[Path]) -> list[OpenRecording]:
@@ -262,6 +286,8 @@ class _Parts:
             self._count(name, 1)
         self._of_rows += names
         for recording in ended:
+            if recording.passing:
+                continue
             self._ended[recording.recording] = recording.error
             if recording.error is not None:
                 self.failed[recording.recording] = recording.error
@@ -286,7 +312,7 @@ class _Parts:
             "rows": self._names,
             "ended": self._ended,
         }
-        file = self._folder / f"{len(self._parts):06d}.safetensors"
+        file = self.folder / f"{len(self._parts):06d}.safetensors"
         shapes = {name: (values.dtype, values.shape) for name, values in columns.items()}
         metadata = {"recordings": json.dumps(names), _NOTE: json.dumps(note)}
         with whole_file(file) as partial:
@@ -301,12 +327,23 @@ class _Parts:
         with whole_file(out) as partial:
             if out.suffix == ".npz":
                 _write_npz(partial, shapes, np.array(self.recordings), self._chunks)
+                with np.load(partial) as written:  # it can be opened: only then the parts may go
+                    assert len(written["recordings"]) == len(self.recordings)
+                return
+            names = json.dumps(self.recordings)
+            if len(names) > _MOST_HEADER_BYTES:
+                text = np.frombuffer(names.encode(), np.uint8)
+                shapes["recordings"] = (text.dtype, text.shape)
+                chunks = lambda name: iter([text]) if name == "recordings" else self._chunks(name)  # noqa: E731
+                _write_safetensors(partial, shapes, {}, chunks)
             else:
-                _write_safetensors(partial, shapes, {"recordings": json.dumps(self.recordings)}, self._chunks)
+                _write_safetensors(partial, shapes, {"recordings": names}, self._chunks)
+            with safe_open(partial, "np") as written:
+                assert set(written.keys()) == set(shapes)
 
     def remove(self) -> None:
         """Take the parts away."""
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
         self._lock.close()
 
     def _begin_part(self) -> None:
@@ -394,8 +431,8 @@ def _small_enough(prefix: AudioPrefix, request: EmbedRequest, recordings: Sequen
     How long all recordings are follows from the headers of some of them.
     """
     step = -(-len(recordings) // _LOOKED_AT)
-    known = [seconds for path in recordings[::step] if (seconds := _seconds(path)) is not None]
-    hours = sum(known) / max(1, len(known)) * len(recordings) / 3600
+    looked_at = recordings[::step]
+    hours = sum(map(_seconds, looked_at)) / max(1, len(looked_at)) * len(recordings) / 3600
     windows = max(len(recordings), hours * 3600 / request.hop)
     config = prefix.config
     row = config.prefix_length(samples_of(CLIP_SECONDS)) * config.hidden_size * np.dtype(request.dtype).itemsize
@@ -408,12 +445,22 @@ def _small_enough(prefix: AudioPrefix, request: EmbedRequest, recordings: Sequen
     return False
 
 
-def _seconds(path: Path) -> float | None:
-    """How long a recording is, as its header says; None where it says nothing."""
-    import soundfile
+def _seconds(path: Path) -> float:
+    """How long a recording is, as its header says; where it says nothing, as long as its size allows."""
+    from mergekit_bio.audio.decoding import soundfile
 
+    library = soundfile()
     try:
         with path.open("rb") as file:
-            return float(soundfile.info(file).duration)
-    except (OSError, soundfile.SoundFileError):
-        return None
+            return float(library.info(file).duration)
+    except (OSError, library.SoundFileError):
+        pass
+    try:
+        import av
+
+        with av.open(str(path)) as container:
+            if container.duration:
+                return float(container.duration / av.time_base)
+    except (ImportError, OSError, ValueError):
+        pass
+    return stamp_of(path)[1] / _LEAST_RATE

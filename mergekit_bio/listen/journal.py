@@ -24,7 +24,7 @@ CREATE TABLE recordings (
     id INTEGER PRIMARY KEY,
     place BLOB NOT NULL UNIQUE,  -- its absolute path, which need not be text
     path BLOB NOT NULL,          -- as its user names it
-    position INTEGER NOT NULL,   -- among the recordings that were named with it
+    position INTEGER NOT NULL,   -- among the recordings that are named now, else -1
     stamp TEXT NOT NULL,         -- what changes with the file
     state TEXT NOT NULL,         -- open, heard or failed
     seconds REAL,
@@ -100,7 +100,7 @@ class Journal:
         file: The SQLite file; None keeps all in memory.
         identity: What decides the answers, nested by key, as values of JSON.
         unsaid: What an older journal that lacks a key of the identity meant.
-        overwrite: Forget the answers to another question, instead of refusing.
+        overwrite: Forget all answers.
         least_probability: Choices that are less likely stay in the journal and are not among its rows.
 
     Raises:
@@ -153,14 +153,16 @@ class Journal:
             if before.get("format") != _FORMAT:
                 raise RunError(f"{self.file}: was written by another version; give another --out")
             answered_under = unsaid | before["identity"]
-            if answered_under != identity and overwrite:
+            if overwrite:
                 self._db.execute("DELETE FROM windows")
-                self._db.execute("DELETE FROM recordings")
-            if answered_under != identity and self._db.execute("SELECT 1 FROM windows LIMIT 1").fetchone():
+            elif answered_under != identity and self._db.execute("SELECT 1 FROM windows LIMIT 1").fetchone():
                 raise RunError(
                     f"{self.file}: answers another question: {changes(answered_under, identity)}; ask as before, or "
                     "give another --out (or --overwrite)"
                 )
+            # What failed under another question, such as for want of a channel, may do under this one.
+            if overwrite or answered_under != identity:
+                self._db.execute("DELETE FROM recordings")
             self._db.execute("UPDATE facts SET value = ? WHERE name = 'identity'", (json.dumps(identity),))
 
     def open_recordings(
@@ -181,6 +183,7 @@ class Journal:
         still_open: list[OpenRecording] = []
         changed = 0
         with self._problems(), self._together():
+            self._db.execute("UPDATE recordings SET position = -1")
             for position, path in enumerate(map(str, paths)):
                 stamp, size = stamp_of(path)
                 wanted = None if windows is None else windows[Path(path)]
@@ -203,9 +206,9 @@ class Journal:
                 if stamp != stamp_before or (state == "failed" and decoded_by != decoder()):
                     answered = self._db.execute("DELETE FROM windows WHERE recording = ?", (number,)).rowcount
                     changed += answered > 0 and stamp != stamp_before
-                    self._db.execute("UPDATE recordings SET state = 'open', error = NULL WHERE id = ?", (number,))
                     state = "open"
                 if state == "open":
+                    self._db.execute("UPDATE recordings SET state = 'open', error = NULL WHERE id = ?", (number,))
                     counted = "SELECT coalesce(max(number) + 1, 0) FROM windows WHERE recording = ?"
                     (first,) = self._db.execute(counted, (number,)).fetchone()
                     still_open.append(OpenRecording(path, first, size, wanted))
@@ -228,7 +231,7 @@ class Journal:
                     ),
                 )  # fmt: skip
             for recording in ended:
-                state = "failed" if recording.error else "heard"
+                state = "open" if recording.passing else "failed" if recording.error else "heard"
                 self._db.execute(
                     "UPDATE recordings SET state = ?, seconds = ?, sampling_rate = ?, error = ?, decoder = ? "
                     "WHERE place = ?",
@@ -239,9 +242,30 @@ class Journal:
                 )  # fmt: skip
 
     def recordings(self) -> Iterator[HeardRecording]:
-        """All that it knows, in order."""
-        for number, path, *others in self._db.execute(f"{_HEARD} ORDER BY position, id"):
+        """Those that are named now, in order."""
+        for number, path, *others in self._db.execute(f"{_HEARD} WHERE position >= 0 ORDER BY position"):
             yield HeardRecording(number, os.fsdecode(path), *others)
+
+    def others(self) -> int:
+        """How many it has answers about, which are not named now: they are in no table."""
+        found = "SELECT count(*) FROM recordings WHERE position < 0 AND id IN (SELECT recording FROM windows)"
+        (count,) = self._db.execute(found).fetchone()
+        return int(count)
+
+    def claim(self, out: Path, *, overwrite: bool) -> None:
+        """Remember that a table is written from here.
+
+        Raises:
+            OutputError: There is a file that is not, and is not to be overwritten.
+        """
+        name = out.name  # they may move together
+        with self._problems(), self._together():
+            found = self._db.execute("SELECT value FROM facts WHERE name = 'tables'").fetchone()
+            tables = json.loads(found[0]) if found else []
+            if name not in tables:
+                if out.is_file() and not overwrite:
+                    raise OutputError(f"{out}: exists already; choose another --out or pass --overwrite")
+                self._db.execute("INSERT OR REPLACE INTO facts VALUES ('tables', ?)", (json.dumps([*tables, name]),))
 
     def recording(self, path: str | Path) -> HeardRecording:
         """One that it knows."""
@@ -249,7 +273,7 @@ class Journal:
         return HeardRecording(number, os.fsdecode(shown), *others)
 
     def rows(self, recording: HeardRecording | None = None) -> Iterator[Row]:
-        """All answers that are likely enough, or those about one recording, in order."""
+        """Answers about the recordings that are named now, or about one, as far as they are likely enough, in order."""
         if recording is None:
             for each in self.recordings():
                 yield from self.rows(each)

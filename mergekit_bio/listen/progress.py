@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mergekit_bio.errors import AudioError
 from mergekit_bio.listen.reading import Ended, OpenRecording
+
+#: So many recordings in a row that cannot be read end it.
+_MOST_UNREADABLE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +72,19 @@ class RecordingCounter:
         self._bytes_left, self._bytes_done = sum(self._sizes.values()), 0
         self._listener, self._workers = listener, workers
         self._windows, self._since = 0, 0.0
+        self._unreadable = 0
 
     def add(self, windows: int, ended: Sequence[Ended], *, seconds: float) -> None:
-        """Count a batch, for which the engine took so long once it was up."""
+        """Count a batch, for which the engine took so long once it was up.
+
+        Raises:
+            AudioError: One recording after the other cannot be read: the disk will have gone.
+        """
         now = time.perf_counter()
         self._since = self._since or now - seconds
         self._windows += windows
         for recording in ended:
+            self._unreadable = self._unreadable + 1 if recording.passing else 0
             self._done += 1
             self._failed += recording.error is not None
             size = self._sizes.pop(recording.recording, 0)
@@ -92,3 +102,8 @@ class RecordingCounter:
                 workers=self._workers(),
             )
         )
+        if self._unreadable >= _MOST_UNREADABLE:
+            raise AudioError(
+                f"{self._unreadable} recordings in a row could not be read, the last: {ended[-1].error}; is the disk "
+                "there? Run the command again to go on"
+            )

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,6 +65,8 @@ class Ended:
         sampling_rate: Its own, in Hz; None where it is no use.
         error: Why it is no use, or not from some second on.
         notes: What a user should know of it.
+        passing: Whether the error need not be the recording's own, such as that of a disk that has gone: it is tried
+            again the next time.
     """
 
     recording: str
@@ -72,6 +74,7 @@ class Ended:
     sampling_rate: int | None
     error: str | None = None
     notes: tuple[str, ...] = ()
+    passing: bool = False
 
 
 def place_of(path: str | Path) -> Path:
@@ -222,12 +225,8 @@ class WindowReader:
     def _read(self, recordings: list[OpenRecording]) -> None:
         try:
             with ThreadPoolExecutor(_THREADS) as threads:
-                buffers: list[Queue[Window | Ended | BaseException]] = [Queue(_DECODED) for _ in recordings]
-                # In this order, so that the recording whose windows come next is always being decoded.
-                for recording, buffer in zip(recordings, buffers, strict=True):
-                    threads.submit(self._decode, recording, buffer)
                 try:
-                    self._collect(buffers)
+                    self._collect(self._begun(recordings, threads))
                 finally:
                     self._stopped = True
                     threads.shutdown(wait=False, cancel_futures=True)
@@ -238,7 +237,19 @@ class WindowReader:
                 self.read_all = True
                 self._changed.notify_all()
 
-    def _collect(self, buffers: "list[Queue[Window | Ended | BaseException]]") -> None:
+    def _begun(
+        self, recordings: Sequence[OpenRecording], threads: ThreadPoolExecutor
+    ) -> "Iterator[Queue[Window | Ended | BaseException]]":
+        """What each recording is decoded into, in order; a few of them are begun ahead."""
+        begun: deque[Queue[Window | Ended | BaseException]] = deque()
+        for recording in recordings:
+            begun.append(Queue(_DECODED))
+            threads.submit(self._decode, recording, begun[-1])
+            if len(begun) > _THREADS:
+                yield begun.popleft()
+        yield from begun
+
+    def _collect(self, buffers: "Iterable[Queue[Window | Ended | BaseException]]") -> None:
         """Hand on, in order, what the threads decode."""
         waiting: list[Window | Ended] = []
         for buffer in buffers:
@@ -277,7 +288,7 @@ class WindowReader:
 
     def _windows_into(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> Ended:
         notes: list[str] = []
-        windows, error = self._cut(recording, notes.append), None
+        windows, error, passing = self._cut(recording, notes.append), None, False
         try:
             for number, clip in enumerate(windows):
                 if self._stopped:
@@ -286,12 +297,20 @@ class WindowReader:
                     self._put(Window(recording.path, number, clip, self._is_quiet(clip)), buffer)
         except AudioError as failure:
             error = str(failure)
+            passing = _is_the_systems(failure) or not Path(recording.path).exists()
         finally:
             windows.close()
-        return Ended(recording.path, windows.seconds, windows.sampling_rate or None, error, tuple(notes))
+        return Ended(recording.path, windows.seconds, windows.sampling_rate or None, error, tuple(notes), passing)
 
     def _put(self, item: Window | Ended | BaseException, buffer: "Queue[Window | Ended | BaseException]") -> None:
         while not self._stopped:
             with suppress(Full):
                 buffer.put(item, timeout=_PATIENCE)
                 return
+
+
+def _is_the_systems(error: BaseException | None) -> bool:
+    """Whether the system's error is behind it: a disk, a network or a permission."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None

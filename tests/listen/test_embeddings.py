@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mergekit_bio.audio.finding import find_recordings
-from mergekit_bio.errors import OutputError, RunError
+from mergekit_bio.errors import AudioError, OutputError, RunError
 from mergekit_bio.listen import embeddings
 from mergekit_bio.listen.embeddings import Embedded, EmbedRequest, embed_archive
 
@@ -135,3 +135,50 @@ def test_a_value_that_float16_cannot_hold_is_an_error_and_not_infinity(
     monkeypatch.setattr(AudioPrefix, "project", lambda prefix, encoded: project(prefix, encoded) * 1e9)
     with pytest.raises(OutputError, match="--dtype float16: a value is too large for it; take float32"):
         embed(merged, archive, tmp_path / "birds.safetensors", dtype="float16")
+
+
+def test_names_that_no_header_holds_are_in_a_tensor(
+    archive: Path, merged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "_MOST_HEADER_BYTES", 10)
+    out = tmp_path / "birds.safetensors"
+    embed(merged, archive, out)
+    arrays = load_file(out)
+    assert json.loads(arrays.pop("recordings").tobytes()) == recordings_of(whole)
+    assert arrays.keys() == load_file(whole).keys()
+
+
+def test_what_could_not_be_read_because_the_disk_went_is_embedded_when_it_is_back(
+    archive: Path, merged: Path, tmp_path: Path
+) -> None:
+    recordings, gone, out = tmp_path / "recordings", tmp_path / "gone", tmp_path / "birds.npz"
+    shutil.copytree(archive, recordings)
+    for number in range(8):
+        write_recording(recordings / f"site 3/{number}.wav", 130, 8_000)
+
+    class Vanishing(Listening):
+        def standing(self, standing) -> None:
+            if not gone.exists():
+                recordings.rename(gone)
+
+    with pytest.raises(AudioError, match="run the command again to go on"):
+        embed(merged, recordings, out, listener=Vanishing())
+    assert not out.exists()
+    gone.rename(recordings)
+    done = embed(merged, recordings, out)
+    assert (done.clips, done.failed, done.broken) == (len(WINDOWS) + 8 * 13, {}, {})
+
+
+def test_how_long_a_recording_is_that_only_ffmpeg_reads_is_known(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / "phone.m4a"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=16_000)
+        for _ in range(100):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 16_000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert embeddings._seconds(file) == pytest.approx(100, abs=1)
+    (tmp_path / "unknown").write_bytes(bytes(400_000))
+    assert embeddings._seconds(tmp_path / "unknown") == 100

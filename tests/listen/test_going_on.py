@@ -4,13 +4,15 @@ import csv
 import os
 import shutil
 import sqlite3
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from listen.archive import QUESTION, WINDOWS, Listening, ask, rows_without_a_table, write_recording
 
 from mergekit_bio.engine.transformers import TransformersEngine
-from mergekit_bio.errors import RunError
+from mergekit_bio.errors import AudioError, EngineError, OutputError, RunError
 from mergekit_bio.listen.journal import Journal
 from mergekit_bio.listen.question import Question
 
@@ -106,6 +108,79 @@ def test_a_recording_that_failed_is_tried_again_once_it_has_changed(
     write_recording(bad, 12)
     assert ask(merged, recordings, out).failed == {}
     assert sum(asked) == len(WINDOWS) + 2 and len(table(tmp_path)) == len(WINDOWS) + 2
+
+
+class Vanishing(Listening):
+    """The disk goes after the first batch."""
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__()
+        self.disk = disk
+
+    def standing(self, standing) -> None:
+        if self.disk.exists():
+            self.disk.rename(self.disk.with_name("gone"))
+
+
+def test_what_could_not_be_read_because_the_disk_went_is_asked_about_when_it_is_back(
+    recordings: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(50):
+        write_recording(recordings / f"site 3/{number:02d}.wav", 12, 8_000)
+    with pytest.raises(AudioError, match=r"\d\d recordings in a row could not be read") as caught:
+        ask(merged, recordings, tmp_path / "birds.csv", listener=Vanishing(recordings))
+    assert "is the disk there? Run the command again to go on" in str(caught.value)
+    (tmp_path / "gone").rename(recordings)
+    outcome = ask(merged, recordings, tmp_path / "birds.csv")
+    assert outcome.failed == {} and outcome.broken == {}
+    assert outcome.windows == len(table(tmp_path)) == len(WINDOWS) + 50 * 2
+
+
+def test_an_engine_that_fails_leaves_no_reader_behind(
+    recordings: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given):
+        raise EngineError("out of memory")
+
+    write_recording(recordings / "a.wav", 600, 8_000)
+    monkeypatch.setattr(TransformersEngine, "generate", failing)
+    threads = threading.active_count()
+    with pytest.raises(EngineError, match="out of memory"):
+        ask(merged, recordings)
+    assert not [thread for thread in threading.enumerate() if thread.name == "window reader"]
+    assert threading.active_count() == threads
+
+
+def test_a_mistake_that_is_corrected_is_no_failure_any_more(recordings: Path, merged: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "site 1/b.flac", "site 2/b.flac"):
+        (recordings / name).unlink()
+    wrong, right = (replace(QUESTION, channel=channel) for channel in (5, 2))
+    assert len(ask(merged, recordings, tmp_path / "birds.csv", question=wrong).failed) == 1
+    outcome = ask(merged, recordings, tmp_path / "birds.csv", question=right)
+    assert (outcome.failed, outcome.windows) == ({}, 3)
+
+
+def test_a_recording_that_was_moved_is_in_the_table_once(
+    recordings: Path, merged: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    ask(merged, recordings, tmp_path / "birds.csv")
+    (recordings / "site 1/c.wav").rename(recordings / "site 2/c.wav")
+    listening = Listening()
+    ask(merged, recordings, tmp_path / "birds.csv", listener=listening)
+    assert len(table(tmp_path)) == len(WINDOWS) and sum(asked) == len(WINDOWS) + 3
+    assert "has answers about 1 other recordings, which are not named now" in listening.notes[0]
+    ask(merged, recordings, tmp_path / "birds.csv", overwrite=True)
+    assert sum(asked) == 2 * len(WINDOWS) + 3, "asked anew"
+
+
+def test_a_file_of_the_users_beside_a_journal_is_left_alone(
+    archive: Path, answered: Path, merged: Path, tmp_path: Path
+) -> None:
+    here = shutil.copytree(answered, tmp_path / "here")
+    (here / "birds.txt").write_text("my list of species")
+    with pytest.raises(OutputError, match=r"birds\.txt: exists already"):
+        ask(merged, archive, here / "birds.txt")
+    assert (here / "birds.txt").read_text() == "my list of species"
 
 
 @pytest.mark.parametrize(
