@@ -40,7 +40,7 @@ def sources(request, tmp_path):
     ("sources", "slots"),
     [
         pytest.param("tiny", 4, id="more strengths than slots"),
-        pytest.param("golden", 11, id="as many strengths as slots, the reference's model"),
+        pytest.param("golden", 11, id="as many strengths as slots, the reference's model", marks=pytest.mark.long),
         pytest.param("demo", 12, id="the demo's model", marks=pytest.mark.long),
     ],
     indirect=["sources"],
