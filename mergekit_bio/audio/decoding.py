@@ -46,6 +46,8 @@ _HEADERLESS = {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "mpeg", "mp
 #: FFmpeg's sample formats, without the "p" of planar ones -> the value of silence, and of full scale above it.
 _SCALES = {"u8": (128, 128.0), "s16": (0, 2.0**15), "s32": (0, 2.0**31), "flt": (0, 1.0), "dbl": (0, 1.0)}
 
+#: How files begin that libsndfile decodes, beside Ogg.
+_LIBSNDFILES = (b"RIFF", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"riff")
 #: Seconds behind the end of a WAV by its header that are worth to be heard.
 _LEAST_MISSED = 0.1
 #: What a chunk of a WAV may be called, and chunks that often stand behind the samples, even where the file is cut off.
@@ -84,7 +86,7 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
         # Where a WAV's header says less than there is, FFmpeg reads on to the end of the file.
         stated, there = _wav_seconds(file, head)
         stale = stated < there - _LEAST_MISSED
-        if head[:4] in (b"RIFF", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"riff") and not stale:
+        if head[:4] in _LIBSNDFILES and not stale:
             with _libsndfile(file) as sound:
                 if sound is not None and sound.frames and not sound.subtype.startswith("MPEG"):
                     yield from _libsndfile_blocks(sound, round(start * sound.samplerate))
@@ -94,6 +96,29 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
                         note(_differs(stated, heard))
                     return
     yield from _skipped(_ffmpeg(path, note, stated if stale else None), start)
+
+
+def stated_length(path: Path) -> tuple[int, float]:
+    """A recording's rate in Hz and its seconds, without decoding it: by its header, or by its size where that is stale.
+
+    Both are 0 where nothing tells, as of a file that is no recording.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            head = file.read(HEAD_BYTES)
+            stated, there = _wav_seconds(file, head)
+            stale = stated < there - _LEAST_MISSED
+            if head[:4] in (*_LIBSNDFILES, b"OggS"):
+                with _libsndfile(file) as sound:
+                    if sound is not None and sound.frames and not sound.subtype.startswith("MPEG"):
+                        return sound.samplerate, there if stale else sound.frames / sound.samplerate
+        with _opened(_pyav(f"decoding {path.name}"), path, to_the_end=False) as container:
+            stream = container.streams.best("audio")
+            if stream is None or stream.codec_context is None:
+                return 0, 0.0
+            return stream.rate, there if stale else _stated_seconds(container, stream, path)[0] or 0.0
+    except (OSError, AudioError):
+        return 0, 0.0
 
 
 def _skipped(blocks: Iterator[Block], start: float) -> Iterator[Block]:

@@ -19,6 +19,10 @@ SUFFIXES = frozenset(
     )
 )
 
+#: Lists the files in a folder of clips that were cut out of recordings, and tells it from any other.
+CLIPS_LIST = "clips.csv"
+CLIPS_COLUMNS = ("file", "answer", "probability", "recording", "start", "end")
+
 #: Folders of systems, beside hidden ones: what lies there was thrown away or is nobody's recording.
 _SYSTEM_FOLDERS = {"$recycle.bin", "system volume information"}
 
@@ -41,6 +45,7 @@ class _LeftOut:
     """What was left out of one folder."""
 
     hidden: list[str] = field(default_factory=list)
+    clips: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     dead_links: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
@@ -48,6 +53,9 @@ class _LeftOut:
     def notes(self) -> Iterator[str]:
         if self.hidden:
             yield f"left out {_counted(len(self.hidden), 'hidden entry', 'hidden entries')} ({_some(self.hidden)})"
+        if self.clips:
+            folders = _counted(len(self.clips), "folder of clips", "folders of clips")
+            yield f"left out {folders} that --clips has cut ({_some(self.clips)})"
         if self.others:
             kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in self.others.most_common()]
             files = _counted(self.others.total(), "file that is no recording", "files that are no recordings")
@@ -64,7 +72,8 @@ def find_recordings(paths: Iterable[str | Path]) -> Found:
     """The files named, and the recordings in and below the folders named, in order of their paths.
 
     A file of a folder is a recording by its name or by its content. Hidden files and folders, and systems' own such as
-    ``$RECYCLE.BIN``, are left out. A folder that is reached twice, by links or by name, is entered once.
+    ``$RECYCLE.BIN``, are left out, and so are folders of clips that were cut out of recordings, unless they are named.
+    A folder that is reached twice, by links or by name, is entered once.
 
     Raises:
         AudioError: A path does not exist or is no file or folder, or a folder holds no recording.
@@ -112,7 +121,9 @@ def _below(folder: Path, root: Path, entered: set[tuple[int, int]], left_out: _L
         except OSError:
             (left_out.dead_links if path.is_symlink() else left_out.unreadable).append(name)
             continue
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode) and holds_clips(path):
+            left_out.clips.append(name)
+        elif stat.S_ISDIR(mode):
             yield from _below(path, root, entered, left_out)
         elif not stat.S_ISREG(mode):
             left_out.others["device or pipe"] += 1
@@ -129,6 +140,15 @@ def _below(folder: Path, root: Path, entered: set[tuple[int, int]], left_out: _L
                 yield path
             else:
                 left_out.others[path.suffix.lower()] += 1
+
+
+def holds_clips(folder: Path) -> bool:
+    """Whether a folder is one of clips that were cut out of recordings, by the first line of its list."""
+    try:
+        with (folder / CLIPS_LIST).open("rb") as file:
+            return file.readline(1000).rstrip() == ",".join(CLIPS_COLUMNS).encode()
+    except OSError:
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -125,6 +125,7 @@ def ask(
     from mergekit_bio.errors import AudioError, OutputError
     from mergekit_bio.listen.answering import AskRequest, ask_archive, ask_together
     from mergekit_bio.listen.choices import with_choices
+    from mergekit_bio.listen.clip_files import check_folder
     from mergekit_bio.listen.question import Question
     from mergekit_bio.listen.quiet import check_level
     from mergekit_bio.listen.tables.choice import table_class
@@ -143,6 +144,8 @@ def ask(
     else:
         raise AudioError("name recordings, or folders of them")
     recordings = found.recordings
+    if clips is not None:
+        check_folder(clips[1], recordings)
     slots = prompt.count(AUDIO_SLOT)
     together = slots > 1 or (slots == 1 and len(recordings) > 1)
     if together:

@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_bio.audio.finding import CLIPS_COLUMNS, CLIPS_LIST, holds_clips
 from mergekit_bio.errors import AudioError, OutputError
-
-#: Lists the files, and tells a folder of ours from any other.
-INDEX = "clips.csv"
-_COLUMNS = ("file", "answer", "probability", "recording", "start", "end")
 
 #: Bytes of a name that is made of an answer or of a recording's; file systems take 255 in all.
 _NAME_BYTES = 80
@@ -56,11 +53,14 @@ class Likeliest:
         return {answer: sorted(self._kept[answer], reverse=True) for answer in sorted(self._kept)}
 
 
-def check_folder(folder: Path) -> None:
-    """Raise OutputError where a folder holds what is not ours."""
+def check_folder(folder: Path, recordings: Iterable[Path] = ()) -> None:
+    """Raise OutputError where a folder holds what is not ours, or recordings that are asked about."""
+    for path in recordings:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(f"{folder}: holds {path}, which is asked about; give --clips a new folder")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; --clips needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not holds_clips(folder):
         raise OutputError(f"{folder}: holds other files; give --clips a new folder")
 
 
@@ -94,9 +94,10 @@ def write_clips(
         _remove_earlier(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # The list first: whatever is interrupted, the next call knows what is its own.
-        with (folder / INDEX).open("w", newline="", encoding="utf-8") as file:
+        with (folder / CLIPS_LIST).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(_COLUMNS)
+            table.writerow(CLIPS_COLUMNS)
+            file.flush()
             for name, found in planned:
                 row = (name, found.answer, f"{found.probability:.6g}", found.recording, found.start, found.end)
                 table.writerow([str(value).encode(errors="backslashreplace").decode() for value in row])
@@ -146,7 +147,7 @@ def file_name(text: str) -> str:
 
 def _remove_earlier(folder: Path) -> None:
     """Remove the files that the folder's list names, and the folders that are empty then."""
-    index = folder / INDEX
+    index = folder / CLIPS_LIST
     if not index.is_file():
         return
     with index.open(newline="", encoding="utf-8") as file:

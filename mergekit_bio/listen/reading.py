@@ -12,7 +12,7 @@ from threading import Condition, Thread
 from typing import Protocol
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.decoding import Note, soundfile
+from mergekit_bio.audio.decoding import Note, stated_length
 from mergekit_bio.audio.recording import read_clips, read_windows
 from mergekit_bio.audio.waveform import MIN_RATE
 from mergekit_bio.errors import AudioError
@@ -137,14 +137,7 @@ class _NamedWindows:
     def __init__(self, path: str, windows: Sequence[Span], channel: int | None, note: Note) -> None:
         self._windows = windows
         self._clips = read_clips(path, [(start, end - start) for start, end in windows], channel=channel, note=note)
-        self.sampling_rate, self.seconds = 0, 0.0
-        library = soundfile()
-        with (
-            suppress(OSError, library.SoundFileError),
-            Path(path).open("rb") as file,
-            library.SoundFile(file.fileno(), closefd=False) as header,
-        ):
-            self.sampling_rate, self.seconds = header.samplerate, header.frames / header.samplerate
+        self.sampling_rate, self.seconds = stated_length(Path(path))
 
     def __iter__(self) -> Iterator[Clip]:
         for clip, (_, end) in zip(self._clips, self._windows, strict=False):

@@ -14,6 +14,8 @@ Span = tuple[float, float]
 
 #: What a folder of tables is searched for.
 _SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+#: By how much floats may make a selection shorter than it was drawn: 0.7 - 0.2 is below 0.5.
+_ROUNDING = 1e-6
 #: Rows that are refused are named, so many of them; the others are counted.
 _NAMED = 5
 
@@ -76,7 +78,7 @@ def select_windows(
                 path = Path(selection.recording or "")
             if path is None:
                 missing[selection.recording or ""] += 1
-            elif selection.seconds < MIN_SECONDS:
+            elif selection.seconds < MIN_SECONDS - _ROUNDING:
                 short.append(selection)
             else:
                 spans[path].update(_split(selection, window=window, hop=hop))
@@ -105,7 +107,7 @@ def _split(selection: Selection, *, window: float, hop: float) -> list[Span]:
     """A selection's windows. What is left behind the last one is one more from 0.5 s on."""
     spans: list[Span] = []
     start, covered = selection.start, selection.start
-    while not spans or selection.end - max(start, covered) >= MIN_SECONDS:
+    while not spans or selection.end - max(start, covered) >= MIN_SECONDS - _ROUNDING:
         covered = min(start + window, selection.end)
         spans.append((round(start, 6), round(covered, 6)))
         start += hop

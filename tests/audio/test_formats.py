@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.decoding import stated_length
 from mergekit_bio.audio.recording import read_clip, read_clips, read_samples, read_windows
 from mergekit_bio.errors import AudioError
+from mergekit_bio.listen.reading import OpenRecording, windows_of
 
 if not shutil.which("ffmpeg"):
     pytest.skip("ffmpeg is not installed: no recordings in its formats can be made", allow_module_level=True)
@@ -83,6 +85,8 @@ LOSSY: dict[str, tuple[int, int, str]] = {
     "a.ts": (48_000, 2, "-c:a mp2"),
     "a.flv": (44_100, 2, "-c:a aac"),
 }
+#: Those whose headers say nothing of their length.
+LENGTHLESS = {"a.voc", "a.aac", "a.ac3", "a.ts"}
 #: Where libsndfile and ffmpeg round a step of the codec differently.
 STEPS = {"adpcm_ima.wav": 2e-3}
 FILES = EXACT | LOSSY
@@ -151,6 +155,8 @@ def test_a_recording_is_heard_as_ffmpeg_decodes_it(folder: Path, name: str) -> N
     assert heard_rate == rate and heard.shape == expected.shape
     assert np.abs(heard - expected).max() <= (0 if name in EXACT else STEPS.get(name, 2e-6))
     assert not notes
+    stated = 0 if name in LENGTHLESS else len(expected) / rate
+    assert stated_length(folder / name) == (rate, pytest.approx(stated, abs=0.25))  # an mp3's padding counts
 
 
 @pytest.mark.parametrize("name", ["384000.wav", "sixteen.wav", "24.flac", "cbr.mp3", "a.m4a", "a.ogg", "a.webm"])
@@ -204,6 +210,16 @@ def test_parts_are_those_of_the_whole_from_wherever_they_begin(folder: Path, nam
         read_clip(folder / name, start=20)
     with pytest.raises(AudioError, match=rf"{name}: there is nothing from 20 s on; it is 1\.[23]\d s long"):
         list(read_clips(folder / name, [(0, 1), (20, 1)]))
+
+
+@pytest.mark.parametrize("name", ["8000.wav", "16.flac", "cbr.mp3", "a.m4a", "a.ogg", "a.wma"])
+def test_of_windows_that_are_named_the_whole_recording_is_known_how_long_it_is(folder: Path, name: str) -> None:
+    opened = OpenRecording(str(folder / name), windows=((0.2, 0.7),))
+    windows = windows_of(window=10.0, hop=10.0, channel=None)(opened, pytest.fail)
+    assert [(clip.start, clip.end) for clip in windows] == [(0.2, 0.7)]
+    rate, channels, _ = FILES[name]
+    assert windows.sampling_rate == rate
+    assert windows.seconds == pytest.approx(len(np.fromfile(folder / f"{name}.f64")) / channels / rate, abs=0.1)
 
 
 @pytest.mark.repeated(1, 20)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mergekit_bio.audio.decoding import stated_length
 from mergekit_bio.audio.recording import read_samples, read_windows
 from mergekit_bio.errors import AudioError
 
@@ -58,6 +59,7 @@ def test_a_wav_is_as_long_as_its_samples_whatever_its_sizes_say(tmp_path, data: 
 
     assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [note], [(0, 10), (10, 12.3)])
     assert np.array_equal(read_samples(tmp_path / "a.wav", seconds=60)[0], expected)
+    assert stated_length(tmp_path / "a.wav") == (RATE, pytest.approx(SECONDS))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from mergekit_bio.audio.finding import find_recordings
 from mergekit_bio.errors import AudioError, OutputError
-from mergekit_bio.listen.clip_files import Likeliest, file_name, write_clips
+from mergekit_bio.listen.clip_files import Likeliest, check_folder, file_name, write_clips
 
 
 def cut(path: Path, *, start: float, seconds: float) -> tuple[np.ndarray, int]:
@@ -87,6 +88,28 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="holds other files"):
         write_clips({}, tmp_path / "mine", cut=cut, note=pytest.fail)
+
+
+def test_a_table_of_others_with_the_same_name_is_not_taken_for_ours(tmp_path: Path, recording: Path) -> None:
+    (tmp_path / "clips.csv").write_text("file,start,end\nnight.flac,0,1\n")
+
+    with pytest.raises(OutputError, match="holds other files"):
+        write_clips({}, tmp_path, cut=cut, note=pytest.fail)
+    assert find_recordings([tmp_path]).recordings == [recording]
+
+
+def test_clips_among_the_recordings_are_not_asked_about(tmp_path: Path, recording: Path) -> None:
+    kept = Likeliest(1)
+    kept.add("sora", 0.5, recording=str(recording), start=0, end=1)
+    write_clips(kept.ranked(), folder := tmp_path / "best/clips", cut=cut, note=pytest.fail)
+
+    found = find_recordings([tmp_path])
+    assert found.recordings == [recording]
+    assert found.notes == [f"{tmp_path}: left out 1 folder of clips that --clips has cut (best/clips)"]
+    named = find_recordings([folder]).recordings
+    assert [path.parent.name for path in named] == ["sora"], "who names it means it"
+    with pytest.raises(OutputError, match="which is asked about"):
+        check_folder(folder, named)
 
 
 def test_a_recording_that_is_gone_is_named_and_the_others_are_cut(tmp_path: Path, recording: Path) -> None:

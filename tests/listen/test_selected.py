@@ -52,6 +52,15 @@ def test_windows_cover_a_selection_but_for_less_than_half_a_second(start: float,
     assert -1e-5 <= start + seconds - spans[-1][1] < 0.5
 
 
+def test_half_a_second_is_long_enough_wherever_it_begins(tmp_path: Path) -> None:
+    rows = "".join(f"a.wav,{n / 10},{(n + 5) / 10}\n" for n in range(1000)) + "b.wav,0.2,10.7\n"
+    selected = select(tmp_path, rows)
+
+    assert selected.notes == ()
+    assert selected.windows[Path("a.wav")] == tuple((n / 10, (n + 5) / 10) for n in range(1000))
+    assert selected.windows[Path("b.wav")] == ((0.2, 10.2), (10.2, 10.7))
+
+
 def test_short_selections_are_refused_by_their_rows(tmp_path: Path) -> None:
     selected = select(tmp_path, "a.wav,1,1.25\na.wav,2,3\n" + "a.wav,4,4\n" * 9)
 

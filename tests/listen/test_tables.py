@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
@@ -119,18 +121,35 @@ def test_raven_opens_a_table_a_recording(here: Path, archive: Path, merged: Path
     assert read_raven(tables / "a.wav.selections.txt")[0]["High Freq (Hz)"] == 8000, "all that the model hears"
 
 
+def begins_of(archive: Path) -> dict[str, float]:
+    """Where each recording begins when all are opened as one sound."""
+    begins: dict[str, float] = {}
+    for name, *_ in RECORDINGS:
+        begins[str(archive / name)] = sum(soundfile.info(file).duration for file in begins)
+    return begins
+
+
 def test_ravens_table_of_all_recordings_counts_on_from_the_one_before(here: Path, archive: Path, merged: Path) -> None:
     """As Raven opens several files as one sound: where a file begins is the length of all before it."""
     ask(merged, archive, here / "birds.txt", table_format="raven")
     rows = read_raven(here / "birds.txt")
     assert [row["Answer"] for row in rows] == [" ".join(text.split()) for text in answers(here)]
-    begins = {}
-    for name, *_ in RECORDINGS:
-        begins[str(archive / name)] = sum(soundfile.info(file).duration for file in begins)
+    begins = begins_of(archive)
     for row, (_, start, end) in zip(rows, WINDOWS, strict=True):
         begin = begins[row["Begin Path"]]
         assert row["File Offset (s)"] == start
         assert (row["Begin Time (s)"], row["End Time (s)"]) == pytest.approx((begin + start, begin + end), abs=1e-5)
+
+
+def test_a_recording_without_answers_is_as_long_in_ravens_table_as_any(here: Path, archive: Path, merged: Path) -> None:
+    with closing(sqlite3.connect(here / "birds.journal", isolation_level=None)) as journal:
+        too_quiet = "SELECT id FROM recordings WHERE CAST(path AS TEXT) LIKE '%/site 1/b.flac'"
+        assert journal.execute(f"UPDATE windows SET answer = NULL WHERE recording IN ({too_quiet})").rowcount == 3
+    ask(merged, archive, here / "birds.txt", table_format="raven")
+    rows, begins = read_raven(here / "birds.txt"), begins_of(archive)
+    assert len(rows) == len(WINDOWS) - 3
+    for row in rows:
+        assert row["Begin Time (s)"] - row["File Offset (s)"] == pytest.approx(begins[row["Begin Path"]], abs=1e-5)
 
 
 def test_audacity_imports_a_label_track_a_recording(here: Path, archive: Path, merged: Path) -> None:

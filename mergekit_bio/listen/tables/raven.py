@@ -59,8 +59,8 @@ class RavenTables(FilePerRecording):
 class RavenTable:
     """One selection table for all recordings.
 
-    Raven opens them as one sound, in the order of the table: begin and end count from the beginning of the first one,
-    the file offset from that of the recording itself.
+    Raven opens them as one sound, in the order in which they were asked about, those without answers too: begin and end
+    count from the beginning of the first one, the file offset from that of the recording itself.
     """
 
     def __init__(self, out: Path, about: About) -> None:
@@ -78,8 +78,6 @@ class RavenTable:
         with whole_file(self._out) as partial, partial.open("wb") as file:
             file.write(_header(self._about).encode())
             for recording in journal.recordings():
-                if recording.windows == 0:
-                    continue
                 for line in _lines(self._about, recording, journal.rows(recording), first=first, begins=begins):
                     file.write(line.encode())
                     first += 1
