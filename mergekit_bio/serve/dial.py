@@ -20,7 +20,7 @@ from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.vllm.dial import LARGEST, SlotAdapter, parse_strength, write_adapters, write_strength
 from mergekit_bio.errors import AdapterError, AlphaError, EngineError
 from mergekit_bio.merging.directory import companions, write_companions
-from mergekit_bio.merging.journal import Journal
+from mergekit_bio.merging.journal import JOURNAL, Journal
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.plan import MergePlan
 from mergekit_bio.merging.request import DEFAULT_ADAPTER, DEFAULT_BASE, MergeRequest
@@ -221,9 +221,9 @@ def _low_rank(adapter: Adapter) -> dict[str, LowRank]:
 def _write_model(plan: MergePlan, folder: Path) -> None:
     """Link the shards that are the base's own files, byte for byte, and write the others."""
     written = tuple(shard for shard in plan.shards if shard.mirrors is None)
-    with closing(Journal(folder)) as journal:
+    with closing(Journal(folder, [shard.file for shard in written])) as journal:
         execute(replace(plan, shards=written), folder, journal, lambda _: None)
-        journal.remove()
+    (folder / JOURNAL).unlink()
     for shard in plan.shards:
         if shard.mirrors is not None:
             (folder / shard.file).symlink_to(shard.mirrors.resolve())
