@@ -1,7 +1,9 @@
 """What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr; and its options."""
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -40,10 +42,18 @@ class Output:
     def note(self, text: str) -> None:
         """Say something to the person at the terminal (stderr); silent under ``--quiet``."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Say what a user must know even under ``--quiet`` (stderr)."""
+        """Say what a user must know even under ``--quiet`` (stderr). A terminal gets lines that break between words."""
+        if sys.stderr.isatty():
+            wrapper = textwrap.TextWrapper(
+                max(20, shutil.get_terminal_size().columns),
+                subsequent_indent="  ",
+                break_long_words=False,  # paths can be copied
+                break_on_hyphens=False,
+            )
+            text = "\n".join(map(wrapper.fill, text.split("\n")))
         print(text, file=sys.stderr, flush=True)
 
     def result(self, document: Any, render: Callable[["Console"], None], lines: Iterable[str] = ()) -> None:

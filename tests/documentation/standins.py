@@ -37,7 +37,8 @@ def write_standins(here: Path, make_run: Callable[..., Path]) -> None:
         write_recording(here / name)
     (here / "species.txt").write_text("# birds of the marsh\nMarsh Wren\nSora\nVirginia Rail\n")
     _write_beans_zero(here / BEANS_ZERO / "test.parquet")
-    shutil.copytree(make_run(name="closed_set"), here / "runs/closed_set")
+    for name in ("closed_set", "watkins", "cbi"):
+        shutil.copytree(make_run(name=name), here / "runs" / name)
     for name in ("eval", "recipes"):
         (here / name).symlink_to(ROOT / name)
     if shared := os.environ.get("MERGEKIT_BIO_SHARED"):
