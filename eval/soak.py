@@ -89,6 +89,11 @@ SOAKS = {
         ("tests/engine/test_tensor_parallel.py::test_two_ranks_answer_at_every_strength_as_merges_do",),
         None,
     ),
+    "dial-strengths": Soak(
+        "eleven strengths at once answer as eleven merges do, on the reference's model and the demo's too",
+        ("tests/engine/test_dial.py",),
+        None,
+    ),
     "dial-memory": Soak(
         "requests at 500 strengths, and clients that leave, make the server's processes no larger",
         ("tests/serve/test_server.py::test_many_strengths_leave_the_server_as_large_as_it_was",),

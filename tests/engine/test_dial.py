@@ -41,7 +41,7 @@ def sources(request, tmp_path):
     [
         pytest.param("tiny", 4, id="more strengths than slots"),
         pytest.param("golden", 11, id="as many strengths as slots, the reference's model", marks=pytest.mark.long),
-        pytest.param("demo", 12, id="the demo's model", marks=pytest.mark.long),
+        pytest.param("demo", 12, id="the demo's model", marks=pytest.mark.soak),
     ],
     indirect=["sources"],
 )

@@ -116,6 +116,7 @@ def test_sampled_answers_do_not_depend_on_the_workers_nor_on_their_deaths(ray, o
     assert len({row.generated_ids for row in by_id(done.path)[FILES[0]].values()}) > 1
 
 
+@pytest.mark.long
 def test_recordings_that_are_no_use_are_left_out_and_said_as_by_one_engine(ray, one, evaluation, tmp_path):
     """One that is no recording, and one that only a worker finds out, when it hears it whole."""
     other = write_evaluation(tmp_path, base=evaluation.base, adapter=evaluation.adapter)
