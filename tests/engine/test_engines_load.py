@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_sweep_is_refused(tiny_sweep, transformers_engin
         transformers_engine.load(other)
     with pytest.raises(EngineError, match=r"no merge\.json"):
         transformers_engine.load(base)
-    with pytest.raises(CheckpointError, match="model_type 'llama', which cannot hear"):
+    with pytest.raises(CheckpointError, match="is not a merged model with an audio tower"):
         TransformersEngine(base)
 
 
