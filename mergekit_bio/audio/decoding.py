@@ -98,6 +98,17 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
     yield from _skipped(_ffmpeg(path, note, stated if stale else None), start)
 
 
+def begins_anywhere(path: Path) -> bool:
+    """Whether :func:`decode` begins at a place without decoding what lies before it."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            head = file.read(HEAD_BYTES)
+            stated, there = _wav_seconds(file, head)
+    except OSError:  # whoever decodes it says so
+        return True
+    return head[:4] in _LIBSNDFILES and stated >= there - _LEAST_MISSED
+
+
 def stated_length(path: Path) -> tuple[int, float]:
     """A recording's rate in Hz and its seconds, without decoding it: by its header, or by its size where that is stale.
 

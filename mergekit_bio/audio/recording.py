@@ -1,7 +1,7 @@
 """Recordings: cut into windows or heard in part, however long they are."""
 
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip, samples_of
 from mergekit_bio.audio.config import SAMPLING_RATE
-from mergekit_bio.audio.decoding import Block, Note, decode
+from mergekit_bio.audio.decoding import Block, Note, begins_anywhere, decode
 from mergekit_bio.audio.levels import Levels
 from mergekit_bio.audio.waveform import (
     MIN_SECONDS,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Raised whenever decoding, mixing or resampling gives other samples than it did.
 _DECODER = 2
+#: Seconds between two parts that are worth to be left out.
+_LONG_GAP = 30.0
 
 
 def read_windows(
@@ -177,35 +179,98 @@ def read_clips(
     Raises:
         AudioError: The recording is no use, breaks before the end of a part, or ends before it begins.
     """
-    import numpy as np
-
     listening = _Listening(Path(path), channel, note)
     with listening.named():
-        blocks = listening.blocks()
-        held: np.ndarray[Any, Any] = np.empty((0, 1))
-        held_from = rate = 0
-        for start, seconds in parts:
-            _check_part(seconds)
-            # 1. Read on until the part is held, and let go of what lies before it.
-            while not rate or held_from + len(held) < round((start + seconds) * rate):
-                block = next(blocks, None)
-                if block is None:
-                    break
-                if rate and (block.rate, block.samples.shape[1]) != (rate, held.shape[1]):
-                    raise AudioError(f"its rate or channels change after {listening.seconds:.2f} s")
-                held = np.concatenate((held, block.samples)) if rate else block.samples
-                rate = block.rate
-                passed = min(max(0, round(start * rate) - held_from), len(held))
-                held, held_from = held[passed:], held_from + passed
-            # 2. Cut it out. The last one may be shorter than was asked for.
-            first = round(start * rate) - held_from
-            length = round((start + seconds) * rate) - round(start * rate)
-            samples = held[first : first + length]
-            if listening.broken and len(samples) < length:
-                raise listening.broken
-            if not len(samples):
-                raise AudioError(f"there is nothing from {start:g} s on; it is {listening.seconds:.2f} s long")
+        for start, samples, rate in _parts(listening, _checked_parts(parts)):
             yield _cut_out(samples, rate, start)
+
+
+def read_parts(
+    path: str | Path,
+    parts: Iterable[tuple[float, float]],
+    *,
+    channel: int | None = None,
+    note: Note | None = None,
+) -> "Iterator[tuple[np.ndarray[Any, Any], int] | AudioError]":
+    """Many parts of a recording, each as :func:`read_samples` gives it, in one way through the recording.
+
+    Args:
+        path: As in :func:`read_windows`, and so ``channel`` and ``note``.
+        parts: Start and length of each, in seconds, in the order of their starts; they may overlap.
+
+    Returns:
+        For each part its samples and their rate, or what is wrong with it.
+    """
+    parts, given = list(parts), 0
+    listening = _Listening(Path(path), channel, note)
+    with suppress(AudioError), listening.named():
+        for _, samples, rate in _parts(listening, parts):
+            given += 1
+            yield (samples[:, 0] if samples.shape[1] == 1 else samples), rate
+    # What is behind a break cannot be had; what else does not go in one way, such as over a change of the rate, is read
+    # by itself.
+    for start, seconds in parts[given:]:
+        if listening.broken and start >= listening.seconds:
+            yield AudioError(f"{path}: {listening.broken}")
+            continue
+        try:
+            yield read_samples(path, start=start, seconds=seconds, channel=channel, note=note)
+        except AudioError as error:
+            yield error
+
+
+def _parts(
+    listening: "_Listening", parts: Iterable[tuple[float, float]]
+) -> "Iterator[tuple[float, np.ndarray[Any, Any], int]]":
+    """Start in seconds, samples ``[frames, channels]`` and rate in Hz of each part, in one way through a recording.
+
+    It begins at the first of them, and leaves long gaps out where the file allows.
+
+    Raises:
+        AudioError: See :func:`read_clips`.
+    """
+    import numpy as np
+
+    blocks: Generator[Block, None, None] | None = None
+    held: np.ndarray[Any, Any] = np.empty((0, 1))
+    held_from = rate = 0
+    for start, seconds in parts:
+        if blocks is None:
+            blocks = listening.blocks(start)
+        elif rate and start > listening.seconds + _LONG_GAP and begins_anywhere(listening.path):
+            blocks.close()
+            blocks = listening.blocks(start)
+            held, held_from = held[:0], round(start * rate)
+        # 1. Read on until the part is held, and let go of what lies before it.
+        while not rate or held_from + len(held) < round((start + seconds) * rate):
+            block = next(blocks, None)
+            if block is None:
+                break
+            if rate and (block.rate, block.samples.shape[1]) != (rate, held.shape[1]):
+                raise AudioError(f"its rate or channels change after {listening.seconds:.2f} s")
+            if not rate:
+                rate, held_from = block.rate, round(start * block.rate)
+                held = block.samples
+            else:
+                held = np.concatenate((held, block.samples))
+            passed = min(max(0, round(start * rate) - held_from), len(held))
+            held, held_from = held[passed:], held_from + passed
+        # 2. Cut it out. The last one may be shorter than was asked for.
+        first = round(start * rate) - held_from
+        length = round((start + seconds) * rate) - round(start * rate)
+        samples = held[first : first + length]
+        if listening.broken and (not rate or len(samples) < length):
+            raise listening.broken
+        if not len(samples):
+            its_length = f"; it is {listening.seconds:.2f} s long" if listening.seconds < start else ""
+            raise AudioError(f"there is nothing from {start:g} s on{its_length}")
+        yield start, samples, rate
+
+
+def _checked_parts(parts: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    for start, seconds in parts:
+        _check_part(seconds)
+        yield start, seconds
 
 
 def _check_part(seconds: float) -> None:
@@ -327,7 +392,7 @@ class _Listening:
             if text := "; ".join(self._levels.notes()):
                 self.tell(text)
 
-    def blocks(self, start: float = 0.0) -> Iterator[Block]:
+    def blocks(self, start: float = 0.0) -> Generator[Block, None, None]:
         """What is heard: blocks of finite samples, ``[frames, channels]``, or ``[frames, 1]`` of one channel."""
         self.seconds = start
         try:

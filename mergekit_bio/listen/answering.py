@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.decoding import Note
-from mergekit_bio.audio.recording import read_samples, read_windows
+from mergekit_bio.audio.recording import read_parts, read_windows
 from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
 from mergekit_bio.checkpoint.source import resolve
@@ -168,7 +168,7 @@ def ask_archive(
         summary, best = _summed_up(journal, heard, most=request.clips[0] if request.clips else 0)
         clips = 0
         if request.clips is not None:
-            clips = write_clips(best.ranked(), request.clips[1], cut=read_samples, note=listener.note)
+            clips = write_clips(best.ranked(), request.clips[1], cut=read_parts, note=listener.note)
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),

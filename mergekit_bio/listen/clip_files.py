@@ -5,7 +5,7 @@ import heapq
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from mergekit_bio.errors import AudioError, OutputError
 
 #: Bytes of a name that is made of an answer or of a recording's; file systems take 255 in all.
 _NAME_BYTES = 80
+
+#: Gives parts of a recording (start and length in seconds) as samples and rate, or what is wrong with one.
+Cut = Callable[[Path, Sequence[tuple[float, float]]], Iterable[tuple[object, int] | AudioError]]
 
 
 @dataclass(frozen=True, order=True)
@@ -68,7 +71,7 @@ def write_clips(
     ranked: dict[str, list[Found]],
     folder: Path,
     *,
-    cut: Callable[..., tuple[object, int]],
+    cut: Cut,
     note: Callable[[str], None],
 ) -> int:
     """Cut windows out of their recordings: ``FOLDER/ANSWER/01_0.93_RECORDING_120.0-130.0.wav``.
@@ -78,7 +81,7 @@ def write_clips(
     Args:
         ranked: Answer -> its windows, the likeliest first.
         folder: Where to; made where it is missing.
-        cut: :func:`mergekit_bio.audio.recording.read_samples`.
+        cut: :func:`mergekit_bio.audio.recording.read_parts`.
         note: Is told of recordings that cannot be cut.
 
     Returns:
@@ -101,26 +104,34 @@ def write_clips(
             for name, found in planned:
                 row = (name, found.answer, f"{found.probability:.6g}", found.recording, found.start, found.end)
                 table.writerow([str(value).encode(errors="backslashreplace").decode() for value in row])
-        for name, found in planned:
-            written += _write(folder / name, found, cut, note)
+        for recording, clips in _by_recording(planned).items():
+            parts = [(found.start, found.end - found.start) for _, found in clips]
+            for (name, found), samples in zip(clips, cut(Path(recording), parts), strict=True):
+                if isinstance(samples, AudioError):
+                    note(f"no clip of {found.recording} at {found.start:g} s: {samples}")
+                else:
+                    _write(folder / name, *samples)
+                    written += 1
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return written
 
 
-def _write(path: Path, found: Found, cut: Callable[..., tuple[object, int]], note: Callable[[str], None]) -> bool:
+def _by_recording(planned: Iterable[tuple[str, Found]]) -> dict[str, list[tuple[str, Found]]]:
+    """Files by recording, in the order of their starts."""
+    clips: dict[str, list[tuple[str, Found]]] = defaultdict(list)
+    for name, found in sorted(planned, key=lambda clip: clip[1].start):
+        clips[found.recording].append((name, found))
+    return clips
+
+
+def _write(path: Path, samples: object, rate: int) -> None:
     import soundfile
 
-    try:
-        samples, rate = cut(Path(found.recording), start=found.start, seconds=found.end - found.start)
-    except AudioError as error:
-        note(f"no clip of {found.recording} at {found.start:g} s: {error}")
-        return False
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     soundfile.write(partial, samples, rate, format="WAV", subtype="PCM_16")
     partial.replace(path)
-    return True
 
 
 def _planned(ranked: dict[str, list[Found]]) -> Iterable[tuple[str, Found]]:

@@ -11,7 +11,7 @@ import pytest
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.decoding import stated_length
-from mergekit_bio.audio.recording import read_clip, read_clips, read_samples, read_windows
+from mergekit_bio.audio.recording import read_clip, read_clips, read_parts, read_samples, read_windows
 from mergekit_bio.errors import AudioError
 from mergekit_bio.listen.reading import OpenRecording, windows_of
 
@@ -206,6 +206,12 @@ def test_parts_are_those_of_the_whole_from_wherever_they_begin(folder: Path, nam
         assert (clip.start, clip.end) == (alone.start, alone.end) == (start, start + len(expected) / rate)
         assert np.array_equal(clip.waveform, alone.waveform)
         assert np.array_equal(clip.waveform, Clip.from_samples(expected, sampling_rate=rate).waveform)
+    for (start, seconds), part in zip(parts[1:], read_parts(folder / name, parts[1:]), strict=True):
+        expected, _ = read_samples(folder / name, start=start, seconds=seconds)
+        assert np.array_equal(part[0], expected) and part[1] == rate
+    *clips, missing = read_parts(folder / name, [(0.1, 0.3), (0.9, 9.0), (20, 1)])
+    assert [len(clip[0]) for clip in clips] == [round(0.4 * rate) - round(0.1 * rate), len(whole) - round(0.9 * rate)]
+    assert "nothing in it from 20 s on" in str(missing)
     with pytest.raises(AudioError, match=rf"{name}: there is nothing .*from 20 s on"):
         read_clip(folder / name, start=20)
     with pytest.raises(AudioError, match=rf"{name}: there is nothing from 20 s on; it is 1\.[23]\d s long"):

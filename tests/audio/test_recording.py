@@ -1,11 +1,15 @@
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from mergekit_bio.audio.recording import read_clip, read_windows
+from mergekit_bio.audio import recording as recordings
+from mergekit_bio.audio.decoding import Block
+from mergekit_bio.audio.recording import read_clip, read_parts, read_windows
 from mergekit_bio.audio.waveform import prepare
 from mergekit_bio.errors import AudioError
 
@@ -216,3 +220,43 @@ def test_half_a_header_is_refused_in_one_line(tmp_path: Path, content: bytes, na
 def test_impossible_windows_are_refused(recording, window: float, hop: float | None) -> None:
     with pytest.raises(AudioError, match="window"):
         list(read_windows(recording(tone(1)), window=window, hop=hop))
+
+
+@pytest.mark.parametrize(("form", "most"), [("WAV", 3 * 20), ("FLAC", 400)])
+def test_of_parts_far_apart_no_more_is_decoded_than_the_format_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, most: int
+) -> None:
+    rate, seconds = 1000, 2000
+    samples = np.random.default_rng(0).integers(-9999, 9999, rate * seconds).astype("<i2")
+    soundfile.write(tmp_path / "a", samples, rate, format=form)
+    decoded = 0.0
+    decode = recordings.decode
+
+    def counted(*arguments: Any, **named: Any) -> Iterator[Block]:
+        nonlocal decoded
+        for block in decode(*arguments, **named):
+            decoded += len(block.samples) / block.rate
+            yield block
+
+    monkeypatch.setattr(recordings, "decode", counted)
+    parts = [(100.2, 5.0), (104.1, 0.25), (300.5, 10.0), (390.0, 10.0)]
+    heard = [part for part in read_parts(tmp_path / "a", parts) if not isinstance(part, AudioError)]
+
+    assert decoded <= most
+    for (start, length), (part, _) in zip(parts, heard, strict=True):
+        expected = samples[round(start * rate) : round((start + length) * rate)] / 2**15
+        assert np.array_equal(part, expected)
+
+
+def test_of_parts_of_a_recording_that_breaks_those_before_are_heard(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 30_000)
+    samples[20_000] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 1000, subtype="FLOAT")
+    notes: list[str] = []
+
+    first, shorter, *lost = read_parts(tmp_path / "a.wav", [(1, 5), (15, 10), (20.5, 2), (25, 2)], note=notes.append)
+
+    assert not isinstance(first, AudioError) and len(first[0]) == 5000
+    assert not isinstance(shorter, AudioError) and len(shorter[0]) == 5000
+    assert [str(error) for error in lost] == [f"{tmp_path / 'a.wav'}: breaks after 20.00 s: holds NaN or infinity"] * 2
+    assert any("what comes before is heard" in note for note in notes)

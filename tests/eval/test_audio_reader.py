@@ -13,6 +13,7 @@ from eval.evaluation import CLIPS, write_evaluation, write_recordings
 
 import mergekit_bio
 from mergekit_bio.audio import recording, waveform
+from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.slot import EngineSlot
@@ -21,7 +22,7 @@ from mergekit_bio.eval.data.audio_folder import open_audio_folder
 from mergekit_bio.eval.data.beans_zero import open_component
 from mergekit_bio.eval.data.dataset import Dataset
 from mergekit_bio.eval.prompt import Instruction
-from mergekit_bio.eval.run.audio_reader import AudioReader
+from mergekit_bio.eval.run.audio_reader import AudioReader, _Recordings
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +165,27 @@ def test_what_is_known_may_be_read_before_the_engine_is_up(heard, folder):
         slot.encode(prompt.audios)
         assert (reader.decoded, slot.encoded) == (0, 0)
         assert len(prompt.audios[0].waveform) == 160_000 and reader.decoded == 1  # somebody asked for the samples
+
+
+def test_parts_of_one_recording_are_heard_in_one_way_through_it(heard, tmp_path, monkeypatch):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 60 * 8000)
+    soundfile.write(tmp_path / "night.flac", samples, 8000)
+    soundfile.write(tmp_path / "other.flac", samples[:8000], 8000)
+    spans = [(start, start + 2.5) for start in (40, 3, 21.5, 0, 40.5, 58.5, 75)]
+    rows = "".join(f"night.flac,wren,{start},{end}\n" for start, end in spans) + "other.flac,wren,,\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,label,start,end\n{rows}")
+    dataset = open_audio_folder(tmp_path, name="recordings", task="classification")
+    ways = []
+    decode = recording.decode
+    monkeypatch.setattr(recording, "decode", lambda path, **named: ways.append(path.name) or decode(path, **named))
+
+    found = dict(_Recordings(dataset).decode([row.id for row in dataset.asked]))
+
+    # Once for all that are there, and once for the one that is not.
+    assert sorted(ways) == ["night.flac", "night.flac", "other.flac"]
+    for row in dataset.asked[:6]:
+        part = samples[round(row.start * 8000) : round(row.end * 8000)]
+        expected = Clip.from_samples(part, sampling_rate=8000)
+        assert np.allclose(found[row.id].waveform, expected.waveform, atol=1e-4)
+    assert "nothing in it from 75 s on" in found[dataset.asked[6].id]
+    assert len(found) == 8 and found["other.flac"].seconds == 10

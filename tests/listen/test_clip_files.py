@@ -2,6 +2,7 @@
 
 import csv
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from mergekit_bio.errors import AudioError, OutputError
 from mergekit_bio.listen.clip_files import Likeliest, check_folder, file_name, write_clips
 
 
-def cut(path: Path, *, start: float, seconds: float) -> tuple[np.ndarray, int]:
-    if not path.exists():
-        raise AudioError(f"{path}: is gone")
-    samples, rate = soundfile.read(path, start=round(start * 44_100), frames=round(seconds * 44_100))
-    return samples, rate
+def cut(path: Path, parts: list[tuple[float, float]]) -> Iterator[tuple[np.ndarray, int] | AudioError]:
+    assert parts == sorted(parts), "one way through the recording"
+    for start, seconds in parts:
+        if path.exists():
+            yield soundfile.read(path, start=round(start * 44_100), frames=round(seconds * 44_100))
+        else:
+            yield AudioError(f"{path}: is gone")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.decoding import Note
-from mergekit_bio.audio.recording import read_samples
-from mergekit_bio.errors import DatasetError
+from mergekit_bio.audio.recording import read_parts, read_samples
+from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.annotations import annotated_stretches
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
@@ -65,6 +65,7 @@ def open_audio_folder(
     for split, row in _rows(folder, documents, task, label_column or LABEL):
         (examples if split in EXAMPLES else asked).append(row)
     rows = [*asked, *examples]
+    by_id = {row.id: row for row in rows}
     unique = unique_rows(asked, f"{where} (rows that are asked)")
     longer = sum(row.end is not None and row.end - row.start > CLIP_SECONDS for row in rows)
     note = f"{name}: {longer} of {len(rows)} parts of recordings are longer than 10 s; their first 10 s are heard"
@@ -77,7 +78,8 @@ def open_audio_folder(
         seconds=CLIP_SECONDS,
         source=str(path),
         notes=(note,) if longer else (),
-        recording=partial(_recording, {row.id: row for row in rows}, channel),
+        recording=partial(_recording, by_id, channel),
+        recordings=partial(_recordings, by_id, channel),
         channel=channel,
     )
 
@@ -169,6 +171,19 @@ def _inside(folder: Path, name: str, document: Document) -> Path:
 def _recording(rows: dict[str, DatasetRow], channel: int | None, row_id: str, note: Note) -> tuple[np.ndarray, int]:
     row = rows[row_id]
     assert row.path is not None
-    seconds = CLIP_SECONDS if row.end is None else min(CLIP_SECONDS, row.end - row.start)
-    samples, rate = read_samples(row.path, start=row.start, seconds=seconds, channel=channel, note=note)
+    start, seconds = _part(row)
+    samples, rate = read_samples(row.path, start=start, seconds=seconds, channel=channel, note=note)
     return checked_samples(samples, str(row.path)), rate
+
+
+def _recordings(
+    rows: dict[str, DatasetRow], channel: int | None, row_ids: Sequence[str], note: Note
+) -> Iterator[tuple[np.ndarray, int] | AudioError]:
+    path = rows[row_ids[0]].path
+    assert path is not None
+    return read_parts(path, [_part(rows[row_id]) for row_id in row_ids], channel=channel, note=note)
+
+
+def _part(row: DatasetRow) -> tuple[float, float]:
+    """Start and length of what is heard of a row's recording, in seconds."""
+    return row.start, CLIP_SECONDS if row.end is None else min(CLIP_SECONDS, row.end - row.start)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_bio.audio.decoding import Note
-from mergekit_bio.errors import DatasetError
+from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.recipe.schema import DatasetChoice, Recipe
 from mergekit_bio.outside_data import nearest
@@ -71,6 +71,8 @@ class Dataset:
         notes: What a user must be told about the data.
         recording: Row id -> samples, float64 [samples] or [samples, channels], and their rate in Hz; what a user should
             know of the recording is told to the second argument.
+        recordings: Ids of rows that are parts of one file, by their starts -> each as ``recording`` gives it, or what
+            is wrong with it, in one way through the file; None where rows have no files.
         channel: Which channel of the recordings is heard, counted from 1; None is the mean of all.
         downloads: Row ids -> what has to be fetched before their recordings are on this disk; None where nothing is.
     """
@@ -83,6 +85,7 @@ class Dataset:
     seconds: float
     source: str
     recording: Callable[[str, Note], tuple[np.ndarray, int]]
+    recordings: Callable[[Sequence[str], Note], Iterable[tuple[np.ndarray, int] | AudioError]] | None = None
     channel: int | None = None
     notes: tuple[str, ...] = ()
     downloads: Callable[[Sequence[str]], list[Download]] | None = None
@@ -101,6 +104,17 @@ class Dataset:
         """
         samples, rate = self.recording(row_id, note)
         return samples[: round(self.seconds * rate)], rate
+
+    def audios(
+        self, row_ids: Sequence[str], note: Note = lambda text: None
+    ) -> Iterator[tuple[np.ndarray, int] | AudioError]:
+        """The recordings of rows that are parts of one file, in the order of their starts, as ``audio`` gives each.
+
+        A row's error stands in its place.
+        """
+        assert self.recordings is not None
+        for found in self.recordings(row_ids, note):
+            yield found if isinstance(found, AudioError) else (found[0][: round(self.seconds * found[1])], found[1])
 
     def fingerprint(self) -> str:
         """SHA-256 over ids, labels, instructions and, for local data, the recordings' bytes and the channel."""

@@ -9,6 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from mergekit_bio.audio.clip import Clip
+from mergekit_bio.audio.decoding import begins_anywhere
 from mergekit_bio.audio.waveform import pad_to_minimum
 from mergekit_bio.engine.clip_digests import ClipDigests, clip_key
 from mergekit_bio.engine.interface import Prompt
@@ -130,27 +131,47 @@ class _Recordings:
         return Clip(lambda: self._decode(clip_id).waveform, seconds, end=seconds, digest=digest)
 
     def decode(self, clip_ids: Iterable[str]) -> Iterator[tuple[str, Clip | str]]:
-        """Clips in their order, decoded on threads, a few at a time; what is wrong with it instead of one that is."""
-        waiting: deque[tuple[str, Future[Clip]]] = deque()
+        """Clips, decoded on threads, a few at a time; what is wrong with it instead of one that is no use."""
+        waiting: deque[Future[list[tuple[str, Clip | str]]]] = deque()
         with ThreadPoolExecutor(_THREADS) as threads:
-            for clip_id in clip_ids:
+            for ids in self._together(clip_ids):
                 # Files are read on the threads; rows here, one after the other, for a stream goes from front to back.
                 try:
-                    recording = None if self._paths else self._dataset.audio(clip_id, self._note)
+                    recording = None if self._paths else self._dataset.audio(ids[0], self._note)
                 except RecordingError as error:
-                    yield clip_id, str(error)
+                    yield ids[0], str(error)
                     continue
-                waiting.append((clip_id, threads.submit(self._decode, clip_id, recording)))
+                waiting.append(threads.submit(self._decoded, ids, recording))
                 if len(waiting) > 2 * _THREADS:
-                    yield self._decoded(*waiting.popleft())
-            for first, decoding in waiting:
-                yield self._decoded(first, decoding)
+                    yield from waiting.popleft().result()
+            for decoding in waiting:
+                yield from decoding.result()
 
-    def _decoded(self, clip_id: str, decoding: "Future[Clip]") -> tuple[str, Clip | str]:
-        try:
-            return clip_id, decoding.result()
-        except (RecordingError, AudioError) as error:
-            return clip_id, str(error)
+    def _together(self, clip_ids: Iterable[str]) -> Iterator[list[str]]:
+        """Clips in their order, one at a time; those of one file together where it is decoded from its beginning."""
+        files: dict[Path | str, list[str]] = {}
+        for clip_id in clip_ids:
+            files.setdefault(self._paths.get(clip_id) or clip_id, []).append(clip_id)
+        for file, ids in files.items():
+            if len(ids) == 1 or self._dataset.recordings is None or begins_anywhere(Path(file)):
+                yield from ([clip_id] for clip_id in ids)
+            else:
+                yield sorted(ids, key=lambda clip_id: self._parts[clip_id][0])
+
+    def _decoded(
+        self, clip_ids: Sequence[str], recording: "tuple[np.ndarray, int] | None"
+    ) -> list[tuple[str, Clip | str]]:
+        """One clip, or those of one file."""
+        recordings: Iterable[tuple[np.ndarray, int] | AudioError | None] = [recording]
+        if len(clip_ids) > 1:
+            recordings = self._dataset.audios(clip_ids, self._note)
+        decoded: list[tuple[str, Clip | str]] = []
+        for clip_id, found in zip(clip_ids, recordings, strict=True):
+            try:
+                decoded.append((clip_id, str(found) if isinstance(found, AudioError) else self._decode(clip_id, found)))
+            except (RecordingError, AudioError) as error:
+                decoded.append((clip_id, str(error)))
+        return decoded
 
     def _decode(self, clip_id: str, recording: "tuple[np.ndarray, int] | None" = None) -> Clip:
         recording = recording or self._dataset.audio(clip_id, self._note)
