@@ -109,6 +109,11 @@ SOAKS = {
         ("tests/engine/test_beams.py",),
         500,
     ),
+    "terminal": Soak(
+        "the demo on a terminal of 80 columns shows what it does, its table, no warning and no path that is gone",
+        ("tests/demo/test_first_commands.py",),
+        None,
+    ),
     "installations": Soak(
         "every installation that the pages name works, with all extras",
         (

@@ -75,20 +75,19 @@ def test_a_command_that_the_demo_shows_runs_as_it_is_copied(demo, kept):
     assert done.returncode == 0 and "alpha-0.60" in done.stdout, done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_on_a_terminal_the_demo_fits_eighty_columns_and_eighty_lines(demo_on_a_terminal):
     check(demo_on_a_terminal.lines)
     assert 20 < demo_on_a_terminal.left <= MOST_LINES
     assert any(re.match(r" *0\.6 +0\.\d\d \[", line) for line in demo_on_a_terminal.lines)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_demo_that_keeps_nothing_shows_no_path_of_what_it_had(demo_on_a_terminal):
     shown = "\n".join(demo_on_a_terminal.lines)
     assert "mergekit-bio-demo" not in shown and "/tmp" not in shown
 
 
-@pytest.mark.long
 def test_off_a_terminal_an_evaluation_says_how_far_it_is_and_its_table(demo, kept, tmp_path):
     """vLLM in processes of its own, as it runs by default."""
     done = off_a_terminal("eval", kept / "demo.yaml", *absolute(kept), "--limit=2", EAGER, cwd=tmp_path)

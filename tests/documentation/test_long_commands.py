@@ -234,15 +234,8 @@ def try_out(programs: Path) -> None:
         shell(named("mergekit-bio", "ask")[0].text, programs=programs)
 
 
-def installations() -> list:
-    """Those with extras take minutes or gigabytes: they are soaks."""
-    return [
-        pytest.param(command, id=str(command), marks=pytest.mark.soak if "[" in command.text else pytest.mark.long)
-        for command in named("pip", "install")
-    ]
-
-
-@pytest.mark.parametrize("command", installations())
+@pytest.mark.soak  # a minute, or gigabytes
+@pytest.mark.parametrize("command", named("pip", "install"), ids=str)
 def test_pip_installs_as_it_stands(command: Block, here: Path, tmp_path: Path) -> None:
     programs = tmp_path / "environment/bin"
     shell(f"{sys.executable} -m venv {programs.parent}")
