@@ -7,7 +7,7 @@ EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo
 
 help:
 	@echo "make demo    the whole way on a small model that hears: merge, ask with vLLM, score, draw"
-	@echo "make test    run the tests (six minutes on two cores)"
+	@echo "make test    run the tests (eleven minutes on two cores)"
 	@echo "make test-all  run the long tests: more kills and fuzzing, installations, tensor parallel"
 	@echo "make check   lint and type-check"
 	@echo "make bench   measure merging against cp, PEFT and mergekit (about 3 GB of scratch disk a copy)"
