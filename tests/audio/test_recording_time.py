@@ -100,6 +100,19 @@ def test_guano_tells_the_time_wherever_its_chunk_is(tmp_path: Path, before_data:
     assert recording_time(path).at(12.5) == "2012-03-29T03:58:13.500+04:00"
 
 
+def test_guano_is_read_as_its_own_library_writes_it(tmp_path: Path) -> None:
+    guano = pytest.importorskip("guano")
+    path = tmp_path / "20180406_191730.wav"
+    soundfile.write(path, np.zeros(16_000), 16_000)
+    file = guano.GuanoFile(str(path))
+    file["Timestamp"] = datetime(2019, 5, 4, 21, 3, 2, tzinfo=timezone(timedelta(hours=-6)))
+    file["TE"], file["Note"] = 10, "Weißstorch\nüber dem Dorf"
+    file.write(make_backup=False)
+
+    assert recording_time(path).at(25) == "2019-05-04T21:03:04.500-06:00"
+    assert soundfile.info(path).frames == 16_000
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
