@@ -112,7 +112,7 @@ def begins_anywhere(path: Path) -> bool:
 def stated_length(path: Path) -> tuple[int, float]:
     """A recording's rate in Hz and its seconds, without decoding it: by its header, or by its size where that is stale.
 
-    Both are 0 where nothing tells, as of a file that is no recording.
+    Both are 0 where nothing tells, as of a file that is no recording, or without the package that would.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -128,7 +128,7 @@ def stated_length(path: Path) -> tuple[int, float]:
             if stream is None or stream.codec_context is None:
                 return 0, 0.0
             return stream.rate, there if stale else _stated_seconds(container, stream, path)[0] or 0.0
-    except (OSError, AudioError):
+    except (OSError, AudioError, MissingPackageError):
         return 0, 0.0
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip, samples_of
+from mergekit_bio.audio.decoding import stated_length
 from mergekit_bio.audio.device import full_float32, pick_device
 from mergekit_bio.audio.prefix import AudioPrefix
 from mergekit_bio.audio.recording import decoder
@@ -447,20 +448,4 @@ def _small_enough(prefix: AudioPrefix, request: EmbedRequest, recordings: Sequen
 
 def _seconds(path: Path) -> float:
     """How long a recording is, as its header says; where it says nothing, as long as its size allows."""
-    from mergekit_bio.audio.decoding import soundfile
-
-    library = soundfile()
-    try:
-        with path.open("rb") as file:
-            return float(library.info(file).duration)
-    except (OSError, library.SoundFileError):
-        pass
-    try:
-        import av
-
-        with av.open(str(path)) as container:
-            if container.duration:
-                return float(container.duration / av.time_base)
-    except (ImportError, OSError, ValueError):
-        pass
-    return stamp_of(path)[1] / _LEAST_RATE
+    return stated_length(path)[1] or stamp_of(path)[1] / _LEAST_RATE
