@@ -202,12 +202,6 @@ class WindowReader:
                 raise self._failure
             return taken
 
-    @property
-    def empty(self) -> bool:
-        """Whether all of it has been taken."""
-        with self._changed:
-            return self.read_all and not self._ready and self._failure is None
-
     def close(self) -> None:
         """Read no further."""
         with self._changed:
