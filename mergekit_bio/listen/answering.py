@@ -242,11 +242,6 @@ class _Asking:
             ended = [self._journal.recording(recording.recording) for recording in result.ended]
             self._table.add(self._journal, rows, ended)
         self._answered(rows)
-        for recording in result.ended:
-            for text in recording.notes:
-                self._listener.note(f"note: {text}")
-            if recording.error is not None:
-                self._listener.failed(recording)
         for text in result.notes:
             self._listener.note(f"note: {text}")
         counter.add(len(result.windows), result.ended, seconds=result.seconds)

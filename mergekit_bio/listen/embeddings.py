@@ -156,13 +156,7 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
             ended = [item for item in heard if isinstance(item, Ended)]
             rows = _embed(prefix, [window.clip for window in windows], with_prefix=with_prefix, dtype=request.dtype)
             parts.add([window.recording for window in windows], rows, ended)
-            for recording in ended:
-                for text in recording.notes:
-                    listener.note(f"note: {text}")
-                if recording.error is not None:
-                    listener.failed(recording)
-                if recording.passing:
-                    unread.append(str(recording.error))
+            unread += [str(recording.error) for recording in ended if recording.passing]
             counter.add(len(windows), ended, seconds=time.perf_counter() - since)
     # 3. One file of all parts, which go.
     if unread:

@@ -48,7 +48,7 @@ class Listener(Protocol):
 
 
 class RecordingCounter:
-    """Counts what is done and tells the listener.
+    """Counts what is done and tells the listener, of recordings that have ended too.
 
     Args:
         recordings: How many there are in all.
@@ -75,7 +75,7 @@ class RecordingCounter:
         self._unreadable = 0
 
     def add(self, windows: int, ended: Sequence[Ended], *, seconds: float) -> None:
-        """Count a batch, for which the engine took so long once it was up.
+        """Count a batch, for which the engine took so long once it was up, and say what is to be known of recordings.
 
         Raises:
             AudioError: One recording after the other cannot be read: the disk will have gone.
@@ -84,6 +84,10 @@ class RecordingCounter:
         self._since = self._since or now - seconds
         self._windows += windows
         for recording in ended:
+            for text in recording.notes:
+                self._listener.note(f"note: {text}")
+            if recording.error is not None:
+                self._listener.failed(recording)
             self._unreadable = self._unreadable + 1 if recording.passing else 0
             self._done += 1
             self._failed += recording.error is not None
