@@ -2,6 +2,7 @@
 
 import csv
 import heapq
+import io
 import re
 import unicodedata
 from collections import defaultdict
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mergekit_bio.audio.finding import CLIPS_COLUMNS, CLIPS_LIST, holds_clips
 from mergekit_bio.errors import AudioError, OutputError
+from mergekit_bio.listen.publishing import problems_with
 
 #: Bytes of a name that is made of an answer or of a recording's; file systems take 255 in all.
 _NAME_BYTES = 80
@@ -93,7 +95,7 @@ def write_clips(
     check_folder(folder)
     planned = list(_planned(ranked))
     written = 0
-    try:
+    with problems_with(folder):
         _remove_earlier(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # The list first: whatever is interrupted, the next call knows what is its own.
@@ -112,8 +114,6 @@ def write_clips(
                 else:
                     _write(folder / name, *samples)
                     written += 1
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return written
 
 
@@ -128,9 +128,11 @@ def _by_recording(planned: Iterable[tuple[str, Found]]) -> dict[str, list[tuple[
 def _write(path: Path, samples: object, rate: int) -> None:
     import soundfile
 
+    encoded = io.BytesIO()  # not the file: libsndfile does not say what a disk refuses
+    soundfile.write(encoded, samples, rate, format="WAV", subtype="PCM_16")
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    soundfile.write(partial, samples, rate, format="WAV", subtype="PCM_16")
+    partial.write_bytes(encoded.getbuffer())
     partial.replace(path)
 
 

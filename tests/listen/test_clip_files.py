@@ -2,6 +2,7 @@
 
 import csv
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,18 @@ def test_a_recording_that_is_gone_is_named_and_the_others_are_cut(tmp_path: Path
 
     assert write_clips(kept.ranked(), tmp_path / "clips", cut=cut, note=notes.append) == 1
     assert len(notes) == 1 and "gone.wav" in notes[0]
+
+
+def test_a_disk_that_is_full_is_an_error_that_says_so(tmp_path: Path, recording: Path) -> None:
+    kept = Likeliest(1)
+    kept.add("sora", 0.5, recording=str(recording), start=0, end=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"clips: cannot be written \(File too large\)"):
+            write_clips(kept.ranked(), tmp_path / "clips", cut=cut, note=pytest.fail)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
