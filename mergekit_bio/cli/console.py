@@ -126,19 +126,18 @@ def table_of_numbers(title: str, *columns: str, texts: int = 1, **style: Any) ->
 
 def stdout_console() -> "Console":
     """A rich console on stdout, at most ``MAX_WIDTH`` columns wide."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
-    if not console.is_terminal or console.width > MAX_WIDTH:
-        console.width = MAX_WIDTH
-    return console
+    return _console(stderr=False)
 
 
 def stderr_console() -> "Console":
     """The same on stderr."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> "Console":
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False, markup=False, emoji=False)
     if not console.is_terminal or console.width > MAX_WIDTH:
         console.width = MAX_WIDTH
     return console

@@ -58,10 +58,12 @@ def _print_counts(title: str, counts: Sequence[tuple[str, Counter[str]]], consol
 
 def _in_short(recordings: Sequence[str]) -> list[str]:
     """Recordings' names without the folder that all are in, and without the beginning of what is long."""
+    from mergekit_bio.listen.tables.interface import as_text
+
     folder = os.path.commonpath([Path(recording).absolute().parent for recording in recordings])
     names = []
     for recording in recordings:
-        name = os.path.relpath(recording, folder).encode("utf-8", "backslashreplace").decode()
+        name = as_text(os.path.relpath(recording, folder))
         names.append(name if len(name) <= NAME else "..." + name[3 - NAME :])
     return names
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mergekit_bio.audio.finding import CLIPS_COLUMNS, CLIPS_LIST, holds_clips
 from mergekit_bio.errors import AudioError, OutputError
 from mergekit_bio.listen.publishing import problems_with
+from mergekit_bio.listen.tables.interface import as_text
 
 #: Bytes of a name that is made of an answer or of a recording's; file systems take 255 in all.
 _NAME_BYTES = 80
@@ -105,7 +106,7 @@ def write_clips(
             file.flush()
             for name, found in planned:
                 row = (name, found.answer, f"{found.probability:.6g}", found.recording, found.start, found.end)
-                table.writerow([str(value).encode(errors="backslashreplace").decode() for value in row])
+                table.writerow([as_text(str(value)) for value in row])
         for recording, clips in _by_recording(planned).items():
             parts = [(found.start, found.end - found.start) for _, found in clips]
             for (name, found), samples in zip(clips, cut(Path(recording), parts), strict=True):
