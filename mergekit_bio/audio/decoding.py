@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.file_kind import HEAD_BYTES, what_else
+from mergekit_bio.audio.wav_chunks import wav_seconds
 from mergekit_bio.audio.waveform import check_rate
 from mergekit_bio.errors import AudioError, MissingPackageError
 
@@ -50,9 +51,6 @@ _SCALES = {"u8": (128, 128.0), "s16": (0, 2.0**15), "s32": (0, 2.0**31), "flt": 
 _LIBSNDFILES = (b"RIFF", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"riff")
 #: Seconds behind the end of a WAV by its header that are worth to be heard.
 _LEAST_MISSED = 0.1
-#: What a chunk of a WAV may be called, and chunks that often stand behind the samples, even where the file is cut off.
-_CHUNK_NAME = re.compile(rb"[ -~]{4}")
-_BEHIND_SAMPLES = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"smpl", b"guan", b"wamd", b"junk", b"JUNK"}
 #: Seconds by which a lossy encoder's frames may differ from what the header says without a note, and a lossless one's.
 _LOSSY_TOLERANCE, _LOSSLESS_TOLERANCE = 0.25, 0.01
 
@@ -84,7 +82,7 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
             yield from _skipped(_ogg(path, file, note), start)
             return
         # Where a WAV's header says less than there is, FFmpeg reads on to the end of the file.
-        stated, there = _wav_seconds(file, head)
+        stated, there = wav_seconds(file)
         stale = stated < there - _LEAST_MISSED
         if head[:4] in _LIBSNDFILES and not stale:
             with _libsndfile(file) as sound:
@@ -103,7 +101,7 @@ def begins_anywhere(path: Path) -> bool:
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(HEAD_BYTES)
-            stated, there = _wav_seconds(file, head)
+            stated, there = wav_seconds(file)
     except OSError:  # whoever decodes it says so
         return True
     return head[:4] in _LIBSNDFILES and stated >= there - _LEAST_MISSED
@@ -117,7 +115,7 @@ def stated_length(path: Path) -> tuple[int, float]:
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(HEAD_BYTES)
-            stated, there = _wav_seconds(file, head)
+            stated, there = wav_seconds(file)
             stale = stated < there - _LEAST_MISSED
             if head[:4] in (*_LIBSNDFILES, b"OggS"):
                 with _libsndfile(file) as sound:
@@ -210,52 +208,6 @@ def _stated_share(sound: Any) -> float:
     """How many times as much as there is a header says, by libsndfile's log."""
     sizes = re.findall(r"(\d+) \(should be ([1-9]\d*)\)", sound.extra_info)
     return max((int(stated) / int(there) for stated, there in sizes), default=1.0)
-
-
-def _wav_seconds(file: FileIO, head: bytes) -> tuple[float, float]:
-    """How long a WAV is by its header, and how long if its samples go on to the file's end; of other files 0 and 0.
-
-    Where other chunks follow the samples both are the same. The sizes of a recorder whose battery died are 0, or those
-    of an earlier moment; beyond 4 GB, what is left of them in 32 bits; of a WAV out of a pipe, infinite.
-    """
-    if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:12] != b"WAVE":
-        return 0, 0
-    end = file.seek(0, 2)
-    position, large, bytes_a_second = 12, 0, 0
-    while position + 8 <= end:
-        file.seek(position)
-        name, size = struct.unpack("<4sI", file.read(8))
-        position += 8
-        if not _CHUNK_NAME.fullmatch(name):
-            return 0, 0
-        if name == b"ds64":
-            _, large = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
-        elif name == b"fmt ":
-            *_, bytes_a_second = struct.unpack("<HHII", file.read(12).ljust(12, b"\0"))
-        elif name == b"data":
-            break
-        position += size + size % 2
-    else:
-        return 0, 0
-    if not bytes_a_second:
-        return 0, 0
-    there = (end - position) / bytes_a_second
-    if size == 0xFFFFFFFF:
-        if head[:4] == b"RIFF":
-            return math.inf, there
-        size = large
-    if size and size < end - position:
-        file.seek(position + size)
-        behind = file.read(64)
-        # Padding is no sound, nor is a chunk, which begins at once or at the next even byte. Samples that look like its
-        # name are followed by what would be a size beyond the end of the file.
-        chunk = re.match(rb"\0?([ -~]{4})(....)", behind, re.DOTALL)
-        is_chunk = chunk and (
-            chunk[1] in _BEHIND_SAMPLES or position + size + chunk.end() + int.from_bytes(chunk[2], "little") <= end
-        )
-        if len(behind) < 64 or is_chunk or not behind.strip(b"\0"):
-            return there, there
-    return size / bytes_a_second, there
 
 
 # ---- Ogg

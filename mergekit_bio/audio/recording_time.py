@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import BinaryIO
 
+from mergekit_bio.audio.wav_chunks import wav_chunks
+
 #: A recorder whose clock was never set begins in 1970, or in 1980.
 _FIRST_YEAR = 1990
 
@@ -106,16 +108,14 @@ def _written_into(path: Path) -> tuple[dict[str, str], str]:
     guano: dict[str, str] = {}
     comment = ""
     with suppress(OSError), path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] in (b"fLaC", b"OggS"):  # where a converter has kept the recorder's comment
+        if file.read(4) in (b"fLaC", b"OggS"):  # where a converter has kept the recorder's comment
             return guano, _comment(path)
-        if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:] == b"WAVE":
-            for name, text in _texts(file):
-                if name == b"guan":
-                    lines = (line.partition(":") for line in text.splitlines())
-                    guano = {key.strip(): value.strip(" \t\r\0") for key, colon, value in lines if colon}
-                else:
-                    comment = text
+        for name, text in _texts(file):
+            if name == b"guan":
+                lines = (line.partition(":") for line in text.splitlines())
+                guano = {key.strip(): value.strip(" \t\r\0") for key, colon, value in lines if colon}
+            else:
+                comment = text
     return guano, comment
 
 
@@ -128,19 +128,13 @@ def _comment(path: Path) -> str:
 
 
 def _texts(file: BinaryIO) -> Iterator[tuple[bytes, str]]:
-    """The chunks ``guan`` and ``ICMT`` of a WAV file that stands behind its first twelve bytes."""
-    file_size = file.seek(0, 2)
-    place, data_size = 12, 0
-    while place + 8 <= file_size:
-        file.seek(place)
-        name, size = struct.unpack("<4sI", file.read(8))
-        if not name.isascii() or not name.decode().isprintable():
-            return  # samples: the size of what comes before them was never written
-        if name == b"ds64":
-            _, data_size = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
-        elif name == b"guan" and size <= _LONGEST_TEXT:
+    """The chunks ``guan`` and ``ICMT`` of a WAV file."""
+    for name, _, size in wav_chunks(file):
+        if size is None or size > _LONGEST_TEXT:
+            continue
+        if name == b"guan":
             yield name, file.read(size).decode(errors="replace")
-        elif name == b"LIST" and size <= _LONGEST_TEXT:
+        elif name == b"LIST":
             content = file.read(size)
             at = 4
             while content[:4] == b"INFO" and at + 8 <= len(content):
@@ -149,8 +143,3 @@ def _texts(file: BinaryIO) -> Iterator[tuple[bytes, str]]:
                     text = content[at + 8 : at + 8 + length]
                     yield inner, text.split(b"\0")[0].decode(errors="replace")
                 at += 8 + length + length % 2
-        if name == b"data" and size == 0xFFFFFFFF:
-            size = data_size  # RF64 keeps it elsewhere
-            if not size:
-                return
-        place += 8 + size + size % 2
