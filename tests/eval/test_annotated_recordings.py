@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import yaml
 
+from mergekit_bio.audio import recording
 from mergekit_bio.demo.calls import call
 from mergekit_bio.demo.run import MODEL
 from mergekit_bio.demo.species import UNHEARD
@@ -16,7 +17,9 @@ from mergekit_bio.errors import DatasetError, RecipeError
 from mergekit_bio.eval.data.audio_folder import open_audio_folder
 from mergekit_bio.eval.recipe.schema import load_recipe
 from mergekit_bio.eval.records.predictions import read_predictions
-from mergekit_bio.eval.run.evaluate import evaluate
+from mergekit_bio.eval.run import headers
+from mergekit_bio.eval.run.evaluate import Run, evaluate
+from mergekit_bio.eval.run.progress import SilentListener
 from mergekit_bio.merging.merge import merge
 
 RATE = 22_050
@@ -70,8 +73,8 @@ def checkpoint(tmp_path_factory) -> Path:
     return out
 
 
-def answers(folder: Path, checkpoint: Path, out: Path, **choice) -> list[tuple[str, str, str, float]]:
-    """Id, label, answer and its log-probability, in the order of the ids."""
+def run_about(folder: Path, checkpoint: Path, out: Path, listener: SilentListener | None = None, **choice) -> Run:
+    """A run that asks about the folder."""
     recipe = {
         "checkpoints": [str(checkpoint)],
         "datasets": [{"path": str(folder), "name": "archive", **choice}],
@@ -82,7 +85,18 @@ def answers(folder: Path, checkpoint: Path, out: Path, **choice) -> list[tuple[s
     out.mkdir()
     (out / "archive.yaml").write_text(yaml.safe_dump(recipe))
     options = {"device": "cpu", "dtype": "float32"}
-    run = evaluate(recipe=out / "archive.yaml", out=out / "run", engine="transformers", engine_options=options)
+    return evaluate(
+        recipe=out / "archive.yaml",
+        out=out / "run",
+        engine="transformers",
+        engine_options=options,
+        listener=listener,
+    )
+
+
+def answers(folder: Path, checkpoint: Path, out: Path, **choice) -> list[tuple[str, str, str, float]]:
+    """Id, label, answer and its log-probability, in the order of the ids."""
+    run = run_about(folder, checkpoint, out, **choice)
     (cell,) = run.record.cells
     rows = read_predictions(run.path / cell.file)
     return sorted((row.id, row.label, row.prediction, pytest.approx(row.logprob, abs=1e-4)) for row in rows)
@@ -113,6 +127,28 @@ def test_a_table_of_labelled_windows_is_answered_as_files_that_are_cut_out(archi
     by_place = sorted(windows, key=lambda row: (row[0].split("/")[1][:6], float(row[0].split(":")[1].split("-")[0])))
     assert [row[1:] for row in by_place] == [row[1:] for row in files]
     assert len({answer for _, _, answer, _ in files}) > 3
+
+
+def test_a_recording_of_many_rows_is_looked_at_once_and_named_once(archive, checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(archive, tmp_path / "copy")
+    (folder / "site0/night2.wav").write_text("<!doctype html><title>404</title>")
+    looked_at, notes = [], []
+
+    class Listening(SilentListener):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def read_samples(path: Path, **options):
+        looked_at.append(path.name)
+        return recording.read_samples(path, **options)
+
+    monkeypatch.setattr(headers, "read_samples", read_samples)
+    run = run_about(folder, checkpoint, tmp_path / "out", listener=Listening(), label_column="Species")
+
+    assert sorted(looked_at) == [f"night{number}.wav" for number in range(4)]
+    (named,) = [note for note in notes if note.startswith("note: left out: ")]
+    assert "night2.wav" in named
+    assert len(read_predictions(run.path / run.record.cells[0].file)) == 30
 
 
 def test_metadata_may_name_parts_of_recordings(archive, checkpoint, tmp_path):

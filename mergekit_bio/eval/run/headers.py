@@ -31,20 +31,21 @@ def check_headers(plan: RunPlan, listener: ProgressListener) -> Unheard:
         if not paths or all(plan.answered(cell) == cell.rows for cell in cells):
             continue
         ids = clips_heard(plan.recipe, dataset, plan.limit)
+        files = list(dict.fromkeys(paths[clip_id] for clip_id in ids))  # many clips may be parts of one
+        problems: dict[Path, str] = {}
         with (
-            listener.progress(f"checking {dataset.name}", len(ids), "recordings") as advance,
+            listener.progress(f"checking {dataset.name}", len(files), "recordings") as advance,
             ThreadPoolExecutor(_THREADS) as threads,
         ):
-            of_dataset = {}
-            problems = threads.map(partial(_problem, channel=dataset.channel), (paths[clip_id] for clip_id in ids))
-            for clip_id, why in zip(ids, problems, strict=True):
+            for file, why in zip(files, threads.map(partial(_problem, channel=dataset.channel), files), strict=True):
                 advance(1)
                 if why:
-                    of_dataset[dataset.name, clip_id] = why
+                    problems[file] = why
+        of_dataset = {(dataset.name, clip): problems[path] for clip in ids if (path := paths[clip]) in problems}
         if len(of_dataset) == len(ids):
             raise DatasetError(f"{dataset.name}: no recording of it can be heard: {next(iter(of_dataset.values()))}")
         unheard |= of_dataset
-    for why in unheard.values():
+    for why in dict.fromkeys(unheard.values()):
         listener.warn(f"note: left out: {why}")
     return unheard
 
