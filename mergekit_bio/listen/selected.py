@@ -34,18 +34,23 @@ class Selected:
 
 
 def find_tables(paths: Sequence[Path]) -> list[Path]:
-    """The tables that are named, and those in folders that are named.
+    """The tables that are named, and those in folders that are named, but for hidden files.
 
     Raises:
         AudioError: There is none.
     """
     tables: list[Path] = []
     for path in paths:
-        inside = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(filter(_may_be_table, path.iterdir())) if path.is_dir() else [path]
         if not inside:
             raise AudioError(f"{path}: holds no tables ({', '.join(_SUFFIXES)})")
         tables += inside
     return tables
+
+
+def _may_be_table(file: Path) -> bool:
+    """By its name. What macOS keeps beside a table on other systems' disks, ``._wren.txt``, is none."""
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
 
 
 def select_windows(

@@ -101,3 +101,9 @@ def test_a_folder_of_tables_is_all_of_them(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="holds no tables"):
         (tmp_path / "empty").mkdir()
         find_tables([tmp_path / "empty"])
+
+
+def test_what_macos_keeps_beside_a_table_is_none_and_capital_letters_make_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "WREN.TXT").write_text("1.0\t2.0\tx\n")
+    (tmp_path / "._WREN.TXT").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
+    assert find_tables([tmp_path]) == [tmp_path / "WREN.TXT"]
