@@ -66,6 +66,15 @@ def read_selections(file: Path, *, error: type[MergekitBioError]) -> list[Select
     return list(_of_columns(file, error))
 
 
+def parse_seconds(text: str) -> float | None:
+    """A place in a recording, in seconds; None where the text is none. Some locales write a comma."""
+    try:
+        seconds = float(text.replace(",", "."))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None
+
+
 def is_raven_table(file: Path) -> bool:
     """Whether a file begins as Raven's selection tables do."""
     try:
@@ -143,14 +152,9 @@ def _number(text: str) -> bool:
 
 
 def _time(values: Mapping[str, str], columns: Sequence[str], where: str, error: type[MergekitBioError]) -> float:
-    """Seconds; some locales write them with a comma."""
     column = next((column for column in columns if column in values), columns[0])
     text = values.get(column, "")
-    try:
-        seconds = float(text.replace(",", "."))
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
+    if (seconds := parse_seconds(text)) is None:
         raise error(f"{where}: {column}: '{text}' is no time in seconds")
     return seconds
 

@@ -230,6 +230,13 @@ def test_bad_times_are_named_with_their_line(folder, line, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("start", ["true", "[1]", '"one"', "-1", "1e999", "1" + "0" * 400])
+def test_a_time_that_json_writes_otherwise_is_named_with_its_line(folder, start):
+    (folder / "metadata.jsonl").write_text(f'{{"file_name": "a.wav", "start": {start}, "label": "x"}}\n')
+    with pytest.raises(DatasetError, match=r"metadata\.jsonl:1: start: .* is no time in seconds"):
+        open_audio_folder(folder, name="f", task="classification")
+
+
 def test_a_part_behind_the_end_of_its_recording_is_named(folder):
     with pytest.raises(Exception, match=r"a\.wav: there is nothing in it from 31 s on"):
         rows(folder, "file_name,start,end,label\na.wav,31,32,x\n")

@@ -1,7 +1,6 @@
 """A folder of recordings with metadata.csv or metadata.jsonl (the Hub's AudioFolder convention), or Raven's tables."""
 
 import json
-import math
 import posixpath
 import re
 import unicodedata
@@ -15,6 +14,7 @@ import numpy as np
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.decoding import Note
 from mergekit_bio.audio.recording import read_parts, read_samples
+from mergekit_bio.audio.selections import parse_seconds
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.annotations import annotated_stretches
@@ -133,14 +133,10 @@ def _rows(
 
 
 def _seconds(document: Document, value: Any, column: str) -> float | None:
-    """A place in a recording; None where the row names none. Some locales write a comma."""
+    """A place in a recording; None where the row names none."""
     if value is None or value == "":
         return None
-    try:
-        seconds = float(value.replace(",", ".") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if isinstance(value, bool) or not 0 <= seconds < math.inf:
+    if (seconds := parse_seconds(str(value))) is None:
         raise document.problem((), f"{column}: '{value}' is no time in seconds")
     return seconds
 
