@@ -21,6 +21,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the
 
 #: Tables are laid out for this many columns at most, wherever they go.
 MAX_WIDTH = 100
+#: Seconds between two lines of progress where there is no terminal.
+LINE_EVERY = 60.0
 
 
 class Output:
@@ -141,6 +143,18 @@ def _console(*, stderr: bool) -> "Console":
     if not console.is_terminal or console.width > MAX_WIDTH:
         console.width = MAX_WIDTH
     return console
+
+
+def human_rate(rate: float, things: str = "") -> str:
+    """So many a second, or where that is less than one, a minute: ``"3.2 windows/s"``."""
+    things = things and f" {things}"
+    return f"{rate:.1f}{things}/s" if rate >= 1 else f"{60 * rate:.1f}{things}/min"
+
+
+def time_left(seconds: float) -> str:
+    """``725`` -> ``"0:12:05 left"``."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} left"
 
 
 def human_bytes(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergekit_bio.cli.console import Output, progress_bars
+from mergekit_bio.cli.console import LINE_EVERY, Output, human_rate, progress_bars, time_left
 
 ChannelOption = Annotated[
     str,
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mergekit_bio.listen.progress import Standing
     from mergekit_bio.listen.reading import Ended
 
-#: Seconds between two lines of progress where there is no terminal.
-_LINE_EVERY = 60.0
 #: Columns of the bar: it shares 80 with the counts.
 _BAR = 12
 
@@ -77,7 +75,7 @@ class ListenOutput(Output):
             return
         if sys.stderr.isatty():
             self._draw(standing)
-        elif time.monotonic() - self._spoken >= _LINE_EVERY:
+        elif time.monotonic() - self._spoken >= LINE_EVERY:
             self._spoken = time.monotonic()
             workers = f" by {standing.workers} workers" if standing.workers > 1 else ""
             self.note(f"{standing.done} of {standing.recordings} recordings{workers}; {_pace(standing)}")
@@ -97,11 +95,9 @@ def _pace(standing: "Standing") -> str:
     """``"21.3 windows/s, 0:12:05 left, 2 failed"``, as far as it is known."""
     parts = []
     if standing.rate is not None:
-        fast = standing.rate >= 1
-        parts.append(f"{standing.rate:.1f} windows/s" if fast else f"{60 * standing.rate:.1f} windows/min")
+        parts.append(human_rate(standing.rate, "windows"))
     if standing.seconds_left is not None:
-        left = round(standing.seconds_left)
-        parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        parts.append(time_left(standing.seconds_left))
     if standing.failed:
         parts.append(f"{standing.failed} failed")
     return ", ".join(parts)

@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mergekit_bio.cli.console import Output, progress_bars
+from mergekit_bio.cli.console import LINE_EVERY, Output, human_rate, progress_bars, time_left
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from mergekit_bio.eval.run.progress import Standing
-
-#: Seconds between two lines of progress where there is no terminal.
-LINE_EVERY = 60.0
 
 
 class RunOutput(Output):
@@ -82,6 +79,4 @@ def pace(rate: float | None, seconds_left: float | None) -> str:
     """``"3.2/s, 0:12:05 left"``; nothing before the first answer."""
     if rate is None or seconds_left is None:
         return ""
-    whole = round(seconds_left)
-    speed = f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
-    return f"{speed}, {whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} left"
+    return f"{human_rate(rate)}, {time_left(seconds_left)}"
