@@ -17,13 +17,12 @@ from mergekit_bio.errors import AdapterError
 _CONSTANTS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|(attn|attention)\.bias)")
 
 
-def load(source: Source, base: Base) -> Adapter:
-    """Read the checkpoint ``source`` as deltas for ``base``.
+def load(source: Source, tuned: Checkpoint, base: Base) -> Adapter:
+    """Read the checkpoint ``tuned``, which is at ``source``, as deltas for ``base``.
 
     Raises:
         AdapterError: It lacks tensors of the base, or holds others.
     """
-    tuned = Checkpoint.open(source.path)
     # 1. Find the tensors of the base that its own are trained from. Constants are the base's.
     weights = {name: info for name, info in tuned.tensors.items() if not _is_constant(info)}
     names = match_names(weights, base)

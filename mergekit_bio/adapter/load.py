@@ -14,7 +14,8 @@ from mergekit_bio.errors import AdapterError
 def load_adapter(source: Source, base: Base) -> Adapter:
     """Read ``source`` as deltas for ``base``: a PEFT directory, a NatureLM-audio checkpoint, or a full fine-tune.
 
-    Only headers and configuration are read, and what a NatureLM-audio checkpoint repeats of the base.
+    Headers and configuration are read, and of the weights what has to be compared: what a NatureLM-audio checkpoint
+    repeats of the base, embeddings that may be one, and the ends of a LoRA that may be untrained.
 
     Raises:
         AdapterError: It is none of these, is damaged, or does not fit the base.
@@ -36,9 +37,9 @@ def load_adapter(source: Source, base: Base) -> Adapter:
         )
     checkpoint = Checkpoint.open(source.path)
     if naturelm.recognise(checkpoint):
-        return naturelm.load(source, base)
+        return naturelm.load(source, checkpoint, base)
     _refuse_merged_audio(source, checkpoint)
-    return finetune.load(source, base)
+    return finetune.load(source, checkpoint, base)
 
 
 def _refuse_merged_audio(source: Source, checkpoint: Checkpoint) -> None:

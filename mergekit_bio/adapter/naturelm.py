@@ -97,8 +97,8 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     return Contents(pairs, repeated, tuple(tower), tuple(aliases))
 
 
-def load(source: Source, base: Base) -> Adapter:
-    """Read the NatureLM-audio checkpoint ``source`` as deltas for ``base``, and find its audio tower.
+def load(source: Source, checkpoint: Checkpoint, base: Base) -> Adapter:
+    """Read a NatureLM-audio checkpoint, which is at ``source``, as deltas for ``base``, and find its audio tower.
 
     What it repeats of the base is compared with the base: all of it, a part, or nothing may be there. Where it
     differs, the adapter says so in ``overrides``, and the merge decides.
@@ -106,7 +106,6 @@ def load(source: Source, base: Base) -> Adapter:
     Raises:
         AdapterError: It is incomplete, holds what is neither LoRA, base nor tower, or was made from another base.
     """
-    checkpoint = Checkpoint.open(source.path)
     where = checkpoint.root / "config.json"
     settings = _lora_settings(checkpoint.config, where)
     contents = read_contents(checkpoint)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,9 +60,14 @@ class AdaptedModule:
     def _by_pattern(self, setting: str, default: Any) -> Any:
         """The first entry whose key, a regular expression, ends the module's name."""
         for key, value in (self.config.get(setting) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", self.name):
+            if _ending(key).match(self.name):
                 return value
         return default
+
+
+@cache  # re itself keeps 512: too few where every module has a pattern of its own, as after EVA's initialisation
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 class PeftKind(Protocol):

@@ -58,7 +58,7 @@ def settings_notes(config: Mapping[str, Any], kind: PeftKind, base: Base) -> Ite
             f"it was trained on {trained_on}, whose weights are quantized; on {base.source.given} it answers a little "
             "differently"
         )
-    elif is_hub_id(trained_on) and not Path(trained_on).is_dir() and not _same_model(trained_on, base):
+    elif not _same_model(trained_on, base) and is_hub_id(trained_on) and not Path(trained_on).is_dir():
         yield f"it was trained on {trained_on}, by its own word; this merge's base is {base.source.given}"
 
 

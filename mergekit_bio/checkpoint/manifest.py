@@ -192,7 +192,7 @@ def read_manifest(directory: Path) -> Manifest:
         VerificationError: There is none, or it is not one of ours.
     """
     if not (directory / MANIFEST).is_file():
-        several = sorted(path.parent.name for path in directory.glob(f"[!.]*/{MANIFEST}"))
+        several = [folder.name for folder in checkpoints_of_sweep(directory)]
         hint = f"; it is a sweep, name one of its checkpoints: {', '.join(several)}" if several else ""
         raise VerificationError(f"{directory}: has no {MANIFEST}, so mergekit-bio did not write it{hint}")
     try:
@@ -214,6 +214,13 @@ def read_manifest_file(file: Path) -> Manifest:
     elif found != FORMAT:
         raise VerificationError(f"{file}: format {found!r} is not {FORMAT!r}, this version's; merge again")
     return Document(file, document, VerificationError).checked(Manifest)
+
+
+def checkpoints_of_sweep(directory: Path) -> list[Path]:
+    """The checkpoints in a sweep's directory, not what a killed merge left; none where it is a checkpoint itself."""
+    if (directory / MANIFEST).exists():
+        return []
+    return sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
 
 
 def foreign_file(directory: Path) -> str | None:

@@ -23,7 +23,7 @@ def _any_case(pattern: str) -> str:
 #: What a merge or an evaluation reads of a repository; the duplicates in other formats stay on the hub.
 PATTERNS = (
     "*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.py",
-    *map(_any_case, _LICENCES),
+    "tokenizer*", "*.tokenizer", *map(_any_case, _LICENCES),
 )  # fmt: skip
 _IGNORED = ("original/*", "*/*.safetensors", "onnx/*", "consolidated*.safetensors", "model.[!s]*.safetensors")
 #: Meta renamed the repositories of Llama 3.1; many machines hold them under their first names.
@@ -253,6 +253,8 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
 
 def is_hub_id(repo: str) -> bool:
     """Whether ``repo`` has the form USER/REPO, with the characters that the hub allows."""
+    if repo.count("/") != 1:
+        return False
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -260,7 +262,7 @@ def is_hub_id(repo: str) -> bool:
         validate_repo_id(repo)
     except HFValidationError:
         return False
-    return repo.count("/") == 1
+    return True
 
 
 def licence_files(source: Source) -> list[str]:

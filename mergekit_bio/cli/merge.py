@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_bytes, table_of_numbers
+from mergekit_bio.cli.push import calm_client
 from mergekit_bio.merging.request import DType, MergeRequest, read_request
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def merge(
         output.note(f"{file.state}  {file.path}")
 
     try:
+        if push:
+            calm_client(quiet=quiet)
         if push and len(merged) > 1:
             pushed += [report.url for report in push_sweep(request.destination, push, progress=arrived)]
         elif push:
@@ -177,6 +180,9 @@ def _notes(plan: "MergePlan") -> Iterator[str]:
         for tensor, override in planned.adapter.overrides.items():
             rows = f" ({len(override.rows)} of {override.tensor.rows} rows)" if override.tensor.rows > 1 else ""
             yield f"{name}: its own {tensor} is taken at every alpha; it differs{rows}"
+    for fold in plan.folds:
+        if fold.shape and fold.shape[0] < fold.base.rows:
+            yield f"{fold.name}: {fold.shape[0]} of the base's {fold.base.rows} rows stay, as many as the adapter has"
     yield from plan.tokenizer.notes
     for alpha in (planned_output.alpha for planned_output in plan.outputs):
         for strength in alpha.values:

@@ -1,5 +1,6 @@
 """``mergekit-bio push``: publish a merged checkpoint on the Hugging Face Hub."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,19 +42,13 @@ def push(
       mergekit-bio push merged/sweep owl/Llama-3.1-8B-NatureLM-sweep --dry-run
       mergekit-bio push merged/NatureLM-audio-alpha-0.50 owl/Llama-3.1-8B-NatureLM-receipt --receipt
     """
-    import sys
-
-    from huggingface_hub.utils import disable_progress_bars, logging
-
+    from mergekit_bio.checkpoint.manifest import checkpoints_of_sweep
     from mergekit_bio.errors import HubError
-    from mergekit_bio.hub.push import PushedFile, checkpoints_of_sweep, push_sweep
+    from mergekit_bio.hub.push import PushedFile, push_sweep
     from mergekit_bio.hub.push import push as push_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet)
-    # The hub's client warns at every retry and draws its bars into files and pipes too.
-    logging.set_verbosity_error()
-    if quiet or not sys.stderr.isatty():
-        disable_progress_bars()
+    calm_client(quiet=quiet)
 
     def arrived(file: PushedFile) -> None:
         output.note(f"{file.state:9}  {file.path}  ({human_bytes(file.bytes)})")
@@ -82,6 +77,15 @@ def push(
         lambda console: _draw(console, reports),
         [report.url for report in reports],
     )
+
+
+def calm_client(*, quiet: bool) -> None:
+    """Keep the hub's client from warning at every retry, and from drawing its bars into files and pipes too."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if quiet or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _draw(console: "Console", reports: "Sequence[PushReport]") -> None:

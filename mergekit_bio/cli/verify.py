@@ -31,13 +31,11 @@ def verify(
       mergekit-bio verify sweep/alpha-0.30 --against-sources
     """
     from mergekit_bio.checkpoint.directory import Checkpoint
-    from mergekit_bio.checkpoint.manifest import MANIFEST
+    from mergekit_bio.checkpoint.manifest import MANIFEST, checkpoints_of_sweep
     from mergekit_bio.merging.verify import verify as check
 
     output = Output(as_json=as_json, quiet=quiet)
-    sweep = (
-        [] if (directory / MANIFEST).exists() else sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
-    )
+    sweep = checkpoints_of_sweep(directory)
     results = []
     for folder in sweep or [directory]:
         total = Checkpoint.open(folder).nbytes if (folder / MANIFEST).exists() else 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mergekit_bio import __version__
 from mergekit_bio.checkpoint.digest import file_sha256
-from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
+from mergekit_bio.checkpoint.manifest import CARD, MANIFEST, Manifest, checkpoints_of_sweep, read_manifest
 from mergekit_bio.checkpoint.source import is_hub_id
 from mergekit_bio.errors import HubError
 from mergekit_bio.merging.card import receipt_card, sweep_card
@@ -178,13 +178,6 @@ def push_sweep(
             reports.append(of_branch(repository.commit(upload, progress), upload))
         repository.commit(_Upload(f"the card of {directory.resolve().name}", {CARD: card.encode()}), lambda _: None)
         return tuple(reports)
-
-
-def checkpoints_of_sweep(directory: Path) -> list[Path]:
-    """The checkpoints in a sweep's directory, not what a killed merge left; none where it is a checkpoint itself."""
-    if (directory / MANIFEST).exists():
-        return []
-    return sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
 
 
 def _check_one_sweep(directory: Path, manifests: Mapping[str, Manifest]) -> None:

@@ -23,7 +23,7 @@ from mergekit_bio.merging.directory import Companions, companions, write_compani
 from mergekit_bio.merging.journal import JOURNAL, Journal, plan_digest
 from mergekit_bio.merging.plan import MergePlan, Output
 from mergekit_bio.merging.planning import build_plan
-from mergekit_bio.merging.record import Made, describe
+from mergekit_bio.merging.record import Made, Recorder
 from mergekit_bio.merging.request import AdapterEntry, DType, Hash, MergeRequest, Rounding, Strength, Tokenizer
 from mergekit_bio.merging.rounding_loss import summarise
 from mergekit_bio.merging.write import cores, execute
@@ -115,7 +115,8 @@ def merge(
 def plan_merge(request: MergeRequest) -> MergePlan:
     """Find the sources, read their headers, and decide what happens to every tensor.
 
-    No weight is read but what a NatureLM-audio checkpoint repeats of its base, and nothing is written.
+    Of the weights only those are read that have to be compared (see :func:`~mergekit_bio.adapter.load.load_adapter`),
+    and nothing is written.
 
     Raises:
         MergekitBioError: For everything that can be known before a byte is written.
@@ -154,11 +155,7 @@ def carry_out(
     Raises:
         MergekitBioError: As :func:`merge`. Nothing is left behind.
     """
-
-    def record(output: Output, made: Made) -> Manifest:
-        return describe(plan, output, command, made)
-
-    return write_outputs(plan, companions(plan), record, progress, note)
+    return write_outputs(plan, companions(plan), Recorder(plan, command).describe, progress, note)
 
 
 def write_outputs(

@@ -102,7 +102,7 @@ def _check_files(root: Path, manifest: Manifest, checkpoint: Checkpoint) -> None
         found = shards[name].size, hashlib.sha256(shards[name].header).hexdigest()
         if found != (record.bytes, record.header_sha256):
             raise VerificationError(f"{root / name}: size or header is not what the merge wrote")
-        if record.sha256 not in (None, record.sha256 and file_sha256(inside(root, name))):
+        if record.sha256 and file_sha256(inside(root, name)) != record.sha256:
             raise VerificationError(f"{root / name}: was changed after the merge (sha256 differs)")
     present = {path.name for path in root.glob("*.safetensors")}
     for name in sorted(present - manifest.files.keys()):

@@ -33,13 +33,16 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, *arguments: object, token: str | None = "hf_owl", home: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    hub: Hub, *arguments: object, token: str | None = "hf_owl", home: Path, command: str = "push"
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
-    command = [sys.executable, "-c", "from mergekit_bio.cli.app import main; main()", "push", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    program = "from mergekit_bio.cli.app import main; main()"
+    words = [sys.executable, "-c", program, command, *map(str, arguments)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_pushes_and_prints_what_and_where(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
@@ -81,6 +84,14 @@ def test_dry_run_lists_sizes_without_a_token(hub: Hub, checkpoint: Path, tmp_pat
         assert path.name in done.stdout
     assert "would send" in done.stdout
     assert not hub.requests
+
+
+def test_a_merge_that_is_pushed_is_as_quiet_as_a_push(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    base, adapter = checkpoint.parent / "base", checkpoint.parent / "owls"
+    options = ["--alpha", 0.5, "--device", "cpu", "--out", tmp_path / "merged", "--push", REPO, "--quiet"]
+    done = run(hub, "--base", base, "--adapter", adapter, *options, home=tmp_path, command="merge")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{hub.url}/{REPO}\n", "")
 
 
 def test_a_sweep_and_its_receipts(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:

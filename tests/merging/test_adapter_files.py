@@ -1,6 +1,7 @@
 """Adapters as people have them: incomplete ones and whole ones that look it, other tools' settings, other files."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from merging.oracle import read_tensors, same_bits
 from merging.tiny import LLAMA, TIED, Case, write_base
 from merging.tiny import train as train_case
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from mergekit_bio.adapter.inspect import inspect
 from mergekit_bio.checkpoint.source import resolve
+from mergekit_bio.cli.app import app
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.request import MergeRequest
@@ -273,6 +276,9 @@ def test_a_vocabulary_shrinks_for_both_sides_where_the_adapter_brings_one(made, 
     assert weights["lm_head.weight"].shape == weights["model.embed_tokens.weight"].shape == (56, 32)
     assert all(same_bits(weights[name], tensor) for name, tensor in read_tensors(other).items())
     assert json.loads((other / "config.json").read_text())["vocab_size"] == 56
+    told = CliRunner().invoke(app, shlex.split(f"merge --base {base} --adapter {cut} --alpha 1 --dry-run")).stderr
+    for name in ("model.embed_tokens", "lm_head"):
+        assert f"{name}.weight: 56 of the base's 61 rows stay, as many as the adapter has" in told
     assert verify(other, against_sources=True).recomputed
 
 

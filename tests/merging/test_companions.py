@@ -137,7 +137,10 @@ def test_licences_travel_in_small_letters_too(base, sources, tmp_path, name, hub
 
 
 def test_the_hub_gives_what_travels(hub):
-    names = ["modeling_owl.py", "additional_chat_templates/rag.jinja", "source.spm", "bpe.codes", "config.json"]
+    names = [
+        "modeling_owl.py", "additional_chat_templates/rag.jinja", "source.spm", "bpe.codes", "config.json",
+        "tokenizer.model.v3", "prophetnet.tokenizer",
+    ]  # fmt: skip
     hub.create("owl/base").commit({name: File.regular(b"{}") for name in names})
     folder = resolve("owl/base").path
     assert [name for name in names if not (folder / name).is_file()] == []

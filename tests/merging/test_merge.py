@@ -271,6 +271,18 @@ def test_a_plan_reads_no_weight_and_imports_no_torch(sources):
     assert printed(program, *sources) == "16 False\n"
 
 
+def test_a_plan_of_directories_imports_no_client_of_the_hub(tmp_path):
+    base, adapter = write_example(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owl/base"}))
+    program = (
+        "import sys; from mergekit_bio import MergeRequest; from mergekit_bio.merging.merge import plan_merge\n"
+        "plan_merge(MergeRequest(base=sys.argv[1], adapter=sys.argv[2], alphas=[0.5]))\n"
+        "print('huggingface_hub' in sys.modules)"
+    )
+    assert printed(program, base, adapter) == "False\n"
+
+
 def test_a_merge_that_only_copies_imports_no_torch(sources, tmp_path):
     program = (
         "import sys, mergekit_bio\n"

@@ -10,7 +10,14 @@ from pathlib import Path
 from mergekit_bio.audio.names import alias_of, is_tower_tensor
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.identity import merge_strength
-from mergekit_bio.checkpoint.manifest import MANIFEST, AdapterOrigin, Origin, fingerprint, read_manifest
+from mergekit_bio.checkpoint.manifest import (
+    MANIFEST,
+    AdapterOrigin,
+    Origin,
+    checkpoints_of_sweep,
+    fingerprint,
+    read_manifest,
+)
 from mergekit_bio.checkpoint.source import missing_files, resolve, without_bars
 from mergekit_bio.errors import AlphaError, RecipeError, RunError, SourceError
 from mergekit_bio.eval.recipe.schema import Recipe
@@ -138,10 +145,7 @@ def _check_access(merge: MergeRequest) -> None:
 
 def _sweep(source: str) -> list[str]:
     """The checkpoints of a sweep's directory by their strength, else the source itself."""
-    root = Path(source)
-    if not root.is_dir() or (root / MANIFEST).is_file():
-        return [source]
-    checkpoints = [manifest.parent for manifest in sorted(root.glob(f"[!.]*/{MANIFEST}"))]
+    checkpoints = checkpoints_of_sweep(Path(source))
     alphas = {checkpoint: merge_strength(checkpoint) for checkpoint in checkpoints}
     checkpoints.sort(key=lambda checkpoint: (alphas[checkpoint] is None, alphas[checkpoint] or 0.0))
     return [str(checkpoint) for checkpoint in checkpoints] or [source]
