@@ -382,9 +382,9 @@ def report(rows: Rounds, before: Rounds, sweeps: Rounds, sweeps_before: Rounds, 
     lines += ["a prompt that comes alone. The sweep has the prefix cache.", ""]
     if before:
         lines += [
-            "The loop is this script's own, the same in both states: what lies between its two columns is what the"
+            "The loop is the same in both states: what lies between its two columns is what the machine did meanwhile.",
+            "",
         ]
-        lines += ["meanwhile.", ""]
     lines += [
         f"- A sweep with {swept.audios} audio{'s' * (swept.audios > 1)} a prompt hears {swept.heard} audios and sends "
         f"{swept.encoded} clips through the tower: {swept.first:.1f} s at the first alpha, {swept.all:.1f} s at all "

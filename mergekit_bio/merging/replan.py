@@ -59,14 +59,24 @@ def plan_again(
     return plan, labels.index(manifest.alpha) if manifest.sweep else 0
 
 
-def _located(origin: Origin, option: str) -> str:
-    """The source at the revision that was merged, wherever the branch it was on has gone."""
+def located(origin: Origin) -> str | None:
+    """Where a source is: the directory that was named, or on the hub; None for a directory that is gone.
+
+    There it is at the revision that was merged, wherever the branch it was on has gone, and in its folder.
+    """
     if Path(origin.source).is_dir():
         return origin.source
     if origin.id and origin.revision:
         in_repository = origin.source.partition("@")[0]
         return f"{in_repository if in_repository.startswith(f'{origin.id}/') else origin.id}@{origin.revision}"
-    raise SourceError(f"{origin.source}: no such directory; say where {origin.name} is now with {option}")
+    return None
+
+
+def _located(origin: Origin, option: str) -> str:
+    source = located(origin)
+    if source is None:
+        raise SourceError(f"{origin.source}: no such directory; say where {origin.name} is now with {option}")
+    return source
 
 
 def _strength(origin: AdapterOrigin, manifest: Manifest) -> Alpha | None:

@@ -14,6 +14,7 @@ from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.tokenization import read_audio_model_config
+from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
@@ -25,11 +26,6 @@ MAX_MODEL_LEN = 16384
 #: Strengths of one batch: those that are listed, and one more. Strengths that are kept in memory.
 MAX_STRENGTHS, KEPT_STRENGTHS = 12, 32
 
-#: vLLM's options that say how large its cache is, or how many there are.
-_OF_THE_CACHE = (
-    "kv_cache_memory_bytes", "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size",
-    "data_parallel_size",
-)  # fmt: skip
 #: vLLM's flags that a dial sets itself.
 _OF_THE_DIAL = (
     "--enable-lora",
@@ -101,6 +97,24 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
     return args
 
 
+def cache_options(args: Any, flags: Sequence[str]) -> dict[str, Any]:
+    """The options that say how large vLLM's cache is and how many there are, however they are given.
+
+    Args:
+        args: vLLM's arguments, from its flags in whichever form or from a file (``-tp 2``, ``--config``).
+        flags: Tell a share of the memory that a user has named from vLLM's default, which counts for nothing.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from mergekit_bio.engine.vllm.cpu_memory import SAID_BY, SPREAD_BY
+
+    options = {option: getattr(args, option) for option in (*SAID_BY, *SPREAD_BY)}
+    usual = args.gpu_memory_utilization == EngineArgs.gpu_memory_utilization
+    if usual and "--gpu-memory-utilization" not in _named(flags):
+        del options["gpu_memory_utilization"]
+    return options
+
+
 def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: ServeSettings) -> None:
     """Serve one merged checkpoint, or an adapter at every strength, until a signal comes.
 
@@ -124,14 +138,15 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         dial: PreparedDial | None = None
         if isinstance(source, DialRequest):
             dial = stack.enter_context(prepared_dial(source))
+            told = DialSettings(str(dial.adapters), source.default, source.aliases, dial.revision, dial.weights)
+            settings = replace(settings, dial=told)
             checkpoint, names = dial.model, [dial.name, *source.aliases]
         else:
             found = resolve(source)
             checkpoint, names = found.path.resolve(), [found.name]
         # 2. vLLM's arguments, and what our parts in its processes need to know.
         args = parse_flags(checkpoint, names, flags, dial)
-        options = {option: getattr(args, option) for option in _OF_THE_CACHE if _flag(option) in _named(flags)}
-        if (cache := cache_memory(checkpoint, options)) is not None:
+        if (cache := cache_memory(checkpoint, cache_options(args, flags))) is not None:
             args.kv_cache_memory_bytes = cache.bytes
             print(f"note: {cache.in_words}", file=sys.stderr)
         settings = replace(
@@ -142,10 +157,9 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
             allowed_local_media_path=args.allowed_local_media_path or None,
             allowed_media_domains=tuple(args.allowed_media_domains or ()),
         )
-        if dial is not None and isinstance(source, DialRequest):
-            print(f"note: {names[0]}@0 to {names[0]}@2 are served {dial.weights}", file=sys.stderr)
-            told = DialSettings(str(dial.adapters), source.default, source.aliases, dial.revision, dial.weights)
-            settings = replace(settings, dial=told)
+        if dial is not None:
+            name = settings.names[0]
+            print(f"note: {name}@0 to {name}@{LARGEST // 1000} are served {dial.weights}", file=sys.stderr)
         plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
         os.environ |= settings.to_environment() | {
             # vLLM adds routes only for plugins that are named here.
@@ -167,10 +181,6 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
 def _named(flags: Sequence[str]) -> set[str]:
     """The names of the flags that are given. vLLM warns of one that comes twice."""
     return {flag.partition("=")[0].replace("_", "-") for flag in flags}
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

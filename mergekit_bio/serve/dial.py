@@ -23,6 +23,7 @@ from mergekit_bio.merging.directory import companions, write_companions
 from mergekit_bio.merging.journal import JOURNAL, Journal
 from mergekit_bio.merging.merge import plan_merge
 from mergekit_bio.merging.plan import MergePlan
+from mergekit_bio.merging.replan import located
 from mergekit_bio.merging.request import DEFAULT_ADAPTER, DEFAULT_BASE, MergeRequest
 from mergekit_bio.merging.write import execute
 
@@ -174,26 +175,20 @@ def request_of_merges(checkpoints: Sequence[str | Path]) -> DialRequest:
     aliases: dict[str, int] = {}
     for name, manifest in manifests.items():
         others = [manifest.base, *manifest.adapters]
-        if [one.fingerprint for one in origins] != [one.fingerprint for one in others]:
+        if [origin.fingerprint for origin in origins] != [origin.fingerprint for origin in others]:
             raise EngineError(f"{name}: was not merged from the same base and adapter as {next(iter(manifests))}")
         if len(manifest.adapters) != 1:
             raise EngineError(f"{name}: was merged from {len(manifest.adapters)} adapters; a dial turns one")
         strength = manifest.adapters[0].alpha
-        one = isinstance(strength.default, int | float) and not strength.modules
-        thousandths = parse_strength(f"{strength.default:g}") if one else None
+        thousandths = None if strength.modules else parse_strength(f"{strength.default:g}")
         if thousandths is None:
             raise EngineError(
                 f"{name}: its alpha {manifest.alpha} is none of a dial's: 0 to {LARGEST // 1000}, up to three digits"
             )
         aliases[name] = thousandths
-    base, adapter = map(_place, origins)
+    base, adapter = (located(origin) or origin.source for origin in origins)
     default = write_strength(next(iter(aliases.values())))
     return DialRequest(base, adapter, default, aliases, tuple(origin.fingerprint for origin in origins))
-
-
-def _place(origin: Origin) -> str:
-    """Where a source is now: the directory that was named, or its repository."""
-    return f"{origin.id}@{origin.revision}" if origin.id and not Path(origin.source).is_dir() else origin.source
 
 
 def _problem(name: str, deltas: Sequence[Delta]) -> str | None:

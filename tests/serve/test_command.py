@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_cache import put_in_cache
 from safetensors.torch import load_file, save_file
 
 import mergekit_bio
@@ -17,8 +18,9 @@ from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.vllm.dial import SlotAdapter
 from mergekit_bio.errors import AdapterError, EngineError, MergekitBioError
-from mergekit_bio.serve.command import parse_flags, prompt_template
+from mergekit_bio.serve.command import cache_options, parse_flags, prompt_template
 from mergekit_bio.serve.dial import DialRequest, prepared_dial, request_of_merges, slot_adapter
+from mergekit_bio.serve.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,22 @@ def test_merges_of_one_sweep_name_the_dial_that_they_stand_for(sweep, sources, t
             request_of_merges([half, other])
 
 
+def test_a_dial_of_merges_finds_an_adapter_in_its_folder_on_the_hub(sources, hub_cache, tmp_path):
+    base, adapter = sources
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/README.md").write_text("Several.")
+    snapshot = put_in_cache(hub_cache, "owl/several", revision, tmp_path / "repository")
+    shutil.copytree(adapter, snapshot / "ears/naturelm")
+    (merged,) = mergekit_bio.merge(
+        base=base, adapter="owl/several/ears/naturelm", alphas=[0.35], out=tmp_path / "merged", device="cpu"
+    )
+    request = request_of_merges([merged.path])
+    assert request.adapter == f"owl/several/ears/naturelm@{revision}"
+    with prepared_dial(request) as dial:
+        assert (dial.adapters / "0.35").is_dir()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -182,6 +200,42 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep, sources):
         assert (args.max_loras, args.max_cpu_loras) == (50, 50)  # vLLM keeps at least those of a batch
         with pytest.raises(EngineError, match="--lora-modules cannot be set"):
             parse_flags(dial.model, ["naturelm"], ["--lora-modules", "a=/b"], dial)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], {}),
+        (["-tp", "2", "-dp=3"], {"tensor_parallel_size": 2, "data_parallel_size": 3}),
+        (["--pipeline_parallel_size=2"], {"pipeline_parallel_size": 2}),
+        (["--kv-cache-memory-bytes=1000000000"], {"kv_cache_memory_bytes": 10**9}),
+        (["--gpu-memory-utilization", "0.92"], {"gpu_memory_utilization": 0.92}),
+        (["--config", "{config}"], {"gpu_memory_utilization": 0.3, "tensor_parallel_size": 2}),
+    ],
+)
+def test_what_flags_say_of_the_cache_counts_in_whichever_form(sweep, tmp_path, flags, said):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    config = tmp_path / "config.yaml"
+    config.write_text("gpu-memory-utilization: 0.3\ntensor-parallel-size: 2\n")
+    half = sweep["alpha-0.50"]
+    flags = [flag.format(config=config) for flag in flags]
+    unsaid = {"kv_cache_memory_bytes": None} | {f"{way}_parallel_size": 1 for way in ("tensor", "pipeline", "data")}
+    assert cache_options(parse_flags(half, ["half"], flags), flags) == unsaid | said
+
+
+def test_the_note_on_the_dial_has_the_name_that_is_served(sources, command_line, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    served = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", lambda args: served.append(ServeSettings.from_environment()))
+    base, adapter = sources
+    code, _, err = command_line("serve", "--base", base, "--adapter", adapter, "--served-model-name", "birds")
+    assert code == 0 and "note: birds@0 to birds@2 are served unmerged: " in err
+    (settings,) = served
+    dial = settings.make_dial()
+    assert dial is not None and "birds@2" in dial and "birds@2.001" not in dial and "naturelm@1" not in dial
 
 
 def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, monkeypatch):

@@ -226,6 +226,39 @@ def test_a_batch_is_as_large_as_its_recordings_let_it_be(megabytes, most, batch)
     assert ServeSettings(max_body_bytes=megabytes << 20, max_batch=most).max_batch_that_fits == batch
 
 
+class Pipe:
+    """Takes what is written, in its order."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self.data += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize(
+    ("form", "codec"), [("wav", "pcm_s16le"), ("flac", "flac"), ("aiff", "pcm_s16be"), ("au", "pcm_s16be")]
+)
+@pytest.mark.parametrize("seconds", [1, 13])
+def test_what_ffmpeg_writes_to_a_pipe_is_heard(form, codec, seconds):
+    """It cannot go back and write a length into the header."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    samples = np.random.default_rng(2).integers(-(2**14), 2**14, (1, seconds * 8000), dtype=np.int16)
+    pipe = Pipe()
+    with av.open(pipe, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=8000)
+        stream.layout, stream.format = "mono", "s16"
+        for start in range(0, samples.size, 1000):
+            frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1000], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 8000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    decoded, rate = decode(bytes(pipe.data), SETTINGS)
+    heard = samples[0, : 11 * rate]
+    assert rate == 8000 and np.array_equal(decoded[:, 0], heard / 2**15)
+
+
 @pytest.mark.parametrize("trailing", [b"", b"LIST\x04\x00\x00\x00INFO"], ids=["nothing behind", "a chunk behind"])
 def test_a_wav_that_states_no_length_goes_on_to_its_end(trailing):
     file = io.BytesIO()

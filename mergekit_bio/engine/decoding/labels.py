@@ -55,6 +55,10 @@ class Node:
             (node,) = node.children.values()
             yield node
 
+    def candidates(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The next tokens that matter here: those on which labels go on, and where one ends, each end token."""
+        return (*self.children, *(eos_token_ids if self.label is not None else ()))
+
 
 @dataclass
 class Choice:
@@ -115,16 +119,12 @@ def choose(root: Node, *, prompts: int, eos_token_ids: Sequence[int], next_logpr
         # 1. Where only one token can follow, it follows, with certainty. A label that nothing follows is the answer.
         for prompt in walking:
             choice = choices[prompt]
-            while len(choice.node.children) == 1 and choice.node.label is None:
-                (choice.node,) = choice.node.children.values()
-                choice.logprobs.append(0.0)
+            *passed, choice.node = choice.node.unforked()
+            choice.logprobs += [0.0] * len(passed)
         walking = [prompt for prompt in walking if choices[prompt].node.children]
         # 2. Ask for all others at once how likely each way on is; and where a label ends, each end token.
-        queries = []
-        for prompt in walking:
-            node = choices[prompt].node
-            ends = tuple(eos_token_ids) if node.label is not None else ()
-            queries.append(Query(prompt, node.tokens, (*node.children, *ends)))
+        nodes = [(prompt, choices[prompt].node) for prompt in walking]
+        queries = [Query(prompt, node.tokens, node.candidates(eos_token_ids)) for prompt, node in nodes]
         # 3. Take the likeliest way. Its log-probability is among the ways, not among the whole vocabulary.
         still_walking = []
         for prompt, logprobs in zip(walking, next_logprobs(queries), strict=True):
@@ -179,9 +179,9 @@ def score_labels(
         For each prompt label -> the sum of its tokens' natural log-probabilities and of the log-probability of ending
         there, with whichever end token; minus infinity for a label that was not asked for.
     """
-    searches = [_Search(root, tuple(eos_token_ids), negligible) for _ in range(prompts)]
+    searches = [_Search(root, eos_token_ids, negligible) for _ in range(prompts)]
     while asked := [(prompt, node) for prompt, search in enumerate(searches) for node in search.next()]:
-        queries = [Query(prompt, node.tokens, searches[prompt].candidates(node)) for prompt, node in asked]
+        queries = [Query(prompt, node.tokens, node.candidates(eos_token_ids)) for prompt, node in asked]
         for (prompt, node), logprobs in zip(asked, next_logprobs(queries), strict=True):
             searches[prompt].take(node, logprobs)
     return [{label: search.found.get(label, -math.inf) for label in labels} for search in searches]
@@ -198,16 +198,12 @@ class _Search:
         found: Label -> its score.
     """
 
-    def __init__(self, root: Node, ends: tuple[int, ...], negligible: float) -> None:
+    def __init__(self, root: Node, ends: Sequence[int], negligible: float) -> None:
         self.found: dict[str, float] = {}
         self._ends, self._negligible = ends, negligible
         self._sums = {root.tokens: 0.0}  # tokens so far -> the sum of their log-probabilities
         self._open = [root]
         self._asked: set[tuple[int, ...]] = set()
-
-    def candidates(self, node: Node) -> tuple[int, ...]:
-        """The next tokens that matter at a place."""
-        return (*node.children, *(self._ends if node.label is not None else ()))
 
     def next(self) -> list[Node]:
         """The places to ask about now, parents before their children; none where the search is over."""
@@ -228,14 +224,14 @@ class _Search:
             # A way without a fork is asked about to its end: that is one step of the model instead of many.
             asked = [node for begun in likely for node in begun.unforked()]
         self._asked = {node.tokens for node in asked}
-        return [node for node in asked if self.candidates(node)]
+        return [node for node in asked if node.candidates(self._ends)]
 
     def take(self, node: Node, logprobs: Sequence[float]) -> None:
         """Note how likely the candidates of a place are."""
         reached = self._sums[node.tokens]
         for child, logprob in zip(node.children.values(), logprobs, strict=False):
             self._sums[child.tokens] = reached + logprob
-            if not self.candidates(child) and child.label is not None:  # the model has no end tokens
+            if not child.candidates(self._ends) and child.label is not None:  # the model has no end tokens
                 self.found[child.label] = reached + logprob
             elif child.tokens not in self._asked:
                 self._open.append(child)

@@ -3,6 +3,7 @@
 By itself vLLM takes half of the machine and more, and does not start where that is not free.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 
 #: Where there is room: 32,000 tokens of Llama-3.1-8B.
 _USUAL_BYTES = 4 << 30
-#: Options of vLLM's that say what its cache gets.
-_SAID_BY = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+#: Options of vLLM's that say what its cache gets, and those that say over how many processes Llama is spread.
+SAID_BY = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+SPREAD_BY = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ def cache_memory(checkpoint: Path, options: Mapping[str, Any]) -> CacheMemory | 
     """
     from vllm.platforms import current_platform
 
-    said = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or any(options.get(option) is not None for option in _SAID_BY)
+    said = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or any(options.get(option) is not None for option in SAID_BY)
     if said or not current_platform.is_cpu():
         return None
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
     free = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).available_memory
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return CacheMemory(bytes=cache_bytes(free=free, weights=weights, processes=_processes(options)), free=free)
+    return CacheMemory(bytes=cache_bytes(free=free, weights=weights, processes=processes(options)), free=free)
 
 
 def cache_bytes(*, free: int, weights: int, processes: int = 1) -> int:
@@ -66,10 +68,7 @@ def cache_bytes(*, free: int, weights: int, processes: int = 1) -> int:
     return max(1, min(_USUAL_BYTES, (free - weights) // 2 // processes))
 
 
-def _processes(options: Mapping[str, Any]) -> int:
-    """How many processes share the machine, each with a cache."""
-    count = 1
-    for way in ("tensor", "pipeline", "data"):
-        size = options.get(f"{way}_parallel_size")
-        count *= size if isinstance(size, int) and size > 0 else 1
-    return count
+def processes(options: Mapping[str, Any]) -> int:
+    """Over how many processes Llama is spread, each with a cache, and on GPUs each with one of them."""
+    sizes = [options.get(option) for option in SPREAD_BY]
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)

@@ -32,7 +32,7 @@ from mergekit_bio.engine.sweep import difference, replace_weights
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.beams import PromptBeams, Rollout
 from mergekit_bio.engine.vllm.cache_keys import ContentKey
-from mergekit_bio.engine.vllm.cpu_memory import cache_memory
+from mergekit_bio.engine.vllm.cpu_memory import SAID_BY, cache_memory, processes
 from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
 from mergekit_bio.engine.vllm.requests import (
     MAX_LOGPROBS,
@@ -142,8 +142,7 @@ class VllmEngine:
     @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:
         """As many as Llama is spread over; vLLM has options for that."""
-        sizes = [options.get(f"{way}_parallel_size") for way in ("tensor", "pipeline", "data")]
-        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+        return processes(options)
 
     @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:
@@ -153,15 +152,13 @@ class VllmEngine:
             options.setdefault("mm_processor_cache_gb", 0)
         prefixes = PrefixCache.of_checkpoint(directory, device=options.pop("device", "auto"), folder=settings.prefixes)
         # The tower takes its memory first, so that vLLM can be told what is left.
-        if (memory := prefixes.reserve_memory()) and not options.keys() & {
-            "gpu_memory_utilization",
-            "kv_cache_memory_bytes",
-        }:
+        if (memory := prefixes.reserve_memory()) and not options.keys() & SAID_BY:
             options["gpu_memory_utilization"] = gpu_share(free=memory[0], total=memory[1])
         require_vllm()
-        cache = cache_memory(directory, options)
-        if cache is not None and cache.is_less_than_usual and not settings.quiet:
-            print(f"note: {cache.in_words}", file=sys.stderr)
+        if (cache := cache_memory(directory, options)) is not None:
+            options["kv_cache_memory_bytes"] = cache.bytes  # what the note says, for what is free changes
+            if cache.is_less_than_usual and not settings.quiet:
+                print(f"note: {cache.in_words}", file=sys.stderr)
         return cls(directory, prefixes=prefixes, **options)
 
     def __init__(

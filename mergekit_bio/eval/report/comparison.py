@@ -68,11 +68,6 @@ class Comparison:
     against: tuple[Against, ...]
     plateau: tuple[float, float] | None
 
-    def p_adjusted(self, checkpoint: str) -> float | None:
-        """Of a cell against the best; None for the best itself."""
-        row = self.of(checkpoint)
-        return row.p_adjusted if row else None
-
     def of(self, checkpoint: str) -> Against | None:
         """A cell against the best; None for the best itself."""
         return next((row for row in self.against if row.checkpoint == checkpoint), None)

@@ -96,8 +96,8 @@ def mark(sweep: Sweep, item: Score, metric: str) -> str:
     comparison = sweep.comparison(metric)
     if comparison is None:
         return " "
-    p = comparison.p_adjusted(item.cell.checkpoint)
-    return "*" if p is None else "=" if p >= SIGNIFICANCE else " "
+    row = comparison.of(item.cell.checkpoint)
+    return "*" if row is None else "=" if row.p_adjusted >= SIGNIFICANCE else " "
 
 
 def p_text(p: float, *, at_most: bool) -> str:

@@ -160,9 +160,11 @@ def open_batches(
     for cell in plan.cells:
         if (cell.dataset, cell.query) not in clips:
             asked = list(questions(plan.recipe, plan.dataset(cell), cell.query, plan.limit))
-            clips[cell.dataset, cell.query] = [(one.row.id, len(one.instruction.clips)) for one in asked]
+            clips[cell.dataset, cell.query] = [(question.row.id, len(question.instruction.clips)) for question in asked]
             silent[cell.dataset, cell.query] = {
-                one.row.id for one in asked if any((cell.dataset, clip) in unheard for clip in one.instruction.clips)
+                question.row.id
+                for question in asked
+                if any((cell.dataset, clip) in unheard for clip in question.instruction.clips)
             }
         file = plan.out / cell.file
         done = {row.id for row in read_predictions(file)} if file.exists() else set()
