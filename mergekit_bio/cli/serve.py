@@ -1,5 +1,6 @@
 """``mergekit-bio serve``: an OpenAI-compatible server for a merged checkpoint, or for every strength of an adapter."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,9 @@ def serve(
     dial: Annotated[
         bool, typer.Option("--dial", help="Serve every strength of what the checkpoints were merged from, unmerged.")
     ] = False,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may ask: NAME: KEY a line; read again when it changes.")
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Most items in a /predict request, if so many recordings fit into one.")
@@ -61,6 +65,7 @@ def serve(
     first_flag = next((index for index, argument in enumerate(given) if argument.startswith("-")), len(given))
     checkpoints, flags = given[:first_flag], given[first_flag:]
     settings = ServeSettings(
+        api_keys=api_keys and api_keys.absolute(),
         max_body_bytes=max_body_mb << 20,
         max_batch=max_batch,
         max_audio_seconds=max_audio_seconds,

@@ -18,6 +18,7 @@ from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
+from mergekit_bio.serve.keys import is_open_to_all, read_keys
 from mergekit_bio.serve.settings import PLUGIN, DialSettings, ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -124,13 +125,17 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         settings: Limits; what is served, and the rules for media, are filled in here.
 
     Raises:
-        MergekitBioError: The source cannot be served, or not with these flags.
+        MergekitBioError: The source cannot be served, or not with these flags, or there are no keys to be read.
         MissingPackageError: vLLM is not installed.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
+    if settings.api_keys is not None:
+        read_keys(settings.api_keys)  # what is wrong with them is said now
+        if is_open_to_all(settings.api_keys):
+            print(f"note: {settings.api_keys}: everybody on this machine can read it; chmod o-r it", file=sys.stderr)
     require_vllm()
     register()
     with ExitStack() as stack:

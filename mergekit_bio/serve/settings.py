@@ -45,6 +45,7 @@ class ServeSettings:
         directory: The checkpoint that vLLM loads.
         names: What the model is called.
         dial: How every strength is served; None for one merged checkpoint.
+        api_keys: A file with more keys than vLLM's own.
         max_body_bytes: Larger requests are refused before they are read.
         max_batch: Items in one ``/predict`` request, if their recordings fit into one.
         max_audio_seconds: Longer recordings are refused before they are decoded.
@@ -61,6 +62,7 @@ class ServeSettings:
     directory: str = ""
     names: tuple[str, ...] = ()
     dial: DialSettings | None = None
+    api_keys: Path | None = None
     max_body_bytes: int = 64 << 20
     max_batch: int = 8
     max_audio_seconds: float = 600.0
