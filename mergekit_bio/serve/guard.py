@@ -13,12 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.outside_data import is_text
 from mergekit_bio.serve.keys import Keys, vllms_keys
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.request_log import note
+from mergekit_bio.serve.settings import OPEN_PATHS, ServeSettings
 
 T = TypeVar("T")
-
-#: Answered without a key: nothing here tells or does more than "the server is up".
-OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
 
 #: Where the model that a request is for stands in its scope; None for the default.
 MODEL_KEY = "mergekit_bio.model"
@@ -62,7 +60,7 @@ class _Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware, outermost; vLLM makes it (``--middleware``).
+    """ASGI middleware around vLLM's own; vLLM makes it.
 
     ``/NAME/predict`` and its kin choose a model by path, for clients of a contract that has no field for it.
     """
@@ -119,6 +117,7 @@ class Guard:
         if scope["path"] == "/predict":
             scope[DOCUMENT_KEY] = document
         elif isinstance(document, dict):
+            note(model=self._canonical(document.get("model")))
             self._check_model(document.get("model"))
             if document.get("features") is not None:  # with keys of vLLM's caches
                 raise _Refused(400, "features: audio is computed by this server alone; send it in content_parts")
@@ -135,6 +134,7 @@ class Guard:
             path = f"/{rest}"
         else:
             name = None
+        note(path=path, model=self._canonical(name) if path in ("/predict", "/info") else None)
         return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: name, KEY_NAME: None}
 
     def _let_in(self, scope: Scope) -> None:
@@ -150,11 +150,19 @@ class Guard:
         scope[KEY_NAME] = self._keys.name_of(_bearer(scope))
         if scope[KEY_NAME] is None:
             raise _Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
+        note(key=scope[KEY_NAME])
         others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         scope["headers"] = [*others, *((b"authorization", f"Bearer {key}".encode()) for key in [*own][:1])]
 
     def _knows(self, name: str) -> bool:
         return bool(name) and (name in self._settings.names if self._dial is None else name in self._dial)
+
+    def _canonical(self, name: Any) -> str | None:
+        """The name that answers have; None for a model that there is not."""
+        if self._dial is None:
+            return self._settings.names[0] if name is None or name in self._settings.names else None
+        strength = self._dial.strength(name) if name is None or isinstance(name, str) else None
+        return None if strength is None else self._dial.canonical(strength)
 
     def _check_model(self, name: Any) -> None:
         """vLLM itself refuses other names; of a strength that there is not, we know what is wrong with it."""

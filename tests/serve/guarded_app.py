@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from mergekit_bio.serve import guard
+from mergekit_bio.serve.request_log import RequestLogger
 from mergekit_bio.serve.settings import DialSettings, ServeSettings
 
 KEY = "the-key"
@@ -38,7 +39,10 @@ class Served:
 
     def __init__(self, *more: Route, root_path: str = "", key: str | None = None) -> None:
         routes = [*(Route(path, echo, methods=["GET", "POST"]) for path in PATHS), *more]
-        app = Starlette(routes=routes, middleware=[Middleware(guard.Guard)])
+        middleware = [Middleware(guard.Guard)]
+        if ServeSettings.from_environment().request_log is not None:
+            middleware.insert(0, Middleware(RequestLogger))
+        app = Starlette(routes=routes, middleware=middleware)
         app.state.engine_client = self.engine = SimpleNamespace(is_running=True)
         app.state.args = SimpleNamespace(api_key=[key] if key else None)
 
@@ -75,8 +79,12 @@ class Served:
         with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=60) as response:
             return response.read().decode()
 
-    def begin(self, path: str, *, length: int, sent: bytes = b"{") -> socket.socket:
+    def begin(
+        self, path: str, *, length: int, sent: bytes = b"{", method: str = "POST", **headers: str
+    ) -> socket.socket:
         """A request that is not ended."""
         link = socket.create_connection(self.socket.getsockname(), timeout=30)
-        link.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + sent)
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        link.sendall("\r\n".join([*lines, "", ""]).encode() + sent)
         return link
