@@ -84,22 +84,23 @@ class _Peaks:
         while not self._ended.wait(pause):
             start = time.perf_counter()
             anonymous = resident = 0
-            family = _family(self._pid)
+            members = family(self._pid)
             # A forked child has its parent's pages, until one of them writes. Shares add up to what is there (proc(5),
             # Pss), but take the kernel long to find: one process alone is told by its plain sizes.
             file, names = (
-                ("status", ("RssAnon", "VmRSS")) if len(family) == 1 else ("smaps_rollup", ("Pss_Anon", "Pss"))
+                ("status", ("RssAnon", "VmRSS")) if len(members) == 1 else ("smaps_rollup", ("Pss_Anon", "Pss"))
             )
-            for pid in family:
-                sizes = _sizes(pid, file)
-                anonymous += sizes.get(names[0], 0)
-                resident += sizes.get(names[1], 0)
+            for pid in members:
+                found = sizes(pid, file)
+                anonymous += found.get(names[0], 0)
+                resident += found.get(names[1], 0)
             self._anonymous = max(self._anonymous, anonymous)
             self._resident = max(self._resident, resident)
             pause = max(_SAMPLE_SECONDS, _SAMPLE_SHARE * (time.perf_counter() - start))
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
     members = [pid]
     for member in members:
         for children in Path(f"/proc/{member}/task").glob("*/children"):
@@ -110,7 +111,7 @@ def _family(pid: int) -> list[int]:
     return members
 
 
-def _sizes(pid: int, file: str) -> dict[str, int]:
+def sizes(pid: int, file: str) -> dict[str, int]:
     """The sizes in ``/proc/PID/FILE``, in bytes."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()

@@ -132,8 +132,8 @@ SOAKS = {
 }
 
 
-def run(soak: Soak, count: int | None) -> tuple[str, float, float]:
-    """Run a soak's tests.
+def run(soak: Soak, count: int | None, kept: Path | None) -> tuple[str, float, float]:
+    """Run a soak's tests; what they print goes into the file ``kept``, if one is given.
 
     Returns:
         pytest's last line without its time, wall minutes and processor minutes.
@@ -141,10 +141,10 @@ def run(soak: Soak, count: int | None) -> tuple[str, float, float]:
     Raises:
         RuntimeError: A test failed; the message ends with pytest's last lines.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", "--hypothesis-profile=random", "-rs", *soak.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", "--hypothesis-profile=random", "-rsP", *soak.tests]
     command += ["--count", str(count)] if count else []
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+        log = kept or Path(folder) / "log"
         cost = measure(command, log=log, env={"OMP_NUM_THREADS": "1"})
         outcome = re.sub(r" in [\d.]+s.*", "", log.read_text().strip().splitlines()[-1])
     return outcome.strip("= "), cost.wall / 60, cost.cpu / 60
@@ -162,6 +162,9 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=SOAKS, metavar="NAME")
     parser.add_argument("--count", type=int, help="how often each test repeats")
     parser.add_argument("--list", action="store_true", help="name the soaks and end")
+    parser.add_argument(
+        "--log", type=lambda name: Path(name).resolve(), help="keep what the tests print, sizes and so on"
+    )
     given = parser.parse_args()
     if given.list or given.name is None:
         for name, soak in SOAKS.items():
@@ -173,7 +176,7 @@ def main() -> None:
     os.chdir(ROOT)
     count = given.count or soak.count
     try:
-        outcome, wall, cpu = run(soak, count)
+        outcome, wall, cpu = run(soak, count, given.log)
     except RuntimeError as error:
         raise SystemExit(f"{given.name} failed, and is not recorded:\n{error}") from None
     today = datetime.date.today().isoformat()

@@ -66,7 +66,7 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
         "--dtype": engine_dtype(checkpoint),
         "--max-model-len": str(min(longest, MAX_MODEL_LEN)),
         "--max-logprobs": "128",
-        "--shutdown-timeout": "20",  # seconds for running requests and for its processes, which it would kill otherwise
+        "--shutdown-timeout": "7",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
         "--worker-cls": worker_class(),
     }
@@ -131,6 +131,7 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         MissingPackageError: vLLM is not installed.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
+    from mergekit_bio.engine.vllm.leaving import leave_quickly
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
@@ -180,13 +181,13 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # it lets a client name any path
             "VLLM_USE_RUST_FRONTEND": "0",  # it knows neither our routes nor the guard
         }
-        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "15")  # less than --shutdown-timeout
         from vllm.entrypoints.cli.serve import ServeSubcommand
 
         # 3. The server, until a signal comes.
         signal.signal(signal.SIGINT, _interrupt)
         with interruptible(), objections(Path(args.model)):
             ServeSubcommand.cmd(args)
+        leave_quickly()
 
 
 def _named(flags: Sequence[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a dial needs on the disk: the merge at alpha 0, made of links, and a folder for every strength."""
+"""What a dial needs on the disk: the merge at alpha 0, made of links, and the adapter that strengths are made of."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from mergekit_bio.adapter.token_rows import TokenRows
 from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.checkpoint.manifest import Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.vllm.dial import LARGEST, SlotAdapter, parse_strength, write_adapters, write_strength
+from mergekit_bio.engine.vllm.dial import LARGEST, WEIGHTS, SlotAdapter, parse_strength, write_strength
 from mergekit_bio.errors import AdapterError, AlphaError, EngineError
 from mergekit_bio.merging.directory import companions, write_companions
 from mergekit_bio.merging.journal import JOURNAL, Journal
@@ -77,7 +77,7 @@ class PreparedDial:
         name: The model's.
         model: The directory that vLLM loads: the merge at alpha 0.
         slots: What the adapter holds.
-        adapters: The folder with a folder for every strength.
+        adapters: The folder with the adapter, in which every strength gets a folder.
         revision: The same for the same weights of base and adapter.
         weights: What is served, in words.
     """
@@ -117,14 +117,14 @@ def prepared_dial(request: DialRequest) -> Iterator[PreparedDial]:
     beside = companions(plan)
     with tempfile.TemporaryDirectory(prefix="mergekit-bio-dial-") as scratch, _held(scratch):
         # 2. The model: links to the base's shards, the tower, and what stands beside them.
-        model, adapters, weights = (Path(scratch) / name for name in ("model", "strengths", "adapter.safetensors"))
+        model, adapters = Path(scratch) / "model", Path(scratch) / "strengths"
         for folder in (model, adapters):
             folder.mkdir()
         _write_model(plan, model)
         write_companions(beside, plan.outputs[0], model)
-        # 3. The adapter, once, and a folder for every strength.
-        _write_weights(adapter, weights)
-        write_adapters(adapters, slots, weights)
+        # 3. The adapter, once; a strength's folder is made when somebody asks for it.
+        _write_weights(adapter, adapters / WEIGHTS)
+        slots.save(adapters)
         revision = "".join(digest[:8] for digest in found)
         yield PreparedDial(adapter.source.name, model, slots, adapters, revision, _in_words(adapter))
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -29,8 +31,10 @@ DOCUMENT_KEY = "mergekit_bio.document"
 _WATCH_SECONDS = 1.0
 #: What Python says to who asks for a thread of a pool that is shut down.
 _NO_MORE_THREADS = "cannot schedule new futures after shutdown"
+#: Before the engine is killed requests are let go, so many seconds, that it can end by itself.
+_ENDING_SECONDS = 2.0
 #: What uvicorn waits, once the engine has stopped, for connections whose other side neither reads nor writes.
-_CLOSING_SECONDS = 3
+_CLOSING_SECONDS = 2
 
 #: A body must be complete after so many seconds, and one more for so many bytes.
 _BODY_SECONDS, _BODY_BYTES_A_SECOND = 20.0, 64 << 10
@@ -71,11 +75,13 @@ class Guard:
         self._dial = self._settings.make_dial()
         self._keys: Keys | None = None
         self._held_bytes = 0
+        self._lets_go_at = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
         if scope["type"] == "lifespan":
             scope["app"].state.server.config.timeout_graceful_shutdown = _CLOSING_SECONDS  # vLLM's uvicorn has none
+            self._note_shutdown(scope["app"].state.engine_client)
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -89,13 +95,46 @@ class Guard:
             await send(message)
 
         try:
-            await _while_running(scope["app"].state.engine_client, self._answer(scope, body, tell))
+            await self._while_running(scope["app"].state.engine_client, self._answer(scope, body, tell))
         except _Refused as refused:
             # A request that is half answered is left as it is: uvicorn closes its connection.
             if not started:
                 await _refuse(scope, body, send, refused)
         finally:
             self._held_bytes -= body.held
+
+    def _note_shutdown(self, engine: Any) -> None:
+        """Know when vLLM stops its engine: running requests are answered until shortly before it would be killed."""
+        shutdown = engine.shutdown
+
+        def noted(timeout: float | None = None) -> None:
+            self._lets_go_at = time.monotonic() + max(0.0, (timeout or 0.0) - _ENDING_SECONDS)
+            shutdown(timeout=timeout)
+
+        engine.shutdown = noted
+
+    async def _while_running(self, engine: Any, work: Coroutine[Any, Any, None]) -> None:
+        """Do something, and let go of it when the engine stops: it would wait for tokens, or for a body, for ever.
+
+        Raises:
+            _Refused: The engine has stopped, or will soon; or whatever ``work`` raises while it runs.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=min(_WATCH_SECONDS, self._seconds_left())))[0]:
+                if not engine.is_running or not self._seconds_left():
+                    break
+        finally:
+            task.cancel()  # does nothing to one that is done
+        failure = task.exception() if task.done() and not task.cancelled() else None
+        # Whatever goes wrong in a request while the engine stops is the stopping. vLLM's threads go first.
+        stopping = not engine.is_running or _NO_MORE_THREADS in str(failure)
+        if not task.done() or (failure is not None and stopping):
+            raise _Refused(503, "the server is stopping")
+        await task
+
+    def _seconds_left(self) -> float:
+        return max(0.0, self._lets_go_at - time.monotonic())
 
     async def _answer(self, scope: Scope, body: "_Body", send: Send) -> None:
         # 1. Whether the client may ask. What has no body needs no more.
@@ -248,27 +287,6 @@ class _Body:
                     dropped += len(await self.chunk())
         except TimeoutError:
             pass
-
-
-async def _while_running(engine: Any, work: Coroutine[Any, Any, None]) -> None:
-    """Do something, and let go of it when the engine stops: it would wait for tokens, or for a body, for ever.
-
-    Raises:
-        _Refused: The engine has stopped; or whatever ``work`` raises while it runs.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
-            if not engine.is_running:
-                break
-    finally:
-        task.cancel()  # does nothing to one that is done
-    failure = task.exception() if task.done() and not task.cancelled() else None
-    # Whatever goes wrong in a request while the engine stops is the stopping. vLLM's threads go first.
-    stopping = not engine.is_running or _NO_MORE_THREADS in str(failure)
-    if not task.done() or (failure is not None and stopping):
-        raise _Refused(503, "the server is stopping")
-    await task
 
 
 def _parsed(body: bytes | bytearray, parse_int: Callable[[str], int] = int) -> Any:

@@ -26,7 +26,7 @@ class DialSettings:
     """A dial: its arguments, and what ``/info`` says of it.
 
     Attributes:
-        folder: With a folder for every strength.
+        folder: With the adapter that strengths are made of.
         default: The strength, in thousandths, of a name without one.
         aliases: More names -> the strength that each stands for, in thousandths.
         revision: The same for the same weights of base and adapter.

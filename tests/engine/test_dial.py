@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_eleven_strengths_at_once_are_eleven_merges(sources, slots, clips, tmp_p
 
 def test_a_name_is_one_adapter_however_its_strength_is_written(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    SlotAdapter({"model.layers.1.self_attn.q_proj": (8, 2.0)}).save(tmp_path)
     dial = Dial(["lm", "other", "alpha-0.40"], tmp_path, default=500, aliases={"alpha-0.40": 400})
     same = [dial[name] for name in ("lm@0.35", "lm@.35", "lm@.350", "lm@0.350", "other@0.35")]
     assert {(one.lora_name, one.lora_int_id, one.lora_path) for one in same} == {
@@ -93,6 +95,25 @@ def test_a_name_is_one_adapter_however_its_strength_is_written(tmp_path):
         with pytest.raises(KeyError):
             dial[name]
     assert [*dial] == [f"lm@{n / 10:g}" for n in range(11)] and len(dial) == 11
+
+
+def test_a_strength_that_many_ask_for_at_once_is_there_whole_for_each_of_them(tmp_path):
+    """Each with a dial of its own, as the processes of one server have."""
+    peft = pytest.importorskip("vllm.lora.peft_helper", reason="vLLM is not installed")
+    module = "model.layers.1.self_attn.q_proj"
+    SlotAdapter({module: (8, 2.0)}).save(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"the weights")
+
+    def scaling(thousandths: int) -> float:
+        dial = Dial(["lm"], tmp_path, default=500, aliases={})
+        folder = Path(dial[f"lm@{thousandths / 1000}"].lora_path)
+        assert (folder / "adapter_model.safetensors").read_bytes() == b"the weights"
+        return peft.PEFTHelper.from_local_dir(str(folder), None).get_rank_and_scaling(module)[1]
+
+    strengths = [n // 16 for n in range(16 * 50)]
+    with ThreadPoolExecutor(16) as pool:
+        assert [*pool.map(scaling, strengths)] == pytest.approx([n / 500 for n in strengths], abs=1e-12)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"{n / 1000:g}" for n in range(50)}
 
 
 @given(st.integers(0, 2000))

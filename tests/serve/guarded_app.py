@@ -43,7 +43,7 @@ class Served:
         if ServeSettings.from_environment().request_log is not None:
             middleware.insert(0, Middleware(RequestLogger))
         app = Starlette(routes=routes, middleware=middleware)
-        app.state.engine_client = self.engine = SimpleNamespace(is_running=True)
+        app.state.engine_client = self.engine = SimpleNamespace(is_running=True, shutdown=lambda timeout: None)
         app.state.args = SimpleNamespace(api_key=[key] if key else None)
 
         async def below_root(scope, receive, send) -> None:

@@ -12,8 +12,11 @@ Strength 0 is an adapter too. On a CPU vLLM gives a request without one the adap
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ _PACKED = {
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_SLOTS = "slots.json"
 
 
 def parse_strength(text: str) -> int | None:
@@ -88,20 +92,44 @@ class SlotAdapter:
             config["alpha_pattern"] = {re.escape(module): alpha for module, alpha in alphas.items()}
         return config
 
+    def save(self, folder: Path) -> None:
+        """Write it beside the weights, for :func:`strength_folder`."""
+        (folder / _SLOTS).write_text(json.dumps(self.modules))
 
-def write_adapters(folder: Path, adapter: SlotAdapter, weights: Path) -> None:
-    """Give every strength its folder: a configuration of its own and a link to the weights.
+    @classmethod
+    def load(cls, folder: Path) -> "SlotAdapter":
+        """What :meth:`save` wrote."""
+        stored = json.loads((folder / _SLOTS).read_text())
+        return cls({module: (rank, scaling) for module, (rank, scaling) in stored.items()})
+
+
+def strength_folder(folder: Path, adapter: SlotAdapter, thousandths: int) -> Path:
+    """The folder that vLLM reads a strength from: a configuration of its own and a link to the weights.
+
+    It is made when the strength is asked for first: 2001 folders take seconds to make, and to remove.
 
     Args:
-        folder: Where the folders are made.
+        folder: Where the folders are, and beside them ``adapter_model.safetensors`` with
+            ``base_model.model.MODULE.lora_A.weight`` and ``lora_B`` for each module.
         adapter: What the weights are.
-        weights: A safetensors file with ``base_model.model.MODULE.lora_A.weight`` and ``lora_B`` for each module.
+        thousandths: The strength.
+
+    Raises:
+        OSError: The disk is full, say.
     """
-    for thousandths in range(LARGEST + 1):
-        place = folder / write_strength(thousandths)
-        place.mkdir()
-        (place / CONFIG).write_text(json.dumps(adapter.config(thousandths)))
-        (place / WEIGHTS).symlink_to(weights.resolve())
+    place = folder / write_strength(thousandths)
+    if place.is_dir():
+        return place
+    unfinished = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        (unfinished / CONFIG).write_text(json.dumps(adapter.config(thousandths)))
+        (unfinished / WEIGHTS).symlink_to(folder.resolve() / WEIGHTS)
+        unfinished.rename(place)
+    except OSError:  # which another of the server's processes causes if it was first
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not place.is_dir():
+            raise
+    return place
 
 
 class Dial(Mapping[str | None, Any]):
@@ -112,7 +140,7 @@ class Dial(Mapping[str | None, Any]):
 
     Args:
         names: What the model is called, the first being the canonical one.
-        folder: Of :func:`write_adapters`.
+        folder: As :func:`strength_folder` needs it, with what :meth:`SlotAdapter.save` wrote.
         default: The strength, in thousandths, of a name without one.
         aliases: Names, of these or others, with a strength of their own, in thousandths.
     """
@@ -140,8 +168,12 @@ class Dial(Mapping[str | None, Any]):
         if thousandths is None:
             raise KeyError(name)
         # The number is above 0 by vLLM's rule. Name and path are part of the key of vLLM's prefix cache.
-        path = str(self._folder / write_strength(thousandths))
+        path = str(strength_folder(self._folder, self._adapter, thousandths))
         return LoRARequest(self.canonical(thousandths), thousandths + 1, path, base_model_name=self._names[0])
+
+    @cached_property
+    def _adapter(self) -> SlotAdapter:
+        return SlotAdapter.load(self._folder)
 
     def __contains__(self, name: object) -> bool:
         return (name is None or isinstance(name, str)) and self.strength(name) is not None

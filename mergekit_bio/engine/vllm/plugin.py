@@ -2,6 +2,7 @@
 
 from mergekit_bio.audio.layout import ARCHITECTURE
 from mergekit_bio.engine.vllm.failures import tell_failures
+from mergekit_bio.engine.vllm.leaving import leave_quickly_if_vllms
 from mergekit_bio.errors import EngineError, MissingPackageError
 
 #: vLLM changes its model interface between releases; this is the one that ``model`` is written for.
@@ -18,6 +19,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     tell_failures()
+    leave_quickly_if_vllms()
     import mergekit_bio.model  # noqa: F401 -- registers the configuration and the processor with Transformers
 
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)
