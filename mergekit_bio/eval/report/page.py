@@ -1,6 +1,5 @@
 """The report as one HTML page that needs nothing beside it: tables, figures, every prediction, prompts, recordings."""
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +27,7 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path, prog
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
-    pictures = [
-        (figure.sweep, figure.caption, base64.b64encode(figure.files[0].read_bytes()).decode()) for figure in figures
-    ]
+    pictures = [(figure.sweep, figure.caption, figure.svg) for figure in figures]
     rows = [row for item in report.scores for row in item.cell.predictions]
     heard = len({part for part in map(Part.of, rows) if part})
     with progress("recordings", heard) as advance:
@@ -46,7 +43,7 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path, prog
 
 
 def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the page shows about a sweep, as texts; ``pictures`` are its captions and PNGs in base64."""
+    """What the page shows about a sweep, as texts; ``pictures`` are its captions and SVGs."""
     metrics = sweep.main_metrics
     rates = [name for name in RATES if name in sweep.scores[0].metrics]
     first = sweep.scores[0]
