@@ -34,7 +34,7 @@ def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list
         folder.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(report, folder / "figures", progress=progress)
         page = folder / "report.html"
-        page.write_text(render_page(report, figures, folder=folder), encoding="utf-8")
+        page.write_text(render_page(report, figures, folder=folder, progress=progress), encoding="utf-8")
         document = folder / "scores.json"
         document.write_text(json.dumps(to_document(report), indent=1, ensure_ascii=False), encoding="utf-8")
         tables = [_write_csv(folder / name, header, rows(report)) for name, (header, rows) in _TABLES.items()]

@@ -92,9 +92,9 @@ def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
 
 
 def mark(sweep: Sweep, item: Score, metric: str) -> str:
-    """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise."""
+    """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise and where all are 0."""
     comparison = sweep.comparison(metric)
-    if comparison is None:
+    if comparison is None or not any(comparison.values.values()):
         return " "
     row = comparison.of(item.cell.checkpoint)
     return "*" if row is None else "=" if row.p_adjusted >= SIGNIFICANCE else " "
@@ -135,7 +135,7 @@ def sentences(sweep: Sweep) -> list[str]:
             if macro and macro[1]:
                 sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {gain_text(*macro)})"
         found.append(sentence)
-    return found + [_choice_sentence(choice) for choice in sweep.choices]
+    return found + [_choice_sentence(choice) for choice in sweep.choices if choice.optimistic]
 
 
 def _choice_sentence(choice: AlphaChoice) -> str:
