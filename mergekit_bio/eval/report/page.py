@@ -15,7 +15,8 @@ from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.report.tables import RATES, constraint_table, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.scoring.following import RULES
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 #: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
@@ -87,6 +88,9 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             for kind in ("majority", "random")
             if baselines
         ],
+        "constraints": [(TITLES[rule], *constraint_table(sweep, rule)) for rule in RULES]
+        if sweep.cell.task == "instructions"
+        else [],
         "sentences": sentences(sweep),
         "pictures": pictures,
     }
