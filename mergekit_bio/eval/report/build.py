@@ -44,6 +44,8 @@ TITLES = {
     "cider": "CIDEr",
     "spice": "SPICE",
     "spider": "SPIDEr",
+    "strict": "Kept, strict",
+    "loose": "Kept, loose",
 }
 
 

@@ -20,6 +20,7 @@ MAIN_METRICS = {
     "classification": ("accuracy", "f1_weighted", "f1_macro"),
     "detection": ("f1_macro", "map"),
     "captioning": ("cider", "spice", "spider"),
+    "instructions": ("strict", "loose"),
 }
 
 

@@ -9,7 +9,8 @@ from mergekit_bio.errors import MissingPackageError
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
 from mergekit_bio.eval.report.figures import Figure, ProgressBar
 from mergekit_bio.eval.report.recordings import Part, page_sources
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.report.tables import RATES, constraint_table, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.scoring.following import RULES
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 
@@ -78,6 +79,9 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             for kind in ("majority", "random")
             if baselines
         ],
+        "constraints": [(TITLES[rule], *constraint_table(sweep, rule)) for rule in RULES]
+        if sweep.cell.task == "instructions"
+        else [],
         "sentences": sentences(sweep),
         "pictures": pictures,
     }

@@ -1,5 +1,7 @@
 """The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
+from collections import Counter
+
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -8,6 +10,7 @@ from rich.text import Text
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.choosing import HALVES, AlphaChoice
+from mergekit_bio.eval.scoring.following import EVERY, RULES, groups_of, groups_with, metric_name
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
@@ -29,6 +32,8 @@ def print_report(report: Report, console: Console) -> None:
     """Print one table a sweep, and under it what it says in words."""
     for sweep in report.sweeps:
         console.print(_table(sweep))
+        for rule in RULES if sweep.cell.task == "instructions" else ():
+            console.print(_by_constraint(sweep, rule))
         for sentence in sentences(sweep):
             console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         console.print()
@@ -70,10 +75,42 @@ def _table(sweep: Sweep) -> Table:
     return table
 
 
+def _by_constraint(sweep: Sweep, rule: str) -> Table:
+    """The shares of every group of prompts, a column a cell: eleven alphas fit 80 columns."""
+    header, rows = constraint_table(sweep, rule)
+    table = Table(
+        title=TITLES[rule], title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", vertical="bottom", min_width=0 if index else 10)
+    for row in rows:
+        table.add_row(*(text.removeprefix("0") if "." in text else text for text in row))
+    return table
+
+
+def constraint_table(sweep: Sweep, rule: str) -> tuple[list[str], list[list[str]]]:
+    """What share of the prompts kept their constraint, strictly or loosely: text-only, with audio, of each kind.
+
+    Returns:
+        The header, and for each group of prompts its name, how many any cell has, and each cell's share.
+    """
+    prompts = {row.id: row for item in sweep.scores for row in item.cell.predictions}.values()
+    groups = [group for group in groups_of([row.label for row in prompts]) if group != EVERY]
+    numbers = Counter(group for row in prompts for group in groups_with(row.label, row.audio is not None))
+    header = ["constraint", "n", *(model(sweep, item) for item in sweep.scores)]
+    rows = []
+    for group in groups:
+        shares = [item.metrics.get(metric_name(rule, group)) for item in sweep.scores]
+        texts = ["" if share is None else f"{share:.2f}" for share in shares]
+        rows += [[group, str(numbers[group]), *texts]] if numbers[group] else []
+    return header, rows
+
+
 def size(sweep: Sweep) -> str:
-    """The clips that any cell has, and the labels that a classification chooses among."""
+    """The clips or prompts that any cell has, and the labels that a classification chooses among."""
     labels = f", {counted(len(sweep.labels), 'label')}" if sweep.cell.task == "classification" else ""
-    return f"{counted(len(sweep.clips), 'clip')}{labels}"
+    return f"{counted(len(sweep.clips), 'prompt' if sweep.cell.task == 'instructions' else 'clip')}{labels}"
 
 
 def model_header(sweep: Sweep) -> str:

@@ -111,10 +111,13 @@ def plan_run(
             for query in query_numbers(recipe)
         ),
         max_audios=max(
-            len(question.instruction.clips)
-            for dataset in datasets
-            for query in query_numbers(recipe)
-            for question in questions(recipe, dataset, query, 1)
+            1,  # of instructions maybe none is heard
+            *(
+                len(question.instruction.clips)
+                for dataset in datasets
+                for query in query_numbers(recipe)
+                for question in questions(recipe, dataset, query, 1)
+            ),
         ),
     )
 
