@@ -118,7 +118,15 @@ def test_the_files_of_a_report(report, written):
     folder, files = written
     assert files[0] == folder / "report.html"
     assert sorted(str(file.relative_to(folder)) for file in files) == sorted(
-        ["report.html", "scores.json", "scores.csv", "comparisons.csv", "choices.csv", "predictions.csv"]
+        [
+            "report.html",
+            "scores.json",
+            "scores.csv",
+            "comparisons.csv",
+            "choices.csv",
+            "trade_offs.csv",
+            "predictions.csv",
+        ]
         + [
             f"figures/{name}.{suffix}"
             for name in [
@@ -437,7 +445,7 @@ def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp
         shutil.copytree(make_run(), path)
     files = write_report(build_report(read_runs(paths)), tmp_path / "out", progress=no_progress)
     assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
-    assert len(files) == 6 + 2 * (5 + 5 + 1) and max(len(file.name) for file in files) < 143
+    assert len(files) == 7 + 2 * (5 + 5 + 1) and max(len(file.name) for file in files) < 143
 
 
 def test_several_experiments_take_the_names_beside_their_folder_and_several_maps(published, tmp_path):

@@ -16,6 +16,7 @@ from mergekit_bio.eval.report.comparison import (
     distinct_alphas,
     shared_clips,
 )
+from mergekit_bio.eval.report.trade_off import TradeOff, trade_off_document, trade_offs
 from mergekit_bio.eval.scoring import classification
 from mergekit_bio.eval.scoring.score import Score, score
 from mergekit_bio.eval.scoring.scorers import SCORERS
@@ -185,6 +186,11 @@ class Report:
         return list(dict.fromkeys(item.scorer for item in self.scores))
 
     @property
+    def trade_offs(self) -> list[TradeOff]:
+        """What each task's score costs in instructions kept."""
+        return list(trade_offs(self.sweeps))
+
+    @property
     def notes(self) -> list[str]:
         """What a reader must be told, each once."""
         of_scores = [note for item in self.scores for note in item.notes]
@@ -284,6 +290,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "comparisons": "against the best, paired by clip; p-values Holm-adjusted, p_at_most: or smaller",
         "notes": report.notes,
         "sweeps": [_sweep_document(sweep) for sweep in report.sweeps],
+        "trade_offs": [trade_off_document(trade_off) for trade_off in report.trade_offs],
     }
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.choosing import HALVES, AlphaChoice
+from mergekit_bio.eval.report.trade_off import TradeOff
 from mergekit_bio.eval.scoring.following import EVERY, RULES, groups_of, groups_with, metric_name
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
@@ -37,6 +38,8 @@ def print_report(report: Report, console: Console) -> None:
         for sentence in sentences(sweep):
             console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         console.print()
+    for trade_off in report.trade_offs:
+        console.print(trade_off_sentence(trade_off))
     console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)")
     for name in report.scorers:
         console.print(f"scorer {name}: {SCORERS[name].description}")
@@ -173,6 +176,14 @@ def sentences(sweep: Sweep) -> list[str]:
                 sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {gain_text(*macro)})"
         found.append(sentence)
     return found + [_choice_sentence(choice) for choice in sweep.choices if choice.optimistic]
+
+
+def trade_off_sentence(trade_off: TradeOff) -> str:
+    """What a task's score costs in instructions kept: at both ends, and at the best alpha."""
+    points = trade_off.points
+    shown = dict.fromkeys((points[0], max(points, key=lambda point: point.score), points[-1]))
+    said = "; ".join(f"alpha {point.alpha:g}: {point.score:.3f}, {point.kept:.3f}" for point in shown)
+    return f"{trade_off.title}: {TITLES[trade_off.metric].lower()} and {trade_off.kept_title}: {said}"
 
 
 def _choice_sentence(choice: AlphaChoice) -> str:
