@@ -57,12 +57,18 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All cells of a run that were asked the same query about the same dataset, for the same target."""
+    """All cells of a run that were asked the same query about the same dataset, for the same target.
+
+    Attributes:
+        scores: Of what is compared with each other.
+        other_models: Of other people's models, which stand beside it as baselines.
+    """
 
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...]
     choices: tuple[AlphaChoice, ...] = ()
     choices_note: str | None = None
+    other_models: tuple[Score, ...] = ()
 
     @property
     def cell(self) -> Cell:
@@ -177,8 +183,8 @@ class Report:
 
     @property
     def scores(self) -> list[Score]:
-        """The scores of all sweeps."""
-        return [item for sweep in self.sweeps for item in sweep.scores]
+        """The scores of all sweeps, other people's models among them."""
+        return [item for sweep in self.sweeps for item in (*sweep.scores, *sweep.other_models)]
 
     @property
     def scorers(self) -> list[str]:
@@ -234,9 +240,12 @@ def build_report(
             name = scorer or cell.scorer or "paper"
             scores.append(score(cell, scorer=name, labels=labels, asked=asked, seed=seed))
             progress(1)
-        comparisons = tuple(compare(scores, seed))
-        choices = tuple(choose_on_halves(scores, comparisons, seed=seed))
-        sweeps.append(Sweep(scores=tuple(scores), comparisons=comparisons, choices=choices))
+        # Other people's models are no part of a sweep, unless there is nothing else.
+        compared = [item for item in scores if not item.cell.baseline] or scores
+        others = tuple(item for item in scores if item.cell.baseline) if len(compared) < len(scores) else ()
+        comparisons = tuple(compare(compared, seed))
+        choices = tuple(choose_on_halves(compared, comparisons, seed=seed))
+        sweeps.append(Sweep(scores=tuple(compared), comparisons=comparisons, choices=choices, other_models=others))
     if choose_on is not None:
         sweeps = list(_chosen_on(choose_on, sweeps))
     return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.predictions))
@@ -309,17 +318,8 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "clips_shared": len(shared_clips(sweep.scores)),
         "labels": len(sweep.labels) if cell.task == "classification" else None,
         "baselines": sweep.baselines,
-        "cells": [
-            {
-                "checkpoint": item.cell.checkpoint,
-                "alpha": item.cell.alpha,
-                "clips": len(item.ids),
-                "figures": item.metrics,
-                "intervals": item.intervals,
-                "matching": item.matching,
-            }
-            for item in sweep.scores
-        ],
+        "cells": [_score_document(item) for item in sweep.scores],
+        "other_models": [_score_document(item) for item in sweep.other_models],
         # The files have always called a metric a figure, and programs read them.
         "comparisons": [
             {"figure" if key == "metric" else key: value for key, value in asdict(comparison).items()}
@@ -338,4 +338,15 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
             }
             for name, (best, full, gain) in gains.items()
         },
+    }
+
+
+def _score_document(item: Score) -> dict[str, Any]:
+    return {
+        "checkpoint": item.cell.checkpoint,
+        "alpha": item.cell.alpha,
+        "clips": len(item.ids),
+        "figures": item.metrics,
+        "intervals": item.intervals,
+        "matching": item.matching,
     }

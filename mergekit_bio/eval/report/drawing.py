@@ -136,7 +136,7 @@ def share_limit(sweeps: Iterable[Sweep]) -> float:
         if sweep.cell.task != "captioning"
         for name in sweep.main_metrics
         for value in (
-            *(item.intervals[name][1] for item in sweep.scores),
+            *(item.intervals[name][1] for item in (*sweep.scores, *sweep.other_models)),
             *(sweep.baselines.get(f"{name}_{kind}", 0.0) for kind in ("majority", "random")),
         )
     ]

@@ -70,7 +70,7 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
         "query": sweep.cell.query_text,
         "prompt": first.cell.predictions[0].prompt,
         "header": [model_header(sweep), *header, *(TITLES[name] for name in rates), *clips],
-        "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
+        "rows": [(model(sweep, item), cells(item)) for item in (*sweep.scores, *sweep.other_models)],
         "baselines": [
             (
                 kind,
@@ -95,7 +95,7 @@ def _predictions(report: Report, sources: Mapping[Part, str]) -> dict[str, Any]:
     cells = []
     for number, sweep in enumerate(report.sweeps):
         labels, task = sweep.labels, sweep.cell.task
-        for item in sweep.scores:
+        for item in (*sweep.scores, *sweep.other_models):
             cells.append([number, model(sweep, item)])
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True

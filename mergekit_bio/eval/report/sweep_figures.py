@@ -25,6 +25,7 @@ from mergekit_bio.eval.report.drawing import (
     share_limit,
     subplots,
 )
+from mergekit_bio.eval.report.other_models import draw_other_models
 from mergekit_bio.eval.report.tables import model
 from mergekit_bio.eval.scoring.classification import confusion
 from mergekit_bio.eval.scoring.score import Score
@@ -72,12 +73,13 @@ def sweep_figures(report: Report) -> Iterator[Figure]:
 
 
 def draw_against_alpha(axes: "Axes", sweep: Sweep, metric: str) -> None:
-    """A metric against alpha: its curve and intervals, the plateau around the best, the baselines."""
+    """A metric against alpha: its curve and intervals, the plateau around the best, the baselines, other models."""
     comparison = sweep.comparison(metric)
     if comparison and comparison.plateau and comparison.plateau[0] < comparison.plateau[1]:
         axes.axvspan(*comparison.plateau, color=ORANGE, alpha=0.18, linewidth=0, label="plateau")
     curve(axes, sweep.scores, metric, "value, 95% interval")
     baselines(axes, sweep, metric)
+    draw_other_models(axes, sweep, metric)
     if not any(item.metrics[metric] for item in sweep.scores):
         axes.text(0.5, 0.5, "0 at every alpha", transform=axes.transAxes, ha="center", color=GREY)
     axes.set(title=TITLES[metric], **ALPHA_AXIS)

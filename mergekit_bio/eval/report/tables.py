@@ -68,7 +68,7 @@ def _table(sweep: Sweep) -> Table:
     rates = [name for name in RATES if name in first.metrics]
     for name in rates:
         table.add_column(RATES[name], justify="right", no_wrap=True)
-    for item in sweep.scores:
+    for item in (*sweep.scores, *sweep.other_models):
         values = [_with_interval(sweep, item, name) for name in metrics]
         clips = "" if sweep.same_clips else f" ({len(item.ids)})"
         table.add_row(Text(model(sweep, item) + clips), *values, *(f"{item.metrics[name]:.3f}" for name in rates))
@@ -101,10 +101,11 @@ def constraint_table(sweep: Sweep, rule: str) -> tuple[list[str], list[list[str]
     prompts = {row.id: row for item in sweep.scores for row in item.cell.predictions}.values()
     groups = [group for group in groups_of([row.label for row in prompts]) if group != EVERY]
     numbers = Counter(group for row in prompts for group in groups_with(row.label, row.audio is not None))
-    header = ["constraint", "n", *(model(sweep, item) for item in sweep.scores)]
+    scores = (*sweep.scores, *sweep.other_models)
+    header = ["constraint", "n", *(model(sweep, item) for item in scores)]
     rows = []
     for group in groups:
-        shares = [item.metrics.get(metric_name(rule, group)) for item in sweep.scores]
+        shares = [item.metrics.get(metric_name(rule, group)) for item in scores]
         texts = ["" if share is None else f"{share:.2f}" for share in shares]
         rows += [[group, str(numbers[group]), *texts]] if numbers[group] else []
     return header, rows
@@ -123,7 +124,7 @@ def model_header(sweep: Sweep) -> str:
 
 def model(sweep: Sweep, item: Score) -> str:
     """What the rows of tables call a cell: its alpha where that tells them apart, else its checkpoint."""
-    return f"{item.cell.alpha:g}" if sweep.by_alpha else item.cell.checkpoint
+    return f"{item.cell.alpha:g}" if sweep.by_alpha and item.cell.alpha is not None else item.cell.checkpoint
 
 
 def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
@@ -134,7 +135,7 @@ def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
 def mark(sweep: Sweep, item: Score, metric: str) -> str:
     """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise and where all are 0."""
     comparison = sweep.comparison(metric)
-    if comparison is None or not any(comparison.values.values()):
+    if comparison is None or item.cell.checkpoint not in comparison.values or not any(comparison.values.values()):
         return " "
     row = comparison.of(item.cell.checkpoint)
     return "*" if row is None else "=" if row.p_adjusted >= SIGNIFICANCE else " "
