@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import scipy.stats
+from matplotlib.collections import LineCollection, PathCollection
 from rich.console import Console
 
 from mergekit_bio.eval.records.cell import Cell
@@ -14,12 +15,17 @@ from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import build_report, to_document
 from mergekit_bio.eval.report.files import write_report
 from mergekit_bio.eval.report.tables import print_report
+from mergekit_bio.eval.report.trade_off_figure import trade_off_figures
 
 #: Alpha -> of 20 clips, how many are answered rightly, and with another name of the list; the others leave the list.
 CLOSED = {0.0: (4, 16), 0.5: (12, 6), 1.0: (2, 2)}
 #: Alpha -> of 20 prompts, how many are kept.
 KEPT = {0.0: 18, 0.5: 15, 1.0: 5}
 MERGED_FROM_A = {"checkpoint": {"merged_from": "a"}}
+
+
+def no_bar(description: str, total: int):
+    return nullcontext(lambda step: None)
 
 
 def cells(run: str, task: str, answers: dict[float, list[tuple[str, str]]], **changes) -> list[Cell]:
@@ -100,7 +106,9 @@ def test_tables_files_and_json_have_it(tmp_path):
         "closed, query 0, and instructions, query 0: accuracy and instructions kept, strict: alpha 0: 0.200, 0.900; "
         "alpha 0.5: 0.600, 0.750; alpha 1: 0.100, 0.250"
     ) in shown
-    write_report(report, tmp_path, progress=lambda description, total: nullcontext(lambda step: None))
+    files = write_report(report, tmp_path, progress=no_bar)
+    assert tmp_path / "figures/trade_off_closed_query_0_and_instructions_query_0.png" in files
+    assert "Accuracy against instructions kept, strict" in files[0].read_text()
     with (tmp_path / "trade_offs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["alpha"], row["score"], row["kept"]) for row in rows] == [
@@ -111,6 +119,22 @@ def test_tables_files_and_json_have_it(tmp_path):
     )  # fmt: skip
     (document,) = json.loads(json.dumps(to_document(report)))["trade_offs"]
     assert document["points"][1]["kept"] == 0.75 and document["task"]["run"] == "closed"
+
+
+def test_the_figure_has_a_point_an_alpha_with_intervals_both_ways(tmp_path):
+    for made in (closed() + instructions(), closed()):
+        report = build_report(made)
+        (trade_off,) = report.trade_offs
+        (figure,) = trade_off_figures(report)
+        (axes,) = figure.draw().axes
+        (dots,) = [drawn for drawn in axes.collections if isinstance(drawn, PathCollection)]
+        assert [tuple(place) for place in dots.get_offsets()] == [(p.kept, p.score) for p in trade_off.points]
+        assert {text.get_text() for text in axes.texts} == {"0", "0.5", "1"}
+        bars = [drawn.get_segments() for drawn in axes.collections if isinstance(drawn, LineCollection)]
+        across, up = [[tuple(map(tuple, segment)) for segment in segments] for segments in bars]
+        for point, horizontal, vertical in zip(trade_off.points, across, up, strict=True):
+            assert [x for x, _ in horizontal] == pytest.approx([point.kept_low, point.kept_high])
+            assert [y for _, y in vertical] == pytest.approx([point.low, point.high])
 
 
 def test_checkpoints_without_an_alpha_have_none():

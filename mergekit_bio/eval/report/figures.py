@@ -11,9 +11,10 @@ from mergekit_bio.eval.report.build import Report
 from mergekit_bio.eval.report.drawing import STYLE, Figure, font_families, save
 from mergekit_bio.eval.report.side_by_side_figures import side_by_side_figures
 from mergekit_bio.eval.report.sweep_figures import sweep_figures
+from mergekit_bio.eval.report.trade_off_figure import trade_off_figures
 
 #: What gives the figures that a report has the cells for, in the order of the page. Another kind is a function here.
-FIGURES: tuple[Callable[[Report], Iterator[Figure]], ...] = (sweep_figures, side_by_side_figures)
+FIGURES: tuple[Callable[[Report], Iterator[Figure]], ...] = (sweep_figures, trade_off_figures, side_by_side_figures)
 #: Bytes of a file's name without its suffix; file systems take 255 at most, some of them 143.
 LONGEST_NAME = 120
 #: Opens a progress bar, given a description and a total.
