@@ -17,14 +17,48 @@ _PARTS = (
 )
 _MESSAGES = (
     "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- '<|start_header_id|>' + ROLE + '<|end_header_id|>\n\n' }}"
     f"{_PARTS}"
+    "BEFORE"
     "{%- for part in parts %}"
     "{%- if part['type'] == 'text' %}{{- part['text'] }}"
     "{%- elif part['type'] == 'audio' and not slots %}{{- 'LEAD' }}"
     "{%- endif %}"
-    "{%- endfor %}{{- '<|eot_id|>' }}{%- endfor %}"
+    "{%- endfor %}AFTER{{- '<|eot_id|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+
+# Functions that the model may call are told as Llama 3.1's own template tells them: in the first words of the user's,
+# behind a system turn that says where results come from. A call is an answer of JSON, which vLLM reads with its parser
+# "llama3_json"; what it returned is a turn of its own. Without functions nothing of this is there.
+_ROLE = "('ipython' if message['role'] == 'tool' else message['role'])"
+_ENVIRONMENT = "Environment: ipython\n"
+_FUNCTIONS = (
+    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
+    "name and its value}.Do not use variables.\n\n"
+)
+_BEFORE_CONVERSATION = (
+    "{%- set told = namespace(functions=not tools) %}"
+    "{%- if tools and (not messages or messages[0]['role'] != 'system') %}"
+    f"{{{{- '<|start_header_id|>system<|end_header_id|>\n\n{_ENVIRONMENT}<|eot_id|>' }}}}"
+    "{%- endif %}"
+)
+_BEFORE_PARTS = (
+    "{%- if tools and loop.first and message['role'] == 'system' %}"
+    f"{{{{- '{_ENVIRONMENT}\n' }}}}"
+    "{%- elif not told.functions and message['role'] == 'user' %}"
+    "{%- set told.functions = true %}"
+    f"{{{{- '{_FUNCTIONS}' }}}}"
+    "{%- for tool in tools %}{{- (tool | tojson(indent=4)) + '\n\n' }}{%- endfor %}"
+    "{%- endif %}"
+)
+_AFTER_PARTS = (
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{%- set arguments = call['function']['arguments'] %}"
+    "{{- '{\"name\": ' + (call['function']['name'] | tojson) + ', \"parameters\": ' }}"
+    "{{- arguments if arguments is string else arguments | tojson }}{{- '}' }}"
+    "{%- endfor %}"
 )
 
 # Slots and audios are counted over the whole conversation: vLLM itself counts them only where there is an audio.
@@ -46,14 +80,21 @@ _CHECKS = (
 
 def processor_chat_template() -> str:
     """The Jinja template of the processor, which is given the audios of slots in text beside the messages."""
-    return _MESSAGES.replace("LEAD", AUDIO_LEAD).replace("SLOT", AUDIO_SLOT)
+    return _messages("message['role']")
 
 
 def server_chat_template(placeholder: str) -> str:
-    """The Jinja template of the server: with BOS, and refusing what does not fit together.
+    """The Jinja template of the server: with BOS and functions to call, and refusing what does not fit together.
 
     Slots that are not as many as the audios are refused, and so is the text of the token that stands for audio in
     ``input_ids``, the ``placeholder``.
     """
     checks = _CHECKS.replace("SLOT", AUDIO_SLOT).replace("PLACEHOLDER", json.dumps(placeholder))
-    return "{{- bos_token }}" + checks + processor_chat_template()
+    messages = _messages(_ROLE, before=_BEFORE_PARTS, after=_AFTER_PARTS)
+    return "{{- bos_token }}" + checks + _BEFORE_CONVERSATION + messages
+
+
+def _messages(role: str, *, before: str = "", after: str = "") -> str:
+    """The template of a conversation, with expressions for a turn's role, and for what stands around its parts."""
+    around = _MESSAGES.replace("ROLE", role).replace("BEFORE", before).replace("AFTER", after)
+    return around.replace("LEAD", AUDIO_LEAD).replace("SLOT", AUDIO_SLOT)

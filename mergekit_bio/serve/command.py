@@ -181,6 +181,9 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # it lets a client name any path
             "VLLM_USE_RUST_FRONTEND": "0",  # it knows neither our routes nor the guard
         }
+        if args.structured_outputs_config.backend == "guidance":
+            # What vLLM holds a call of a function to is written for xgrammar, and guidance refuses it.
+            os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
         from vllm.entrypoints.cli.serve import ServeSubcommand
 
         # 3. The server, until a signal comes.

@@ -237,6 +237,21 @@ def test_the_note_on_the_dial_has_the_name_that_is_served(sources, command_line,
     assert dial is not None and "birds@2" in dial and "birds@2.001" not in dial and "naturelm@1" not in dial
 
 
+def test_calls_of_functions_are_not_held_to_what_guidance_cannot_read(sweep, command_line, monkeypatch):
+    """vLLM's llama3_json writes grammars for xgrammar; each request with tools would be refused."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm import envs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    strict = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", lambda args: strict.append(envs.VLLM_ENFORCE_STRICT_TOOL_CALLING))
+    for flags in ([], ["--structured-outputs-config", '{"backend": "xgrammar"}']):
+        monkeypatch.setattr("os.environ", os.environ.copy())
+        os.environ.pop("VLLM_ENFORCE_STRICT_TOOL_CALLING", None)
+        assert command_line("serve", sweep["alpha-0.50"], *flags)[0] == 0
+    assert strict == [False, True]
+
+
 def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, monkeypatch):
     """Before any process of vLLM's is started."""
     pytest.importorskip("vllm", reason="vLLM is not installed")

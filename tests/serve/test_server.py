@@ -549,6 +549,66 @@ def test_info_tells_what_the_chat_template_makes_of_one_turn(http):
     assert asked == tokens(prompt=rendered, add_special_tokens=False)
 
 
+#: What Llama 3.1's own template makes of a conversation with functions, but for its dates.
+CALLING = """\
+<|begin_of_text|><|start_header_id|>system<|end_header_id|>
+
+Environment: ipython
+
+Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.\
+Do not use variables.
+
+{
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "What is known of a species.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "species": {
+                    "type": "string",
+                    "maxLength": 5
+                }
+            },
+            "required": [
+                "species"
+            ]
+        }
+    }
+}
+
+How large is a wren?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "look_up", "parameters": {"species": "wren"}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>
+
+10 cm<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+"""
+
+
+def test_functions_are_told_as_llama_knows_it(http):
+    species = {"type": "string", "maxLength": 5}
+    parameters = {"type": "object", "properties": {"species": species}, "required": ["species"]}
+    about = {"name": "look_up", "description": "What is known of a species.", "parameters": parameters}
+    called = {"id": "a", "type": "function", "function": {"name": "look_up", "arguments": '{"species": "wren"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How large is a wren?"},
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "a", "content": "10 cm"},
+    ]
+    asked = {"messages": messages, "tools": [{"type": "function", "function": about}]}
+    conversation = http.post("/tokenize", json=asked).raise_for_status().json()
+    wanted = http.post("/tokenize", json={"prompt": CALLING, "add_special_tokens": False}).json()
+    assert conversation["tokens"] == wanted["tokens"]
+
+
 def test_info_and_health_are_what_the_contract_asks_for(http):
     assert http.get("/health").status_code == 200
     info = http.get("/info").json()
