@@ -126,7 +126,7 @@ def test_the_figure_has_a_point_an_alpha_with_intervals_both_ways(tmp_path):
         report = build_report(made)
         (trade_off,) = report.trade_offs
         (figure,) = trade_off_figures(report)
-        (axes,) = figure.draw().axes
+        axes, _ = figure.draw().axes  # and a bar of colours
         (dots,) = [drawn for drawn in axes.collections if isinstance(drawn, PathCollection)]
         assert [tuple(place) for place in dots.get_offsets()] == [(p.kept, p.score) for p in trade_off.points]
         assert {text.get_text() for text in axes.texts} == {"0", "0.5", "1"}
