@@ -92,6 +92,11 @@ def test_the_base_keeps_to_the_list(curve):
     assert 1 - curve[0.0].metrics["out_of_set"] > 0.9
 
 
+def test_what_was_kept_at_full_strength_is_less_than_half_of_the_bases(curve):
+    base, tuned = (1 - curve[end].metrics["out_of_set"] for end in (0.0, 1.0))
+    assert tuned < base / 2
+
+
 def test_the_likeliest_of_the_list_is_right_at_least_as_often_as_free_text(folder, curve, tmp_path):
     models = [folder / strength(alpha) for alpha in ALPHAS]
     for score in scores(ask(folder, tmp_path / "run", recipe=CLOSED, models=models, decoding="loglikelihood")):

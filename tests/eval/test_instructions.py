@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.report.build import build_report, to_document
-from mergekit_bio.eval.report.files import write_report
 from mergekit_bio.eval.report.tables import print_report
 from mergekit_bio.eval.run.evaluate import evaluate
 
@@ -195,15 +193,6 @@ def test_the_table_has_a_row_a_kind_and_fits_eighty_columns(tmp_path):
     assert ["with_audio", "10", *[".70"] * 11] in shown and any("20 prompts" in line for line in lines)
     figures = {row["alpha"]: row["figures"] for row in to_document(report)["sweeps"][0]["cells"]}
     assert figures[0.3]["strict:words"] == 0.5
-
-
-def test_the_page_and_the_tables_of_a_report_hold_them(tmp_path):
-    files = write_report(
-        build_report(SWEEP), tmp_path, progress=lambda description, total: nullcontext(lambda step: None)
-    )
-    page = files[0].read_text()
-    assert "Kept, strict, by constraint" in page and "<td>upper_case</td><td>8</td><td>1.00</td>" in page
-    assert ",strict:words,0.5," in (tmp_path / "scores.csv").read_text()
 
 
 def test_the_scorer_is_for_instructions_and_they_for_no_other():

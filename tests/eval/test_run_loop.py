@@ -387,7 +387,8 @@ def test_the_shipped_recipes_run(run, tmp_path, name):
     for cell in done.record.cells:
         (row,) = read_predictions(done.path / cell.file)
         assert row.generated_ids and (cell.query_text is None or row.prompt_tokens > 29)
-        assert beans_zero_tool.read(done.path / cell.file) == {cell.dataset: [(row.prediction, row.label)]}
+        if cell.task != "instructions":
+            assert beans_zero_tool.read(done.path / cell.file) == {cell.dataset: [(row.prediction, row.label)]}
     assert done.report().sweeps
 
 

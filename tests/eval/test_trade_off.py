@@ -108,7 +108,9 @@ def test_tables_files_and_json_have_it(tmp_path):
     ) in shown
     files = write_report(report, tmp_path, progress=no_bar)
     assert tmp_path / "figures/trade_off_closed_query_0_and_instructions_query_0.png" in files
-    assert "Accuracy against instructions kept, strict" in files[0].read_text()
+    page = files[0].read_text()
+    assert "Accuracy against instructions kept, strict" in page and "Kept, strict, by constraint" in page
+    assert ",strict:upper_case,0.75," in (tmp_path / "scores.csv").read_text()
     with (tmp_path / "trade_offs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["alpha"], row["score"], row["kept"]) for row in rows] == [
@@ -126,7 +128,7 @@ def test_the_figure_has_a_point_an_alpha_with_intervals_both_ways(tmp_path):
         report = build_report(made)
         (trade_off,) = report.trade_offs
         (figure,) = trade_off_figures(report)
-        (axes,) = figure.draw().axes
+        axes, _ = figure.draw().axes  # and a bar of colours
         (dots,) = [drawn for drawn in axes.collections if isinstance(drawn, PathCollection)]
         assert [tuple(place) for place in dots.get_offsets()] == [(p.kept, p.score) for p in trade_off.points]
         assert {text.get_text() for text in axes.texts} == {"0", "0.5", "1"}

@@ -2,15 +2,20 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from math import hypot
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.eval.report.build import TITLES, Report
 from mergekit_bio.eval.report.drawing import GREY, INK, Figure, head, subplots
-from mergekit_bio.eval.report.trade_off import TradeOff
+from mergekit_bio.eval.report.trade_off import Point, TradeOff
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+
+
+#: Two points nearer than this cannot both be named.
+_ROOM = 0.05
 
 
 def trade_off_figures(report: Report) -> Iterator[Figure]:
@@ -25,8 +30,8 @@ def trade_off_figures(report: Report) -> Iterator[Figure]:
         )
 
 
-def draw_trade_off(axes: "Axes", trade_off: TradeOff) -> None:
-    """The points in the order of alpha, joined, each with its alpha and its intervals both ways."""
+def draw_trade_off(axes: "Axes", trade_off: TradeOff) -> Any:
+    """The points in the order of alpha, joined, with intervals both ways; gives what a bar of colours is about."""
     points = trade_off.points
     kept, scores = [point.kept for point in points], [point.score for point in points]
     axes.errorbar(
@@ -48,16 +53,22 @@ def draw_trade_off(axes: "Axes", trade_off: TradeOff) -> None:
         zorder=2,
     )
     alphas = [point.alpha for point in points]
-    axes.scatter(kept, scores, c=alphas, cmap="cividis", vmin=0, vmax=max(1.0, *alphas), edgecolor=INK, s=30, zorder=3)
-    for point in points:
-        place = (point.kept, point.score)
-        axes.annotate(f"{point.alpha:g}", place, xytext=(5, 4), textcoords="offset points", fontsize=7, zorder=4)
-    axes.set(xlabel=f"{trade_off.kept_title}, share", ylabel=TITLES[trade_off.metric], xlim=(0, 1.06), ylim=(0, None))
+    last = max(1.0, *alphas)
+    dots = axes.scatter(kept, scores, c=alphas, cmap="cividis", vmin=0, vmax=last, edgecolor=INK, s=30, zorder=3)
+    # Both ends and the best have their alpha beside them, the others where there is room.
+    named: list[Point] = []
+    for point in (points[0], points[-1], max(points, key=lambda point: point.score), *points):
+        if all(hypot(point.kept - other.kept, point.score - other.score) > _ROOM for other in named):
+            named.append(point)
+            place = (point.kept, point.score)
+            axes.annotate(f"{point.alpha:g}", place, xytext=(5, 4), textcoords="offset points", fontsize=7, zorder=4)
+    axes.set(xlabel=f"share of {trade_off.kept_title}", ylabel=TITLES[trade_off.metric], xlim=(0, 1.06), ylim=(0, None))
+    return dots
 
 
 def _draw(trade_off: TradeOff) -> "Canvas":
     canvas, axes = subplots(figsize=(4.4, 3.2))
-    draw_trade_off(axes, trade_off)
+    canvas.colorbar(draw_trade_off(axes, trade_off), ax=axes, label="alpha", shrink=0.7)
     axes.set_title("one point an alpha, 95% intervals", fontsize=8, color=GREY)
     same = trade_off.kept is trade_off.task
     head(canvas, [trade_off.task] if same else [trade_off.task, trade_off.kept], "" if same else trade_off.title)

@@ -42,7 +42,7 @@ def check_headers(plan: RunPlan, listener: ProgressListener) -> Unheard:
                 if why:
                     problems[file] = why
         of_dataset = {(dataset.name, clip): problems[path] for clip in ids if (path := paths[clip]) in problems}
-        if len(of_dataset) == len(ids):
+        if ids and len(of_dataset) == len(ids):
             raise DatasetError(f"{dataset.name}: no recording of it can be heard: {next(iter(of_dataset.values()))}")
         unheard |= of_dataset
     for why in dict.fromkeys(unheard.values()):

@@ -46,7 +46,7 @@ def _kept(text: str, check: Check) -> bool:
 
 def _variants(text: str) -> Iterator[str]:
     """The answer as the loose rule reads it."""
-    lines = text.strip().split("\n")
+    lines = text.split("\n")
     for first, last, asterisks in product((0, 1), (0, 1), (True, False)):
         variant = "\n".join(lines[first : len(lines) - last])
         yield variant if asterisks else variant.replace("*", "")
