@@ -104,8 +104,11 @@ def take_turn(way: Way, jobs: Sequence[tuple[int, str, str]], client: httpx.Clie
     return Turn(len(jobs) / seconds, 1000 * (sum(server.cpu() for server in way.servers) - cpu) / len(jobs))
 
 
-def measure(model: str, rounds: int, folder: Path) -> tuple[dict[str, list[Turn]], dict[str, int]]:
-    """What the turns of each way gave, and the bytes that it has resident at the end."""
+def measure(model: str, rounds: int, folder: Path, *, alone: bool) -> tuple[dict[str, list[Turn]], dict[str, int]]:
+    """What the turns of each way gave, and the bytes that it has resident at the end.
+
+    With ``alone`` the last two ways are left out, and only one merged checkpoint is served.
+    """
     _, make, count = MODELS[model]
     base, adapter = make(folder)
     merged = mergekit_bio.merge(
@@ -117,17 +120,18 @@ def measure(model: str, rounds: int, folder: Path) -> tuple[dict[str, list[Turn]
         dial = stack.enter_context(served(["--base", base, "--adapter", adapter], folder / "dial.log"))
         each = [
             (stack.enter_context(served([checkpoint.path], folder / f"{n}.log")), checkpoint.path.name)
-            for n, checkpoint in enumerate(merged)
+            for n, checkpoint in enumerate(merged[1:2] if alone else merged)
         ]
         client = stack.enter_context(httpx.Client(timeout=600, limits=httpx.Limits(max_connections=2 * CLIENTS)))
         name = client.get(f"{dial.url}/v1/models").json()["data"][0]["id"]
         ways = [
             Way("dial, one strength", [(dial, f"{name}@0.5")]),
             Way("dial, eleven strengths", [(dial, f"{name}@{strength:g}") for strength in ELEVEN]),
-            Way("one merged checkpoint", each[1:2]),
-            Way("dial, three strengths", [(dial, f"{name}@{strength:g}") for strength in THREE]),
-            Way("three merged checkpoints, a server each", each),
+            Way("one merged checkpoint", each[len(each) // 2 :][:1]),
         ]
+        if not alone:
+            ways.append(Way("dial, three strengths", [(dial, f"{name}@{strength:g}") for strength in THREE]))
+            ways.append(Way("three merged checkpoints, a server each", each))
         turns: dict[str, list[Turn]] = {way.name: [] for way in ways}
         for number in range(rounds + 1):
             for way in ways if number % 2 else ways[::-1]:
@@ -175,10 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="serve one merged checkpoint only, not one a strength")
     parser.add_argument("--results", type=Path, default=RESULT)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        turns, memory = measure(given.model, given.rounds, Path(scratch))
+        turns, memory = measure(given.model, given.rounds, Path(scratch), alone=given.alone)
         text = section(given.model, turns, memory, machine.describe(Path(scratch)))
     print(text)
     put_section(given.results, text)
