@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import Sweep, build_report
-from mergekit_bio.eval.report.figures import STYLE, draw_against_alpha
+from mergekit_bio.eval.report.drawing import STYLE
+from mergekit_bio.eval.report.sweep_figures import draw_against_alpha
 
 RUN = "closed_set_classification_all"
 FIGURE = "f1_weighted"

@@ -30,7 +30,7 @@ from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.eval.recipe.shipped import copy_shipped
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
-from mergekit_bio.eval.report.figures import BLUE, GREY, STYLE, VERMILION
+from mergekit_bio.eval.report.drawing import BLUE, GREY, STYLE, VERMILION
 from mergekit_bio.eval.run.evaluate import evaluate
 from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.listen.choices import NONE, likeliest, with_choices

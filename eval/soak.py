@@ -109,8 +109,13 @@ SOAKS = {
         ("tests/engine/test_beams.py",),
         500,
     ),
+    "interruptions": Soak(
+        "an interruption while vLLM starts ends all of its processes, by Ctrl-C and by a scheduler's signal",
+        ("tests/engine/test_vllm_start.py::test_an_interruption_ends_the_start_of_vllm_and_all_of_its_processes",),
+        None,
+    ),
     "terminal": Soak(
-        "the demo on a terminal of 80 columns shows what it does, its table, no warning and no path that is gone",
+        "demo and eval on a terminal and off it show what they do, their tables, no warning, no path that is gone",
         ("tests/demo/test_first_commands.py",),
         None,
     ),

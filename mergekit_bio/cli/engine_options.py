@@ -11,6 +11,17 @@ ServerOption = Annotated[
     typer.Option(metavar="URL", help="A running `mergekit-bio serve` that answers. Repeatable."),
 ]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The servers' key.")]
+ApiOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the servers speak: mergekit-bio, or openai, for any model that takes audio as input_audio (the key: "
+        "--api-key or OPENAI_API_KEY). [default: mergekit-bio]",
+    ),
+]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The model that the servers are asked for, instead of the recipe's checkpoints."),
+]
 EngineOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """``mergekit-bio eval``: from a recipe to predictions, tables and figures."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,9 @@ from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 from mergekit_bio.cli.engine_options import (
     ENGINE_NAMES,
     ApiKeyOption,
+    ApiOption,
     EngineOption,
+    ModelNameOption,
     RayOption,
     ServerOption,
     WorkersOption,
@@ -49,6 +52,8 @@ def evaluate(
         typer.Option(help=f"{ENGINE_NAMES}. [default: the first that is installed, or that asks --server]"),
     ] = None,
     server: ServerOption = None,
+    api: ApiOption = None,
+    model_name: ModelNameOption = None,
     api_key: ApiKeyOption = None,
     engine_option: EngineOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask about the first N clips of each dataset only.")] = None,
@@ -90,6 +95,7 @@ def evaluate(
       mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
       mergekit-bio eval closed_set --dry-run --probe 60
       mergekit-bio eval closed_set --fetch-only
+      mergekit-bio eval closed_set --engine http --api openai --server https://api.openai.com/v1 --model-name gpt-audio
     """
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.errors import RecipeError
@@ -101,6 +107,10 @@ def evaluate(
     if show_prompts is not None:
         _show_prompts(recipe, data, show_prompts, output)
         return
+    if api == "openai" and api_key == os.environ.get(
+        "VLLM_API_KEY"
+    ):  # the key of servers of ours, unless it is the only one
+        api_key = os.environ.get("OPENAI_API_KEY", api_key)
     settings = EngineSettings(
         options=dict(map(key_value, engine_option or [])), servers=tuple(server or ()), api_key=api_key, quiet=quiet
     )
@@ -112,6 +122,8 @@ def evaluate(
         data=data,
         engine=engine,
         servers=server or [],
+        api=api,
+        model_name=model_name,
         limit=limit,
         listener=output,
         fetch=not (dry_run or fetch_only),

@@ -1,5 +1,6 @@
 """``mergekit-bio serve``: an OpenAI-compatible server for a merged checkpoint, or for every strength of an adapter."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,13 @@ def serve(
     dial: Annotated[
         bool, typer.Option("--dial", help="Serve every strength of what the checkpoints were merged from, unmerged.")
     ] = False,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may ask: NAME: KEY a line; read again when it changes.")
+    ] = None,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A line of JSON a request: who, when, how much; no content. - for stdout."),
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Most items in a /predict request, if so many recordings fit into one.")
@@ -55,12 +63,15 @@ def serve(
       mergekit-bio serve merged/half --api-key KEY --tensor-parallel-size 2
     """
     from mergekit_bio.serve.command import serve as start
+    from mergekit_bio.serve.request_log import STANDARD_OUTPUT
     from mergekit_bio.serve.settings import ServeSettings
 
     given = arguments or []
     first_flag = next((index for index, argument in enumerate(given) if argument.startswith("-")), len(given))
     checkpoints, flags = given[:first_flag], given[first_flag:]
     settings = ServeSettings(
+        api_keys=api_keys and api_keys.absolute(),
+        request_log=request_log and (request_log if request_log == STANDARD_OUTPUT else request_log.absolute()),
         max_body_bytes=max_body_mb << 20,
         max_batch=max_batch,
         max_audio_seconds=max_audio_seconds,

@@ -15,8 +15,28 @@ ENGINES: Mapping[str, str] = MappingProxyType(
         "vllm": "mergekit_bio.engine.vllm.offline:VllmEngine",
         "transformers": "mergekit_bio.engine.transformers:TransformersEngine",
         "http": "mergekit_bio.engine.http:HttpEngine",
+        "openai": "mergekit_bio.engine.openai_api:OpenAiEngine",
     }
 )
+
+
+#: What servers speak -> the engine that asks them: ``--api`` names it beside ``--engine http``.
+APIS: Mapping[str, str] = MappingProxyType({"mergekit-bio": "http", "openai": "openai"})
+
+
+def engine_of_api(engine: str | None, api: str | None) -> str | None:
+    """The engine that a user means, who may name the API that the servers speak.
+
+    Raises:
+        EngineError: There is no such API, or the engine asks no servers.
+    """
+    if api is None:
+        return engine
+    if api not in APIS:
+        raise EngineError(f"--api {api}: no such API{nearest(api, tuple(APIS))}")
+    if engine not in (None, "http", APIS[api]):
+        raise EngineError(f"--api {api}: goes with --engine http, not {engine}")
+    return APIS[api]
 
 
 def engine_class(name: str) -> type[Engine]:

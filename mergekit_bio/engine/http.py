@@ -71,6 +71,7 @@ class HttpEngine:
 
     name: ClassVar = "http"
     remote: ClassVar = True
+    baseline: ClassVar = False
     packages: ClassVar = ("httpx",)
     advice: ClassVar = ""
     prefixes: None = None  # the servers have their own
@@ -124,7 +125,7 @@ class HttpEngine:
             raise EngineError(f"concurrency={concurrency}: write a whole number of 1 or more")
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise EngineError(f"timeout={timeout}: write a number of seconds")
-        self._servers = [server.rstrip("/").removesuffix("/v1") for server in servers]
+        self._servers = [self._address(server) for server in servers]
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries or Retries()
         # Connections and counts belong to one event loop. Whoever asks waits for it, from whichever thread.
@@ -135,17 +136,25 @@ class HttpEngine:
         self._most_beams = 1
         self._template = "{}"
         try:
-            self._offered = self._in_common()
-            if model is not None and not _offers(self._offered, model):
-                raise EngineError(
-                    f"not every server offers the model {model}; in common are: {', '.join(self._offered) or 'none'}"
-                )
-            if not self._offered:
-                raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
+            self._model = self._choose_model(model)
         except BaseException:
             self.close()
             raise
-        self._model = model or self._offered[0]
+
+    def _address(self, server: str) -> str:
+        """What the paths of questions are added to."""
+        return server.rstrip("/").removesuffix("/v1")
+
+    def _choose_model(self, model: str | None) -> str:
+        """The model to ask first, which every server has."""
+        self._offered = self._in_common()
+        if model is not None and not _offers(self._offered, model):
+            raise EngineError(
+                f"not every server offers the model {model}; in common are: {', '.join(self._offered) or 'none'}"
+            )
+        if not self._offered:
+            raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
+        return model or self._offered[0]
 
     def _in_common(self) -> list[str]:
         """The models that every server offers."""
@@ -181,10 +190,7 @@ class HttpEngine:
         }
         seeds = range(decoding.seed, decoding.seed + len(prompts))
         return self._answer_all(
-            [
-                _chat_question(self._model, prompt, settings | {"seed": seed})
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
+            [self._question(prompt, settings | {"seed": seed}) for prompt, seed in zip(prompts, seeds, strict=True)]
         )
 
     def choose(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[Generation]:
@@ -195,7 +201,7 @@ class HttpEngine:
         """
         longest = max((len(label.encode()) for label in labels), default=0)
         settings = {"max_tokens": longest + 1, "temperature": 0.0, "structured_outputs": {"choice": list(labels)}}
-        return self._answer_all([_chat_question(self._model, prompt, settings) for prompt in prompts])
+        return self._answer_all([self._question(prompt, settings) for prompt in prompts])
 
     def loglikelihood(
         self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
@@ -222,6 +228,10 @@ class HttpEngine:
         self._most_beams = min(beams if isinstance(beams, int) else 1 for beams in most_beams)
         return revisions.pop()
 
+    def _question(self, prompt: Prompt, settings: dict[str, Any]) -> "Question":
+        """What is sent for a prompt, and how the answer is read."""
+        return _chat_question(self._model, prompt, settings)
+
     def close(self) -> None:
         """Close the connections; the servers stay."""
 
@@ -245,7 +255,7 @@ class HttpEngine:
             future.cancel()
             raise
 
-    def _answer_all(self, questions: "Sequence[_Question]") -> list[Generation]:
+    def _answer_all(self, questions: "Sequence[Question]") -> list[Generation]:
         async def answer_all() -> list[Generation]:
             import httpx
 
@@ -262,7 +272,7 @@ class HttpEngine:
 
         return self._wait_for(answer_all())
 
-    async def _answer(self, question: "_Question") -> Generation:
+    async def _answer(self, question: "Question") -> Generation:
         """Ask until somebody answers."""
         reason = ""
         for attempt in range(self._retries.attempts):
@@ -275,7 +285,7 @@ class HttpEngine:
             reason = answered
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
 
-    async def _race(self, question: "_Question") -> "Generation | str":
+    async def _race(self, question: "Question") -> "Generation | str":
         """Ask one server, and others too where it takes suspiciously long.
 
         Returns:
@@ -307,7 +317,7 @@ class HttpEngine:
                 task.cancel()
             await asyncio.gather(*racing, return_exceptions=True)
 
-    async def _ask(self, turn: "_Turn", question: "_Question") -> "Generation | str":
+    async def _ask(self, turn: "_Turn", question: "Question") -> "Generation | str":
         """Ask one server.
 
         Returns:
@@ -332,6 +342,10 @@ class HttpEngine:
             if response.status_code not in _RETRIED:
                 failed = False
                 _raise_refusal(server, response)
+            # A server that asks for patience works. Its room is not given to others meanwhile.
+            if response.status_code == 429:
+                failed = False
+                await asyncio.sleep(min(_seconds_to_wait(response.headers), self._retries.longest_wait))
             return f"{server} answered with status {response.status_code}"
         except PromptError:
             failed = False
@@ -424,7 +438,7 @@ class _Room:
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """What a server is asked.
 
     Attributes:
@@ -439,7 +453,7 @@ class _Question:
     read: Callable[[Any, str, float], Generation]
 
 
-def _chat_question(model: str, prompt: Prompt, settings: dict[str, Any]) -> _Question:
+def _chat_question(model: str, prompt: Prompt, settings: dict[str, Any]) -> Question:
     """A prompt over OpenAI's chat API."""
 
     def body() -> dict[str, Any]:
@@ -466,10 +480,10 @@ def _chat_question(model: str, prompt: Prompt, settings: dict[str, Any]) -> _Que
         except (KeyError, TypeError) as error:
             raise ValueError("the answer is no completion") from error
 
-    return _Question("/v1/chat/completions", body, read)
+    return Question("/v1/chat/completions", body, read)
 
 
-def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> _Question:
+def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> Question:
     """A prompt over predictions_v1, where our servers search with beams. Its answers tell no tokens."""
 
     if len({clip.seconds for clip in prompt.audios}) > 1:
@@ -487,7 +501,7 @@ def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> _Question:
         item = {
             "sample_id": "0",
             "messages": [{"role": "user", "content": text}],
-            "audio_inputs": [{"payload_type": "base64_wav", "data": _wav(clip)} for clip in prompt.audios],
+            "audio_inputs": [{"payload_type": "base64_wav", "data": wav_in_base64(clip)} for clip in prompt.audios],
             "generation_config": config,
         }
         return {"schema_version": "predictions_v1", "requests": [item]}
@@ -508,7 +522,13 @@ def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> _Question:
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError("the answer is no response of predictions_v1") from error
 
-    return _Question(f"/{model}/predict", body, read)
+    return Question(f"/{model}/predict", body, read)
+
+
+def _seconds_to_wait(headers: Mapping[str, str]) -> float:
+    """How long a server asks to be left alone (``Retry-After``); 0 where it does not say in seconds."""
+    said = headers.get("retry-after", "")
+    return float(said) if said.isascii() and said.isdigit() else 0.0
 
 
 def _raise_refusal(server: str, response: Any) -> NoReturn:
@@ -528,18 +548,18 @@ def _url(clip: Clip) -> str:
     A server of ours would take it for the beginning of 10 s; the parameter says how long the clip is. Another server
     passes over the parameter and hears the clip as it is here: cut and padded.
     """
-    return f"data:audio/wav;seconds={clip.seconds};base64,{_wav(clip)}"
+    return f"data:audio/wav;seconds={clip.seconds};base64,{wav_in_base64(clip)}"
 
 
-def _wav(clip: Clip) -> str:
-    """A prepared clip as a WAV file in base64: 16-bit samples where all of them are, else 32-bit floats."""
+def wav_in_base64(clip: Clip, *, bits: int | None = None) -> str:
+    """A prepared clip as a WAV file in base64: 16-bit samples where all of them are, or ``bits`` is 16, else floats."""
     import soundfile
 
     from mergekit_bio.audio.config import SAMPLING_RATE
 
     scaled = clip.waveform * 32768
-    pcm16 = bool(((scaled.round() == scaled) & (scaled.abs() < 32768)).all())
-    samples = scaled.short() if pcm16 else clip.waveform.float()
+    pcm16 = bits == 16 or bool(((scaled.round() == scaled) & (scaled.abs() < 32768)).all())
+    samples = scaled.round().clamp(-32768, 32767).short() if pcm16 else clip.waveform.float()
     file = io.BytesIO()
     subtype = "PCM_16" if pcm16 else "FLOAT"
     soundfile.write(file, samples.numpy(), SAMPLING_RATE, format="WAV", subtype=subtype)

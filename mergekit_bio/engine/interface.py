@@ -134,12 +134,15 @@ class Engine(Protocol):
         name: What a user calls it.
         remote: Whether servers hold the checkpoints. Then nothing is merged or fetched here, a checkpoint is known by
             its directory's name, and ``--server`` names the servers.
+        baseline: Whether it asks other people's models, which a sweep is compared with: they are asked by the name that
+            ``--model-name`` says, greedily, and drawn beside the sweep.
         packages: Distributions whose versions a run records.
         advice: What a user is told where another engine answers because this one is not installed.
     """
 
     name: ClassVar[str]
     remote: ClassVar[bool]
+    baseline: ClassVar[bool]
     packages: ClassVar[tuple[str, ...]]
     advice: ClassVar[str]
 

@@ -53,6 +53,7 @@ class TransformersEngine:
 
     name: ClassVar = "transformers"
     remote: ClassVar = False
+    baseline: ClassVar = False
     packages: ClassVar = ("transformers",)
     advice: ClassVar = ""
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
 
-Task = Literal["classification", "detection", "captioning"]
+#: What is asked of a dataset; BEANS-Zero has the first three.
+Task = Literal["classification", "detection", "captioning", "instructions"]
 
 
 @dataclass(frozen=True)

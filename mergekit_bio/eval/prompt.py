@@ -29,17 +29,17 @@ class Instruction:
     Attributes:
         text: The user's words, with one ``<AudioHere>`` for each audio.
         clips: The ids of the clips that belong to the slots, in order.
-        query_slot: Which of them is the clip that is asked about.
+        query_slot: Which of them is the clip that is asked about; None where nothing is heard.
     """
 
     text: str
     clips: tuple[str, ...]
-    query_slot: int
+    query_slot: int | None
 
     @property
     def examples(self) -> tuple[str, ...]:
         """The ids of the example clips, in order."""
-        return self.clips[: self.query_slot] + self.clips[self.query_slot + 1 :]
+        return () if self.query_slot is None else self.clips[: self.query_slot] + self.clips[self.query_slot + 1 :]
 
 
 def flags(query: str, where: str) -> set[str]:
@@ -80,6 +80,11 @@ def instruction_prompt(*, clip: str, instruction: str, task: Task, labels: int |
     if AUDIO_SLOT not in instruction:
         instruction = AUDIO_LEAD + instruction
     return _checked(instruction, (clip,), 0)
+
+
+def text_prompt(text: str) -> Instruction:
+    """What is asked without audio."""
+    return _checked(text, (), None)
 
 
 def query_prompt(
@@ -145,7 +150,7 @@ def _drawn(
     return shuffled(examples, *key, clip, "examples")
 
 
-def _checked(text: str, clips: tuple[str, ...], query_slot: int) -> Instruction:
+def _checked(text: str, clips: tuple[str, ...], query_slot: int | None) -> Instruction:
     text = text.strip()
     check_audio_count(slots=text.count(AUDIO_SLOT), audios=len(clips))
     return Instruction(text=text, clips=clips, query_slot=query_slot)

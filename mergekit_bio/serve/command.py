@@ -18,6 +18,8 @@ from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.errors import EngineError
 from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
+from mergekit_bio.serve.keys import is_open_to_all, read_keys
+from mergekit_bio.serve.request_log import RequestLog
 from mergekit_bio.serve.settings import PLUGIN, DialSettings, ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -67,7 +69,6 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
         "--shutdown-timeout": "7",  # seconds for running requests and for its processes, which it would kill otherwise
         "--structured-outputs-config": '{"backend": "guidance"}',  # the one that finds every bad grammar beforehand
         "--worker-cls": worker_class(),
-        "--middleware": "mergekit_bio.serve.guard.Guard",
     }
     given = _named(flags)
     if dial is not None:
@@ -92,6 +93,7 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
     validate_parsed_serve_args(args)
     if dial is not None and args.max_cpu_loras is None:
         args.max_cpu_loras = max(KEPT_STRENGTHS, args.max_loras)
+    args.middleware = [*args.middleware, "mergekit_bio.serve.guard.Guard"]  # around a user's own
     if getattr(args, "grpc", False):
         raise EngineError("--grpc: this server's routes and its guard are HTTP's; leave it out")
     return args
@@ -124,7 +126,8 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         settings: Limits; what is served, and the rules for media, are filled in here.
 
     Raises:
-        MergekitBioError: The source cannot be served, or not with these flags.
+        MergekitBioError: The source cannot be served, or not with these flags, or there are no keys to be
+            read, or the request log cannot be written.
         MissingPackageError: vLLM is not installed.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
@@ -132,6 +135,12 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
+    if settings.api_keys is not None:
+        read_keys(settings.api_keys)  # what is wrong with them is said now
+        if is_open_to_all(settings.api_keys):
+            print(f"note: {settings.api_keys}: everybody on this machine can read it; chmod o-r it", file=sys.stderr)
+    if settings.request_log is not None:
+        RequestLog(settings.request_log).close()
     require_vllm()
     register()
     with ExitStack() as stack:
@@ -147,6 +156,8 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
             checkpoint, names = found.path.resolve(), [found.name]
         # 2. vLLM's arguments, and what our parts in its processes need to know.
         args = parse_flags(checkpoint, names, flags, dial)
+        if settings.request_log is not None:
+            args.middleware.append("mergekit_bio.serve.request_log.RequestLogger")
         if (cache := cache_memory(checkpoint, cache_options(args, flags))) is not None:
             args.kv_cache_memory_bytes = cache.bytes
             print(f"note: {cache.in_words}", file=sys.stderr)

@@ -30,6 +30,7 @@ from mergekit_bio.serve.predictions import (
     read_requests,
     success,
 )
+from mergekit_bio.serve.request_log import count, count_tokens
 from mergekit_bio.serve.settings import PLUGIN, ServeSettings
 
 #: Nobody is there to read it; nginx's status for that.
@@ -68,6 +69,8 @@ class PredictionsEndpoint:
             check = GrammarCheck(engine_client.renderer.get_tokenizer(), config.model_config.get_vocab_size())
         never = None if config.speculative_config else state.mergekit_bio_tokenization.audio_token_id
         prepare_requests(engine_client, dial, never=never, check=check)
+        if settings.request_log is not None:
+            count_tokens(engine_client)
 
 
 @router.post("/predict")
@@ -160,6 +163,7 @@ async def _respond(state: Any, adapter: Any, sample_id: str, item: Item | str) -
         )
     except (MergekitBioError, VLLMClientError) as error:
         return failure(sample_id, str(error))
+    count(prompt_tokens=generation.prompt_tokens, completion_tokens=len(generation.token_ids))
     return success(sample_id, generation)
 
 

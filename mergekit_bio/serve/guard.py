@@ -1,11 +1,8 @@
 """What every request passes before vLLM sees it: its key, its body, and the model that it names."""
 
 import asyncio
-import hashlib
-import hmac
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Coroutine
@@ -17,15 +14,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.outside_data import is_text
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.keys import Keys, vllms_keys
+from mergekit_bio.serve.request_log import note
+from mergekit_bio.serve.settings import OPEN_PATHS, ServeSettings
 
 T = TypeVar("T")
 
-#: Answered without a key: nothing here tells or does more than "the server is up".
-OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
-
 #: Where the model that a request is for stands in its scope; None for the default.
 MODEL_KEY = "mergekit_bio.model"
+#: Where the name of the key stands that let a client in; None where no key is asked for.
+KEY_NAME = "mergekit_bio.key_name"
 #: Where the JSON of a body for ``/predict`` stands; None where it is none.
 DOCUMENT_KEY = "mergekit_bio.document"
 
@@ -66,7 +64,7 @@ class _Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware, outermost; vLLM makes it (``--middleware``).
+    """ASGI middleware around vLLM's own; vLLM makes it.
 
     ``/NAME/predict`` and its kin choose a model by path, for clients of a contract that has no field for it.
     """
@@ -75,6 +73,7 @@ class Guard:
         self._app = app
         self._settings = ServeSettings.from_environment()
         self._dial = self._settings.make_dial()
+        self._keys: Keys | None = None
         self._held_bytes = 0
         self._lets_go_at = math.inf
 
@@ -139,8 +138,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, body: "_Body", send: Send) -> None:
         # 1. Whether the client may ask. What has no body needs no more.
-        if not _has_key(scope):
-            raise _Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
+        self._let_in(scope)
         if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
             await self._app(scope, body.receive, send)
             return
@@ -158,6 +156,7 @@ class Guard:
         if scope["path"] == "/predict":
             scope[DOCUMENT_KEY] = document
         elif isinstance(document, dict):
+            note(model=self._canonical(document.get("model")))
             self._check_model(document.get("model"))
             if document.get("features") is not None:  # with keys of vLLM's caches
                 raise _Refused(400, "features: audio is computed by this server alone; send it in content_parts")
@@ -174,10 +173,35 @@ class Guard:
             path = f"/{rest}"
         else:
             name = None
-        return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: name}
+        note(path=path, model=self._canonical(name) if path in ("/predict", "/info") else None)
+        return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: name, KEY_NAME: None}
+
+    def _let_in(self, scope: Scope) -> None:
+        """Refuse a client that needs a key and has none; note whose key another one has.
+
+        vLLM itself asks again for a key of its own, if it has one, and is given that.
+        """
+        own = vllms_keys(scope["app"].state.args.api_key)
+        if self._keys is None:
+            self._keys = Keys(own, self._settings.api_keys)
+        if not self._keys.asked_for or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
+            return
+        scope[KEY_NAME] = self._keys.name_of(_bearer(scope))
+        if scope[KEY_NAME] is None:
+            raise _Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
+        note(key=scope[KEY_NAME])
+        others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+        scope["headers"] = [*others, *((b"authorization", f"Bearer {key}".encode()) for key in [*own][:1])]
 
     def _knows(self, name: str) -> bool:
         return bool(name) and (name in self._settings.names if self._dial is None else name in self._dial)
+
+    def _canonical(self, name: Any) -> str | None:
+        """The name that answers have; None for a model that there is not."""
+        if self._dial is None:
+            return self._settings.names[0] if name is None or name in self._settings.names else None
+        strength = self._dial.strength(name) if name is None or isinstance(name, str) else None
+        return None if strength is None else self._dial.canonical(strength)
 
     def _check_model(self, name: Any) -> None:
         """vLLM itself refuses other names; of a strength that there is not, we know what is wrong with it."""
@@ -301,15 +325,10 @@ def _parsed_for_vllm(body: bytes | bytearray) -> Any:
     return document
 
 
-def _has_key(scope: Scope) -> bool:
-    keys = [key for key in scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
-    if not keys or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
-        return True
-    scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-    # Digests are compared, so that the time taken tells neither a key's length nor its beginning.
-    digest = hashlib.sha256(given).digest()
-    matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
-    return scheme.lower() == b"bearer" and any(matches)
+def _bearer(scope: Scope) -> bytes:
+    """The key that a client sends, if it sends one."""
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    return key if scheme.lower() == b"bearer" else b""
 
 
 async def _refuse(scope: Scope, body: _Body, send: Send, refused: _Refused) -> None:

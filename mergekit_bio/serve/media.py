@@ -19,6 +19,7 @@ from yarl import URL
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.audio.waveform import check_channels, check_rate, pad_to_minimum
 from mergekit_bio.errors import AudioError
+from mergekit_bio.serve.request_log import count
 from mergekit_bio.serve.settings import ServeSettings
 
 #: What is decoded beyond a clip's end: further than the resampler reaches at any rate.
@@ -43,13 +44,16 @@ async def read_clip(data: bytes, settings: ServeSettings, *, seconds: float, sho
         AudioError: As :func:`decode`, or there is no clip of this length.
     """
 
-    def prepare() -> Clip:
+    def prepare() -> tuple[Clip, float]:
         samples, rate = decode(data, settings)
+        recorded = len(samples) / rate
         if len(samples) and not shortest:
             samples = pad_to_minimum(samples, rate)
-        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds)
+        return Clip.from_samples(samples, sampling_rate=rate, seconds=seconds), recorded
 
-    return await asyncio.to_thread(prepare)
+    clip, recorded = await asyncio.to_thread(prepare)
+    count(audio_seconds=min(recorded, seconds))
+    return clip
 
 
 def decode(data: bytes, settings: ServeSettings) -> tuple[Any, int]:

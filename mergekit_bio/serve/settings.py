@@ -14,6 +14,9 @@ VARIABLE = "MERGEKIT_BIO_SERVE"
 #: What vLLM knows this package's routes and its way to audio by (``pyproject.toml``).
 PLUGIN = "mergekit_bio"
 
+#: Answered without a key, and not logged: nothing here tells or does more than "the server is up".
+OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+
 #: 10 s at 48 kHz of 16 bits in base64, and a little for the rest of an item.
 _BYTES_OF_A_CLIP = 10 * 48_000 * 2 * 4 / 3 + 10_000
 
@@ -45,6 +48,8 @@ class ServeSettings:
         directory: The checkpoint that vLLM loads.
         names: What the model is called.
         dial: How every strength is served; None for one merged checkpoint.
+        api_keys: A file with more keys than vLLM's own.
+        request_log: Where a line is written for each request; ``-`` for standard output.
         max_body_bytes: Larger requests are refused before they are read.
         max_batch: Items in one ``/predict`` request, if their recordings fit into one.
         max_audio_seconds: Longer recordings are refused before they are decoded.
@@ -61,6 +66,8 @@ class ServeSettings:
     directory: str = ""
     names: tuple[str, ...] = ()
     dial: DialSettings | None = None
+    api_keys: Path | None = None
+    request_log: Path | None = None
     max_body_bytes: int = 64 << 20
     max_batch: int = 8
     max_audio_seconds: float = 600.0

@@ -117,6 +117,7 @@ def test_a_warning_that_concerns_the_user_is_shown_and_json_stays_one_document(d
     assert json.loads(done.stdout)["cells"][0]["answered"] == 1
 
 
+@pytest.mark.soak
 def test_quiet_prints_bare_results_and_not_even_a_warning(demo, kept, tmp_path):
     done = off_a_terminal(
         "eval", kept / "demo.yaml", absolute(kept)[0], "--limit=1", EAGER, "--engine-option=dtype=float16", "--quiet",

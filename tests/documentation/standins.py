@@ -37,7 +37,7 @@ def write_standins(here: Path, make_run: Callable[..., Path]) -> None:
         write_recording(here / name)
     (here / "species.txt").write_text("# birds of the marsh\nMarsh Wren\nSora\nVirginia Rail\n")
     _write_beans_zero(here / BEANS_ZERO / "test.parquet")
-    for name in ("closed_set", "watkins", "cbi"):
+    for name in ("closed_set", "watkins", "cbi", "instructions"):
         shutil.copytree(make_run(name=name), here / "runs" / name)
     for name in ("eval", "recipes"):
         (here / name).symlink_to(ROOT / name)

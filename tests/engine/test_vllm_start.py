@@ -27,7 +27,7 @@ def _family(group: int) -> list[str]:
     "everybody",
     [
         pytest.param(True, id="Ctrl-C in a terminal"),
-        pytest.param(False, id="SIGTERM from a scheduler", marks=pytest.mark.long),
+        pytest.param(False, id="SIGTERM from a scheduler", marks=pytest.mark.soak),
     ],
 )
 def test_an_interruption_ends_the_start_of_vllm_and_all_of_its_processes(everybody, tmp_path, monkeypatch):

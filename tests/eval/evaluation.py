@@ -78,7 +78,7 @@ def shipped_copy(file: Path, folder: Path, checkpoint: Path) -> Path:
     """A recipe that comes with the package, about made-up clips in BEANS-Zero's schema and one small checkpoint."""
     recipe = load_recipe(file).recipe
     rows = []
-    for choice in recipe.datasets:
+    for choice in (choice for choice in recipe.datasets if choice.path is None):
         known = (components()[choice.name].labels or ("A wren sings.",))[:3]
         labels = [one.name for one in recipe.species] or [label for label in known if label != "None"]
         for label in labels * (recipe.n_examples + 1):
@@ -93,8 +93,12 @@ def shipped_copy(file: Path, folder: Path, checkpoint: Path) -> Path:
                 }
             )
     data = folder / "beans_zero.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    if rows:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
     content = yaml.safe_load(file.read_text()) | {"data": str(data), "checkpoints": [str(checkpoint)]}
+    for choice in content["datasets"]:
+        if isinstance(choice, dict):
+            choice["path"] = str(file.parent / choice["path"])
     del content["merge"]
     content["generate"]["max_new_tokens"] = 3
     if "label_map" in content:

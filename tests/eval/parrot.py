@@ -6,6 +6,7 @@ from mergekit_bio.engine.interface import Generation
 class Parrot:
     name = "parrot"
     remote = True
+    baseline = False
     packages = ()
     advice = ""
     prefixes = None

@@ -43,7 +43,7 @@ SMALL = "checkpoints: [model]\ndatasets: [watkins]\n"
 def test_the_recipes_of_the_paper_are_there():
     assert set(shipped_recipes()) == {
         "closed_set", "closed_set_2", "in_context_1", "in_context_5", "textual_in_context", "watkins", "cbi",
-        "zf_indiv", "beans_zero", "demo", "demo_named", "demo_combined", "demo_in_context",
+        "zf_indiv", "beans_zero", "instructions", "demo", "demo_named", "demo_combined", "demo_in_context",
     }  # fmt: skip
 
 
@@ -53,7 +53,8 @@ def test_a_shipped_recipe_has_the_papers_settings(name):
     assert recipe.name == name
     if not name.startswith("demo"):
         assert recipe.merge.alphas == ((1.0,) if name in ("zf_indiv", "beans_zero") else SWEEP)
-        assert recipe.generate == Generate(max_new_tokens=100, num_beams=2)
+        greedy = Generate(max_new_tokens=256, num_beams=1)
+        assert recipe.generate == (greedy if name == "instructions" else Generate(max_new_tokens=100, num_beams=2))
         assert recipe.data == "EarthSpeciesProject/BEANS-Zero"
     assert "\t" not in shipped_recipes()[name].read_text()
 
@@ -146,7 +147,7 @@ def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):
         (SMALL + "streaming: 1\n", "mine.yaml:3: streaming: input should be a valid boolean"),
         ("checkpoints: [m]\ndatasets: [watkins, hiceas]\ndecoding: loglikelihood\n", "mine.yaml:3: decoding: 'logli"),
         ("checkpoints: [m]\ndatasets:\n- {path: x, task: detection}\nqueries: [a]\ndecoding: choice\n", "'x' is det"),
-        (SMALL + "scorer: papr\n", "mine.yaml:3: scorer: input should be 'paper', 'beans-zero', 'exact', 'choice' or"),
+        (SMALL + "scorer: papr\n", "mine.yaml:3: scorer: input should be 'paper', 'beans-zero', 'exact', 'choice',"),
         (SMALL + "seed: 1\nseed: 2\n", "mine.yaml:4: the key 'seed' stands twice"),
         (SMALL + "1: 2\n", "mine.yaml:3: a key must be a text"),
         ("checkpoints: [model]\n", "mine.yaml:1: datasets: is missing"),

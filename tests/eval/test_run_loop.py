@@ -620,8 +620,9 @@ def vllm_slot(tmp_path_factory):
 def test_the_shipped_recipes_give_the_same_predictions_with_vllm(run, vllm_slot, tmp_path, name):
     recipe = shipped_copy(shipped_recipes()[name], tmp_path, run.path / "checkpoints/alpha-1.00")
     options = {"device": "cpu", "dtype": "float32"}
-    expected = evaluate(recipe=recipe, out=tmp_path / "a", limit=1, engine="transformers", engine_options=options)
-    plan = prepare_run(recipe=recipe, out=tmp_path / "b", limit=1, engine="vllm")
+    limit = 2 if name == "instructions" else 1  # one prompt without audio, one with it
+    expected = evaluate(recipe=recipe, out=tmp_path / "a", limit=limit, engine="transformers", engine_options=options)
+    plan = prepare_run(recipe=recipe, out=tmp_path / "b", limit=limit, engine="vllm")
     record = carry_out(plan, EngineSettings(), listener=SilentListener(), slot=vllm_slot)
     for cell in record.cells:
         assert cell.identity["dtype"] == "float32" == record.environment["engine"]["options"]["dtype"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serve.requests_to_server import KEY, MAX_AUDIOS
+from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
@@ -33,6 +33,7 @@ class Server:
     sweep: dict[str, Path]
     folder: Path
     log: Path
+    request_log: Path
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -64,6 +65,8 @@ def engines(sweep) -> dict[str, TransformersEngine]:
 def server(sweep, tmp_path_factory):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     folder = tmp_path_factory.mktemp("clips")
+    keys, requests = folder.parent / "keys", folder.parent / "requests.jsonl"
+    keys.write_text("".join(f"{name}: {key}\n" for name, key in KEYS.items()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,6 +79,10 @@ def server(sweep, tmp_path_factory):
         "11",
         "--max-audio-seconds",
         "60",
+        "--api-keys",
+        str(keys),
+        "--request-log",
+        str(requests),
         *SLOTS,
     ]
     environment = os.environ | {
@@ -96,7 +103,7 @@ def server(sweep, tmp_path_factory):
             *flags,
         ]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    running = Server(f"http://127.0.0.1:{port}", process, sweep, folder, log)
+    running = Server(f"http://127.0.0.1:{port}", process, sweep, folder, log, requests)
     try:
         _wait_until_up(running, seconds=270)
         yield running

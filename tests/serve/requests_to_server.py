@@ -6,7 +6,9 @@ import io
 import numpy as np
 import soundfile
 
+#: vLLM's own, and those of a file.
 KEY = "the-key"
+KEYS = {"ana": "0a1b2c3d", "ben": "4e5f6a7b"}
 MAX_AUDIOS = 6
 
 

@@ -185,7 +185,8 @@ def test_flags_are_vllms_and_win_over_private_defaults(sweep, sources):
     assert (args.host, args.allowed_origins, args.allowed_local_media_path) == ("127.0.0.1", [], "")
     assert args.served_model_name == ["half"] and not args.enable_lora
     given = ["--host", "0.0.0.0", "--api-key", "k", "--tensor-parallel-size", "2", "--data-parallel-size", "2"]
-    args = parse_flags(half, ["half"], [*given, "--distributed-executor-backend", "ray"])
+    args = parse_flags(half, ["half"], [*given, "--distributed-executor-backend", "ray", "--middleware", "my.Own"])
+    assert args.middleware == ["my.Own", "mergekit_bio.serve.guard.Guard"]  # the last is the outermost
     assert (args.host, args.api_key, args.distributed_executor_backend) == ("0.0.0.0", ["k"], "ray")
     assert (args.tensor_parallel_size, args.data_parallel_size) == (2, 2)
     assert prompt_template(args) == LLAMA3_TEMPLATE

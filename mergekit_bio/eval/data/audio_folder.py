@@ -18,7 +18,14 @@ from mergekit_bio.audio.selections import parse_seconds
 from mergekit_bio.errors import AudioError, DatasetError
 from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.data.annotations import annotated_stretches
-from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, checked_samples, unique_rows
+from mergekit_bio.eval.data.dataset import (
+    Dataset,
+    DatasetRow,
+    Recording,
+    Recordings,
+    checked_samples,
+    unique_rows,
+)
 from mergekit_bio.eval.scoring.matching import label_set, normalised
 from mergekit_bio.outside_data import Document, is_text, read_rows
 
@@ -52,11 +59,9 @@ def open_audio_folder(
             what scoring does not look at; the file, and where there is one the line, is named.
     """
     folder = path.parent if path.is_file() else path
-    metadata = [folder / file for file in METADATA if (folder / file).is_file()] if path == folder else []
-    if len(metadata) > 1:
-        raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
-    if metadata:
-        where, documents = metadata[0], read_rows(metadata[0], error=DatasetError)
+    metadata = metadata_file(folder) if path == folder else None
+    if metadata is not None:
+        where, documents = metadata, read_rows(metadata, error=DatasetError)
     else:
         where, documents = path, annotated_stretches(path, folder, label_column=label_column, task=task)
         label_column = LABEL
@@ -65,7 +70,7 @@ def open_audio_folder(
     for split, row in _rows(folder, documents, task, label_column or LABEL):
         (examples if split in EXAMPLES else asked).append(row)
     rows = [*asked, *examples]
-    by_id = {row.id: row for row in rows}
+    recording, recordings = recordings_of(rows, channel)
     unique = unique_rows(asked, f"{where} (rows that are asked)")
     longer = sum(row.end is not None and row.end - row.start > CLIP_SECONDS for row in rows)
     note = f"{name}: {longer} of {len(rows)} parts of recordings are longer than 10 s; their first 10 s are heard"
@@ -78,21 +83,33 @@ def open_audio_folder(
         seconds=CLIP_SECONDS,
         source=str(path),
         notes=(note,) if longer else (),
-        recording=partial(_recording, by_id, channel),
-        recordings=partial(_recordings, by_id, channel),
+        recording=recording,
+        recordings=recordings,
         channel=channel,
     )
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The file of ``METADATA`` that a folder has, if it has one.
+
+    Raises:
+        DatasetError: It has both.
+    """
+    there = [folder / file for file in METADATA if (folder / file).is_file()]
+    if len(there) > 1:
+        raise DatasetError(f"{folder}: has both metadata.csv and metadata.jsonl; keep one")
+    return there[0] if there else None
 
 
 def _rows(
     folder: Path, documents: Iterable[Document], task: Task, label_column: str
 ) -> Iterator[tuple[str, DatasetRow]]:
-    """Every row, after its value of the column ``split``; texts as :func:`_plain` makes them."""
+    """Every row, after its value of the column ``split``; texts as :func:`plain_text` makes them."""
     lines: dict[str, str] = {}  # id -> where its row begins
     labels: dict[str, str] = {}  # label as scoring compares it -> as it is written
     required = (FILE, label_column)
     for document in documents:
-        values = {_plain(column): _plain(value) for column, value in document.data.items()}
+        values = {plain_text(column): plain_text(value) for column, value in document.data.items()}
         # 1. The columns are there, once, and hold texts.
         for column in required:
             if column not in values:
@@ -111,7 +128,7 @@ def _rows(
             if not values[column]:
                 raise document.problem((), f"no {column}")
         # 2. The recording, or this part of it, is in the folder, and in one row.
-        path = _inside(folder, values[FILE], document)
+        path = inside(folder, values[FILE], document)
         row_id = unicodedata.normalize("NFC", posixpath.normpath(path.relative_to(folder).as_posix()))
         start, end = (_seconds(document, values.get(column), column) for column in ("start", "end"))
         if end is not None and end <= (start or 0):
@@ -145,12 +162,12 @@ def _in_short(seconds: float) -> str:
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
-def _plain(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
     """A text as it is compared: without white space around it and characters that have no width, composed (NFC)."""
     return unicodedata.normalize("NFC", _NO_WIDTH.sub("", value)).strip() if isinstance(value, str) else value
 
 
-def _inside(folder: Path, name: str, document: Document) -> Path:
+def inside(folder: Path, name: str, document: Document) -> Path:
     """The recording of a row, by its name as some system or other writes it."""
     if "\0" in name:
         raise document.problem((), f"'{name}' is outside the folder")
@@ -162,6 +179,12 @@ def _inside(folder: Path, name: str, document: Document) -> Path:
         if path.is_file():
             return path
     raise document.problem((), f"the recording '{name}' does not exist")
+
+
+def recordings_of(rows: Sequence[DatasetRow], channel: int | None) -> tuple[Recording, Recordings]:
+    """What a dataset reads the recordings of rows in files with: ``recording`` and ``recordings`` of its attributes."""
+    by_id = {row.id: row for row in rows if row.path is not None}
+    return partial(_recording, by_id, channel), partial(_recordings, by_id, channel)
 
 
 def _recording(rows: dict[str, DatasetRow], channel: int | None, row_id: str, note: Note) -> tuple[np.ndarray, int]:

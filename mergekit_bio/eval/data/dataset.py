@@ -20,6 +20,11 @@ from mergekit_bio.outside_data import nearest
 UNREADABLE = b"cannot be read"
 
 
+#: See the attributes ``recording`` and ``recordings`` of ``Dataset``.
+Recording = Callable[[str, Note], tuple[np.ndarray, int]]
+Recordings = Callable[[Sequence[str], Note], Iterable[tuple[np.ndarray, int] | AudioError]]
+
+
 class RecordingError(DatasetError):
     """One recording is no use; others of the dataset may be."""
 
@@ -30,9 +35,9 @@ class DatasetRow:
 
     Attributes:
         id: Unique within the dataset.
-        label: Comma-separated for detection, a text for captioning.
+        label: Comma-separated for detection, a text for captioning, the constraint for instructions.
         instruction: The dataset's own question, its audio slot included; None where it has none.
-        path: The recording's file, for local data.
+        path: The recording's file, for local data; None for an instruction without audio.
         start: Where in the file it begins, in seconds.
         end: Where it ends; None for the end of the file. Of what is longer than a clip the beginning is heard.
     """
@@ -84,8 +89,8 @@ class Dataset:
     labels: int | None
     seconds: float
     source: str
-    recording: Callable[[str, Note], tuple[np.ndarray, int]]
-    recordings: Callable[[Sequence[str], Note], Iterable[tuple[np.ndarray, int] | AudioError]] | None = None
+    recording: Recording
+    recordings: Recordings | None = None
     channel: int | None = None
     notes: tuple[str, ...] = ()
     downloads: Callable[[Sequence[str]], list[Download]] | None = None
@@ -173,14 +178,19 @@ def open_dataset(choice: DatasetChoice, recipe: Recipe) -> Dataset:
         DatasetError: The data is missing, damaged or not of the expected schema, or has no clip of a species.
         MissingPackageError: The ``datasets`` package is not installed.
     """
-    if choice.path is not None:
+    channel = None if choice.channel == "mean" else choice.channel
+    if choice.path is not None and choice.task == "instructions":
+        from mergekit_bio.eval.data.instructions import open_instructions
+
+        dataset = open_instructions(Path(choice.path), name=choice.name, channel=channel)
+    elif choice.path is not None:
         from mergekit_bio.eval.data.audio_folder import open_audio_folder
 
         dataset = open_audio_folder(
             Path(choice.path),
             name=choice.name,
             task=choice.task or "classification",
-            channel=None if choice.channel == "mean" else choice.channel,
+            channel=channel,
             label_column=choice.label_column,
         )
     else:

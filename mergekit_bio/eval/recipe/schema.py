@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Len
 
 from mergekit_bio.errors import MergekitBioError, RecipeError
-from mergekit_bio.eval.components import components
+from mergekit_bio.eval.components import Task, components
 from mergekit_bio.eval.label_map import Target, read_label_map
 from mergekit_bio.eval.paper_questions import NAMED_COMPONENTS, paper_names, paper_target, targets_in_words
 from mergekit_bio.eval.prompt import flags, question
@@ -36,7 +37,8 @@ class DatasetChoice:
 
     Attributes:
         name: The component's, or what the recordings are called.
-        path: A folder with metadata or with Raven's selection tables in it, or one such table.
+        path: A folder with metadata or with Raven's selection tables in it, or one such table; of instructions a folder
+            with metadata.
         label_column: The column that holds the label; Raven's tables have none of their own.
         channel: Which channel is heard, counted from 1; or the mean of all.
     """
@@ -45,7 +47,7 @@ class DatasetChoice:
 
     name: Text
     path: Text | None = None
-    task: Literal["classification", "detection", "captioning"] | None = None
+    task: Task | None = None
     channel: Literal["mean"] | Annotated[int, Ge(1)] = "mean"
     label_column: Text | None = None
 
@@ -283,6 +285,17 @@ def _absolute_if_local(source: str, folder: Path) -> str:
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source
 
 
+def _check_instructions(recipe: Recipe, choice: DatasetChoice, refuse: Callable[[str], None]) -> None:
+    """What instructions do not go together with: their rows say what is asked, of which clip, and what is right."""
+    for key in ("queries", "species", "top_k_species"):
+        if getattr(recipe, key):
+            refuse(f"the prompts of '{choice.name}' are its own (task: instructions); leave {key} out")
+    if choice.label_column is not None:
+        refuse("instructions have their constraint in the column 'constraint'; leave label_column out")
+    if recipe.decoding != "generate":
+        refuse(f"instructions are answered freely; decoding: {recipe.decoding} takes another dataset")
+
+
 def _check(recipe: Recipe, where: Callable[..., str]) -> None:
     """What ties keys together."""
 
@@ -310,7 +323,14 @@ def _check(recipe: Recipe, where: Callable[..., str]) -> None:
                 f"'{recipe.decoding}' gives a clip one label, and '{choice.name}' is detection, with several or none; "
                 "leave it at generate",
             )
-        if choice.path is not None and not recipe.queries:
+        if task == "instructions":
+            _check_instructions(recipe, choice, partial(refuse, ("datasets", index)))
+        elif SCORERS[recipe.scorer].match is None:
+            refuse(
+                ("scorer",),
+                f"'{recipe.scorer}' is for task: instructions, and '{choice.name}' is {task or 'classification'}",
+            )
+        elif choice.path is not None and not recipe.queries:
             refuse(("datasets", index), f"the folder '{choice.name}' has no instruction of its own; give queries")
     if recipe.species and recipe.top_k_species is not None:
         refuse(("top_k_species",), "give either species or top_k_species")

@@ -39,7 +39,7 @@ def find_label_map(path: Path) -> Path:
 
 
 def copy_shipped(name: str, destination: str | Path) -> list[Path]:
-    """Copy a recipe that comes with the package, and the label map it names.
+    """Copy a recipe that comes with the package, with the label map and the folders it names that come with it.
 
     Args:
         name: One of ``shipped_recipes``.
@@ -59,11 +59,15 @@ def copy_shipped(name: str, destination: str | Path) -> list[Path]:
     if str(destination).endswith("/") or target.is_dir():
         target /= source.name
     copies = {target: source}
-    label_map = read_yaml(source, error=RecipeError).data.get("label_map")
-    if label_map is not None:
-        copies[target.parent / label_map] = source.parent / label_map
+    content = read_yaml(source, error=RecipeError).data
+    named = [choice["path"] for choice in content["datasets"] if isinstance(choice, dict)]
+    if content.get("label_map") is not None:
+        named.append(content["label_map"])
+    for path in map(source.parent.joinpath, named):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []:
+            copies[target.parent / file.relative_to(source.parent)] = file
     for new, old in copies.items():
-        # A label map may be shared by recipes copied before.
+        # What recipes name may be shared with one that was copied before.
         if new.exists() and (new == target or new.read_bytes() != old.read_bytes()):
             raise OutputError(f"{new} exists already; give another name")
     try:

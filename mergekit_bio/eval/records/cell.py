@@ -67,6 +67,11 @@ class Cell:
         return self.folder / self.file
 
     @property
+    def baseline(self) -> bool:
+        """Whether another model answered, which a sweep is compared with."""
+        return bool(self.identity.get("baseline"))
+
+    @property
     def sweep(self) -> tuple[str, str, int, str, str]:
         """The same for all cells that are compared: a recipe whose queries change may use a number again."""
         return self.run, self.dataset, self.query, self.target, self.query_text or ""

@@ -36,6 +36,7 @@ class Prediction:
         example_ids: The clips that the prompt used as examples, in the order of their placeholders.
         choice_logprobs: For ``decoding: loglikelihood``, the log-probability of each option.
         audio: The recording's file, for local data.
+        start: Where in it the clip begins, in seconds, and ``end``, where it ends; None: where the file does.
         question: What tells the question and its recordings from any other: a run asks again where it has changed.
     """
 
@@ -54,6 +55,8 @@ class Prediction:
     example_ids: tuple[str, ...] | None = None
     choice_logprobs: dict[str, float] | None = None
     audio: str | None = None
+    start: float | None = None
+    end: float | None = None
     question: str | None = None
 
     def to_line(self) -> bytes:

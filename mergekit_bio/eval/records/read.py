@@ -24,6 +24,8 @@ _PUBLISHED_NAME = re.compile(
 )
 #: What the user says in the chat template that the published prompts stand in.
 _USER_TURN = re.compile(r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)<\|eot_id\|>", re.DOTALL)
+#: Of a cell's identity, how was answered and not what was asked.
+_OF_ANSWERS = {"engine", "dtype", "generate", "baseline"}
 #: Where names were published with predictions: in their folder, or for several experiments beside the folder.
 _NAME_FILES = ("{dataset}_vernacular_scientific_mapping.jsonl", "{dataset}_names.jsonl", "{dataset}_names_*.jsonl")
 
@@ -106,12 +108,16 @@ def _with_distinct_names(cells: list[Cell]) -> list[Cell]:
 
 
 def _are_one_run(cells: Sequence[Cell]) -> bool:
-    """Whether cells are of one folder, or what the tasks of an array leave: other checkpoints, and all else equal."""
+    """Whether cells are of one folder, or what the tasks of an array leave: other checkpoints, and all else equal.
+
+    Of other people's models only what they were asked need be equal.
+    """
     if len({cell.folder for cell in cells}) == 1:
         return True
     asked: dict[object, dict[str, Any]] = {}
+    of_answers = {"checkpoint"} | (_OF_ANSWERS if any(cell.baseline for cell in cells) else set())
     for cell in cells:
-        identity = {key: value for key, value in cell.identity.items() if key != "checkpoint"}
+        identity = {key: value for key, value in cell.identity.items() if key not in of_answers}
         if asked.setdefault(cell.sweep, identity) != identity:
             return False
     return len({cell.file for cell in cells}) == len(cells)

@@ -16,6 +16,7 @@ from mergekit_bio.eval.report.comparison import (
     distinct_alphas,
     shared_clips,
 )
+from mergekit_bio.eval.report.trade_off import TradeOff, trade_off_document, trade_offs
 from mergekit_bio.eval.scoring import classification
 from mergekit_bio.eval.scoring.score import Score, score
 from mergekit_bio.eval.scoring.scorers import SCORERS
@@ -44,6 +45,8 @@ TITLES = {
     "cider": "CIDEr",
     "spice": "SPICE",
     "spider": "SPIDEr",
+    "strict": "Kept, strict",
+    "loose": "Kept, loose",
 }
 
 
@@ -54,12 +57,18 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All cells of a run that were asked the same query about the same dataset, for the same target."""
+    """All cells of a run that were asked the same query about the same dataset, for the same target.
+
+    Attributes:
+        scores: Of what is compared with each other.
+        other_models: Of other people's models, which stand beside it as baselines.
+    """
 
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...]
     choices: tuple[AlphaChoice, ...] = ()
     choices_note: str | None = None
+    other_models: tuple[Score, ...] = ()
 
     @property
     def cell(self) -> Cell:
@@ -174,13 +183,18 @@ class Report:
 
     @property
     def scores(self) -> list[Score]:
-        """The scores of all sweeps."""
-        return [item for sweep in self.sweeps for item in sweep.scores]
+        """The scores of all sweeps, other people's models among them."""
+        return [item for sweep in self.sweeps for item in (*sweep.scores, *sweep.other_models)]
 
     @property
     def scorers(self) -> list[str]:
         """The scorers used; more than one only where runs ask for different ones."""
         return list(dict.fromkeys(item.scorer for item in self.scores))
+
+    @property
+    def trade_offs(self) -> list[TradeOff]:
+        """What each task's score costs in instructions kept."""
+        return list(trade_offs(self.sweeps))
 
     @property
     def notes(self) -> list[str]:
@@ -226,9 +240,12 @@ def build_report(
             name = scorer or cell.scorer or "paper"
             scores.append(score(cell, scorer=name, labels=labels, asked=asked, seed=seed))
             progress(1)
-        comparisons = tuple(compare(scores, seed))
-        choices = tuple(choose_on_halves(scores, comparisons, seed=seed))
-        sweeps.append(Sweep(scores=tuple(scores), comparisons=comparisons, choices=choices))
+        # Other people's models are no part of a sweep, unless there is nothing else.
+        compared = [item for item in scores if not item.cell.baseline] or scores
+        others = tuple(item for item in scores if item.cell.baseline) if len(compared) < len(scores) else ()
+        comparisons = tuple(compare(compared, seed))
+        choices = tuple(choose_on_halves(compared, comparisons, seed=seed))
+        sweeps.append(Sweep(scores=tuple(compared), comparisons=comparisons, choices=choices, other_models=others))
     if choose_on is not None:
         sweeps = list(_chosen_on(choose_on, sweeps))
     return Report(sweeps=tuple(sweeps), waiting=tuple(cell for cell in cells if not cell.predictions))
@@ -282,6 +299,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "comparisons": "against the best, paired by clip; p-values Holm-adjusted, p_at_most: or smaller",
         "notes": report.notes,
         "sweeps": [_sweep_document(sweep) for sweep in report.sweeps],
+        "trade_offs": [trade_off_document(trade_off) for trade_off in report.trade_offs],
     }
 
 
@@ -300,17 +318,8 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
         "clips_shared": len(shared_clips(sweep.scores)),
         "labels": len(sweep.labels) if cell.task == "classification" else None,
         "baselines": sweep.baselines,
-        "cells": [
-            {
-                "checkpoint": item.cell.checkpoint,
-                "alpha": item.cell.alpha,
-                "clips": len(item.ids),
-                "figures": item.metrics,
-                "intervals": item.intervals,
-                "matching": item.matching,
-            }
-            for item in sweep.scores
-        ],
+        "cells": [_score_document(item) for item in sweep.scores],
+        "other_models": [_score_document(item) for item in sweep.other_models],
         # The files have always called a metric a figure, and programs read them.
         "comparisons": [
             {"figure" if key == "metric" else key: value for key, value in asdict(comparison).items()}
@@ -329,4 +338,15 @@ def _sweep_document(sweep: Sweep) -> dict[str, Any]:
             }
             for name, (best, full, gain) in gains.items()
         },
+    }
+
+
+def _score_document(item: Score) -> dict[str, Any]:
+    return {
+        "checkpoint": item.cell.checkpoint,
+        "alpha": item.cell.alpha,
+        "clips": len(item.ids),
+        "figures": item.metrics,
+        "intervals": item.intervals,
+        "matching": item.matching,
     }

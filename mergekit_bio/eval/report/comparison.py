@@ -20,6 +20,7 @@ MAIN_METRICS = {
     "classification": ("accuracy", "f1_weighted", "f1_macro"),
     "detection": ("f1_macro", "map"),
     "captioning": ("cider", "spice", "spider"),
+    "instructions": ("strict", "loose"),
 }
 
 
@@ -56,7 +57,7 @@ class Comparison:
         values: Checkpoint -> its metric over these clips, for all cells.
         against: The other cells.
         plateau: The first and last alpha of the stretch around the best that cannot be told from it; None where the
-            cells are not told apart by alpha.
+            cells are not told apart by alpha, or there is no best, as all are 0.
     """
 
     metric: str
@@ -156,7 +157,7 @@ def compare(scores: Sequence[Score], seed: int) -> Iterator[Comparison]:
                 )
                 for index, (low, high), p, p_adjusted in zip(others, intervals, p_values, adjusted, strict=True)
             ),
-            plateau=(alphas[first], alphas[last]) if distinct_alphas(scores) else None,
+            plateau=(alphas[first], alphas[last]) if distinct_alphas(scores) and any(values) else None,
         )
 
 

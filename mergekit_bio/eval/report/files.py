@@ -14,6 +14,7 @@ from mergekit_bio.eval.report.build import Report, to_document
 from mergekit_bio.eval.report.choosing import AlphaChoice
 from mergekit_bio.eval.report.figures import ProgressBar, draw_figures
 from mergekit_bio.eval.report.page import render_page
+from mergekit_bio.eval.report.trade_off import Point, trade_off_document
 
 
 def default_folder(runs: list[Path]) -> Path:
@@ -22,7 +23,7 @@ def default_folder(runs: list[Path]) -> Path:
 
 
 def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list[Path]:
-    """Write report.html, scores.json, four CSV files and figures/ (PNG and PDF); what is there is replaced.
+    """Write report.html, scores.json, five CSV files and figures/ (PNG and PDF); what is there is replaced.
 
     Returns:
         The files, the page first.
@@ -34,7 +35,7 @@ def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list
         folder.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(report, folder / "figures", progress=progress)
         page = folder / "report.html"
-        page.write_text(render_page(report, figures, folder=folder), encoding="utf-8")
+        page.write_text(render_page(report, figures, folder=folder, progress=progress), encoding="utf-8")
         document = folder / "scores.json"
         document.write_text(json.dumps(to_document(report), indent=1, ensure_ascii=False), encoding="utf-8")
         tables = [_write_csv(folder / name, header, rows(report)) for name, (header, rows) in _TABLES.items()]
@@ -75,6 +76,17 @@ def _choice_rows(report: Report) -> Iterator[list[Any]]:
             yield [*_key(sweep.cell), *values.values()]
 
 
+_POINT_COLUMNS = tuple(column.name for column in fields(Point))
+
+
+def _trade_off_rows(report: Report) -> Iterator[list[Any]]:
+    for item in report.trade_offs:
+        document = trade_off_document(item)
+        for point in document["points"]:
+            kept = [*document["kept"].values(), document["kept_figure"]]
+            yield [*document["task"].values(), document["figure"], *kept, *point.values()]
+
+
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
     for item in report.scores:
         rows = zip(item.cell.predictions, item.answers, item.targets, item.correct, strict=True)
@@ -99,5 +111,9 @@ _TABLES = {
         _comparison_rows,
     ),
     "choices.csv": (f"run dataset query figure {' '.join(_CHOICE_COLUMNS[1:])}", _choice_rows),
+    "trade_offs.csv": (
+        f"run dataset query figure kept_run kept_dataset kept_query kept_figure {' '.join(_POINT_COLUMNS)}",
+        _trade_off_rows,
+    ),
     "predictions.csv": ("run dataset query checkpoint alpha id prediction answer target correct", _prediction_rows),
 }  # fmt: skip

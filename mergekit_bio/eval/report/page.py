@@ -1,30 +1,20 @@
 """The report as one HTML page that needs nothing beside it: tables, figures, every prediction, prompts, recordings."""
 
-import base64
-import io
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-import numpy as np
 
 from mergekit_bio.errors import MissingPackageError
-from mergekit_bio.eval.records.predictions import Prediction
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep
-from mergekit_bio.eval.report.figures import Figure
-from mergekit_bio.eval.report.tables import RATES, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.report.figures import Figure, ProgressBar
+from mergekit_bio.eval.report.recordings import Part, page_sources
+from mergekit_bio.eval.report.tables import RATES, constraint_table, mark, model, model_header, p_text, sentences, size
+from mergekit_bio.eval.scoring.following import RULES
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
-#: Recordings go into the page until they fill this many bytes, which can still be mailed; the rest is linked.
-AUDIO_BUDGET = 16_000_000
-#: Seconds of a recording that go into the page.
-AUDIO_SECONDS = 30
 
-
-def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> str:
+def render_page(report: Report, figures: Sequence[Figure], *, folder: Path, progress: ProgressBar) -> str:
     """The page's HTML, figures in it; recordings too many to be embedded are linked from ``folder``, where it stands.
 
     Raises:
@@ -38,21 +28,23 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path) -> s
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     )
     runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
-    pictures = [
-        (figure.sweep, figure.caption, base64.b64encode(figure.files[0].read_bytes()).decode()) for figure in figures
-    ]
+    pictures = [(figure.sweep, figure.caption, figure.svg) for figure in figures]
+    rows = [row for item in report.scores for row in item.cell.predictions]
+    heard = len({part for part in map(Part.of, rows) if part})
+    with progress("recordings", heard) as advance:
+        sources = page_sources(rows, folder, progress=advance)
     return template.render(
         title=", ".join(runs),
         scorers={name: SCORERS[name].description for name in report.scorers},
         notes=report.notes,
         sweeps=[_sweep(sweep, [rest for owner, *rest in pictures if owner is sweep]) for sweep in report.sweeps],
         figures=[rest for owner, *rest in pictures if owner is None],
-        data=_predictions(report, folder),
+        data=_script(_predictions(report, sources)),
     )
 
 
 def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the page shows about a sweep, as texts; ``pictures`` are its captions and PNGs in base64."""
+    """What the page shows about a sweep, as texts; ``pictures`` are its captions and SVGs."""
     metrics = sweep.main_metrics
     rates = [name for name in RATES if name in sweep.scores[0].metrics]
     first = sweep.scores[0]
@@ -78,7 +70,7 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
         "query": sweep.cell.query_text,
         "prompt": first.cell.predictions[0].prompt,
         "header": [model_header(sweep), *header, *(TITLES[name] for name in rates), *clips],
-        "rows": [(model(sweep, item), cells(item)) for item in sweep.scores],
+        "rows": [(model(sweep, item), cells(item)) for item in (*sweep.scores, *sweep.other_models)],
         "baselines": [
             (
                 kind,
@@ -87,80 +79,55 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
             for kind in ("majority", "random")
             if baselines
         ],
+        "constraints": [(TITLES[rule], *constraint_table(sweep, rule)) for rule in RULES]
+        if sweep.cell.task == "instructions"
+        else [],
         "sentences": sentences(sweep),
         "pictures": pictures,
     }
 
 
-def _predictions(report: Report, folder: Path) -> str:
-    """The predictions table as JSON that may stand inside a script element."""
-    prompts: dict[str | None, int] = {None: -1}
-    recordings = _Recordings(folder)
-    rows = []
+def _predictions(report: Report, sources: Mapping[Part, str]) -> dict[str, Any]:
+    """Every answer, in columns: what stands in many rows is a number there, and stands once beside them."""
+    texts, clips, prompts = _Numbers(), _Numbers(), _Numbers()
+    audio = {part: number for number, part in enumerate(sources)}
+    columns: dict[str, list[int]] = {name: [] for name in ("cell", "clip", "prediction", "answer", "outcome", "prompt")}
+    cells = []
     for number, sweep in enumerate(report.sweeps):
-        labels, caption, several = sweep.labels, sweep.cell.task == "captioning", sweep.cell.task == "detection"
-        for item in sweep.scores:
+        labels, task = sweep.labels, sweep.cell.task
+        for item in (*sweep.scores, *sweep.other_models):
+            cells.append([number, model(sweep, item)])
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
                 # 0 right, 1 a wrong label, 2 no label, 3 a caption
-                is_label = bool(answer) if several else answer in labels
-                outcome = 3 if caption else 0 if correct else 1 if is_label else 2
-                prompt = prompts.setdefault(row.prompt, len(prompts) - 1)
-                shown = (row.id, row.prediction, answer, target)
-                rows.append([number, model(sweep, item), *shown, outcome, prompt, recordings.add(row)])
-    data = {
+                is_label = bool(answer) if task == "detection" else answer in labels
+                outcome = 3 if task == "captioning" else 0 if correct else 1 if is_label else 2
+                heard = Part.of(row)
+                clip = (row.id, texts[target], -1 if heard is None else audio.get(heard, -1))
+                values = (len(cells) - 1, clips[clip], texts[row.prediction], texts[answer], outcome)
+                for column, value in zip(columns.values(), values, strict=False):
+                    column.append(value)
+                columns["prompt"].append(-1 if row.prompt is None else prompts[row.prompt])
+    return {
         "sweeps": [sweep.title for sweep in report.sweeps],
-        "prompts": [prompt for prompt in prompts if prompt is not None],
-        "audio": recordings.sources,
-        "rows": rows,
+        "cells": cells,
+        "texts": [*texts],
+        "clips": [*clips],
+        "prompts": [*prompts],
+        "audio": [*sources.values()],
+        "rows": columns,
     }
+
+
+class _Numbers(dict[Any, int]):
+    """Numbers what it is asked for, from 0, in the order of first mention."""
+
+    def __missing__(self, key: Any) -> int:
+        self[key] = number = len(self)
+        return number
+
+
+def _script(data: Any) -> str:
+    """JSON that may stand inside a script element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-class _Recordings:
-    """The recordings of the page, each once: inside it as FLAC, or linked once the page is full."""
-
-    def __init__(self, folder: Path) -> None:
-        self.sources: list[str] = []
-        self._folder = folder
-        self._known: dict[str, int] = {}
-        self._bytes = 0
-
-    def add(self, row: Prediction) -> int:
-        """The index of the row's recording in ``sources``; -1 where it has none that is still there."""
-        if row.audio is None:
-            return -1
-        if row.audio not in self._known:
-            source = self._source(Path(row.audio))
-            self._known[row.audio] = -1 if source is None else len(self.sources)
-            self.sources += [] if source is None else [source]
-        return self._known[row.audio]
-
-    def _source(self, path: Path) -> str | None:
-        if not path.is_file():
-            return None
-        if self._bytes < AUDIO_BUDGET:
-            flac = _flac(path)
-            if flac is not None:
-                self._bytes += len(flac)
-                return "data:audio/flac;base64," + base64.b64encode(flac).decode()
-        return quote(os.path.relpath(path.resolve(), self._folder.resolve()))
-
-
-def _flac(path: Path) -> bytes | None:
-    """The beginning of a recording as mono 16-bit FLAC; None where libsndfile cannot read or write it."""
-    import soundfile
-
-    try:
-        # By descriptor, so that libsndfile goes by what is in the file and not by its name.
-        with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-            rate = file.samplerate
-            samples = file.read(AUDIO_SECONDS * rate, dtype="float32", always_2d=True).mean(axis=1)
-        buffer = io.BytesIO()
-        # After the seconds that a model hears anything may stand, and FLAC has no NaN.
-        samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0)
-        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
-    except (OSError, soundfile.LibsndfileError):
-        return None
-    return buffer.getvalue()

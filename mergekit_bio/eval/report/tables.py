@@ -1,5 +1,7 @@
 """The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
+from collections import Counter
+
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -8,6 +10,8 @@ from rich.text import Text
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.choosing import HALVES, AlphaChoice
+from mergekit_bio.eval.report.trade_off import TradeOff
+from mergekit_bio.eval.scoring.following import EVERY, RULES, groups_of, groups_with, metric_name
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
@@ -29,9 +33,13 @@ def print_report(report: Report, console: Console) -> None:
     """Print one table a sweep, and under it what it says in words."""
     for sweep in report.sweeps:
         console.print(_table(sweep))
+        for rule in RULES if sweep.cell.task == "instructions" else ():
+            console.print(_by_constraint(sweep, rule))
         for sentence in sentences(sweep):
             console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         console.print()
+    for trade_off in report.trade_offs:
+        console.print(trade_off_sentence(trade_off))
     console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)")
     for name in report.scorers:
         console.print(f"scorer {name}: {SCORERS[name].description}")
@@ -60,7 +68,7 @@ def _table(sweep: Sweep) -> Table:
     rates = [name for name in RATES if name in first.metrics]
     for name in rates:
         table.add_column(RATES[name], justify="right", no_wrap=True)
-    for item in sweep.scores:
+    for item in (*sweep.scores, *sweep.other_models):
         values = [_with_interval(sweep, item, name) for name in metrics]
         clips = "" if sweep.same_clips else f" ({len(item.ids)})"
         table.add_row(Text(model(sweep, item) + clips), *values, *(f"{item.metrics[name]:.3f}" for name in rates))
@@ -70,10 +78,43 @@ def _table(sweep: Sweep) -> Table:
     return table
 
 
+def _by_constraint(sweep: Sweep, rule: str) -> Table:
+    """The shares of every group of prompts, a column a cell: eleven alphas fit 80 columns."""
+    header, rows = constraint_table(sweep, rule)
+    table = Table(
+        title=TITLES[rule], title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", vertical="bottom", min_width=0 if index else 10)
+    for row in rows:
+        table.add_row(*(text.removeprefix("0") if "." in text else text for text in row))
+    return table
+
+
+def constraint_table(sweep: Sweep, rule: str) -> tuple[list[str], list[list[str]]]:
+    """What share of the prompts kept their constraint, strictly or loosely: text-only, with audio, of each kind.
+
+    Returns:
+        The header, and for each group of prompts its name, how many any cell has, and each cell's share.
+    """
+    prompts = {row.id: row for item in sweep.scores for row in item.cell.predictions}.values()
+    groups = [group for group in groups_of([row.label for row in prompts]) if group != EVERY]
+    numbers = Counter(group for row in prompts for group in groups_with(row.label, row.audio is not None))
+    scores = (*sweep.scores, *sweep.other_models)
+    header = ["constraint", "n", *(model(sweep, item) for item in scores)]
+    rows = []
+    for group in groups:
+        shares = [item.metrics.get(metric_name(rule, group)) for item in scores]
+        texts = ["" if share is None else f"{share:.2f}" for share in shares]
+        rows += [[group, str(numbers[group]), *texts]] if numbers[group] else []
+    return header, rows
+
+
 def size(sweep: Sweep) -> str:
-    """The clips that any cell has, and the labels that a classification chooses among."""
+    """The clips or prompts that any cell has, and the labels that a classification chooses among."""
     labels = f", {counted(len(sweep.labels), 'label')}" if sweep.cell.task == "classification" else ""
-    return f"{counted(len(sweep.clips), 'clip')}{labels}"
+    return f"{counted(len(sweep.clips), 'prompt' if sweep.cell.task == 'instructions' else 'clip')}{labels}"
 
 
 def model_header(sweep: Sweep) -> str:
@@ -83,7 +124,7 @@ def model_header(sweep: Sweep) -> str:
 
 def model(sweep: Sweep, item: Score) -> str:
     """What the rows of tables call a cell: its alpha where that tells them apart, else its checkpoint."""
-    return f"{item.cell.alpha:g}" if sweep.by_alpha else item.cell.checkpoint
+    return f"{item.cell.alpha:g}" if sweep.by_alpha and item.cell.alpha is not None else item.cell.checkpoint
 
 
 def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
@@ -92,9 +133,9 @@ def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
 
 
 def mark(sweep: Sweep, item: Score, metric: str) -> str:
-    """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise."""
+    """``*`` for the best cell, ``=`` for one that cannot be told from it, a space otherwise and where all are 0."""
     comparison = sweep.comparison(metric)
-    if comparison is None:
+    if comparison is None or item.cell.checkpoint not in comparison.values or not any(comparison.values.values()):
         return " "
     row = comparison.of(item.cell.checkpoint)
     return "*" if row is None else "=" if row.p_adjusted >= SIGNIFICANCE else " "
@@ -135,7 +176,15 @@ def sentences(sweep: Sweep) -> list[str]:
             if macro and macro[1]:
                 sentence += f" (F1 macro there: {macro[0]:.3f} against {macro[1]:.3f}, {gain_text(*macro)})"
         found.append(sentence)
-    return found + [_choice_sentence(choice) for choice in sweep.choices]
+    return found + [_choice_sentence(choice) for choice in sweep.choices if choice.optimistic]
+
+
+def trade_off_sentence(trade_off: TradeOff) -> str:
+    """What a task's score costs in instructions kept: at both ends, and at the best alpha."""
+    points = trade_off.points
+    shown = dict.fromkeys((points[0], max(points, key=lambda point: point.score), points[-1]))
+    said = "; ".join(f"alpha {point.alpha:g}: {point.score:.3f}, {point.kept:.3f}" for point in shown)
+    return f"{trade_off.title}: {TITLES[trade_off.metric].lower()} and {trade_off.kept_title}: {said}"
 
 
 def _choice_sentence(choice: AlphaChoice) -> str:

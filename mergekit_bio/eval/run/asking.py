@@ -241,4 +241,6 @@ def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -
         example_ids=question.instruction.examples or None,
         choice_logprobs=label_logprobs,
         audio=None if row.path is None else str(row.path),
+        start=row.start or None,
+        end=row.end,
     )

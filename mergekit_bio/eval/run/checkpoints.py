@@ -52,18 +52,29 @@ class RunCheckpoint:
         return self.to_merge and not (Path(self.source) / MANIFEST).is_file()
 
 
-def recipe_for(recipe: Recipe, *, models: Sequence[str | Path] = (), alphas: Sequence[float | str] = ()) -> Recipe:
+def recipe_for(
+    recipe: Recipe,
+    *,
+    models: Sequence[str | Path] = (),
+    alphas: Sequence[float | str] = (),
+    served: str | None = None,
+) -> Recipe:
     """A recipe with other checkpoints, or other strengths of its own.
 
     Args:
         recipe: As loaded.
         models: Directories or hub ids, instead of whatever the recipe compares.
         alphas: Numbers and sweeps ``"0:1:0.1"``, instead of the recipe's.
+        served: The name of a model that servers have, instead.
 
     Raises:
         AlphaError: A strength cannot be read, or differs between modules.
         RecipeError: Both are given, or the recipe merges nothing.
     """
+    if served is not None:
+        if models or alphas:
+            raise RecipeError("--model-name: is the one model that is asked; leave --model and --alpha out")
+        return replace(recipe, merge=None, checkpoints=(served,))
     if models and alphas:
         raise RecipeError("--model and --alpha: the strengths of given checkpoints are decided; give one or the other")
     if models:
@@ -79,6 +90,23 @@ def recipe_for(recipe: Recipe, *, models: Sequence[str | Path] = (), alphas: Seq
     if any(strength.modules for strength in strengths):
         raise AlphaError("--alpha: a recipe's strengths are numbers; merge by module first, and name it with --model")
     return replace(recipe, merge=replace(recipe.merge, alphas=tuple(strength.default for strength in strengths)))
+
+
+def recipe_for_baseline(recipe: Recipe, *, named: bool) -> tuple[Recipe, str | None]:
+    """A recipe as other people's models can be asked it, and what a user must be told of that.
+
+    Raises:
+        RecipeError: No model is ``named``, or the recipe's decoding is one that their servers do not have.
+    """
+    if not named:
+        raise RecipeError("--api openai: name the model that is asked with --model-name")
+    if recipe.decoding != "generate":
+        raise RecipeError(f"{recipe.name}: decoding: {recipe.decoding}: OpenAI's API can only be asked with generate")
+    beams = recipe.generate.num_beams
+    if beams == 1:
+        return recipe, None
+    greedy = replace(recipe, generate=replace(recipe.generate, num_beams=1, length_penalty=1.0))
+    return greedy, f"OpenAI's API has no beam search: answers are greedy, where the recipe searches with {beams} beams"
 
 
 def run_checkpoints(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bio.checkpoint.identity import weights_identity
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.choice import choose_engine, engine_class
+from mergekit_bio.engine.choice import choose_engine, engine_class, engine_of_api
 from mergekit_bio.engine.interface import EngineSettings
 from mergekit_bio.engine.pool import OneWorker
 from mergekit_bio.engine.ray_pool import cluster_for
@@ -24,7 +24,7 @@ from mergekit_bio.eval.recipe.shipped import find_recipe
 from mergekit_bio.eval.records.run_directory import RunDirectory, RunRecord
 from mergekit_bio.eval.run.asking import OwnEngine, RunWorker
 from mergekit_bio.eval.run.batches import ask_all
-from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, run_checkpoints
+from mergekit_bio.eval.run.checkpoints import merge_missing, recipe_for, recipe_for_baseline, run_checkpoints
 from mergekit_bio.eval.run.fetching import fetch_recordings, missing_recordings
 from mergekit_bio.eval.run.headers import check_headers
 from mergekit_bio.eval.run.plan import RunPlan, asked_now, identified_cells, plan_run
@@ -68,6 +68,8 @@ def evaluate(
     data: str | Path | None = None,
     engine: str | None = None,
     servers: Sequence[str] = (),
+    api: str | None = None,
+    model_name: str | None = None,
     api_key: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
     limit: int | None = None,
@@ -88,6 +90,8 @@ def evaluate(
         data: Where BEANS-Zero is, instead of where the recipe says: a folder, a file or a hub id.
         engine: One of :data:`mergekit_bio.engine.choice.ENGINES`; by default the first that is installed.
         servers: Addresses for an engine that asks servers, which offer every checkpoint under its directory's name.
+        api: What the servers speak, one of :data:`mergekit_bio.engine.choice.APIS`; by default our own.
+        model_name: The one model of the servers to ask, instead of the recipe's checkpoints.
         api_key: The servers' key.
         engine_options: More arguments for the engine, such as ``dtype``.
         limit: Ask about the first so many clips of every dataset only.
@@ -101,8 +105,8 @@ def evaluate(
     """
     listener = listener or SilentListener()
     plan = prepare_run(
-        recipe=recipe, out=out, models=models, alphas=alphas, data=data, engine=engine, servers=servers, limit=limit,
-        listener=listener,
+        recipe=recipe, out=out, models=models, alphas=alphas, data=data, engine=engine, servers=servers, api=api,
+        model_name=model_name, limit=limit, listener=listener,
     )  # fmt: skip
     settings = EngineSettings(options=engine_options or {}, servers=tuple(servers), api_key=api_key)
     return Run(plan.out, carry_out(plan, settings, listener=listener, workers=workers, ray=ray))
@@ -117,6 +121,8 @@ def prepare_run(
     data: str | Path | None = None,
     engine: str | None = None,
     servers: Sequence[str] = (),
+    api: str | None = None,
+    model_name: str | None = None,
     limit: int | None = None,
     listener: ProgressListener | None = None,
     fetch: bool = True,
@@ -133,8 +139,13 @@ def prepare_run(
     """
     listener = listener or SilentListener()
     loaded = load_recipe(find_recipe(str(recipe)), data=data)
-    resolved = recipe_for(loaded.recipe, models=models, alphas=alphas)
-    chosen, note = choose_engine(engine, servers=servers)
+    chosen, note = choose_engine(engine_of_api(engine, api), servers=servers)
+    resolved = recipe_for(loaded.recipe, models=models, alphas=alphas, served=model_name)
+    if chosen.baseline:
+        resolved, greedy = recipe_for_baseline(resolved, named=model_name is not None)
+        note = note or greedy
+    elif model_name is not None and not chosen.remote:
+        raise EngineError(f"--model-name {model_name}: is a model of servers; name them with --server")
     for text in (*loaded.notes, *([note] if note else [])):
         listener.note(f"note: {text}")
     folder = Path("runs") / resolved.name if out is None else Path(out)
@@ -216,14 +227,15 @@ def carry_out(
             for checkpoint in plan.checkpoints
         }
         dtype = settings.options.get("dtype")
-        cells = identified_cells(plan, weights=weights, dtype=None if dtype in (None, "auto") else str(dtype))
+        dtype = None if dtype in (None, "auto") else str(dtype)
+        cells = identified_cells(plan, weights=weights, dtype=dtype, baseline=engine.baseline)
         wanted = RunRecord(
             name=plan.recipe.name,
             recipe=asdict(plan.recipe),
             scorer=plan.recipe.scorer,
             cells=cells,
             label_map=plan.recipe.label_map,
-            environment=_environment(plan, settings.options, workers=cluster.count if cluster else 1),
+            environment=_environment(plan, settings, workers=cluster.count if cluster else 1),
         )
         # 4. Ask.
         at_once = engine.prompts_at_once(settings)
@@ -264,7 +276,7 @@ def carry_out(
         return run.record
 
 
-def _environment(plan: RunPlan, engine_options: Mapping[str, Any], *, workers: int) -> dict[str, Any]:
+def _environment(plan: RunPlan, settings: EngineSettings, *, workers: int) -> dict[str, Any]:
     """What a reader of the record may want to know and the predictions should not depend on."""
     versions = {}
     for package in (*_PACKAGES, *engine_class(plan.engine).packages):
@@ -276,7 +288,11 @@ def _environment(plan: RunPlan, engine_options: Mapping[str, Any], *, workers: i
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "engine": {"name": plan.engine, "options": {key: str(value) for key, value in engine_options.items()}},
+        "engine": {
+            "name": plan.engine,
+            "options": {key: str(value) for key, value in settings.options.items()},
+            **({"servers": list(settings.servers)} if settings.servers else {}),
+        },
         "workers": workers,
         "checkpoints": {checkpoint.name: checkpoint.source for checkpoint in plan.checkpoints},
         "data": {dataset.name: dataset.source for dataset in plan.datasets},

@@ -111,16 +111,19 @@ def plan_run(
             for query in query_numbers(recipe)
         ),
         max_audios=max(
-            len(question.instruction.clips)
-            for dataset in datasets
-            for query in query_numbers(recipe)
-            for question in questions(recipe, dataset, query, 1)
+            1,  # of instructions maybe none is heard
+            *(
+                len(question.instruction.clips)
+                for dataset in datasets
+                for query in query_numbers(recipe)
+                for question in questions(recipe, dataset, query, 1)
+            ),
         ),
     )
 
 
 def identified_cells(
-    plan: RunPlan, *, weights: Mapping[RunCheckpoint, dict[str, Any]], dtype: str | None
+    plan: RunPlan, *, weights: Mapping[RunCheckpoint, dict[str, Any]], dtype: str | None, baseline: bool = False
 ) -> tuple[Cell, ...]:
     """The cells with all that decides their predictions.
 
@@ -128,6 +131,7 @@ def identified_cells(
         plan: Of ``plan_run``.
         weights: What tells each checkpoint from others.
         dtype: The data type that the engine was asked to compute in, if it was.
+        baseline: Whether the checkpoints are other people's models.
     """
     recipe = plan.recipe
     data = {dataset.name: dataset.fingerprint() for dataset in plan.datasets}
@@ -155,6 +159,7 @@ def identified_cells(
             "choices": None if recipe.decoding == "generate" else {"target": cell.target, "names": recipe.label_map},
             "engine": plan.engine,
             "dtype": dtype,
+            **({"baseline": True} if baseline else {}),
         }
         cells.append(replace(cell, identity=identity))
     return tuple(cells)

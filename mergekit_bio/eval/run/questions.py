@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mergekit_bio.errors import DatasetError
 from mergekit_bio.eval.data.dataset import Dataset, DatasetRow, open_dataset, species_asked
 from mergekit_bio.eval.label_map import candidates
-from mergekit_bio.eval.prompt import Instruction, flags, instruction_prompt, query_prompt
+from mergekit_bio.eval.prompt import Instruction, flags, instruction_prompt, query_prompt, text_prompt
 from mergekit_bio.eval.recipe.schema import Recipe
 
 
@@ -45,7 +45,9 @@ def questions(
     species = species_asked(dataset, recipe)
     pool = _pool(dataset)
     for place, row in enumerate(dataset.asked[:limit]):
-        if not recipe.queries:
+        if dataset.task == "instructions" and row.path is None:
+            instruction = text_prompt(row.instruction or "")
+        elif not recipe.queries:
             instruction = instruction_prompt(
                 clip=row.id, instruction=row.instruction or "", task=dataset.task, labels=dataset.labels
             )

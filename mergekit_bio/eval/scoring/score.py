@@ -11,11 +11,14 @@ from scipy.sparse import csr_matrix
 from mergekit_bio.errors import RunError
 from mergekit_bio.eval.label_map import candidates, missing_names, target_text
 from mergekit_bio.eval.records.cell import Cell
-from mergekit_bio.eval.scoring import captioning, classification, detection
+from mergekit_bio.eval.scoring import captioning, classification, detection, following
 from mergekit_bio.eval.scoring.matching import NO_LABEL, label_set
 from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.eval.scoring.statistics import Statistic, bootstrap, percentile_interval
 from mergekit_bio.outside_data import nearest
+
+#: How an instruction's constraint fared, by whether it was kept strictly and loosely.
+KEPT = {(True, True): "kept", (False, True): "kept loosely", (False, False): "not kept"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Score:
         ids: The clips, in the order of the following three.
         targets: The right answers; ``NO_TARGET`` where a label has no scientific name.
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
-            and "" of the others. For captioning the captions themselves.
+            and "" of the others. For captioning the captions themselves, for instructions one of ``KEPT``.
         correct: Whether they agree (all False for captioning).
         labels: What an answer could be (classification).
         intervals: 95% bootstrap interval of the metrics that have one.
@@ -58,7 +61,7 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), asked: Sequenc
     """Score a cell.
 
     Args:
-        scorer: One of ``SCORERS``.
+        scorer: One of ``SCORERS``. Instructions are scored by ``constraint``, whatever is said here.
         labels: The labels of all clips that any cell of the sweep has, so that a cell with few clips is given no easier
             list to match with; by default those of the cell.
         asked: The closed list that any cell of the sweep was asked, as labels; by default that of the cell.
@@ -73,17 +76,26 @@ def score(cell: Cell, *, scorer: str, labels: Sequence[str] = (), asked: Sequenc
         raise RunError(f"unknown scorer '{scorer}'{nearest(scorer, list(SCORERS))}")
     if not cell.predictions:
         raise RunError(f"{cell.path}: no prediction in it")
+    if cell.task == "instructions":
+        scorer = "constraint"
+    elif SCORERS[scorer].match is None:
+        raise RunError(f"{cell}: the scorer {scorer} is for instructions, this is {cell.task}; give another --scorer")
     notes = cell.notes
     if cell.rows is not None and len(cell.predictions) < cell.rows:
         notes = (*notes, f"{cell}: incomplete, {len(cell.predictions)} of {cell.rows} clips")
 
     # 2. Match the answers and compute the metrics, each task in its own way.
-    of_task = {"classification": _classification, "detection": _detection, "captioning": _captioning}[cell.task]
+    of_task = {
+        "classification": _classification,
+        "detection": _detection,
+        "captioning": _captioning,
+        "instructions": _instructions,
+    }[cell.task]
     scored = of_task(cell, scorer, labels or [row.label for row in cell.predictions], asked or cell.labels)
 
     # 3. Resample the clips: how sure the metrics are.
     samples = bootstrap(indicators=scored.indicators, statistic=scored.statistic, seed=seed)
-    intervals = {name: percentile_interval(values) for name, values in samples.items()}
+    intervals = {name: percentile_interval(samples[name]) for name in samples if name in scored.metrics}
     return replace(scored, samples=samples, intervals=intervals, notes=(*notes, *scored.notes))
 
 
@@ -100,6 +112,7 @@ def _classification(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked:
     on_list = labels if closed else []
 
     # 2. From text to label, by the scorer's rules.
+    assert rules.match is not None
     matched = rules.match([rules.clean(row, cell.dataset) for row in cell.predictions], labels)
     answers = matched.answers
 
@@ -208,4 +221,31 @@ def _captioning(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Seq
         indicators=csr_matrix(np.array([*columns.values(), np.ones(len(captions))]).T),
         statistic=means,
         notes=(f"{missing}; left out",) if missing else (),
+    )
+
+
+def _instructions(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Sequence[str]) -> Score:
+    """A constraint a prompt, as its label; see ``score`` for the arguments."""
+    follows = SCORERS[scorer].follows
+    assert follows is not None
+    constraints = [row.label for row in cell.predictions]
+    try:
+        kept = [follows(row.prediction, row.label) for row in cell.predictions]
+        groups = following.groups_of(sweep_labels)
+    except ValueError as error:
+        raise RunError(f"{cell.path}: {error}") from None
+    heard = [row.audio is not None for row in cell.predictions]
+    indicators = following.indicators(kept=kept, constraints=constraints, heard=heard, groups=groups)
+    statistic = partial(following.resampled_metrics, groups=groups)
+    shares = {name: float(values[0]) for name, values in statistic(indicators.sum(axis=0).A).items()}
+    return Score(
+        cell=cell,
+        scorer=scorer,
+        ids=tuple(row.id for row in cell.predictions),
+        targets=tuple(constraints),
+        answers=tuple(KEPT[verdict] for verdict in kept),
+        correct=tuple(strict for strict, _ in kept),
+        metrics={name: share for name, share in shares.items() if not np.isnan(share)},
+        indicators=indicators,
+        statistic=statistic,
     )

@@ -51,8 +51,11 @@ def _weights(clips: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
 
 
 def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The central interval that holds ``level`` of the resampled values (the percentile method)."""
-    return float(np.quantile(values, (1 - level) / 2)), float(np.quantile(values, (1 + level) / 2))
+    """The central interval that holds ``level`` of the resampled values (the percentile method).
+
+    Resamples without a clip that the metric is about have none (NaN), and are left out.
+    """
+    return float(np.nanquantile(values, (1 - level) / 2)), float(np.nanquantile(values, (1 + level) / 2))
 
 
 def mcnemar_exact(*, only_first: int, only_second: int) -> float:

@@ -1,0 +1,20 @@
+"""Other people's models beside a sweep: a horizontal line each, since they have no alpha."""
+
+from typing import TYPE_CHECKING
+
+from mergekit_bio.eval.report.build import Sweep
+from mergekit_bio.eval.report.drawing import GREEN, PURPLE, SKY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Colour and dashes of each model's line.
+_LINES = ((PURPLE, "-."), (GREEN, (0, (3, 1, 1, 1, 1, 1))), (SKY, (0, (6, 2))))
+
+
+def draw_other_models(axes: "Axes", sweep: Sweep, metric: str) -> None:
+    """A line at each model's metric, across all alphas, with its 95% interval."""
+    for order, item in enumerate(sweep.other_models):
+        colour, dashes = _LINES[order % len(_LINES)]
+        axes.axhspan(*item.intervals[metric], color=colour, alpha=0.12, linewidth=0)
+        axes.axhline(item.metrics[metric], color=colour, linewidth=1.3, linestyle=dashes, label=item.cell.checkpoint)
