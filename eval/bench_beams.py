@@ -161,15 +161,20 @@ def demo(folder: Path) -> Path:
     return _merged(MODEL / "base", MODEL / "adapter", folder, alpha=0.5)
 
 
-def smollm(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, with ears made from random numbers and a token that it does not use for the audios."""
+def smollm_with_ears(folder: Path) -> tuple[Path, Path]:
+    """SmolLM2-135M-Instruct with a token that it does not use for the audios, and ears made from random numbers."""
     base = shutil.copytree(smollm2.base(), folder / "base")
     for file in (base / "tokenizer.json", base / "tokenizer_config.json"):
         file.write_text(file.read_text().replace("<jupyter_script>", "<|reserved_special_token_0|>"))
     naturelm = make_naturelm(folder / "naturelm", llama=base)
     config = json.loads((naturelm / "config.json").read_text()) | {"prompt_template": TEMPLATE}
     (naturelm / "config.json").write_text(json.dumps(config))
-    return _merged(base, naturelm, folder, alpha=0.0)
+    return base, naturelm
+
+
+def smollm(folder: Path) -> Path:
+    """The same, merged at strength 0."""
+    return _merged(*smollm_with_ears(folder), folder, alpha=0.0)
 
 
 def _merged(base: Path, adapter: Path, folder: Path, *, alpha: float) -> Path:

@@ -31,7 +31,7 @@ DOCUMENT_KEY = "mergekit_bio.document"
 _WATCH_SECONDS = 1.0
 #: What Python says to who asks for a thread of a pool that is shut down.
 _NO_MORE_THREADS = "cannot schedule new futures after shutdown"
-#: Before the engine is killed requests are let go, so many seconds, that it can end by itself.
+#: So many seconds before vLLM would kill its engine requests are let go, so that it can end by itself.
 _ENDING_SECONDS = 2.0
 #: What uvicorn waits, once the engine has stopped, for connections whose other side neither reads nor writes.
 _CLOSING_SECONDS = 2
@@ -108,7 +108,8 @@ class Guard:
         shutdown = engine.shutdown
 
         def noted(timeout: float | None = None) -> None:
-            self._lets_go_at = time.monotonic() + max(0.0, (timeout or 0.0) - _ENDING_SECONDS)
+            seconds = timeout or 0.0
+            self._lets_go_at = time.monotonic() + max(seconds / 2, seconds - _ENDING_SECONDS)
             shutdown(timeout=timeout)
 
         engine.shutdown = noted

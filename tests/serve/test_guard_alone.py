@@ -93,7 +93,6 @@ def test_when_the_engine_stops_nobody_is_waited_for(path, monkeypatch):
 
 def test_what_runs_when_the_server_stops_is_answered_until_shortly_before_the_engine_is_killed(monkeypatch):
     monkeypatch.setattr(guard, "_WATCH_SECONDS", 0.05)
-    monkeypatch.setattr(guard, "_ENDING_SECONDS", 100)
     with Served() as served:
         links = [served.begin("/predict", length=2) for _ in range(2)]
         assert served.ask("/health")[0] == 200
@@ -101,7 +100,7 @@ def test_what_runs_when_the_server_stops_is_answered_until_shortly_before_the_en
         time.sleep(0.3)
         links[0].sendall(b"}")
         assert links[0].recv(1000).startswith(b"HTTP/1.1 200")
-        served.engine.shutdown(timeout=100)
+        served.engine.shutdown(timeout=0.5)
         assert links[1].recv(1000).startswith(b"HTTP/1.1 503")
 
 
