@@ -92,8 +92,7 @@ class RequestLogger:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on one request, and log it."""
-        if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN_PATHS:
-            CURRENT.set(None)  # a connection's next request may find here what the one before it has set
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -125,10 +124,11 @@ class RequestLogger:
         finally:
             if entry.status is None:
                 entry.status = CLIENT_LEFT if left else 500
-            entry.path = entry.path[:_LONGEST_PATH]
-            entry.audio_seconds = round(entry.audio_seconds, 3)
-            entry.seconds = round(time.monotonic() - start, 3)
-            self._log.write(entry)
+            if entry.path not in OPEN_PATHS:  # which may have had a model or a proxy's prefix in front
+                entry.path = entry.path[:_LONGEST_PATH]
+                entry.audio_seconds = round(entry.audio_seconds, 3)
+                entry.seconds = round(time.monotonic() - start, 3)
+                self._log.write(entry)
 
 
 class RequestLog:

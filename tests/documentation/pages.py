@@ -54,6 +54,12 @@ def commands() -> Iterator[Block]:
             start += len(line) + 1
 
 
+#: What other people's clients do with a server. eval/clients.py runs it.
+CLIENTS = [
+    block
+    for block in (*in_language("python"), *commands())
+    if "127.0.0.1:8000" in block.text and "mergekit-bio" not in block.text
+]
 #: Scripts, each run as a whole.
 SCRIPTS = in_language("bash")
 COMMANDS = list(commands())

@@ -36,6 +36,8 @@ def write_standins(here: Path, make_run: Callable[..., Path]) -> None:
     for name in ("wren.wav", "a.flac", "b.mp3", "recordings/1.wav", "recordings/2.flac"):
         write_recording(here / name)
     (here / "species.txt").write_text("# birds of the marsh\nMarsh Wren\nSora\nVirginia Rail\n")
+    entry = {"key": "ana", "audio_seconds": 10, "prompt_tokens": 61, "completion_tokens": 8, "seconds": 0.4}
+    (here / "requests.jsonl").write_text(f"{json.dumps(entry)}\n" * 2)
     _write_beans_zero(here / BEANS_ZERO / "test.parquet")
     for name in ("closed_set", "watkins", "cbi", "instructions"):
         shutil.copytree(make_run(name=name), here / "runs" / name)

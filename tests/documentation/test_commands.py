@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from documentation.pages import COMMANDS, Block, starts_an_engine
+from documentation.pages import CLIENTS, COMMANDS, Block, starts_an_engine
 from documentation.standins import write_recipes
 
 #: What scores the paper's files again takes more than ten seconds, and so does doctor's import of vLLM.
@@ -26,7 +26,7 @@ def cases(commands: list[Block]) -> list:
 
 
 OURS = [command for command in COMMANDS if command.words[0] == "mergekit-bio" and not starts_an_engine(command)]
-SCRIPTS = [command for command in COMMANDS if command.words[0] == "python"]
+SCRIPTS = [command for command in COMMANDS if command.words[0] == "python" and command not in CLIENTS]
 
 
 def _remove_outputs(words: list[str]) -> None:

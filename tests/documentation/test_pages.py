@@ -1,14 +1,16 @@
 """What README.md and docs/ show and say beside commands: snippets run, recipes are read, tables and links are right."""
 
 import ast
+import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from documentation.pages import PAGES, ROOT, Block, blocks, in_language, is_merge_recipe
+from documentation.pages import CLIENTS, PAGES, ROOT, Block, blocks, in_language, is_merge_recipe
 from documentation.standins import write_audio_folder
 
 #: Fenced blocks that are only looked at.
@@ -16,7 +18,7 @@ PICTURES = ("text", "json", "mermaid")
 RUN_OR_READ = ("sh", "bash", "python", "yaml", "csv")
 
 
-@pytest.mark.parametrize("block", in_language("python"), ids=str)
+@pytest.mark.parametrize("block", [block for block in in_language("python") if block not in CLIENTS], ids=str)
 def test_a_python_block_runs_as_it_stands(block: Block, here: Path) -> None:
     import torch
 
@@ -24,6 +26,34 @@ def test_a_python_block_runs_as_it_stands(block: Block, here: Path) -> None:
         shutil.rmtree(here / output)
     names = {"waveform": torch.rand(1, 160_000, generator=torch.Generator().manual_seed(0)) - 0.5}
     exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), names)
+
+
+@pytest.mark.parametrize("block", CLIENTS, ids=str)
+def test_what_is_shown_of_other_clients_is_what_was_run(block: Block) -> None:
+    """Their packages are not installed here; `python eval/clients.py` runs these lines and records them."""
+    recorded = (ROOT / "eval/results/clients.md").read_text()
+    assert " ".join(block.text.split()) in " ".join(recorded.split())
+
+
+def test_the_service_and_the_container_give_options_that_there_are(tmp_path: Path) -> None:
+    from typer.main import get_command
+
+    from mergekit_bio.cli.app import app
+
+    deploy = ROOT / "docs/deploy"
+    unit = (deploy / "mergekit-bio.service").read_text()
+    (command,) = re.findall(r"^ExecStart=\S+/mergekit-bio serve (.*)$", unit, re.M)
+    (container,) = re.findall(r"^CMD (.*)$", (deploy / "Containerfile").read_text(), re.M)
+    assert json.loads(container) == ["serve", "--host", "0.0.0.0"]
+    ours = {name for option in get_command(app).commands["serve"].params for name in option.opts}
+    given = {word for word in command.split() if word.startswith("--")}
+    assert given - ours == {"--port"}  # vLLM's
+    if (program := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd-analyze is not installed")
+    tried = tmp_path / "mergekit-bio.service"
+    tried.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit, flags=re.M))
+    done = subprocess.run([program, "verify", "--man=no", tried], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("block", in_language("yaml"), ids=str)

@@ -66,6 +66,7 @@ def test_a_request_has_a_line_with_who_asked_for_which_model_and_what_came_of_it
             ("/info", None, "SECRET"),
             ("/none", None, ANA),
             ("/health", None, ANA),
+            ("/lm@0.4/health", None, ANA),
         ]
         for path, body, key in asked:
             if path != "/none":
