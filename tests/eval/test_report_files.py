@@ -99,8 +99,8 @@ def test_a_table_of_cells_with_different_clips_says_how_many_each_has(make_run, 
     rows = [line.split()[:2] for line in lines]
     assert all([alpha, f"({clips})"] in rows for alpha, clips in (("0", 60), ("0.5", 60), ("1", 40)))
     page = write_report(report, tmp_path, progress=no_progress)[0].read_text()
-    assert "<figcaption>Against alpha (each over its own clips)</figcaption>" in page
-    assert "<th>Clips</th>" in page and "compared over the 40 that all have" in page
+    assert "<figcaption>Against alpha (each over its own clips) <" in page
+    assert ">Clips</th>" in page and "compared over the 40 that all have" in page
 
 
 def test_cells_that_were_planned_and_have_no_answer_are_told(make_run):
@@ -125,6 +125,7 @@ def test_the_files_of_a_report(report, written):
             "comparisons.csv",
             "choices.csv",
             "trade_offs.csv",
+            "labels.csv",
             "predictions.csv",
         ]
         + [
@@ -163,15 +164,15 @@ def page_data(page: str) -> dict:
 
 
 def page_of(report: Report, folder: Path) -> str:
-    return render_page(report, [], folder=folder, progress=no_progress)
+    return render_page(report, [], folder=folder, tables={}, progress=no_progress)
 
 
 def test_the_page_needs_nothing_beside_it_and_holds_every_answer(report, written):
     page = written[1][0].read_text()
-    assert not re.search(r'(src|href|srcset)="(?!data:|#)', page)
+    assert not re.search(r'(src|href|srcset)="(?!data:|#)|url\((?!#)|@import', page)
     captions = ("Against alpha", "Base, best merge and fine-tune", "Error breakdown", "Answers that are a label")
     for caption in (*captions, "Confusion: alpha 0.5"):
-        assert page.count(f"<figcaption>{caption}</figcaption>") == 1
+        assert page.count(f"<figcaption>{caption} <") == 1
     data = page_data(page)
     texts, clips, rows = data["texts"], data["clips"], data["rows"]
     answers = {
@@ -276,11 +277,16 @@ def chromium(profile, *arguments) -> list[str]:
     ]  # fmt: skip
 
 
+def rows_of(page: str) -> list[str]:
+    """The rows of the predictions table that a browser shows."""
+    return re.findall(r'<tr class="row">(.*?)</tr>', page)
+
+
 @needs_chromium
 def test_the_table_can_be_searched_and_the_figures_are_seen_in_a_browser(written, tmp_path):
     page = tmp_path / "report.html"
     script = """
-        field('search').value = 'GRIG clip1'; search(); document.querySelector('tbody tr.row').click();
+        field('search').value = 'GRIG clip1'; search(); document.querySelector('tr.row').click();
         for (const figure of document.querySelectorAll('figure svg'))
             figure.id = `seen ${figure.getBoundingClientRect().width > 200}`;"""
     page.write_text(
@@ -288,7 +294,7 @@ def test_the_table_can_be_searched_and_the_figures_are_seen_in_a_browser(written
     )
     command = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    rows = re.findall(r'<tr class="row">(.*?)</tr>', found)
+    rows = rows_of(found)
     assert 0 < len(rows) < 50
     assert all("Grig" in row and "clip1" in row for row in rows)
     assert "What? &lt;/script&gt;" in found
@@ -296,6 +302,7 @@ def test_the_table_can_be_searched_and_the_figures_are_seen_in_a_browser(written
 
 
 PLAY = """
+document.querySelector('#predictions .open').click();
 const player = document.querySelector('#predictions audio');
 const tell = text => fetch('/told?' + encodeURIComponent(text), {method: 'POST'});
 player.addEventListener('timeupdate', () => { if (player.currentTime > 0.2) tell(`played of ${player.duration}`); });
@@ -363,7 +370,7 @@ def test_a_detection_has_its_errors_drawn_and_both_maps_named(tmp_path):
     text = console.export_text()
     assert "mAP" in text and "(beans-" in text and max(map(len, text.splitlines())) <= 80
     page = (tmp_path / "report.html").read_text()
-    assert "<th>mAP (beans-zero)</th>" in page and "<th>Labels missed</th>" in page
+    assert ">mAP (beans-zero)</th>" in page and ">Labels missed</th>" in page
 
 
 @needs_chromium
@@ -372,24 +379,86 @@ def test_a_clip_without_a_label_is_said_to_have_none_beside_its_answer(tmp_path)
     page.write_text(page_of(build_report(detections(0.0)), tmp_path))
     command = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    first, second, third, _ = re.findall(r'<tr class="row">(.*?)</tr>', found)
-    assert '<td class="right">no label</td><td>no label</td>' in first
-    assert '<td class="wrong">owl</td><td>no label</td>' in second
-    assert '<td class="wrong">no label</td><td>owl</td>' in third
+    answers = [
+        re.findall(r'<td data-column="(?:Matched with|Target)"(?: class="(\w+)")?>([^<]*)', row)
+        for row in rows_of(found)
+    ]
+    assert answers[:3] == [
+        [("right", "no label"), ("", "no label")],
+        [("wrong", "owl"), ("", "no label")],
+        [("wrong", "no label"), ("", "owl")],
+    ]
 
 
-def test_published_runs_together_have_the_papers_figures(published):
-    cells = read_runs([published / name for name in ("watkins", "zf-indiv")])
+def test_published_runs_together_have_the_papers_figures_with_its_numbers(published):
+    cells = [
+        cell for cell in read_runs([published / name for name in ("watkins", "zf-indiv")]) if cell.alpha in (0.5, 1.0)
+    ]
     # cbi's answers take long to score; another name makes of watkins two datasets.
     again = [replace(cell, run="cbi", dataset="cbi") for cell in cells if cell.run == "watkins"]
-    names = set(figures.file_names(figures.figures_of(build_report(again + cells))))
-    of_one = {"sweep_watkins_query_0", "ends_watkins_query_0", "errors_watkins_query_2_combined_name", "names_watkins"}
-    assert of_one | {"in_set_watkins_query_1_scientific_name", "wordings_zf-indiv"} <= names
-    assert {"datasets_cbi_watkins", "trained_cbi_watkins", "fine_tune_cbi_watkins"} <= names
+    planned = figures.figures_of(build_report(again + cells, scorer="paper"))
+    drawn = dict(zip(figures.file_names(planned), planned, strict=True))
+    of_one = {"sweep_watkins_query_0", "names_watkins"}
+    of_one |= {f"{kind}_watkins_query_2_combined_name" for kind in ("ends", "errors")}
+    assert of_one | {"in_set_watkins_query_1_scientific_name", "wordings_zf-indiv"} <= {*drawn}
+    assert {"datasets_cbi_watkins", "trained_cbi_watkins", "fine_tune_cbi_watkins"} <= {*drawn}
+
+    scores = json.loads((published / "metrics.json").read_text())["metrics_sorted_tiebreak"]
+    theirs = [scores[f"watkins/{name}"] for name in ("common", "scientific", "combined")]
+    (axes,) = drawn["fine_tune_cbi_watkins"].draw().axes
+    bars = [
+        bar.get_height() for container in axes.containers if hasattr(container, "patches") for bar in container.patches
+    ]
+    assert bars == pytest.approx([of_name["1.0"]["accuracy"] for of_name in theirs] * 2)
+    (axes,) = drawn["trained_cbi_watkins"].draw().axes
+    x, y = axes.lines[0].get_data()
+    common, scientific, combined = ([of_name[alpha]["accuracy"] for alpha in ("0.5", "1.0")] for of_name in theirs)
+    assert list(y) == pytest.approx(combined) and list(x) == pytest.approx(np.mean([common, scientific], axis=0))
+
+
+def test_the_share_of_answers_in_the_set_is_the_papers(published):
+    cells = read_runs([published / "closed_set_classification_2"])
+    (sweep,) = build_report(cells).sweeps
+    (figure,) = [figure for figure in figures.figures_of(Report(sweeps=(sweep,))) if figure.kind == "in_set"]
+    (axes,) = figure.draw().axes
+    scores = json.loads((published / "metrics.json").read_text())["metrics"]["closed_set_classification_2"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([1 - cell["out_of_set_rate"] for cell in scores.values()])
 
 
 def test_runs_over_the_same_clips_are_laid_over_one_another(make_run):
     assert "runs_frogs" in figure_names(read_runs([make_run(name="k0"), make_run(name="k5")]))
+
+
+def test_a_sweep_that_is_0_everywhere_has_no_best_and_no_plateau(make_run):
+    cells = [
+        replace(cell, predictions=tuple(replace(row, prediction="no idea") for row in cell.predictions))
+        for cell in read_runs([make_run()])
+    ]
+    report = build_report(cells)
+    (sweep,) = report.sweeps
+    assert [comparison.plateau for comparison in sweep.comparisons] == [None] * 3
+    assert sentences(sweep) == ["Accuracy: 0 everywhere", "F1 weighted: 0 everywhere", "F1 macro: 0 everywhere"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(report, console)
+    assert not re.search(r"\][*=]", console.export_text())
+    (canvas,) = (figure.draw() for figure in figures.figures_of(report) if figure.kind == "sweep")
+    for axes in canvas.axes:
+        assert not axes.patches and "0 at every alpha" in [text.get_text() for text in axes.texts]
+
+
+def test_shares_have_one_y_axis_in_all_figures_of_a_report(make_run):
+    weak = [
+        replace(cell, run="weak", predictions=tuple(replace(row, label="Coruro") for row in cell.predictions))
+        for cell in read_runs([make_run()])
+    ]
+    drawn = [
+        figure.draw()
+        for figure in figures.figures_of(build_report(read_runs([make_run()]) + weak))
+        if figure.kind == "sweep"
+    ]
+    limits = {axes.get_ylim() for canvas in drawn for axes in canvas.axes}
+    highest = max(max(line.get_ydata()) for canvas in drawn for axes in canvas.axes for line in axes.lines)
+    assert len(drawn) == 2 and len(limits) == 1 and limits.pop()[1] >= highest
 
 
 TARGETS = ("label", "scientific", "combined")
@@ -411,7 +480,18 @@ def figure_names(cells: list[Cell]) -> list[str]:
     return figures.file_names(figures.figures_of(build_report(cells, scorer="exact")))
 
 
-def test_the_files_listed_are_those_on_the_disk_with_two_runs_of_two_targets(make_run, tmp_path):
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Reports draw two kinds of figures only: drawing takes a third of a second each."""
+    all_kinds = figures.FIGURES
+
+    def few(report):
+        return (figure for kind in all_kinds for figure in kind(report) if figure.kind in ("errors", "runs"))
+
+    monkeypatch.setattr(figures, "FIGURES", (few,))
+
+
+def test_the_files_listed_are_those_on_the_disk_with_two_runs_of_two_targets(make_run, tmp_path, few_figures):
     runs = [make_run(name=name, alphas=(0.5, 1.0)) for name in ("k0", "k5")]
     cells = asked(read_runs(runs), (0, "label"), (1, "scientific"))
     files = write_report(build_report(cells, scorer="exact"), tmp_path, progress=no_progress)
@@ -439,13 +519,13 @@ def test_no_figure_takes_the_name_of_another(make_run, runs, alphas, queries, am
     assert among <= {*names}
 
 
-def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp_path):
+def test_runs_in_folders_with_long_names_have_figures_all_the_same(make_run, tmp_path, few_figures):
     paths = [tmp_path / ("a long name " * 18) / part / "frogs" for part in ("one", "two")]
     for path in paths:
         shutil.copytree(make_run(), path)
     files = write_report(build_report(read_runs(paths)), tmp_path / "out", progress=no_progress)
     assert sorted(files) == sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
-    assert len(files) == 7 + 2 * (5 + 5 + 1) and max(len(file.name) for file in files) < 143
+    assert len(files) == 8 + 2 * (1 + 1 + 1) and max(len(file.name) for file in files) < 143
 
 
 def test_several_experiments_take_the_names_beside_their_folder_and_several_maps(published, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +19,7 @@ from mergekit_bio.eval.report.comparison import (
 )
 from mergekit_bio.eval.report.trade_off import TradeOff, trade_off_document, trade_offs
 from mergekit_bio.eval.scoring import classification
+from mergekit_bio.eval.scoring.label_scores import LabelScore, label_scores
 from mergekit_bio.eval.scoring.score import Score, score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 from mergekit_bio.eval.scoring.statistics import LEVEL, RESAMPLES
@@ -99,7 +101,7 @@ class Sweep:
 
     @property
     def labels(self) -> frozenset[str]:
-        """What the cells of a classification choose among."""
+        """What the cells of a classification choose among, and answers to a detection are made of."""
         return frozenset(self.scores[0].labels)
 
     @property
@@ -119,6 +121,18 @@ class Sweep:
     def asked(self) -> frozenset[str]:
         """The closed list that was asked, if there was one."""
         return frozenset(label for item in self.scores for label in item.cell.labels)
+
+    @cached_property
+    def label_scores(self) -> tuple[tuple[Score, list[LabelScore]], ...]:
+        """For each cell of a classification or detection every label that a clip has or a cell answered, by name."""
+        if self.cell.task not in ("classification", "detection"):
+            return ()
+        scores, several = (*self.scores, *self.other_models), self.cell.task == "detection"
+        known = self.labels if several else self.labels | {target for item in scores for target in item.targets}
+        texts = [text for item in scores for text in (*item.targets, *item.answers)]
+        occurring = {part for text in texts for part in (text.split(", ") if several else [text])}
+        labels = sorted(known & occurring)
+        return tuple((item, label_scores(item, labels)) for item in scores)
 
     @property
     def same_clips(self) -> bool:

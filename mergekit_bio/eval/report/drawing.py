@@ -237,5 +237,9 @@ def page_svg(svg: bytes) -> str:
                 if value in _VARIABLES:
                     settings[name] = f"var(--{_VARIABLES[value]}, {value})"
             part.set("style", "; ".join(f"{name}: {value}" for name, value in settings.items()))
+    # Points as they are in print would be small on a screen.
+    for side, points in zip(("width", "height"), root.get("viewBox", "").split()[2:], strict=True):
+        root.set(side, f"{float(points) * 1.5:.0f}")
+    root.set("class", "broad" if float(root.get("width", "0")) > 560 else "narrow")
     root.set("style", "stroke-linejoin: round; stroke-linecap: butt; font-family: 'DejaVu Sans', Verdana, sans-serif")
     return ElementTree.tostring(root, encoding="unicode")

@@ -23,7 +23,7 @@ def default_folder(runs: list[Path]) -> Path:
 
 
 def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list[Path]:
-    """Write report.html, scores.json, five CSV files and figures/ (PNG and PDF); what is there is replaced.
+    """Write report.html, scores.json, six CSV files and figures/ (PNG and PDF); what is there is replaced.
 
     Returns:
         The files, the page first.
@@ -34,11 +34,13 @@ def write_report(report: Report, folder: Path, *, progress: ProgressBar) -> list
     try:
         folder.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(report, folder / "figures", progress=progress)
-        page = folder / "report.html"
-        page.write_text(render_page(report, figures, folder=folder, progress=progress), encoding="utf-8")
         document = folder / "scores.json"
         document.write_text(json.dumps(to_document(report), indent=1, ensure_ascii=False), encoding="utf-8")
         tables = [_write_csv(folder / name, header, rows(report)) for name, (header, rows) in _TABLES.items()]
+        page = folder / "report.html"
+        # The large ones are made again of what the page holds anyway.
+        texts = {table.name: None if table.name in _LARGE else _text(table) for table in tables}
+        page.write_text(render_page(report, figures, folder=folder, tables=texts, progress=progress), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     return [page, document, *tables, *(file for figure in figures for file in figure.files)]
@@ -48,6 +50,11 @@ def _write_csv(path: Path, header: str, rows: Iterator[list[Any]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header.split(), *rows])
     return path
+
+
+def _text(path: Path) -> str:
+    with path.open(newline="", encoding="utf-8") as file:
+        return file.read()
 
 
 def _score_rows(report: Report) -> Iterator[list[Any]]:
@@ -87,6 +94,12 @@ def _trade_off_rows(report: Report) -> Iterator[list[Any]]:
             yield [*document["task"].values(), document["figure"], *kept, *point.values()]
 
 
+def _label_rows(report: Report) -> Iterator[list[Any]]:
+    for sweep in report.sweeps:
+        for item, labels in sweep.label_scores:
+            yield from ([*_of_cell(item.cell), *asdict(label).values()] for label in labels)
+
+
 def _prediction_rows(report: Report) -> Iterator[list[Any]]:
     for item in report.scores:
         rows = zip(item.cell.predictions, item.answers, item.targets, item.correct, strict=True)
@@ -115,5 +128,9 @@ _TABLES = {
         f"run dataset query figure kept_run kept_dataset kept_query kept_figure {' '.join(_POINT_COLUMNS)}",
         _trade_off_rows,
     ),
+    "labels.csv": (
+        "run dataset query checkpoint alpha label clips answered right precision recall f1 low high", _label_rows
+    ),
     "predictions.csv": ("run dataset query checkpoint alpha id prediction answer target correct", _prediction_rows),
 }  # fmt: skip
+_LARGE = ("labels.csv", "predictions.csv")

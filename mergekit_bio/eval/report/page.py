@@ -1,21 +1,32 @@
 """The report as one HTML page that needs nothing beside it: tables, figures, every prediction, prompts, recordings."""
 
+import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import MissingPackageError
-from mergekit_bio.eval.report.build import TITLES, Report, Sweep
+from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.figures import Figure, ProgressBar
 from mergekit_bio.eval.report.recordings import Part, page_sources
 from mergekit_bio.eval.report.tables import RATES, constraint_table, mark, model, model_header, p_text, sentences, size
 from mergekit_bio.eval.scoring.following import RULES
+from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 
-def render_page(report: Report, figures: Sequence[Figure], *, folder: Path, progress: ProgressBar) -> str:
+def render_page(
+    report: Report, figures: Sequence[Figure], *, folder: Path, tables: Mapping[str, str | None], progress: ProgressBar
+) -> str:
     """The page's HTML, figures in it; recordings too many to be embedded are linked from ``folder``, where it stands.
+
+    Args:
+        report: What it shows.
+        figures: Drawn.
+        folder: Where the page stands.
+        tables: The CSV files that it offers, by name: their text, or None where the page makes it of what it holds.
+        progress: Opens a progress bar.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
@@ -24,27 +35,92 @@ def render_page(report: Report, figures: Sequence[Figure], *, folder: Path, prog
         import jinja2
     except ImportError:
         raise MissingPackageError("jinja2", "eval", "the HTML page") from None
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    )
-    runs = list(dict.fromkeys(sweep.cell.run for sweep in report.sweeps))
-    pictures = [(figure.sweep, figure.caption, figure.svg) for figure in figures]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_asset("page.html.j2"))
     rows = [row for item in report.scores for row in item.cell.predictions]
     heard = len({part for part in map(Part.of, rows) if part})
     with progress("recordings", heard) as advance:
         sources = page_sources(rows, folder, progress=advance)
+    data = {
+        **_predictions(report, sources),
+        "labels": [_labels(sweep, first) for sweep, first in _first_cells(report)],
+        "tables": {name: text for name, text in tables.items() if text is not None},
+    }
     return template.render(
-        title=", ".join(runs),
+        title=", ".join(dict.fromkeys(sweep.cell.run for sweep in report.sweeps)),
+        about=_about(report),
         scorers={name: SCORERS[name].description for name in report.scorers},
         notes=report.notes,
-        sweeps=[_sweep(sweep, [rest for owner, *rest in pictures if owner is sweep]) for sweep in report.sweeps],
-        figures=[rest for owner, *rest in pictures if owner is None],
-        data=_script(_predictions(report, sources)),
+        overview=_overview(report),
+        sweeps=[
+            _sweep(sweep, [_figure(figure) for figure in figures if figure.sweep is sweep]) for sweep in report.sweeps
+        ],
+        figures=[_figure(figure) for figure in figures if figure.sweep is None],
+        heard=bool(sources),
+        tables=list(tables),
+        style=_asset("page.css"),
+        scripts=[_asset("spectrogram.js"), _asset("page.js")],
+        data=_script(data),
     )
 
 
-def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the page shows about a sweep, as texts; ``pictures`` are its captions and SVGs."""
+def _asset(name: str) -> str:
+    return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def _about(report: Report) -> str:
+    answers = sum(len(item.ids) for item in report.scores)
+    parts = counted(len(report.sweeps), "sweep"), counted(len(report.scores), "cell"), counted(answers, "answer")
+    return f"{', '.join(parts)}; scored by mergekit-bio"
+
+
+def _figure(figure: Figure) -> dict[str, str]:
+    pdf = next(file for file in figure.files if file.suffix == ".pdf")
+    return {
+        "caption": figure.caption,
+        "title": figure.title,
+        "name": pdf.stem,
+        "svg": figure.svg,
+        "pdf": base64.b64encode(pdf.read_bytes()).decode(),
+    }
+
+
+def _overview(report: Report) -> dict[str, Any]:
+    """A line a sweep: its first metric at both ends, at its best, and what the choice of alpha is worth."""
+    rows = []
+    for sweep in report.sweeps:
+        metric = sweep.main_metrics[0]
+        by_alpha = {item.cell.alpha: item for item in sweep.scores} if sweep.by_alpha else {}
+        best, full = sweep.best(metric), by_alpha.get(1.0)
+        values = [item.metrics[metric] for item in sweep.scores]
+        height = 24 / max(1.0, *values)
+        points = [(alpha, value) for alpha, value in zip(by_alpha, values, strict=False) if alpha is not None]
+        choice = next((choice for choice in sweep.choices if choice.metric == metric and choice.optimistic), None)
+        named = best is not None and any(values)
+        rows.append(
+            {
+                "title": sweep.title,
+                "metric": TITLES[metric],
+                "spark": " ".join(f"{100 * alpha:.1f},{24 - height * value:.1f}" for alpha, value in points),
+                "first": f"{values[0]:.3f}",
+                "last": f"{values[-1]:.3f}",
+                "cells": [
+                    _with_interval(by_alpha[0.0], metric) if 0.0 in by_alpha else "",
+                    f"{_with_interval(best, metric)} at {model(sweep, best)}" if best and named else "",
+                    _with_interval(full, metric) if full else "",
+                    f"{choice.value:.3f} [{choice.low:.3f}, {choice.high:.3f}]" if choice else "",
+                ],
+            }
+        )
+    return {"header": ["", "", "Over alpha", "Alpha 0", "Best", "Alpha 1", "Chosen on other clips"], "rows": rows}
+
+
+def _with_interval(item: Score, metric: str) -> str:
+    low, high = item.intervals[metric]
+    return f"{item.metrics[metric]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _sweep(sweep: Sweep, figures: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """What the page shows about a sweep, as texts, and its figures."""
     metrics = sweep.main_metrics
     rates = [name for name in RATES if name in sweep.scores[0].metrics]
     first = sweep.scores[0]
@@ -55,8 +131,7 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
     def cells(item: Any) -> list[str]:
         texts = []
         for name in metrics:
-            low, high = item.intervals[name]
-            texts.append(f"{item.metrics[name]:.3f} [{low:.3f}, {high:.3f}] {mark(sweep, item, name)}".strip())
+            texts.append(f"{_with_interval(item, name)} {mark(sweep, item, name)}".strip())
             if name in compared:
                 row = compared[name].of(item.cell.checkpoint)
                 texts.append("" if row is None else p_text(row.p_adjusted, at_most=row.p_at_most))
@@ -83,7 +158,8 @@ def _sweep(sweep: Sweep, pictures: Sequence[Sequence[str]]) -> dict[str, Any]:
         if sweep.cell.task == "instructions"
         else [],
         "sentences": sentences(sweep),
-        "pictures": pictures,
+        "figures": figures,
+        "labels": len(sweep.label_scores[0][1]) if sweep.label_scores else 0,
     }
 
 
@@ -96,7 +172,7 @@ def _predictions(report: Report, sources: Mapping[Part, str]) -> dict[str, Any]:
     for number, sweep in enumerate(report.sweeps):
         labels, task = sweep.labels, sweep.cell.task
         for item in (*sweep.scores, *sweep.other_models):
-            cells.append([number, model(sweep, item)])
+            cells.append([number, model(sweep, item), item.cell.checkpoint, item.cell.alpha])
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
@@ -110,13 +186,42 @@ def _predictions(report: Report, sources: Mapping[Part, str]) -> dict[str, Any]:
                     column.append(value)
                 columns["prompt"].append(-1 if row.prompt is None else prompts[row.prompt])
     return {
-        "sweeps": [sweep.title for sweep in report.sweeps],
+        "sweeps": [[sweep.title, sweep.cell.run, sweep.cell.dataset, sweep.cell.query] for sweep in report.sweeps],
         "cells": cells,
         "texts": [*texts],
         "clips": [*clips],
         "prompts": [*prompts],
         "audio": [*sources.values()],
         "rows": columns,
+    }
+
+
+def _first_cells(report: Report) -> Iterator[tuple[Sweep, int]]:
+    """Each sweep with the number of its first cell."""
+    first = 0
+    for sweep in report.sweeps:
+        yield sweep, first
+        first += len(sweep.scores) + len(sweep.other_models)
+
+
+def _labels(sweep: Sweep, first_cell: int) -> dict[str, Any] | None:
+    """The scores of every label, a column a number; None for a task without labels."""
+    if not sweep.label_scores:
+        return None
+    best = sweep.best(sweep.main_metrics[0])
+    cells = [
+        [
+            first_cell + number,
+            *([getattr(score, name) for score in scores] for name in ("clips", "answered", "right")),
+            *([round(getattr(score, name), 6) for score in scores] for name in ("f1", "low", "high")),
+        ]
+        for number, (_, scores) in enumerate(sweep.label_scores)
+    ]
+    return {
+        "labels": [score.label for score in sweep.label_scores[0][1]],
+        "by_alpha": sweep.by_alpha,
+        "best": 0 if best is None else sweep.scores.index(best),
+        "cells": cells,
     }
 
 

@@ -96,9 +96,9 @@ def _draw_datasets(panels: Mapping[str, Sequence[Sweep]], limit: float) -> "Canv
 
 
 def _told_apart(sweep: Sweep, sweeps: Sequence[Sweep]) -> str:
-    """What a sweep is called among others of its dataset: its run if they have several, and the names or the query."""
+    """What a sweep is called among others of its dataset: its run, and the names or the query."""
     cell = sweep.cell
-    parts = [cell.run] if len({other.cell.run for other in sweeps}) > 1 else []
+    parts = [] if cell.run == cell.dataset else [cell.run]
     of_run = [other for other in sweeps if other.cell.run == cell.run]
     if len({other.cell.target for other in of_run}) > 1:
         parts.append(f"{NAMES[cell.target]} name{'s' * (cell.target == 'combined')}")

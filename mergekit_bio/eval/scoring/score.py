@@ -31,7 +31,7 @@ class Score:
         answers: The labels that the predictions were matched with; where there is none, "None" of the published scorers
             and "" of the others. For captioning the captions themselves, for instructions one of ``KEPT``.
         correct: Whether they agree (all False for captioning).
-        labels: What an answer could be (classification).
+        labels: What an answer could be (classification), or be made of (detection).
         intervals: 95% bootstrap interval of the metrics that have one.
         baselines: What majority and random answers get, named after the metric they belong to (classification).
         matching: How the texts met the labels (classification, scorers that go by edit distance).
@@ -182,6 +182,7 @@ def _detection(cell: Cell, scorer: str, sweep_labels: Sequence[str], asked: Sequ
         targets=tuple(", ".join(sorted(labels)) for labels in targets),
         answers=tuple(", ".join(sorted(labels)) for labels in answers),
         correct=tuple(answer == target for answer, target in zip(answers, targets, strict=True)),
+        labels=tuple(known),
         metrics=detection.metrics(targets=[targets[row] for row in written], answers=[answers[row] for row in written]),
         indicators=detection.indicators(targets=targets, answers=answers, labels=known),
         statistic=detection.resampled_metrics,
