@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from mergekit_bio.eval.report.build import Sweep
+from mergekit_bio.eval.report.build import Sweep, counted
 from mergekit_bio.eval.report.tables import size
 from mergekit_bio.eval.scoring.score import Score
 
@@ -109,9 +109,12 @@ def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], *
 def head(canvas: "Canvas", sweeps: Sequence[Sweep], about: str = "") -> None:
     """Say above a figure what it is about, so that it can stand by itself: dataset, query, number of clips, scorer."""
     first = sweeps[0]
-    lines = [about or first.title, f"{size(first)}, scorer {first.scores[0].scorer}"]
-    if len({(sweep.cell.dataset, size(sweep)) for sweep in sweeps}) > 1:
-        lines[1] = "; ".join(dict.fromkeys(f"{sweep.cell.dataset}: {size(sweep)}" for sweep in sweeps))
+    sizes = {sweep.cell.dataset: size(sweep) for sweep in sweeps}
+    if len(sizes) > 1:
+        clips = "; ".join(f"{dataset}: {text}" for dataset, text in sizes.items())
+    else:
+        clips = size(first) if len({size(sweep) for sweep in sweeps}) == 1 else counted(len(first.clips), "clip")
+    lines = [about or first.title, f"{clips}, scorer {first.scores[0].scorer}"]
     if len(sweeps) == 1 and first.cell.query_text:
         lines.append(" ".join(first.cell.query_text.split()))
     wide = round(canvas.get_figwidth() * 16)  # letters

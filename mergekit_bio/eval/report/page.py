@@ -111,7 +111,7 @@ def _overview(report: Report) -> dict[str, Any]:
                 ],
             }
         )
-    return {"header": ["", "", "Over alpha", "Alpha 0", "Best", "Alpha 1", "Chosen on other clips"], "rows": rows}
+    return {"header": ["", "Over alpha", "Alpha 0", "Best", "Alpha 1", "Chosen on other clips"], "rows": rows}
 
 
 def _with_interval(item: Score, metric: str) -> str:

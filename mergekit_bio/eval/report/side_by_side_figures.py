@@ -128,7 +128,8 @@ def _draw_names(trio: Mapping[Target, Sweep], limit: float) -> "Canvas":
     points = right.scatter(trained, combined, c=alphas, cmap="cividis", vmin=0, vmax=1, zorder=3, edgecolor=INK, s=26)
     canvas.colorbar(points, ax=right, label="alpha")
     _diagonal(right, max(trained + combined))
-    head(canvas, [*trio.values()], ", ".join(dict.fromkeys(sweep.title for sweep in trio.values())))
+    cell, queries = trio["label"].cell, ", ".join(str(sweep.cell.query) for sweep in trio.values())
+    head(canvas, [*trio.values()], f"{', '.join(dict.fromkeys((cell.run, cell.dataset)))}, queries {queries}")
     return canvas
 
 

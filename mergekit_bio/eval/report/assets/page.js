@@ -201,7 +201,7 @@ function line(row) {
   const names = ["Run and query", "Model", "Prediction", "Matched with", "Target", "Clip"];
   const values = [sweeps[sweep][0], model, texts[rows.prediction[row]], texts[rows.answer[row]] || "no label", texts[target] || "no label", id];
   const looks = {3: ["right", "wrong", "wrong", ""][rows.outcome[row]], 5: "id"};
-  const columns = values.map((text, index) => make("td", {"data-column": names[index], class: looks[index] || false}, index ? text : make("span", {}, open, text)));
+  const columns = values.map((text, index) => make("td", {"data-column": names[index], class: looks[index] || false}, index === 0 ? make("span", {}, open, text) : index === 2 ? make("div", {class: "long"}, text) : text));
   const element = make("tr", {class: "row"}, ...columns);
   // A click on a row is a click on its button, unless a text was selected.
   const toggle = () => {
