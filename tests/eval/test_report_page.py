@@ -267,7 +267,7 @@ def test_texts_and_curves_stand_out_from_what_is_behind_them_in_both_schemes(sch
 def test_every_figure_says_dataset_query_and_number_of_clips_and_has_the_pages_colours(folder):
     page = (folder / "report.html").read_text()
     figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 6
+    assert len(figures) == 5
     for figure in figures:
         text = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", figure))
         assert "frogs, query 0" in text and "60 clips, 3 labels, scorer exact" in text and "What is it?" in text
