@@ -131,7 +131,7 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         MissingPackageError: vLLM is not installed.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
-    from mergekit_bio.engine.vllm.leaving import leave_quickly
+    from mergekit_bio.engine.vllm.leaving import leave_without_leaks
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
@@ -141,6 +141,7 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
             print(f"note: {settings.api_keys}: everybody on this machine can read it; chmod o-r it", file=sys.stderr)
     if settings.request_log is not None:
         RequestLog(settings.request_log).close()
+    leave_without_leaks()
     require_vllm()
     register()
     with ExitStack() as stack:
@@ -190,7 +191,6 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         signal.signal(signal.SIGINT, _interrupt)
         with interruptible(), objections(Path(args.model)):
             ServeSubcommand.cmd(args)
-        leave_quickly()
 
 
 def _named(flags: Sequence[str]) -> set[str]:

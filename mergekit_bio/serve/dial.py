@@ -17,7 +17,15 @@ from mergekit_bio.adapter.token_rows import TokenRows
 from mergekit_bio.checkpoint.header import StoredTensor
 from mergekit_bio.checkpoint.manifest import Origin, fingerprint, read_manifest
 from mergekit_bio.checkpoint.source import resolve
-from mergekit_bio.engine.vllm.dial import LARGEST, WEIGHTS, SlotAdapter, parse_strength, write_strength
+from mergekit_bio.engine.vllm.dial import (
+    LARGEST,
+    LISTED,
+    WEIGHTS,
+    SlotAdapter,
+    parse_strength,
+    strength_folder,
+    write_strength,
+)
 from mergekit_bio.errors import AdapterError, AlphaError, EngineError
 from mergekit_bio.merging.directory import companions, write_companions
 from mergekit_bio.merging.journal import JOURNAL, Journal
@@ -122,9 +130,11 @@ def prepared_dial(request: DialRequest) -> Iterator[PreparedDial]:
             folder.mkdir()
         _write_model(plan, model)
         write_companions(beside, plan.outputs[0], model)
-        # 3. The adapter, once; a strength's folder is made when somebody asks for it.
+        # 3. The adapter, once; the folders of other strengths than these are made when somebody asks for them.
         _write_weights(adapter, adapters / WEIGHTS)
         slots.save(adapters)
+        for thousandths in {request.default, *LISTED}:
+            strength_folder(adapters, slots, thousandths)
         revision = "".join(digest[:8] for digest in found)
         yield PreparedDial(adapter.source.name, model, slots, adapters, revision, _in_words(adapter))
 

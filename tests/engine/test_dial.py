@@ -2,14 +2,18 @@
 
 import itertools
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine.starting import merge_sweep, start_vllm
 from engine.test_beams import AsyncClient, ask_online
 from engine.test_engines_random import random_prompts
 from engine.widened_heads import widened_copy
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_naturelm import make_base, make_naturelm
@@ -114,6 +118,27 @@ def test_a_strength_that_many_ask_for_at_once_is_there_whole_for_each_of_them(tm
     with ThreadPoolExecutor(16) as pool:
         assert [*pool.map(scaling, strengths)] == pytest.approx([n / 500 for n in strengths], abs=1e-12)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"{n / 1000:g}" for n in range(50)}
+
+
+def test_a_strength_that_the_disk_does_not_take_is_the_servers_trouble_and_said(tmp_path):
+    """By vLLM's own handlers of errors, to which its routes and ours leave it."""
+    handlers = pytest.importorskip("vllm.entrypoints.serve.exception_handling.register", reason="no vLLM")
+    app = FastAPI()
+    handlers.init_exception_handler(app)
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    SlotAdapter({"model.layers.1.self_attn.q_proj": (8, 2.0)}).save(tmp_path)
+    dial = Dial(["lm"], tmp_path, default=500, aliases={})
+    assert dial["lm@0.4"].lora_name == "lm@0.4"
+
+    @app.get("/{name}")
+    async def name_of(name: str) -> str:
+        return dial[name].lora_name
+
+    shutil.rmtree(tmp_path)
+    answer = TestClient(app).get("/lm@0.35")
+    assert answer.status_code == 503
+    assert "cannot write the adapter of strength 0.35: No such file or directory" in answer.text
+    assert str(tmp_path) not in answer.text
 
 
 @given(st.integers(0, 2000))

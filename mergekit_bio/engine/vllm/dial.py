@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,19 @@ class Dial(Mapping[str | None, Any]):
         return f"{self._names[0]}@{write_strength(thousandths)}"
 
     def __getitem__(self, name: str | None) -> Any:
+        from vllm.exceptions import GracefulHTTPError
         from vllm.lora.request import LoRARequest
 
         thousandths = self.strength(name)
         if thousandths is None:
             raise KeyError(name)
+        try:
+            folder = strength_folder(self._folder, self._adapter, thousandths)
+        except OSError as error:  # which vLLM's routes and ours answer with
+            message = f"the server cannot write the adapter of strength {write_strength(thousandths)}: {error.strerror}"
+            raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
         # The number is above 0 by vLLM's rule. Name and path are part of the key of vLLM's prefix cache.
-        path = str(strength_folder(self._folder, self._adapter, thousandths))
-        return LoRARequest(self.canonical(thousandths), thousandths + 1, path, base_model_name=self._names[0])
+        return LoRARequest(self.canonical(thousandths), thousandths + 1, str(folder), base_model_name=self._names[0])
 
     @cached_property
     def _adapter(self) -> SlotAdapter:

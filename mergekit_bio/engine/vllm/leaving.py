@@ -5,23 +5,30 @@ import gc
 import multiprocessing
 import os
 
-
-def leave_quickly() -> None:
-    """When this process ends by itself, leave its objects alone.
-
-    Python would look through all of them for cycles, several times: two seconds for the 800,000 of a process of
-    vLLM's, and a server waits for three such processes, one after the other. Of objects that are left, libraries made
-    with nanobind, such as Triton, write pages to stderr that nobody can act on.
-    """
-    atexit.register(_leave)
+#: How vLLM calls its processes, with a number behind it or without.
+_VLLMS = ("ApiServer", "EngineCore", "VllmWorker")
 
 
 def leave_quickly_if_vllms() -> None:
-    """The same, in a process that vLLM has started; a user's own program ends as Python ends it."""
-    if multiprocessing.parent_process() is not None:
-        leave_quickly()
+    """In a process that vLLM has started: leave its objects alone when it ends by itself.
+
+    Python would look through all of them for cycles, several times: two seconds for the 800,000 of such a process, and
+    a server waits for two of them, one after the other. A process of a user's own ends as Python ends it.
+    """
+    if multiprocessing.current_process().name.startswith(_VLLMS):
+        leave_without_leaks()
+        atexit.register(gc.freeze)  # what is registered last is called first
 
 
-def _leave() -> None:
-    gc.freeze()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+def leave_without_leaks() -> None:
+    """Say nothing of the objects that are left when this process ends, if vLLM has frozen them, as its server does.
+
+    Libraries made with nanobind, such as Triton, write pages on them to stderr, and nobody can act on these. What is
+    registered for the end of the process after this call is still heard.
+    """
+    atexit.register(_silence_if_frozen)
+
+
+def _silence_if_frozen() -> None:
+    if gc.get_freeze_count():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
