@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
@@ -40,6 +41,7 @@ class Retries:
         attempts: Tries a prompt gets, on whichever servers.
         first_wait: Seconds before the second try; doubled from then on, and drawn at random below that.
         longest_wait: Seconds at most.
+        longest_patience: Seconds at most that are waited because a server asks for it (status 429, ``Retry-After``).
         given_up_after: Failures in a row after which a server is left alone for good.
         patience: A prompt that takes so many times longer than any answer did so far is asked at another server too,
             as soon as one has room; a server that lost such a race has failed.
@@ -48,6 +50,7 @@ class Retries:
     attempts: int = 8
     first_wait: float = 0.5
     longest_wait: float = 30.0
+    longest_patience: float = 600.0
     given_up_after: int = 5
     patience: float = 3.0
 
@@ -342,11 +345,14 @@ class HttpEngine:
             if response.status_code not in _RETRIED:
                 failed = False
                 _raise_refusal(server, response)
-            # A server that asks for patience works. Its room is not given to others meanwhile.
+            # A server that asks for patience works, unless it says that waiting does not help. Its room is not given to
+            # others meanwhile.
             if response.status_code == 429:
                 failed = False
-                await asyncio.sleep(min(_seconds_to_wait(response.headers), self._retries.longest_wait))
-            return f"{server} answered with status {response.status_code}"
+                if "insufficient_quota" in response.text:
+                    _raise_refusal(server, response)
+                await asyncio.sleep(min(_seconds_to_wait(response.headers), self._retries.longest_patience))
+            return f"{server} answered with status {response.status_code}: {_message(response)}"
         except PromptError:
             failed = False
             raise
@@ -526,17 +532,29 @@ def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> Question:
 
 
 def _seconds_to_wait(headers: Mapping[str, str]) -> float:
-    """How long a server asks to be left alone (``Retry-After``); 0 where it does not say in seconds."""
-    said = headers.get("retry-after", "")
-    return float(said) if said.isascii() and said.isdigit() else 0.0
+    """How long a server asks to be left alone: in milliseconds, in seconds or until a date; 0 where it does not say."""
+    milliseconds, said = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(said)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return seconds if 0 < seconds < math.inf else 0.0
+
+
+def _message(response: Any) -> str:
+    """What a server says is wrong."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(response.text[:200])
 
 
 def _raise_refusal(server: str, response: Any) -> NoReturn:
     """The prompt itself is at fault, or our credentials: trying again does not help."""
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
+    message = _message(response)
     if response.status_code in (400, 413, 422):
         raise PromptError(f"{server} refuses the prompt: {message}")
     raise EngineError(f"{server} answered with status {response.status_code}: {message}")

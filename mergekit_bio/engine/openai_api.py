@@ -99,11 +99,21 @@ def _needed(settings: dict[str, Any]) -> dict[str, Any]:
     return needed
 
 
+def _text(message: dict[str, Any]) -> str:
+    """What a model says, in one text or in parts; or why it refuses to."""
+    content = message.get("content") or message.get("refusal") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    if not isinstance(content, str):
+        raise ValueError("the answer is no text")
+    return content
+
+
 def _read(document: Any, server: str, seconds: float) -> Generation:
     try:
         choice = document["choices"][0]
         return Generation(
-            text=choice["message"].get("content") or "",
+            text=_text(choice["message"]),
             token_ids=(),
             logprobs=(math.nan,),
             finish_reason="length" if choice.get("finish_reason") == "length" else "stop",

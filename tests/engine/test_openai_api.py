@@ -6,6 +6,8 @@ import io
 import json
 import threading
 import time
+from email.utils import formatdate
+from itertools import pairwise
 
 import openai
 import pytest
@@ -18,7 +20,7 @@ from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.choice import choose_engine, engine_of_api
 from mergekit_bio.engine.http import Retries
 from mergekit_bio.engine.interface import Decoding, EngineSettings, Prompt
-from mergekit_bio.engine.openai_api import OpenAiEngine
+from mergekit_bio.engine.openai_api import OpenAiEngine, _read
 from mergekit_bio.errors import EngineError, PromptError
 
 QUICK = Retries(attempts=4, first_wait=0.01, longest_wait=0.4, given_up_after=2)
@@ -27,7 +29,9 @@ QUICK = Retries(attempts=4, first_wait=0.01, longest_wait=0.4, given_up_after=2)
 class Model:
     """A server that answers every request alike, after what its script says: a status, and its headers."""
 
-    def __init__(self, *script: tuple[int, dict], answer: str | None = "A wren.", usage: bool = True):
+    def __init__(
+        self, *script: tuple[int, dict], answer: object = "A wren.", usage: bool = True, code: str | None = None
+    ):
         self.bodies, self.paths, self.keys, self.times = [], [], [], []
         steps, model = list(script), self
 
@@ -38,9 +42,9 @@ class Model:
                 model.keys.append(self.headers["authorization"])
                 model.times.append(time.monotonic())
                 status, headers = steps.pop(0) if steps else (200, {})
-                document = {"error": {"message": "because"}}
+                document = {"error": {"message": "because", "code": code}}
                 if status == 200:
-                    message = {"role": "assistant", "content": answer, "refusal": None}
+                    message = {"role": "assistant", "content": answer, "refusal": None if answer else "I cannot."}
                     tokens = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
                     document = ChatCompletion.model_validate(
                         {
@@ -145,18 +149,43 @@ def test_the_key_is_the_one_given_else_openais(monkeypatch):
     assert model.keys == ["Bearer of openai", "Bearer given"]
 
 
-@pytest.mark.parametrize(("answer", "usage", "kept"), [("A wren.", True, ("A wren.", 7)), (None, False, ("", 0))])
+@pytest.mark.parametrize(
+    ("answer", "usage", "kept"), [("A wren.", True, ("A wren.", 7)), (None, False, ("I cannot.", 0))]
+)
 def test_an_answer_is_kept_with_what_the_server_says_of_it(answer, usage, kept):
     (generation,) = engine(Model(answer=answer, usage=usage)).generate([Prompt("a")], Decoding())
     assert (generation.text, generation.prompt_tokens, generation.finish_reason) == (*kept, "length")
 
 
-def test_a_server_that_asks_for_patience_is_waited_for_and_not_given_up():
-    model = Model(*[(429, {"retry-after": "1"})] * 3)
+def test_a_server_that_asks_for_patience_is_waited_for_as_long_as_it_asks_and_not_given_up():
+    date = formatdate(time.time() + 2, usegmt=True)  # in whole seconds: it may be a second less
+    model = Model((429, {"retry-after": date}), (429, {"retry-after-ms": "300"}), (429, {"retry-after": "0.3"}))
     (generation,) = engine(model).generate([Prompt("a")], Decoding())
     assert generation.text == "A wren." and len(model.times) == 4
-    waits = [after - before for before, after in zip(model.times, model.times[1:], strict=False)]
-    assert min(waits) >= 0.4  # the longest wait that was allowed
+    waits = [after - before for before, after in pairwise(model.times)]
+    assert all(wait >= asked for wait, asked in zip(waits, (0.5, 0.3, 0.3), strict=True))
+
+
+def test_no_credit_is_not_waited_for_and_said():
+    model = Model((429, {}), code="insufficient_quota")
+    with pytest.raises(EngineError, match="status 429: because"):
+        engine(model).generate([Prompt("a")], Decoding())
+    assert len(model.bodies) == 1
+
+
+def test_the_last_reason_of_a_server_that_never_answers_is_said():
+    with pytest.raises(EngineError, match=r"not answered in 4 tries; the last one: .* status 429: because"):
+        engine(Model(*[(429, {})] * 9)).generate([Prompt("a")], Decoding())
+
+
+def test_an_answer_in_parts_is_one_text():
+    document = {
+        "choices": [{"message": {"content": [{"type": "text", "text": "A "}, {"type": "text", "text": "wren."}]}}]
+    }
+    assert _read(document, "server", 0.0).text == "A wren."
+    document["choices"][0]["message"]["content"] = 5
+    with pytest.raises(ValueError, match="no text"):
+        _read(document, "server", 0.0)
 
 
 def test_what_the_api_does_not_have_is_refused():

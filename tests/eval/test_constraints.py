@@ -16,9 +16,10 @@ VERDICTS = [
         "number: 0 | 20",
         ["7", "0", "20"],
         ["*7*", "The count is:\n7"],
-        ["21", "-1", "seven", "7 calls", "7.0", "٣"],
+        ["21", "-1", "07", "-0", "seven", "7 calls", "7.0", "٣"],
     ),
     ("number: -5 | 5", ["-5"], ["**-5**"], ["--5", "- 5", "9" * 5000]),
+    ("number", ["1889", "-3", "0"], ["In:\n1889"], ["01995", "1889.5", "1,889"]),
     (
         "words: 3",
         ["A soft trill", "rising, rising, rising", "low-pitched distant hum"],
@@ -28,13 +29,19 @@ VERDICTS = [
     ("words: 1", ["Wren", "Wren!", "— Wren"], ["The word is\nWren"], ["Marsh Wren", "!"]),
     ("upper_case", ["A WREN SINGS.", "ÉTOURNEAU", "3 OWLS"], ["Sure:\nA WREN SINGS."], ["A WREN SINGs", "123", "..."]),
     ("lower_case", ["a wren sings.", "étourneau", "3 owls"], ["Sure:\na wren sings."], ["A wren", "123", ""]),
-    ("quotes", ['"A wren."', "“A wren.”"], ['**"A wren."**', 'Here:\n"A wren."'], ["'A wren.'", '"A wren', '""', '"']),
+    (
+        "quotes",
+        ['"A wren."', "“A wren.”"],
+        ['**"A wren."**', 'Here:\n"A wren."'],
+        ["'A wren.'", '"A wren', '""', '"', '" "'],
+    ),
     (
         "ends_with: That is all.",
         ["A wren. That is all.", "That is all."],
         ["A wren. **That is all.**", "A wren. That is all.\nDo you want more?"],
         ["A wren. That is all", "That is all. A wren.", "A wren. that is all."],
     ),
+    ("ends_with: END", ["A wren END", "the\nEND"], ["A wren **END**"], ["At the WEEKEND", "END.", "end"]),
     ("ends_with: (1)", ["Two birds sing (1)"], ["*Two birds sing (1)*"], ["Two birds sing (1).", "(1) Two birds"]),
     (
         "without: the",
@@ -42,14 +49,16 @@ VERDICTS = [
         ["In the reeds:\na wren", "in the\nreeds"],
         ["THE wren", "the\nthe"],
     ),
-    ("without: , | ;", ["A wren. A frog."], ["Well, here:\nA wren."], ["A wren, a frog", "A wren; a frog", ""]),
-    ("without: bird | birds", ["A birdlike song"], ["Bird:\na wren"], ["BIRDS sing", "a bird's song"]),
+    ("without: , | ;", ["A wren. A frog."], ["Well, here:\nA wren."], ["A wren, a frog", "A wren; a frog", "鷦鷯，蛙"]),
+    ("without: bird | birds", ["A birdlike song"], ["Bird:\na wren"], ["BIRDS sing", "a bird's song", "_birds_ sing"]),
     (
         "bullets: 2",
         ["- a wren\n- a frog", "* a wren\n* a frog", "Heard:\n- a wren\n- a frog", "• a\n  - b"],
         ["- a\n- b\n- c"],
-        ["- a wren", "1. a wren\n2. a frog", "-a\n-b", "- \n- a", "**a**\n**b**"],
+        ["- a wren", "1. a wren\n2. a frog", "-a\n-b", "- \n- a", "**a**\n**b**", "* * *\n- a"],
     ),
+    ("bullets: 2 | -", ["- a\n- b"], ["- a\n- b\n* c"], ["* a\n* b", "• a\n• b", "- a\n* b", "- a"]),
+    ("bullets: 1", ["- a", "+ a\n\nb"], ["- a\n- b"], ["-\na", "---", "- - -"]),
     (
         "parts: 2 | ;",
         ["Gray wolf; Canis lupus"],
@@ -59,7 +68,11 @@ VERDICTS = [
     ("parts: 2 | ->", ["Owl -> Mouse"], ["**Owl** -> Mouse\nas asked"], ["Owl, Mouse", "Owl -> Mouse -> Seed"]),
     (
         "languages: English | Hindi",
-        ["A peacock is a bird.\nमोर एक पक्षी है।", "Peacock\n\nमोर (Pavo) एक पक्षी है"],
+        [
+            "A peacock is a bird.\nमोर एक पक्षी है।",
+            "Peacock\nमोर (mora, Pavo cristatus)",
+            "Peacock\n\nमोर (Pavo) एक पक्षी है",
+        ],
         ["Sure, in two lines:\nA peacock.\nमोर"],
         ["A peacock. मोर", "मोर\nA peacock.", "A peacock.\nUn paon.", "A peacock.", "मोर", "1\n2"],
     ),
@@ -109,6 +122,16 @@ def test_json_that_only_python_reads_is_none():
         assert followed(answer, "json: low_hz") == (False, False)
 
 
+def test_a_key_may_have_to_hold_a_list():
+    assert followed('{"animals": ["bee"]}', "json: animals[]") == (True, True)
+    assert followed('{"animals": "bee"}', "json: animals[]") == (False, False)
+
+
+def test_letters_count_as_they_are_read_however_they_are_encoded():
+    assert followed("Cafe\u0301", "one_of: Café | Tea") == (True, True)
+    assert followed("a cafe\u0301", "without: café") == (False, False)
+
+
 def test_json_in_a_code_fence_is_kept_loosely():
     assert followed('```json\n{"animal": "wren"}\n```', "json: animal") == (False, True)
     assert followed('Sure:\n```json\n{"animal": "wren"}\n```', "json: animal") == (False, False)
@@ -141,6 +164,7 @@ def test_nothing_left_keeps_nothing():
         ("one_of: Yes", r"write one_of: Yes \| No"),
         ("one_of: Yes | ", r"write one_of: Yes \| No"),
         ("number: 5 | 1", r"write number: LOWEST \| HIGHEST"),
+        ("bullets: 2 | #", "write bullets: NUMBER"),
         ("json", r"write json: KEY \| KEY"),
         ("languages: English | French", "two or more of Arabic, English"),
         ("", "unknown constraint ''"),
@@ -174,7 +198,14 @@ def test_the_prompts_are_two_hundred_of_every_kind_and_say_what_they_want():
         kind, _, arguments = row["constraint"].partition(": ")
         wanted = arguments.split(" | ")
         if kind in ("one_of", "json", "languages", "ends_with"):
-            assert all(argument in row["prompt"] for argument in wanted), row
+            assert all(argument.removesuffix("[]") in row["prompt"] for argument in wanted), row
+        if kind == "number" and wanted[0] and "four digits" not in row["prompt"]:
+            assert all(re.search(rf"\b{bound}\b", row["prompt"]) for bound in wanted), row
+        if kind == "bullets" and len(wanted) > 1:
+            assert f'"{wanted[1]} "' in row["prompt"] or (wanted[1] == "-" and "a dash" in row["prompt"]), row
+        if kind == "parts":
+            names = {"/": "slashes", ";": "semicolon", ":": "colon", ",": "comma"}
+            assert wanted[1] in row["prompt"] or names[wanted[1]] in row["prompt"], row
         if kind in ("words", "bullets"):
             number = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"][int(wanted[0]) - 1]
             assert re.search(rf"\b({number}|single)\b", row["prompt"]), row

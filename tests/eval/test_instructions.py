@@ -23,7 +23,7 @@ from mergekit_bio.eval.report.tables import print_report
 from mergekit_bio.eval.run.evaluate import evaluate
 
 #: SHA-256 of the prompts and recordings of a version, which stays as it is: scores of two versions are of two things.
-V1 = "76f3608f93ffd9547f7c4a0dbc3bdf97bd37b12e090f1850369dffdfa5c0279d"
+V1 = "3bf314d85660d40a6485f0ff1397c592aa6c66e4de142712161606e6ac6bb4de"
 PROMPTS = [
     {"id": "a", "prompt": "Say no letter e.", "constraint": "without: e"},
     {"id": "b", "prompt": "Shout.", "constraint": "upper_case", "file_name": "0.wav"},
@@ -243,6 +243,14 @@ def test_a_csv_of_prompts_will_do(tmp_path):
     (tmp_path / "metadata.csv").write_text('id,prompt,constraint,file_name\nx,"Yes, or no?",one_of: Yes | No,\n')
     (row,) = open_instructions(tmp_path, name="mine").asked
     assert (row.instruction, row.label, row.path) == ("Yes, or no?", "one_of: Yes | No", None)
+
+
+def test_a_prompt_is_asked_letter_by_letter(tmp_path):
+    """What cannot be seen joins letters: in Persian, and in a picture of a woman who is a scientist."""
+    prompt = "Say \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 and \U0001f469\u200d\U0001f52c."
+    write_prompts(tmp_path, [{"id": "x", "prompt": f" {prompt}\n", "constraint": "upper_case"}])
+    (row,) = open_instructions(tmp_path, name="mine").asked
+    assert row.instruction == prompt
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction
+from mergekit_bio.eval.records.read import _with_distinct_names
 from mergekit_bio.eval.report.build import build_report, to_document
 from mergekit_bio.eval.report.files import write_report
-from mergekit_bio.eval.report.tables import print_report
+from mergekit_bio.eval.report.tables import constraint_table, print_report
 from mergekit_bio.eval.report.trade_off_figure import trade_off_figures
 
 #: Alpha -> of 20 clips, how many are answered rightly, and with another name of the list; the others leave the list.
@@ -95,6 +97,63 @@ def test_both_shares_come_with_the_bootstraps_interval():
 )  # fmt: skip
 def test_where_there_is_nothing_to_trade_there_is_no_trade_off(cells_):
     assert build_report(cells_).trade_offs == []
+
+
+@pytest.mark.parametrize("task", ["detection", "captioning"])
+def test_a_closed_list_is_kept_or_left_in_classification_only(task):
+    answers = {alpha: [("Owl", "Owl"), ("Wren", "Owl, Wren"), ("None", "Owl")] for alpha in (0.0, 1.0)}
+    listed = cells("listed", task, answers, labels=("Owl", "Wren"), scorer="exact")
+    assert build_report(listed).trade_offs == []
+    assert len(build_report(listed + instructions()).trade_offs) == 1
+
+
+def test_points_are_over_the_clips_and_prompts_that_all_alphas_have():
+    """The first three clips are right at every alpha but the last, the first three prompts are kept at every alpha."""
+    few = closed()
+    few[0] = replace(few[0], predictions=few[0].predictions[:3])
+    assert points(build_report(few + instructions())) == {0.0: (1.0, 0.9), 0.5: (1.0, 0.75), 1.0: (2 / 3, 0.25)}
+    few = instructions()
+    few[2] = replace(few[2], predictions=few[2].predictions[:3])
+    assert points(build_report(closed() + few)) == {0.0: (0.2, 1.0), 0.5: (0.6, 1.0), 1.0: (0.1, 1.0)}
+    (_, sweep) = build_report(closed() + few).sweeps
+    header, (*_, row) = constraint_table(sweep, "strict")
+    assert header == ["constraint", "n", "0", "0.5", "1"] and row == ["upper_case", "3", "1.00", "1.00", "1.00"]
+
+
+@pytest.mark.parametrize("scorer", ["paper", "beans-zero", "exact"])
+def test_the_list_is_the_one_that_was_asked_whatever_the_scorer_goes_by(scorer):
+    """No clip is of an ibis, which is on the list; a wrens is near a wren, and is not."""
+    answers = {alpha: [("Owl", "Owl"), (text, "Wren")] for alpha, text in ((0.0, "Ibis"), (1.0, "Wrens"))}
+    asked = cells("asked", "classification", answers, labels=("Owl", "Wren", "Ibis"))
+    (trade_off,) = build_report(asked, scorer=scorer).trade_offs
+    assert [point.kept for point in trade_off.points] == [1.0, 0.5]
+
+
+def test_another_model_beside_a_sweep_changes_nothing_of_it():
+    answers = {alpha: [("Wrens", "Wren"), ("Owl", "Owl")] * 5 for alpha in (0.0, 1.0)}
+    ours = cells("p", "classification", answers, scorer="paper")
+    more = tuple(replace(row, id=f"z{row.id}", label="Wrens") for row in ours[0].predictions[:2])
+    other = replace(
+        ours[0], checkpoint="other", alpha=None, identity={"baseline": True}, file="o.jsonl",
+        predictions=ours[0].predictions + more,
+    )  # fmt: skip
+    (alone,), (beside,) = build_report(ours).sweeps, build_report([*ours, other]).sweeps
+    assert [item.metrics for item in beside.scores] == [item.metrics for item in alone.scores]
+    assert [item.cell.checkpoint for item in beside.other_models] == ["other"]
+
+
+def test_another_model_makes_no_one_run_of_two():
+    """Two searched with two beams, one greedily; the other model was asked the same."""
+    asked = {"data": "d", "query": "q"}
+    beams, greedy = ({**asked, "engine": "vllm", "generate": {"num_beams": number}} for number in (2, 1))
+    ours = [replace(cell, folder=Path("a" if cell.alpha < 1 else "b"), identity=beams) for cell in closed()]
+    other = replace(
+        ours[0], checkpoint="other", alpha=None, folder=Path("c"), file="o.jsonl",
+        identity={**asked, "engine": "openai", "generate": {"num_beams": 1}, "baseline": True},
+    )  # fmt: skip
+    assert {cell.run for cell in _with_distinct_names([*ours, other])} == {"closed"}
+    two = [*ours[:2], replace(ours[2], identity=greedy)]
+    assert {cell.run for cell in _with_distinct_names([*two, other])} == {"a", "b", "c"}
 
 
 def test_tables_files_and_json_have_it(tmp_path):

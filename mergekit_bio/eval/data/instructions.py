@@ -49,6 +49,10 @@ def open_instructions(folder: Path, *, name: str, channel: int | None = None) ->
 def _rows(folder: Path, documents: Iterable[Document]) -> Iterator[DatasetRow]:
     for document in documents:
         values = {plain_text(column): plain_text(value) for column, value in document.data.items()}
+        # A prompt is asked as it is written: what cannot be seen may join its letters.
+        values |= {
+            key: text.strip() for key, text in document.data.items() if key == "prompt" and isinstance(text, str)
+        }
         for column in COLUMNS:
             if column not in values:
                 raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, values)) or 'none'}")

@@ -114,12 +114,13 @@ def _are_one_run(cells: Sequence[Cell]) -> bool:
     """
     if len({cell.folder for cell in cells}) == 1:
         return True
-    asked: dict[object, dict[str, Any]] = {}
-    of_answers = {"checkpoint"} | (_OF_ANSWERS if any(cell.baseline for cell in cells) else set())
-    for cell in cells:
-        identity = {key: value for key, value in cell.identity.items() if key not in of_answers}
-        if asked.setdefault(cell.sweep, identity) != identity:
-            return False
+    ours = [cell for cell in cells if not cell.baseline]
+    for compared, of_answers in ((ours, {"checkpoint"}), (cells, {"checkpoint"} | _OF_ANSWERS)):
+        asked: dict[object, dict[str, Any]] = {}
+        for cell in compared:
+            identity = {key: value for key, value in cell.identity.items() if key not in of_answers}
+            if asked.setdefault(cell.sweep, identity) != identity:
+                return False
     return len({cell.file for cell in cells}) == len(cells)
 
 

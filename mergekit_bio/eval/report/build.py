@@ -247,8 +247,10 @@ def build_report(
     sweeps = []
     for _, group in groupby((cell for cell in cells if cell.predictions), key=lambda cell: cell.sweep):
         members = list(group)
-        labels = [label for _, label in sorted({(row.id, row.label) for cell in members for row in cell.predictions})]
-        asked = sorted({label for cell in members for label in cell.labels})
+        # What an answer may be is the sweep's to say: another model beside it changes nothing of it.
+        own = [cell for cell in members if not cell.baseline] or members
+        labels = [label for _, label in sorted({(row.id, row.label) for cell in own for row in cell.predictions})]
+        asked = sorted({label for cell in own for label in cell.labels})
         scores = []
         for cell in members:
             name = scorer or cell.scorer or "paper"

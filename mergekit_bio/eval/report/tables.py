@@ -1,7 +1,5 @@
 """The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
-from collections import Counter
-
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -10,8 +8,9 @@ from rich.text import Text
 
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.choosing import HALVES, AlphaChoice
+from mergekit_bio.eval.report.comparison import shared_clips
 from mergekit_bio.eval.report.trade_off import TradeOff
-from mergekit_bio.eval.scoring.following import EVERY, RULES, groups_of, groups_with, metric_name
+from mergekit_bio.eval.scoring.following import RULES, groups_of, groups_with
 from mergekit_bio.eval.scoring.score import Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
@@ -96,18 +95,22 @@ def constraint_table(sweep: Sweep, rule: str) -> tuple[list[str], list[list[str]
     """What share of the prompts kept their constraint, strictly or loosely: text-only, with audio, of each kind.
 
     Returns:
-        The header, and for each group of prompts its name, how many any cell has, and each cell's share.
+        The header, and for each group of prompts its name, how many all cells have, and each cell's share of those.
     """
-    prompts = {row.id: row for item in sweep.scores for row in item.cell.predictions}.values()
-    groups = [group for group in groups_of([row.label for row in prompts]) if group != EVERY]
-    numbers = Counter(group for row in prompts for group in groups_with(row.label, row.audio is not None))
     scores = (*sweep.scores, *sweep.other_models)
+    shared = shared_clips(scores)
     header = ["constraint", "n", *(model(sweep, item) for item in scores)]
+    # What each prompt's groups are, and which prompts each cell has kept.
+    groups = {
+        row.id: groups_with(row.label, row.audio is not None) for row in scores[0].cell.predictions if row.id in shared
+    }
+    verdicts = {"strict": ("kept",), "loose": ("kept", "kept loosely")}[rule]
+    kept = [{key for key, answer in zip(item.ids, item.answers, strict=True) if answer in verdicts} for item in scores]
     rows = []
-    for group in groups:
-        shares = [item.metrics.get(metric_name(rule, group)) for item in scores]
-        texts = ["" if share is None else f"{share:.2f}" for share in shares]
-        rows += [[group, str(numbers[group]), *texts]] if numbers[group] else []
+    for group in groups_of([row.label for row in scores[0].cell.predictions if row.id in shared])[1:]:
+        members = [key for key, names in groups.items() if group in names]
+        shares = [f"{sum(key in of_cell for key in members) / len(members):.2f}" for of_cell in kept if members]
+        rows += [[group, str(len(members)), *shares]] if members else []
     return header, rows
 
 

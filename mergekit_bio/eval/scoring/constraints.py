@@ -1,5 +1,7 @@
 """Constraints on an answer's format that code can check, such as ``words: 3`` or ``one_of: Yes | No``.
 
+What is kept by these rules is pinned by tests: ``RULES_VERSION`` changes with any of them.
+
 Strict and loose are those of IFEval (Zhou et al. 2023, arXiv:2311.07911): strictly the answer counts as it is written;
 loosely it counts too if it keeps the constraint without its first line, its last line or both, or without asterisks.
 """
@@ -13,6 +15,7 @@ from itertools import product
 
 from mergekit_bio.outside_data import nearest
 
+RULES_VERSION = 1
 #: Whether an answer, without white space around it and not empty, keeps a constraint.
 Check = Callable[[str], bool]
 
@@ -26,7 +29,11 @@ SCRIPTS = {
     "Russian": "CYRILLIC",
     "Thai": "THAI",
 }
-_BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+#: The mark of a list item and what stands behind it; a line of marks alone is Markdown's rule.
+_BULLET = re.compile(r"[^\S\n]*([-*•+])[^\S\n]+(?![-*\s]*$)\S.*")
+_MARKS = "-*•+"
+#: Between these and a phrase a word ends; an underscore is Markdown's.
+_BEFORE_WORD, _AFTER_WORD = r"(?<![^\W_])", r"(?![^\W_])"
 
 
 def followed(text: str, constraint: str) -> tuple[bool, bool]:
@@ -35,7 +42,8 @@ def followed(text: str, constraint: str) -> tuple[bool, bool]:
     Raises:
         ValueError: There is no such constraint.
     """
-    _, check = parse_constraint(constraint)
+    _, check = parse_constraint(unicodedata.normalize("NFC", constraint))
+    text = unicodedata.normalize("NFC", text)
     strict = _kept(text, check)
     return strict, strict or any(_kept(variant, check) for variant in _variants(text))
 
@@ -82,10 +90,10 @@ def _one_of(*options: str) -> Check:
     return options.__contains__
 
 
-def _number(lowest: str, highest: str) -> Check:
+def _number(lowest: str = "-999999999", highest: str = "999999999") -> Check:
     numbers = range(int(lowest), int(highest) + 1)
     _need(len(numbers))
-    return lambda text: bool(re.fullmatch(r"-?[0-9]{1,9}", text)) and int(text) in numbers
+    return lambda text: bool(re.fullmatch(r"0|-?[1-9][0-9]{0,8}", text)) and int(text) in numbers
 
 
 def _words(count: str) -> Check:
@@ -93,9 +101,15 @@ def _words(count: str) -> Check:
     return lambda text: sum(any(map(str.isalnum, word)) for word in text.split()) == wanted
 
 
-def _bullets(count: str) -> Check:
+def _bullets(count: str, mark: str = _MARKS) -> Check:
     wanted = _positive(count)
-    return lambda text: len(_BULLET.findall(text)) == wanted
+    _need(mark == _MARKS or (len(mark) == 1 and mark in _MARKS))
+
+    def check(text: str) -> bool:
+        marks = [found[1] for found in map(_BULLET.fullmatch, text.split("\n")) if found]
+        return len(marks) == wanted and all(found in mark for found in marks)
+
+    return check
 
 
 def _parts(count: str, separator: str) -> Check:
@@ -111,6 +125,8 @@ def _parts(count: str, separator: str) -> Check:
 def _json(*keys: str) -> Check:
     _need(keys)
 
+    names = [key.removesuffix("[]") for key in keys]
+
     def no_number(name: str) -> None:  # NaN and Infinity are Python's, not JSON's
         raise ValueError(name)
 
@@ -119,7 +135,9 @@ def _json(*keys: str) -> Check:
             pairs = json.loads(text, object_pairs_hook=_Pairs, parse_constant=no_number)
         except (ValueError, RecursionError):
             return False
-        return isinstance(pairs, _Pairs) and Counter(key for key, _ in pairs) == Counter(keys)
+        if not isinstance(pairs, _Pairs) or Counter(key for key, _ in pairs) != Counter(names):
+            return False
+        return all(type(value) is list for key, value in pairs if f"{key}[]" in keys)
 
     return check
 
@@ -128,22 +146,34 @@ class _Pairs(list[tuple[str, object]]):
     """A JSON object with every key that stands in it."""
 
 
+_QUOTES = '"“”„‟«»'
+
+
 def _quotes() -> Check:
-    return lambda text: len(text) > 2 and text[0] + text[-1] in ('""', "“”")
+    return lambda text: text[0] in _QUOTES and text[-1] in _QUOTES and bool(text[1:-1].strip(_QUOTES + " \n"))
 
 
 def _ends_with(phrase: str) -> Check:
-    return lambda text: text.endswith(phrase)
+    pattern = re.compile(rf"{_BEFORE_WORD if phrase[0].isalnum() else ''}{re.escape(phrase)}\Z")
+    return lambda text: bool(pattern.search(text))
 
 
 def _without(*phrases: str) -> Check:
     _need(phrases)
     # A word is looked for as a word, a punctuation mark wherever it stands.
     patterns = [
-        re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)" if phrase[0].isalnum() else re.escape(phrase), re.IGNORECASE)
+        re.compile(
+            f"{_BEFORE_WORD}{re.escape(phrase)}{_AFTER_WORD}" if phrase[0].isalnum() else _alike(phrase),
+            re.IGNORECASE,
+        )
         for phrase in phrases
     ]
     return lambda text: not any(pattern.search(text) for pattern in patterns)
+
+
+def _alike(mark: str) -> str:
+    """A pattern for a punctuation mark and the same of other scripts."""
+    return {",": "[,，、،]", ";": "[;；؛]", ".": "[.。]", "!": "[!！]"}.get(mark, re.escape(mark))
 
 
 def _languages(*names: str) -> Check:
@@ -159,7 +189,8 @@ def _languages(*names: str) -> Check:
 
 
 def _mostly(line: str, script: str) -> bool:
-    """Whether more than half of a line's letters are of a script."""
+    """Whether more than half of a line's letters are of a script; how it is read may stand behind it in brackets."""
+    line = re.sub(r"(?<=\S)\s*\([^()]*\)", "", line)
     letters = [unicodedata.name(c, "").split(" ")[0] for c in line if unicodedata.category(c)[0] in "LM"]
     return 2 * letters.count(script) > len(letters)
 
@@ -177,16 +208,16 @@ def _need(condition: object) -> None:
 #: Kind -> what it takes, as an error shows it, and what makes its check of that.
 KINDS: dict[str, tuple[str, Callable[..., Check]]] = {
     "one_of": ("Yes | No", _one_of),
-    "number": ("LOWEST | HIGHEST", _number),
+    "number": ("LOWEST | HIGHEST, or nothing", _number),
     "words": ("NUMBER", _words),
     "upper_case": ("", lambda: str.isupper),
     "lower_case": ("", lambda: str.islower),
     "quotes": ("", _quotes),
     "ends_with": ("PHRASE", _ends_with),
     "without": ("WORD | MARK", _without),
-    "bullets": ("NUMBER", _bullets),
+    "bullets": ("NUMBER, or NUMBER | MARK", _bullets),
     "parts": ("NUMBER | SEPARATOR", _parts),
-    "json": ("KEY | KEY", _json),
+    "json": ("KEY | KEY, with [] behind one whose value is a list", _json),
     "languages": (f"two or more of {', '.join(SCRIPTS)}, with | between them", _languages),
 }
 
