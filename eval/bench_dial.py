@@ -9,6 +9,7 @@ round, on servers that stay up: what the machine does meanwhile meets all of the
 import argparse
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -141,6 +142,7 @@ def measure(model: str, rounds: int, folder: Path, *, alone: bool) -> tuple[dict
                     for n in range(count)
                 ]
                 turn = take_turn(way, jobs, client)
+                print(number, way.name, turn, file=sys.stderr, flush=True)
                 if number:  # the first round warms up
                     turns[way.name].append(turn)
         memory = {way.name: sum(server.memory() for server in way.servers) for way in ways}
