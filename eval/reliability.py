@@ -26,6 +26,7 @@ from mergekit_bio.audio.recording import read_clip
 from mergekit_bio.demo.recordings import write_recordings
 from mergekit_bio.demo.run import CLOSED, MODEL
 from mergekit_bio.demo.species import HEARD, UNHEARD
+from mergekit_bio.engine.decoding.choices import NONE, likeliest, with_choices
 from mergekit_bio.engine.interface import Prompt
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.eval.recipe.shipped import copy_shipped
@@ -33,7 +34,6 @@ from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.report.drawing import BLUE, GREY, STYLE, VERMILION
 from mergekit_bio.eval.run.evaluate import evaluate
 from mergekit_bio.eval.scoring.scorers import SCORERS
-from mergekit_bio.listen.choices import NONE, likeliest, with_choices
 from mergekit_bio.merging.merge import merge
 
 RESULTS = Path(__file__).with_name("results")

@@ -121,10 +121,10 @@ def ask(
     from mergekit_bio.audio.layout import AUDIO_SLOT
     from mergekit_bio.audio.prompt import check_audio_count, render_prompt
     from mergekit_bio.audio.recording import check_windows, parse_channel
+    from mergekit_bio.engine.decoding.choices import with_choices
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.errors import AudioError, OutputError
     from mergekit_bio.listen.answering import AskRequest, ask_archive, ask_together
-    from mergekit_bio.listen.choices import with_choices
     from mergekit_bio.listen.clip_files import check_folder
     from mergekit_bio.listen.question import Question
     from mergekit_bio.listen.quiet import check_level

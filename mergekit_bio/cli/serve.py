@@ -36,6 +36,9 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="A line of JSON a request: who, when, how much; no content. - for stdout."),
     ] = None,
+    page: Annotated[
+        bool, typer.Option("--page", help="A page at /page, to ask in a browser: record, drop, compare two strengths.")
+    ] = False,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Most items in a /predict request, if so many recordings fit into one.")
@@ -61,6 +64,7 @@ def serve(
       mergekit-bio serve --port 8000                # NatureLM-audio, every alpha
       mergekit-bio serve --base llama/ --adapter lora/ --alpha 0.4
       mergekit-bio serve merged/half --api-key KEY --tensor-parallel-size 2
+      mergekit-bio serve --page                     # and ask in a browser: http://127.0.0.1:8000/page
     """
     from mergekit_bio.serve.command import serve as start
     from mergekit_bio.serve.request_log import STANDARD_OUTPUT
@@ -81,7 +85,7 @@ def serve(
     )
     options = {"base": base, "adapter": adapter, "alpha": alpha}
     given_options = {key: value for key, value in options.items() if value is not None}
-    start(source=_source(checkpoints, given_options, dial=dial), flags=flags, settings=settings)
+    start(source=_source(checkpoints, given_options, dial=dial), flags=flags, settings=settings, page=page)
 
 
 def _source(checkpoints: list[str], options: dict[str, Any], *, dial: bool) -> "str | DialRequest":

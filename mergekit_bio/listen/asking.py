@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.choice import engine_class
+from mergekit_bio.engine.decoding.choices import NEGLIGIBLE, likeliest
 from mergekit_bio.engine.interface import Engine, EngineSettings, Prompt
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.listen.choices import NEGLIGIBLE, likeliest
 from mergekit_bio.listen.question import Question
 from mergekit_bio.listen.quiet import is_quiet
 from mergekit_bio.listen.reading import Ended, OpenRecording, Window, WindowReader, windows_of

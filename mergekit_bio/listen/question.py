@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mergekit_bio.audio.clip import CLIP_SECONDS
+from mergekit_bio.engine.decoding.choices import with_choices
 from mergekit_bio.engine.interface import Decoding
-from mergekit_bio.listen.choices import with_choices
 
 
 @dataclass(frozen=True, kw_only=True)

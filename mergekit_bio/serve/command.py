@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.engine.vllm.dial import LARGEST
-from mergekit_bio.errors import EngineError
+from mergekit_bio.errors import EngineError, MissingPackageError
 from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
 from mergekit_bio.serve.keys import is_open_to_all, read_keys
@@ -117,18 +119,21 @@ def cache_options(args: Any, flags: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: ServeSettings) -> None:
+def serve(
+    *, source: str | Path | DialRequest, flags: Sequence[str], settings: ServeSettings, page: bool = False
+) -> None:
     """Serve one merged checkpoint, or an adapter at every strength, until a signal comes.
 
     Args:
         source: A merged directory or hub id, or what a dial is made of.
         flags: vLLM's.
         settings: Limits; what is served, and the rules for media, are filled in here.
+        page: Whether there is a page for browsers.
 
     Raises:
         MergekitBioError: The source cannot be served, or not with these flags, or there are no keys to be
             read, or the request log cannot be written.
-        MissingPackageError: vLLM is not installed.
+        MissingPackageError: vLLM is not installed, or Gradio, which the page needs.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
     from mergekit_bio.engine.vllm.leaving import leave_without_leaks
@@ -143,6 +148,8 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         RequestLog(settings.request_log).close()
     leave_without_leaks()
     require_vllm()
+    if page and find_spec("gradio") is None:
+        raise MissingPackageError("gradio", "page", "serve --page")
     register()
     with ExitStack() as stack:
         # 1. What is served, on the disk.
@@ -159,6 +166,12 @@ def serve(*, source: str | Path | DialRequest, flags: Sequence[str], settings: S
         args = parse_flags(checkpoint, names, flags, dial)
         if settings.request_log is not None:
             args.middleware.append("mergekit_bio.serve.request_log.RequestLogger")
+        if page:
+            if args.api_server_count not in (None, 1):
+                raise EngineError("--page needs one API server, for a visitor's requests belong together")
+            args.api_server_count = 1
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mergekit-bio-page-"))
+            settings = replace(settings, page=folder)
         if (cache := cache_memory(checkpoint, cache_options(args, flags))) is not None:
             args.kv_cache_memory_bytes = cache.bytes
             print(f"note: {cache.in_words}", file=sys.stderr)

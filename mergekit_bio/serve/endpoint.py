@@ -16,8 +16,9 @@ from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.dial import without_strengths_in_metrics
 from mergekit_bio.engine.vllm.grammars import GrammarCheck
-from mergekit_bio.engine.vllm.online import answer, prepare_requests
-from mergekit_bio.errors import AudioError, MergekitBioError, PromptError
+from mergekit_bio.engine.vllm.online import prepare_requests
+from mergekit_bio.errors import AudioError, MergekitBioError
+from mergekit_bio.serve.asking import check_size, generate
 from mergekit_bio.serve.guard import DOCUMENT_KEY, MODEL_KEY
 from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
 from mergekit_bio.serve.predictions import (
@@ -49,6 +50,11 @@ class PredictionsEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
         app.include_router(router)
+        settings = ServeSettings.from_environment()
+        if settings.page is not None:
+            from mergekit_bio.serve.page.mount import attach_page
+
+            attach_page(app, settings)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep what the routes need."""
@@ -144,16 +150,9 @@ async def _respond(state: Any, adapter: Any, sample_id: str, item: Item | str) -
     seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
     try:
         prompt = item.prompt(system_turns=settings.system_turns)
-        if len(prompt) > state.mergekit_bio_max_characters:
-            raise PromptError(
-                f"the prompt has {len(prompt)} characters; more than {state.mergekit_bio_max_characters} never fit"
-            )
-        most = state.vllm_config.model_config.multimodal_config.get_limit_per_prompt("audio")
-        if len(item.audio_inputs) > most:
-            return failure(sample_id, f"at most {most} audios may be provided in one prompt")
-        generation = await answer(
-            state.engine_client,
-            state.mergekit_bio_tokenization,
+        check_size(state, prompt, audios=len(item.audio_inputs))
+        generation = await generate(
+            state,
             prompt=prompt,
             clips=[await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs],
             decoding=item.generation_config.decoding(

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.outside_data import is_text
 from mergekit_bio.serve.keys import Keys, vllms_keys
+from mergekit_bio.serve.page.login import KEY_NAME, KEYS, LOGIN, LOGOUT, PAGE, UPLOAD, is_of_page, key_of_visitor
 from mergekit_bio.serve.request_log import note
 from mergekit_bio.serve.settings import OPEN_PATHS, ServeSettings
 
@@ -22,8 +23,6 @@ T = TypeVar("T")
 
 #: Where the model that a request is for stands in its scope; None for the default.
 MODEL_KEY = "mergekit_bio.model"
-#: Where the name of the key stands that let a client in; None where no key is asked for.
-KEY_NAME = "mergekit_bio.key_name"
 #: Where the JSON of a body for ``/predict`` stands; None where it is none.
 DOCUMENT_KEY = "mergekit_bio.document"
 
@@ -40,6 +39,8 @@ _CLOSING_SECONDS = 2
 _BODY_SECONDS, _BODY_BYTES_A_SECOND = 20.0, 64 << 10
 #: Bodies of so many times the largest are held at once, all requests together.
 _BODIES_HELD = 16
+#: The largest body of the page's that is no recording.
+_SMALL_BYTES = 1 << 20
 #: Of a body that is not wanted so much is read, for so long, that its sender comes to read why.
 _UNWANTED_BYTES, _UNWANTED_SECONDS = 512 << 20, 20.0
 
@@ -139,13 +140,19 @@ class Guard:
 
     async def _answer(self, scope: Scope, body: "_Body", send: Send) -> None:
         # 1. Whether the client may ask. What has no body needs no more.
-        self._let_in(scope)
+        of_page = self._settings.page is not None and is_of_page(scope["path"])
+        self._let_in(scope, of_page=of_page)
+        if of_page:  # what is mounted looks for its path behind a proxy's prefix
+            scope["path"] = scope.get("root_path", "").rstrip("/") + scope["path"]
         if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
             await self._app(scope, body.receive, send)
             return
         # 2. The whole body, within its limits, and nothing in it that would harm vLLM.
-        await self._read(scope, body)
+        await self._read(scope, body, small=of_page and not scope["path"].endswith(UPLOAD))
         if body.gone:
+            return
+        if of_page:
+            await self._app(scope, body.replay, send)
             return
         read = _parsed if scope["path"] == "/predict" else _parsed_for_vllm
         if len(body.data) > _READ_AT_ONCE:
@@ -177,7 +184,7 @@ class Guard:
         note(path=path, model=self._canonical(name) if path in ("/predict", "/info") else None)
         return {**scope, "path": path, "raw_path": path.encode(), MODEL_KEY: name, KEY_NAME: None}
 
-    def _let_in(self, scope: Scope) -> None:
+    def _let_in(self, scope: Scope, *, of_page: bool) -> None:
         """Refuse a client that needs a key and has none; note whose key another one has.
 
         vLLM itself asks again for a key of its own, if it has one, and is given that.
@@ -185,7 +192,11 @@ class Guard:
         own = vllms_keys(scope["app"].state.args.api_key)
         if self._keys is None:
             self._keys = Keys(own, self._settings.api_keys)
+        scope[KEYS] = self._keys
         if not self._keys.asked_for or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
+            return
+        if of_page:
+            self._let_into_page(scope, self._keys)
             return
         scope[KEY_NAME] = self._keys.name_of(_bearer(scope))
         if scope[KEY_NAME] is None:
@@ -193,6 +204,17 @@ class Guard:
         note(key=scope[KEY_NAME])
         others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         scope["headers"] = [*others, *((b"authorization", f"Bearer {key}".encode()) for key in [*own][:1])]
+
+    def _let_into_page(self, scope: Scope, keys: Keys) -> None:
+        """The same for a browser, whose cookie stands for a key. Without one it gets the form instead of the page."""
+        key = key_of_visitor(scope)
+        scope[KEY_NAME] = None if key is None else keys.name_of(key)
+        note(key=scope[KEY_NAME])
+        if scope[KEY_NAME] is not None or scope["path"] in (PAGE, LOGIN, LOGOUT):
+            return
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("GET", f"{PAGE}/"):
+            raise _Refused(401, f"log in at {PAGE}")
+        scope["path"] = LOGIN
 
     def _knows(self, name: str) -> bool:
         return bool(name) and (name in self._settings.names if self._dial is None else name in self._dial)
@@ -216,8 +238,8 @@ class Guard:
                 f"three digits behind the point, such as {model}@0.35",
             )
 
-    async def _read(self, scope: Scope, body: "_Body") -> None:
-        limit = self._settings.max_body_bytes
+    async def _read(self, scope: Scope, body: "_Body", *, small: bool = False) -> None:
+        limit = min(self._settings.max_body_bytes, _SMALL_BYTES) if small else self._settings.max_body_bytes
         too_large = _Refused(413, f"the request is larger than {limit} bytes")
         if body.declared(scope) > limit:
             raise too_large
@@ -232,7 +254,7 @@ class Guard:
                 raise _Refused(408, "the request's body did not arrive in time") from None
             if len(body.data) + len(chunk) > limit:
                 raise too_large
-            if self._held_bytes + len(chunk) > _BODIES_HELD * limit:
+            if self._held_bytes + len(chunk) > _BODIES_HELD * self._settings.max_body_bytes:
                 raise _Refused(503, "the server holds as many requests as it can; try again later")
             body.data += chunk
             body.held += len(chunk)

@@ -1,5 +1,6 @@
 """The predictions_v1 contract: what a request may be, and what comes back for it."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -116,11 +117,19 @@ class Item(_Tolerant):
         check_audio_count(slots=sum(content.count(AUDIO_SLOT) for content in contents), audios=audios)
         if not any(contents):
             raise PromptError("the messages are empty")
-        turns = "".join(
-            f"<|start_header_id|>{message.role}<|end_header_id|>\n\n{content}<|eot_id|>"
-            for message, content in zip(messages, contents, strict=True)
+        return conversation_prompt(
+            [(message.role, content) for message, content in zip(messages, contents, strict=True)]
         )
-        return f"{turns}<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def conversation_prompt(turns: Iterable[tuple[str, str]]) -> str:
+    """The complete prompt of a conversation that the assistant is to go on with.
+
+    Args:
+        turns: Of each the role and the text, with ``<AudioHere>`` for every audio.
+    """
+    written = (f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>" for role, content in turns)
+    return f"{''.join(written)}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 class BadRequest(Exception):

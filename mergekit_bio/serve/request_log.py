@@ -81,6 +81,11 @@ def count(**amounts: float) -> None:
             setattr(entry, name, getattr(entry, name) + amount)
 
 
+def now() -> str:
+    """The time as entries have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 class RequestLogger:
     """ASGI middleware, outermost: an entry for every request but those that need no key. vLLM makes it."""
 
@@ -95,8 +100,7 @@ class RequestLogger:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        entry = Entry(now, None, scope.get("method", "WEBSOCKET"), scope["path"])
+        entry = Entry(now(), None, scope.get("method", "WEBSOCKET"), scope["path"])
         CURRENT.set(entry)
         start = time.monotonic()
         left = False

@@ -58,6 +58,7 @@ class ServeSettings:
         system_turns: Whether ``/predict`` keeps them.
         prompt_template: What the chat template makes of one user's turn, with ``{}`` for it; None where a user gave a
             chat template of their own.
+        page: The folder for what visitors of ``/page`` upload; None where there is no page.
         fetch_seconds: Time for one ``file_url``.
         allowed_local_media_path: The only folder that files are read from; None for none.
         allowed_media_domains: The only hosts that files are fetched from.
@@ -76,6 +77,7 @@ class ServeSettings:
     max_new_tokens: int = 300
     system_turns: Literal["drop", "keep"] = "drop"
     prompt_template: str | None = None
+    page: str | None = None
     fetch_seconds: float = 20.0
     allowed_local_media_path: str | None = None
     allowed_media_domains: tuple[str, ...] = ()

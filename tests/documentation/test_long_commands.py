@@ -166,6 +166,8 @@ def test_a_server_serves_as_it_stands(command: Block, here: Path, monkeypatch: p
         assert [model["id"] for model in models] == wanted
         question = {"model": wanted[-1], "max_tokens": 4, "messages": [{"role": "user", "content": "What is it?"}]}
         client.post("/v1/chat/completions", json=question, timeout=60).raise_for_status()
+        if "--page" in words:
+            client.get("/page/login").raise_for_status()
     assert process.returncode == 0
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from scipy.special import softmax
 
+from mergekit_bio.engine.decoding.choices import likeliest, with_choices
 from mergekit_bio.errors import PromptError
-from mergekit_bio.listen.choices import likeliest, read_choices, with_choices
+from mergekit_bio.listen.choices import read_choices
 
 
 def read(tmp_path: Path, text: str, name: str = "birds.txt", column: str = "", none: bool = False):

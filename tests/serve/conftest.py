@@ -8,12 +8,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS
+from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS, MAX_NEW_TOKENS
 from tiny_naturelm import make_base, make_naturelm
 
 import mergekit_bio
@@ -34,6 +35,7 @@ class Server:
     folder: Path
     log: Path
     request_log: Path
+    uploads: list[Path] = field(default_factory=list)  # what the page was sent
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -83,8 +85,12 @@ def server(sweep, tmp_path_factory):
         str(keys),
         "--request-log",
         str(requests),
+        "--max-new-tokens",
+        str(MAX_NEW_TOKENS),
         *SLOTS,
     ]
+    if find_spec("gradio"):
+        flags.append("--page")
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "TORCH_COMPILE_DISABLE": "1",

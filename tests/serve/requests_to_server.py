@@ -9,7 +9,7 @@ import soundfile
 #: vLLM's own, and those of a file.
 KEY = "the-key"
 KEYS = {"ana": "0a1b2c3d", "ben": "4e5f6a7b"}
-MAX_AUDIOS = 6
+MAX_AUDIOS, MAX_NEW_TOKENS = 6, 16
 
 
 def encoded(samples: np.ndarray, kind: str = "wav") -> str:

@@ -18,6 +18,7 @@ from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.vllm.dial import SlotAdapter
 from mergekit_bio.errors import AdapterError, EngineError, MergekitBioError
+from mergekit_bio.serve import command
 from mergekit_bio.serve.command import cache_options, parse_flags, prompt_template
 from mergekit_bio.serve.dial import DialRequest, prepared_dial, request_of_merges, slot_adapter
 from mergekit_bio.serve.settings import ServeSettings
@@ -234,6 +235,7 @@ def test_the_note_on_the_dial_has_the_name_that_is_served(sources, command_line,
     assert code == 0 and "note: birds@0 to birds@2 are served unmerged: " in err
     (settings,) = served
     dial = settings.make_dial()
+    assert (settings.num_beams, settings.max_new_tokens, settings.page) == (2, 300, None)
     assert dial is not None and "birds@2" in dial and "birds@2.001" not in dial and "naturelm@1" not in dial
 
 
@@ -261,3 +263,15 @@ def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, m
     line = f"error: {model}: vLLM cannot start: gpu_memory_utilization: Input should be less than or equal to 1"
     assert code == 1 and err.splitlines()[-1] == line
     assert "Traceback" not in out + err
+
+
+def test_a_page_says_what_to_install_and_that_it_has_one_server(sweep, command_line, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    half = sweep["alpha-0.50"]
+    code, _, err = command_line("serve", half, "--page", "--api-server-count", "2")
+    assert code == 1 and "error: --page needs one API server" in err
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    code, _, err = command_line("serve", half, "--page")
+    line = "error: serve --page needs gradio; install it with: pip install 'mergekit-bio[page]'"
+    assert code == 1 and err.splitlines()[-1] == line

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS, encoded
+from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS, MAX_NEW_TOKENS, encoded
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.http import HttpEngine
@@ -499,7 +499,7 @@ def test_predict_searches_with_two_beams_and_drops_system_turns_unless_told_othe
     (entry,) = predict(http, asked).json()["responses"]
     assert entry["predictions"] == [wanted.text] and entry["usage"]["prompt_tokens"] == wanted.prompt_tokens
     info = http.get("/info").json()
-    assert (info["num_beams"], info["max_new_tokens"], info["system_turns"]) == (2, 300, "drop")
+    assert (info["num_beams"], info["max_new_tokens"], info["system_turns"]) == (2, MAX_NEW_TOKENS, "drop")
 
 
 def test_a_prompt_that_can_never_fit_is_refused_before_it_is_read(http):
@@ -875,3 +875,4 @@ def test_sigterm_in_the_middle_ends_cleanly(server, http):
     assert len(outcome) == 1
     said = server.log.read_text()
     assert "Traceback" not in said and "leaked" not in said
+    assert not any(file.exists() for file in server.uploads)

@@ -179,20 +179,25 @@ def score_labels(
         For each prompt label -> the sum of its tokens' natural log-probabilities and of the log-probability of ending
         there, with whichever end token; minus infinity for a label that was not asked for.
     """
-    searches = [_Search(root, eos_token_ids, negligible) for _ in range(prompts)]
+    searches = [LabelSearch(root, eos_token_ids, negligible) for _ in range(prompts)]
     while asked := [(prompt, node) for prompt, search in enumerate(searches) for node in search.next()]:
         queries = [Query(prompt, node.tokens, node.candidates(eos_token_ids)) for prompt, node in asked]
         for (prompt, node), logprobs in zip(asked, next_logprobs(queries), strict=True):
             searches[prompt].take(node, logprobs)
-    return [{label: search.found.get(label, -math.inf) for label in labels} for search in searches]
+    return [search.scores(labels) for search in searches]
 
 
 #: The likeliest ways, and those that are less likely by no more than this factor, are followed at the same time.
 _TOGETHER = 100.0
 
 
-class _Search:
-    """Scores labels for one prompt, the likeliest first.
+class LabelSearch:
+    """Scores labels for one prompt, the likeliest first: :func:`score_labels` for whoever asks the model otherwise.
+
+    Args:
+        root: Of :func:`build_trie`.
+        ends: What ends an answer.
+        negligible: As for :func:`score_labels`.
 
     Attributes:
         found: Label -> its score.
@@ -238,6 +243,10 @@ class _Search:
         if node.label is not None:
             ends = logprobs[len(node.children) :]
             self.found[node.label] = reached + (log_sum_exp(ends) if ends else 0.0)
+
+    def scores(self, labels: Sequence[str]) -> dict[str, float]:
+        """For each label its score; minus infinity where it was not asked for."""
+        return {label: self.found.get(label, -math.inf) for label in labels}
 
 
 def log_sum_exp(values: Sequence[float]) -> float:

@@ -36,10 +36,12 @@ from mergekit_bio.engine.vllm.cpu_memory import SAID_BY, cache_memory, processes
 from mergekit_bio.engine.vllm.plugin import missing_vllm, register, require_vllm, worker_class
 from mergekit_bio.engine.vllm.requests import (
     MAX_LOGPROBS,
+    candidate_logprobs,
     continued,
     generation,
     one_token,
     sampling_params,
+    split_query,
 )
 from mergekit_bio.engine.vllm.start import engine_dtype, interruptible, leave_if_imported_again, objections
 from mergekit_bio.errors import EngineError, MissingPackageError, PromptError
@@ -414,23 +416,13 @@ class VllmEngine:
         """What walks a trie of labels: each query is a one-token request that names its candidates."""
 
         def ask(queries: Sequence[Query]) -> list[list[float]]:
-            from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS as LIMIT
-
-            # A request may name so many tokens only: a query with more of them becomes several.
-            parts = [
-                query._replace(candidates=query.candidates[start : start + LIMIT])
-                for query in queries
-                for start in range(0, len(query.candidates), LIMIT)
-            ]
+            parts = [part for query in queries for part in split_query(query)]
             outputs = self._step(
                 [continued(requests[part.prompt], part.tokens) for part in parts],
                 [one_token(logprob_token_ids=list(part.candidates)) for part in parts],
             )
-            logprobs = iter(
-                output.outputs[0].logprobs[0][token].logprob
-                for part, output in zip(parts, outputs, strict=True)
-                for token in part.candidates
-            )
+            pairs = zip(parts, outputs, strict=True)
+            logprobs = (logprob for part, output in pairs for logprob in candidate_logprobs(part, output))
             return [[next(logprobs) for _ in query.candidates] for query in queries]
 
         return ask

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from mergekit_bio.engine.decoding.labels import Query
 from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
 
@@ -49,6 +50,19 @@ def one_token(**wanted: Any) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, **wanted)
+
+
+def split_query(query: Query) -> list[Query]:
+    """A query as those that vLLM takes: one request may name so many tokens only."""
+    from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS as LIMIT
+
+    candidates = query.candidates
+    return [query._replace(candidates=candidates[start : start + LIMIT]) for start in range(0, len(candidates), LIMIT)]
+
+
+def candidate_logprobs(query: Query, output: Any) -> list[float]:
+    """The log-probabilities of a query's candidates, from a finished :func:`one_token` request that named them."""
+    return [output.outputs[0].logprobs[0][token].logprob for token in query.candidates]
 
 
 def generation(

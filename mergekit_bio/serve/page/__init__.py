@@ -1,0 +1,1 @@
+"""The page at ``/page``: people ask the served model in a browser."""
