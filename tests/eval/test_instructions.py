@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mergekit_bio.eval.recipe.shipped import copy_shipped, shipped_recipes
 from mergekit_bio.eval.records.cell import Cell
 from mergekit_bio.eval.records.predictions import Prediction, read_predictions
 from mergekit_bio.eval.report.build import build_report, to_document
+from mergekit_bio.eval.report.page import render_page
 from mergekit_bio.eval.report.tables import print_report
 from mergekit_bio.eval.run.evaluate import evaluate
 
@@ -289,3 +292,27 @@ def test_a_copied_recipe_has_its_prompts_and_recordings(tmp_path):
     assert Path(choice.path).is_relative_to(tmp_path) and len(dataset.asked) == 200
     samples, rate = dataset.audio(next(row.id for row in dataset.asked if row.path))
     assert len(samples) == 10 * rate and np.abs(samples).max() > 0.1
+
+
+def test_other_models_stand_in_a_table_of_their_own_at_80_columns(tmp_path):
+    eleven = [replace(SWEEP[1], alpha=n / 10, checkpoint=f"alpha {n / 10:.2f}") for n in range(11)]
+    names = ("gpt-4o-audio-preview-2024-12-17", "Qwen2-Audio-7B-Instruct")
+    others = [replace(SWEEP[2], alpha=None, checkpoint=name, identity={"baseline": True}) for name in names]
+    console = Console(record=True, width=80, file=(tmp_path / "shown").open("w"))
+    print_report(build_report([*eleven, *others]), console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.split()[:1] == ["words"]]
+    # Of both rules the alphas' row and the other models'.
+    assert [len(row) for row in rows] == [2 + 11, 2 + 2] * 2 and rows[1][2:] == [".17", ".17"]
+
+
+def test_the_page_filters_instructions_by_whether_they_were_kept(tmp_path):
+    page = render_page(
+        build_report(SWEEP), [], folder=tmp_path, tables={}, progress=lambda description, total: nullcontext(print)
+    )
+    outcomes = re.findall(r'<option value="(\d)">([^<]*)</option>', page)
+    assert outcomes == [("0", "kept"), ("1", "kept loosely"), ("2", "not kept")]
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    found = Counter(zip(data["rows"]["cell"], data["rows"]["outcome"], strict=True))
+    assert found == {(0, 0): 20, (1, 0): 14, (1, 1): 6, (2, 0): 2, (2, 2): 18}

@@ -66,10 +66,15 @@ def test_the_table_of_a_narrow_terminal_breaks_no_word(report):
     assert [line.split()[0] for line in table] == ["0", "0.5", "1", "majority", "random"]
 
 
-def test_a_name_in_brackets_is_no_markup(make_run):
+@pytest.mark.parametrize("name", ["frogs[bold]", "frogs [b] [red]y"])
+def test_a_name_in_brackets_is_no_markup(make_run, name):
     console = Console(width=100, record=True, file=io.StringIO())
-    print_report(build_report(read_runs([make_run(name="frogs[bold]")])), console)
-    assert "frogs[bold], frogs, query 0" in console.export_text()
+    # A closed list, so that there is a line about the trade-off.
+    cells = [replace(cell, labels=("Coruro", "Wild Boar & Sons")) for cell in read_runs([make_run(name=name)])]
+    closing = [replace(cell, run=name.replace("[b]", "[/b]")) for cell in cells]
+    print_report(build_report(closing), console)
+    text = " ".join(console.export_text().split())
+    assert text.count(f"{closing[0].run}, frogs, query 0") > 1
 
 
 def test_a_run_takes_its_own_scorer_unless_another_is_asked_for(make_run):
@@ -236,6 +241,53 @@ def test_of_a_long_recording_the_page_has_the_part_that_was_heard(make_run, tmp_
     for (source,), seconds, tone in ((whole, 10, 500), (part, 3, 1500), (rest, 7, 3500)):
         samples, rate = decoded(source)
         assert abs(len(samples) / rate - seconds) < 0.15 and abs(loudest(samples, rate) - tone) < 10
+
+
+def test_of_two_channels_the_page_has_the_one_that_was_heard(make_run, tmp_path):
+    time = np.arange(16000) / 16000
+    both = [0.3 * np.sin(2 * np.pi * tone * time) for tone in (500, 3000)]
+    soundfile.write(tmp_path / "stereo.wav", np.stack(both, axis=1), 16000)
+    for channel, tone in ((1, 500), (2, 3000)):
+        run = make_run(audio=str(tmp_path / "stereo.wav"), channel=channel)
+        samples, rate = decoded(page_data(page_of(build_report(read_runs([run])), tmp_path))["audio"][0])
+        power = np.abs(np.fft.rfft(samples)) ** 2
+        at = {heard: power[round(heard * len(samples) / rate)] for heard in (500, 3000)}
+        assert abs(loudest(samples, rate) - tone) < 10 and at[tone] > 1000 * at[3500 - tone]
+
+
+def test_letters_that_no_figure_can_hold_keep_nothing_from_being_written(make_run, tmp_path, few_figures):
+    cells = [
+        replace(
+            cell, run="a\x1bb", predictions=tuple(replace(row, label=row.label + "\x08") for row in cell.predictions)
+        )
+        for cell in read_runs([make_run()])
+    ]
+    page = write_report(build_report(cells), tmp_path, progress=no_progress)[0].read_text()
+    assert "<figure>" in page and page_data(page)["texts"][0].endswith("\x08")
+
+
+def test_another_model_with_other_clips_is_told_of(make_run):
+    cells = read_runs([make_run()])
+    other = replace(
+        cells[0], checkpoint="gpt", alpha=None, identity={"baseline": True}, file="g.jsonl",
+        predictions=cells[0].predictions[:3],
+    )  # fmt: skip
+    report = build_report([*cells, other])
+    (sweep,) = report.sweeps
+    assert not sweep.same_clips and [item.cell.checkpoint for item in sweep.other_models] == ["gpt"]
+    (note,) = [note for note in report.notes if "different clips" in note]
+    assert "60 clips: alpha 0.0, alpha 0.5, alpha 1.0; 3 clips: gpt" in note and "another model's metrics" in note
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_report(report, console)
+    assert "gpt (3)" in console.export_text()
+
+
+def test_what_waits_is_counted_with_other_models_that_have_answered(make_run):
+    cells = read_runs([make_run()])
+    other = replace(cells[0], checkpoint="gpt", alpha=None, identity={"baseline": True}, file="g.jsonl")
+    waiting = replace(cells[2], predictions=())
+    (note,) = build_report([*cells[:2], other, waiting]).notes
+    assert note.startswith("frogs: 1 of 4 cells have no answer yet")
 
 
 def test_many_recordings_are_kept_with_their_treble_at_a_fraction_of_the_size(make_run, tmp_path, monkeypatch):

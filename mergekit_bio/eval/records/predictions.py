@@ -37,6 +37,7 @@ class Prediction:
         choice_logprobs: For ``decoding: loglikelihood``, the log-probability of each option.
         audio: The recording's file, for local data.
         start: Where in it the clip begins, in seconds, and ``end``, where it ends; None: where the file does.
+        channel: Which channel of it was heard, counted from 1; None is the mean of all.
         question: What tells the question and its recordings from any other: a run asks again where it has changed.
     """
 
@@ -57,6 +58,7 @@ class Prediction:
     audio: str | None = None
     start: float | None = None
     end: float | None = None
+    channel: Annotated[int, Ge(1)] | None = None
     question: str | None = None
 
     def to_line(self) -> bytes:

@@ -136,8 +136,8 @@ class Sweep:
 
     @property
     def same_clips(self) -> bool:
-        """Whether all cells have the same clips."""
-        return len({clips_of(item) for item in self.scores}) == 1
+        """Whether all cells have the same clips, those of other people's models too."""
+        return len({clips_of(item) for item in (*self.scores, *self.other_models)}) == 1
 
     def comparison(self, metric: str) -> Comparison | None:
         """The comparison of a metric; None where the sweep has one cell."""
@@ -171,16 +171,19 @@ class Sweep:
         """How the cells differ in clips, if they do."""
         if self.same_clips:
             return None
+        noun = "prompt" if self.cell.task == "instructions" else "clip"
         by_number: dict[int, list[str]] = {}
-        for item in self.scores:
+        for item in (*self.scores, *self.other_models):
             by_number.setdefault(len(item.ids), []).append(item.cell.checkpoint)
         has = "; ".join(
-            f"{counted(number, 'clip')}: {', '.join(names) if len(names) <= 3 else f'{len(names)} cells'}"
+            f"{counted(number, noun)}: {', '.join(names) if len(names) <= 3 else f'{len(names)} cells'}"
             for number, names in by_number.items()
         )
         shared = len(shared_clips(self.scores))
         compared = f"compared over the {shared} that all have" if shared else "none is in all, so nothing is compared"
-        return f"{self.title}: the cells have different clips ({has}); {compared}"
+        if len({clips_of(item) for item in self.scores}) == 1:
+            compared = "another model's metrics are over its own, and not to be set against the others'"
+        return f"{self.title}: the cells have different {noun}s ({has}); {compared}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +223,7 @@ class Report:
     def _waiting_notes(self) -> Iterator[str]:
         for run, cells in groupby(self.waiting, key=lambda cell: cell.run):
             names = [f"{cell.dataset}, query {cell.query}, {cell.checkpoint}" for cell in cells]
-            begun = sum(len(sweep.scores) for sweep in self.sweeps if sweep.cell.run == run)
+            begun = sum(item.cell.run == run for item in self.scores)
             shown = "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
             yield f"{run}: {len(names)} of {begun + len(names)} cells have no answer yet ({shown})"
 

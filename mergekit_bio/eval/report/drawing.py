@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -199,7 +200,7 @@ def save(canvas: "Canvas", stem: Path) -> tuple[tuple[Path, Path], str]:
         # The page has many figures: no id may stand in two.
         with matplotlib.rc_context({"svg.hashsalt": stem.name}):
             canvas.savefig(svg, format="svg", metadata={"Date": None}, facecolor="none")
-    return files, page_svg(svg.getvalue())
+    return files, page_svg(svg.getvalue().decode())
 
 
 #: Colour -> the variable of the page that stands for it, so that figures follow the page's colour scheme.
@@ -210,11 +211,15 @@ _VARIABLES = {
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
-def page_svg(svg: bytes) -> str:
+#: What XML 1.0 cannot hold; labels and names of runs can.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def page_svg(svg: str) -> str:
     """matplotlib's SVG as it may stand in a page among others: no id twice, and in the colours of the page."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(_NO_XML.sub("\ufffd", svg))
     values = [value for part in root.iter() for value in part.attrib.values()]
     referred = {value.rpartition("#")[2].rstrip(")") for value in values if "#" in value}
     for parent in root.iter():

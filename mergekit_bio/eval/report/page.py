@@ -2,17 +2,18 @@
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_bio.errors import MissingPackageError
+from mergekit_bio.eval.components import Task
 from mergekit_bio.eval.report.build import TITLES, Report, Sweep, counted
 from mergekit_bio.eval.report.figures import Figure, ProgressBar
 from mergekit_bio.eval.report.recordings import Part, page_sources
 from mergekit_bio.eval.report.tables import RATES, constraint_table, mark, model, model_header, p_text, sentences, size
 from mergekit_bio.eval.scoring.following import RULES
-from mergekit_bio.eval.scoring.score import Score
+from mergekit_bio.eval.scoring.score import KEPT, Score
 from mergekit_bio.eval.scoring.scorers import SCORERS
 
 
@@ -56,11 +57,22 @@ def render_page(
         ],
         figures=[_figure(figure) for figure in figures if figure.sweep is None],
         heard=bool(sources),
+        outcomes=_outcomes({sweep.cell.task for sweep in report.sweeps}),
         tables=list(tables),
         style=_asset("page.css"),
         scripts=[_asset("spectrogram.js"), _asset("page.js")],
         data=_script(data),
     )
+
+
+def _outcomes(tasks: Collection[Task]) -> list[str]:
+    """What the page calls the outcomes of ``_outcome`` that can be filtered for."""
+    of_labels, of_instructions = ("right", "in set, wrong", "out of set"), ("kept", "kept loosely", "not kept")
+    if "instructions" not in tasks:
+        return list(of_labels)
+    if len(tasks) == 1:
+        return list(of_instructions)
+    return [f"{first}; {second}" for first, second in zip(of_labels, of_instructions, strict=True)]
 
 
 def _asset(name: str) -> str:
@@ -176,9 +188,7 @@ def _predictions(report: Report, sources: Mapping[Part, str]) -> dict[str, Any]:
             for row, answer, target, correct in zip(
                 item.cell.predictions, item.answers, item.targets, item.correct, strict=True
             ):
-                # 0 right, 1 a wrong label, 2 no label, 3 a caption
-                is_label = bool(answer) if task == "detection" else answer in labels
-                outcome = 3 if task == "captioning" else 0 if correct else 1 if is_label else 2
+                outcome = _outcome(task, answer, correct=correct, labels=labels)
                 heard = Part.of(row)
                 clip = (row.id, texts[target], -1 if heard is None else audio.get(heard, -1))
                 values = (len(cells) - 1, clips[clip], texts[row.prediction], texts[answer], outcome)
@@ -223,6 +233,17 @@ def _labels(sweep: Sweep, first_cell: int) -> dict[str, Any] | None:
         "best": 0 if best is None else sweep.scores.index(best),
         "cells": cells,
     }
+
+
+def _outcome(task: Task, answer: str, *, correct: bool, labels: Collection[str]) -> int:
+    """0 right or kept, 1 a wrong label or kept loosely, 2 no label or not kept, 3 a caption."""
+    if task == "captioning":
+        return 3
+    if correct:
+        return 0
+    if task == "instructions":
+        return 1 if answer == KEPT[False, True] else 2
+    return 1 if (answer if task == "detection" else answer in labels) else 2
 
 
 class _Numbers(dict[Any, int]):

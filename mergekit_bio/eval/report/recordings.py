@@ -37,16 +37,18 @@ class Part:
         path: The recording's file.
         start: Where it begins, in seconds, and ``end``, where it ends; None for the file's end. Of what is longer than
             a clip the beginning is heard.
+        channel: The channel that was heard, counted from 1; None for the mean of all.
     """
 
     path: str
     start: float
     end: float | None
+    channel: int | None
 
     @classmethod
     def of(cls, row: Prediction) -> "Part | None":
         """What was heard for a row; None where it names no recording."""
-        return None if row.audio is None else cls(row.audio, row.start or 0.0, row.end)
+        return None if row.audio is None else cls(row.audio, row.start or 0.0, row.end, row.channel)
 
     @property
     def longest(self) -> float:
@@ -116,7 +118,7 @@ def encode(part: Part, *, bitrate: int) -> bytes | None:
     from mergekit_bio.audio.recording import read_samples
 
     try:
-        samples, rate = read_samples(part.path, start=part.start, seconds=part.longest)
+        samples, rate = read_samples(part.path, start=part.start, seconds=part.longest, channel=part.channel)
     except AudioError:
         return None
     mono = samples if samples.ndim == 1 else samples.mean(axis=1)

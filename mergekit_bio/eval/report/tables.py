@@ -1,5 +1,7 @@
 """The report on a terminal: a sweep over alpha fits 80 columns, names of checkpoints take what they need."""
 
+from collections.abc import Iterator
+
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -33,12 +35,13 @@ def print_report(report: Report, console: Console) -> None:
     for sweep in report.sweeps:
         console.print(_table(sweep))
         for rule in RULES if sweep.cell.task == "instructions" else ():
-            console.print(_by_constraint(sweep, rule))
+            for table in _by_constraint(sweep, rule):
+                console.print(table)
         for sentence in sentences(sweep):
             console.print(Padding(Text(sentence), (0, 0, 0, 2), expand=False))
         console.print()
     for trade_off in report.trade_offs:
-        console.print(trade_off_sentence(trade_off))
+        console.print(Text(trade_off_sentence(trade_off)))
     console.print("[95% interval]: bootstrap over clips; *: best; =: not told from it (Holm, 5%)")
     for name in report.scorers:
         console.print(f"scorer {name}: {SCORERS[name].description}")
@@ -77,18 +80,28 @@ def _table(sweep: Sweep) -> Table:
     return table
 
 
-def _by_constraint(sweep: Sweep, rule: str) -> Table:
-    """The shares of every group of prompts, a column a cell: eleven alphas fit 80 columns."""
+def _by_constraint(sweep: Sweep, rule: str) -> Iterator[Table]:
+    """The shares of every group of prompts, a column a cell: eleven alphas fit 80 columns, other models stand below."""
     header, rows = constraint_table(sweep, rule)
-    table = Table(
-        title=TITLES[rule], title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", vertical="bottom", min_width=0 if index else 10)
-    for row in rows:
-        table.add_row(*(text.removeprefix("0") if "." in text else text for text in row))
-    return table
+    first_other = 2 + len(sweep.scores)
+    for columns in (range(2, first_other), range(first_other, len(header))):
+        if not columns:
+            continue
+        table = Table(
+            title=TITLES[rule], title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for index in (0, 1, *columns):
+            # An alpha's column is as wide as its shares; a model's name is broken.
+            width = 0 if index in (1, *range(2, first_other)) else 10
+            table.add_column(
+                Text(header[index]), justify="right" if index else "left", vertical="bottom", min_width=width,
+                overflow="fold",
+            )  # fmt: skip
+        for row in rows:
+            texts = (row[index] for index in (0, 1, *columns))
+            table.add_row(*(text.removeprefix("0") if "." in text else text for text in texts))
+        yield table
 
 
 def constraint_table(sweep: Sweep, rule: str) -> tuple[list[str], list[list[str]]]:

@@ -74,6 +74,7 @@ class RunWorker:
         self._plan, self._slot = plan, slot
         self._cells = {cell.file: cell for cell in plan.cells}
         self._reader = AudioReader(plan.datasets, slot)
+        self._channels = {dataset.name: dataset.channel for dataset in plan.datasets}
         self._questions = lru_cache(4)(self._questions_of)
         self._labels = lru_cache(4)(self._labels_of)
         self._ahead = ThreadPoolExecutor(1)
@@ -127,7 +128,7 @@ class RunWorker:
         for places, asked, spoken in _unbroken(heard, sampled=recipe.generate.temperature > 0):
             answers = answers_to(engine, recipe, spoken, labels, seed=recipe.seed + places[0])
             predictions += (
-                _prediction(cell, question, answer, asked=engine.render(prompt))
+                _prediction(cell, question, answer, asked=engine.render(prompt), channel=self._channels[cell.dataset])
                 for question, prompt, answer in zip(asked, spoken, answers, strict=True)
             )
         return tuple(predictions)
@@ -224,7 +225,7 @@ def answers_to(
     return [(generation.text, generation, None) for generation in generations]
 
 
-def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -> Prediction:
+def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str, channel: int | None) -> Prediction:
     row = question.row
     text, generation, label_logprobs = answer
     logprob = sum(generation.logprobs) if generation else math.nan
@@ -243,4 +244,5 @@ def _prediction(cell: Cell, question: Question, answer: Answer, *, asked: str) -
         audio=None if row.path is None else str(row.path),
         start=row.start or None,
         end=row.end,
+        channel=None if row.path is None else channel,
     )
