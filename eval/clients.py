@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def served(folder: Path, *flags: str) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError((folder / "server.log").read_text()[-4000:]) from None
                 time.sleep(0.5)
-        yield " ".join(command)
+        yield shlex.join(command)
     finally:
         process.terminate()
         process.wait(60)
@@ -162,34 +163,18 @@ def shown(language: str, text: str, printed: str) -> str:
     return f"```{language}\n{text.strip()}\n```\n\n```text\n{kept}\n```"
 
 
-#: The model need not know how to call: vLLM holds it to the function's schema.
-TOOLS = """\
-import openai
-
-client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="KEY")
-species = {"type": "string", "enum": ["wren", "frog"]}
-parameters = {"type": "object", "properties": {"species": species}, "required": ["species"]}
-tools = [{"type": "function", "function": {"name": "look_up", "description": "Facts.", "parameters": parameters}}]
-asked = [{"role": "user", "content": "How large is a wren?"}]
-for choice in ("auto", "required"):
-    completion = client.chat.completions.create(
-        model="NatureLM-audio@0", messages=asked, tools=tools, tool_choice=choice, max_tokens=300, temperature=0
-    )
-    calls = completion.choices[0].message.tool_calls
-    print(choice, completion.choices[0].finish_reason, [call.function.arguments for call in calls or []])
-"""
-
-
 def ask_through_clients(folder: Path, programs: Path) -> Iterator[str]:
-    """What README.md's lines print, and a call of a function, with all that a team's server has."""
+    """What README.md's lines print, with all that a team's server has."""
     (folder / "keys").write_text("team: KEY\n")
     (folder / "keys").chmod(0o600)
     python, lines = programs / "bin/python", blocks()
     flags = ["--api-keys", "keys", "--request-log", "requests.jsonl"]
     flags += ["--enable-auto-tool-choice", "--tool-call-parser", "llama3_json"]
+    # JSON may have spaces between its parts, and the toy would write nothing else.
+    flags += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
     with served(folder, *flags) as command:
         yield f"```sh\n{command}\n```"
-        for text in [*lines["python"], TOOLS]:
+        for text in lines["python"]:
             yield shown("python", text, run([python, "-c", text], folder, programs))
         for line in lines["sh"]:
             if "lm_eval" in line:
