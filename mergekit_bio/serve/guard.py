@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.outside_data import is_text
 from mergekit_bio.serve.keys import Keys, vllms_keys
-from mergekit_bio.serve.page.login import KEY_NAME, KEYS, LOGIN, LOGOUT, PAGE, UPLOAD, is_of_page, key_of_visitor
+from mergekit_bio.serve.page.login import KEY_NAME, KEYS, LOGIN, LOGOUT, UPLOAD, is_of_page, key_of_visitor
 from mergekit_bio.serve.request_log import note
-from mergekit_bio.serve.settings import OPEN_PATHS, ServeSettings
+from mergekit_bio.serve.settings import OPEN_PATHS, PAGE, ServeSettings
 
 T = TypeVar("T")
 

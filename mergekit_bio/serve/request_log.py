@@ -22,7 +22,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mergekit_bio.errors import OutputError
-from mergekit_bio.serve.settings import OPEN_PATHS, ServeSettings
+from mergekit_bio.serve.settings import OPEN_PATHS, PAGE, ServeSettings
 
 #: Instead of a file: standard output.
 STANDARD_OUTPUT = Path("-")
@@ -128,7 +128,10 @@ class RequestLogger:
         finally:
             if entry.status is None:
                 entry.status = CLIENT_LEFT if left else 500
-            if entry.path not in OPEN_PATHS:  # which may have had a model or a proxy's prefix in front
+            # Open paths may have had a model or a proxy's prefix in front. What the page asks for is mostly no answer,
+            # and its answers have entries of their own.
+            uneventful = entry.path.startswith(f"{PAGE}/") and entry.status < 400
+            if entry.path not in OPEN_PATHS and not uneventful:
                 entry.path = entry.path[:_LONGEST_PATH]
                 entry.audio_seconds = round(entry.audio_seconds, 3)
                 entry.seconds = round(time.monotonic() - start, 3)

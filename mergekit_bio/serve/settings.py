@@ -16,6 +16,8 @@ PLUGIN = "mergekit_bio"
 
 #: Answered without a key, and not logged: nothing here tells or does more than "the server is up".
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+#: Where the page for browsers is, if there is one.
+PAGE = "/page"
 
 #: 10 s at 48 kHz of 16 bits in base64, and a little for the rest of an item.
 _BYTES_OF_A_CLIP = 10 * 48_000 * 2 * 4 / 3 + 10_000

@@ -126,8 +126,6 @@ def test_recordings_are_asked_about_at_two_strengths_in_a_browser(server, http, 
     page = browser.new_context(permissions=["microphone"]).new_page()
     page.set_default_timeout(30_000)
     page.on("request", lambda request: asked.append(request.url))
-    page.on("response", lambda answer: kept.append(answer.json()) if "/upload?" in answer.url else None)
-    kept: list[list[str]] = []
 
     def answer(side: str, strength: str) -> str:
         """The last answer of a side, once it is one at this strength."""
@@ -157,7 +155,8 @@ def test_recordings_are_asked_about_at_two_strengths_in_a_browser(server, http, 
     assert page.locator("#recording-1").get_by_label("Play", exact=True).count() == 1
     # 2. A question, at one strength and beside it at another.
     wren = encoded(sounds[2])
-    page.fill("#question textarea", QUESTION)
+    page.locator("#examples").get_by_text(QUESTION).click()
+    page.wait_for_function("text => document.querySelector('#question textarea').value === text", arg=QUESTION)
     page.get_by_role("button", name="Ask", exact=True).click()
     first = wanted("0.5", QUESTION, audios=[wren])
     assert answer("a", "0.5") == words(first)
@@ -171,10 +170,13 @@ def test_recordings_are_asked_about_at_two_strengths_in_a_browser(server, http, 
     record = page.locator("#recording-2")
     record.get_by_label("Record audio").click()
     record.locator(".record-button").click()
-    page.wait_for_timeout(1200)
-    record.locator(".stop-button").click()
+    stop = record.locator(".stop-button")
+    stop.wait_for()
+    page.wait_for_timeout(1500)
+    with page.expect_response(lambda answer: answer.url.partition("?")[0].endswith("/upload")) as sent:
+        stop.click()
+    recorded = Path(sent.value.json()[0])
     page.get_by_alt_text("Spectrogram of audio.wav").wait_for()
-    recorded = Path(kept[-1][0])
     samples, rate = soundfile.read(recorded)
     assert len(samples) > rate / 2 and np.abs(samples).max() > 0.1
     page.fill("#question textarea", "And this?")
@@ -185,6 +187,7 @@ def test_recordings_are_asked_about_at_two_strengths_in_a_browser(server, http, 
         turns = [lead + QUESTION, said, f"{lead}And this?"]
         page.locator(f"#chat-{side} [data-testid=bot]").nth(3).wait_for()
         assert answer(side, strength) == words(wanted(strength, *turns, audios=[wren, sound]))
+        page.get_by_role("button", name="Prompt as sent").nth("ab".index(side)).click()
         prompt = page.locator(f"#prompt-{side} textarea").input_value()
         assert f"{lead}{QUESTION}<|eot_id|>" in prompt and f"{lead}And this?<|eot_id|>" in prompt
         assert words(said) in words(prompt)

@@ -17,10 +17,10 @@ from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.errors import MergekitBioError, PromptError
 from mergekit_bio.serve.keys import vllms_keys
 from mergekit_bio.serve.page.asking import Exchange, Question, ask, read_list, read_recording
-from mergekit_bio.serve.page.login import KEY_NAME, PAGE
+from mergekit_bio.serve.page.login import KEY_NAME
 from mergekit_bio.serve.page.spectrogram import as_data_url, spectrogram_png
 from mergekit_bio.serve.request_log import CLIENT_LEFT, Entry, RequestLog, now
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.settings import PAGE, ServeSettings
 
 #: Recordings of a question at most.
 _MOST_RECORDINGS = 6
@@ -152,10 +152,9 @@ class Page:
                 placeholder="What do you want to know? <AudioHere> says where a recording is heard; without it, all "
                 "come first.", elem_id="question",
             )  # fmt: skip
-            gr.Examples(
-                [[text] for text in EXAMPLES], [self._question], example_labels=list(EXAMPLES), label="Examples",
-                api_visibility="private",
-            )  # fmt: skip
+            examples = gr.Dataset(
+                components=["textbox"], samples=[[text] for text in EXAMPLES], label="Examples", elem_id="examples"
+            )
             with gr.Accordion("Answer from a list", open=False):
                 self._list = gr.Textbox(
                     value="",
@@ -181,6 +180,7 @@ class Page:
             for recording, spectrogram, following in zip_longest(files, spectrograms, places[1:]):
                 outputs = [spectrogram, following] if following is not None else [spectrogram]
                 recording.change(partial(self._hear, count=len(outputs)), recording, outputs, **private)
+            examples.click(lambda sample: sample[0], examples, self._question, **private)
             sides = [self._left.strength, self._left.history, self._right.strength, self._right.history]
             asking = self._question.submit(
                 self._ask,

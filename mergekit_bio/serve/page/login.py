@@ -9,8 +9,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-#: Where the page is, its form, and the way out.
-PAGE, LOGIN, LOGOUT = "/page", "/page/login", "/page/logout"
+from mergekit_bio.serve.settings import PAGE
+
+#: The page's form, and the way out.
+LOGIN, LOGOUT = f"{PAGE}/login", f"{PAGE}/logout"
 #: Where recordings are sent, below it.
 UPLOAD = "/gradio_api/upload"
 

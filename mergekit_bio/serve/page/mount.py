@@ -8,7 +8,7 @@ from starlette.routing import Mount
 
 from mergekit_bio.serve.page import login
 from mergekit_bio.serve.page.uploads import Uploads
-from mergekit_bio.serve.settings import ServeSettings
+from mergekit_bio.serve.settings import PAGE, ServeSettings
 
 #: Questions of all visitors that are answered at once, and that wait.
 _AT_ONCE, _WAITING = 16, 64
@@ -40,7 +40,7 @@ def attach_page(app: FastAPI, settings: ServeSettings) -> None:
     gradio.mount_gradio_app(
         app,
         blocks,
-        login.PAGE,
+        PAGE,
         footer_links=[],
         run_history=False,
         show_error=False,
