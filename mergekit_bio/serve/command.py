@@ -20,8 +20,8 @@ from mergekit_bio.engine.vllm.dial import LARGEST
 from mergekit_bio.errors import EngineError, MissingPackageError
 from mergekit_bio.outside_data import read_json
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
-from mergekit_bio.serve.keys import is_open_to_all, read_keys
-from mergekit_bio.serve.request_log import RequestLog
+from mergekit_bio.serve.keys import check_vllms_keys, is_open_to_all, read_keys
+from mergekit_bio.serve.request_log import STANDARD_OUTPUT, RequestLog
 from mergekit_bio.serve.settings import PLUGIN, DialSettings, ServeSettings
 
 #: Most audios in a prompt, and longest prompt and answer together, unless flags say otherwise.
@@ -146,6 +146,8 @@ def serve(
             print(f"note: {settings.api_keys}: everybody on this machine can read it; chmod o-r it", file=sys.stderr)
     if settings.request_log is not None:
         RequestLog(settings.request_log).close()
+        if settings.request_log == STANDARD_OUTPUT:  # which then has nothing else; vLLM reads this when it is imported
+            os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     leave_without_leaks()
     require_vllm()
     if page and find_spec("gradio") is None:
@@ -164,8 +166,10 @@ def serve(
             checkpoint, names = found.path.resolve(), [found.name]
         # 2. vLLM's arguments, and what our parts in its processes need to know.
         args = parse_flags(checkpoint, names, flags, dial)
+        check_vllms_keys(args.api_key)
         if settings.request_log is not None:
             args.middleware.append("mergekit_bio.serve.request_log.RequestLogger")
+            args.disable_uvicorn_access_log |= settings.request_log == STANDARD_OUTPUT
         if page:
             if args.api_server_count not in (None, 1):
                 raise EngineError("--page needs one API server, for a visitor's requests belong together")

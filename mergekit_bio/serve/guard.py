@@ -83,6 +83,7 @@ class Guard:
         if scope["type"] == "lifespan":
             scope["app"].state.server.config.timeout_graceful_shutdown = _CLOSING_SECONDS  # vLLM's uvicorn has none
             self._note_shutdown(scope["app"].state.engine_client)
+            self._keys = Keys(vllms_keys(scope["app"].state.args.api_key), self._settings.api_keys)
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -147,6 +148,9 @@ class Guard:
         if scope["type"] == "websocket" or scope["method"] not in _WITH_BODY:
             await self._app(scope, body.receive, send)
             return
+        if scope["path"] in OPEN_PATHS:  # whoever it is: nothing is read, and nothing held
+            await self._app(scope, body.replay, send)
+            return
         # 2. The whole body, within its limits, and nothing in it that would harm vLLM.
         await self._read(scope, body, small=of_page and not scope["path"].endswith(UPLOAD))
         if body.gone:
@@ -189,11 +193,9 @@ class Guard:
 
         vLLM itself asks again for a key of its own, if it has one, and is given that.
         """
-        own = vllms_keys(scope["app"].state.args.api_key)
-        if self._keys is None:
-            self._keys = Keys(own, self._settings.api_keys)
+        assert self._keys is not None  # since the application started
         scope[KEYS] = self._keys
-        if not self._keys.asked_for or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
+        if not self._keys.asked_for or scope["path"] in OPEN_PATHS or _is_preflight(scope):
             return
         if of_page:
             self._let_into_page(scope, self._keys)
@@ -202,6 +204,7 @@ class Guard:
         if scope[KEY_NAME] is None:
             raise _Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
         note(key=scope[KEY_NAME])
+        own = vllms_keys(scope["app"].state.args.api_key)
         others = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
         scope["headers"] = [*others, *((b"authorization", f"Bearer {key}".encode()) for key in [*own][:1])]
 
@@ -346,6 +349,12 @@ def _parsed_for_vllm(body: bytes | bytearray) -> Any:
     if _SURROGATE.search(body) and not is_text(json.dumps(document, ensure_ascii=False)):
         raise _Refused(400, "the request holds half of a surrogate pair, which is no text")
     return document
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks what another site's page may ask, which vLLM's CORS middleware answers."""
+    headers = dict(scope["headers"])
+    return scope.get("method") == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -15,12 +15,13 @@ from mergekit_bio.errors import EngineError
 #: What a bearer token is made of (RFC 6750, section 2.1). It fits a header and a cookie as it is.
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _NAME = re.compile(r"\w[\w.@-]*")
+_COMMENT = re.compile(r"(^|\s)#.*")
 #: How often a file of keys is looked at, in seconds.
 _LOOK_SECONDS = 1.0
 
 
 def read_keys(file: Path) -> dict[str, str]:
-    """Read a file with ``NAME: KEY`` a line, and comments after ``#``.
+    """Read a file with ``NAME: KEY`` a line, and comments after ``#`` at a line's beginning or behind a space.
 
     No message names a key, nor what might be one.
 
@@ -30,8 +31,10 @@ def read_keys(file: Path) -> dict[str, str]:
     Raises:
         EngineError: The file cannot be read, has no keys, or a line is no key with a name of its own.
     """
+    if file.exists() and not file.is_file():
+        raise EngineError(f"{file}: is no regular file, and keys are read again whenever they change")
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except OSError as error:
         raise EngineError(f"{file}: the keys cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -39,7 +42,7 @@ def read_keys(file: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        line = line.partition("#")[0].strip()
+        line = _COMMENT.sub("", line).strip()
         if not line:
             continue
         name, key = (part.strip() for part in (line.partition(":")[0], line.partition(":")[2]))
@@ -83,6 +86,7 @@ class Keys:
         self._own, self._file = own, file
         self._state = self._stated()
         self._looked = time.monotonic()
+        self._told = ""
         self._names = self._read()
 
     @property
@@ -105,13 +109,16 @@ class Keys:
         self._looked = time.monotonic()
         if (state := self._stated()) == self._state:
             return
-        self._state = state
+        # What failed is tried again at every look, and told once.
         try:
             self._names = self._read()
         except EngineError as error:
-            print(f"note: {error}; the keys stay as they were", file=sys.stderr)
+            if self._told != str(error):
+                print(f"note: {error}; the keys stay as they were", file=sys.stderr)
+            self._told = str(error)
         else:
             print(f"note: {self._file}: read again", file=sys.stderr)
+            self._state, self._told = state, ""
 
     def _read(self) -> dict[bytes, str]:
         keys = {**self._own, **(read_keys(self._file) if self._file is not None else {})}
@@ -126,6 +133,19 @@ class Keys:
         except OSError:
             return None
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_vllms_keys(api_key: Sequence[str] | None) -> None:
+    """Refuse what vLLM would take for a key, and clients cannot send or need not.
+
+    Raises:
+        EngineError: A key is empty, or has letters beyond ASCII.
+    """
+    if any(not key for key in api_key or ()):
+        raise EngineError("--api-key is empty, which lets everybody in; give a key, or leave the flag out")
+    for key, name in vllms_keys(api_key).items():
+        if not key.isascii():
+            raise EngineError(f"{name}: a key is made of ASCII letters and digits; openssl rand -hex 32 makes one")
 
 
 def vllms_keys(api_key: Sequence[str] | None) -> dict[str, str]:

@@ -103,6 +103,7 @@ class RequestLogger:
         entry = Entry(now(), None, scope.get("method", "WEBSOCKET"), scope["path"])
         CURRENT.set(entry)
         start = time.monotonic()
+        scope.setdefault("state", {})  # which the application's copies of the scope share
         left = False
 
         async def heard() -> Message:
@@ -126,6 +127,9 @@ class RequestLogger:
         try:
             await self._app(scope, heard, said)
         finally:
+            # What vLLM tells in an answer counts: for a beam search it asks the engine once a token of each beam.
+            if (usage := getattr(scope["state"].get("request_metadata"), "final_usage_info", None)) is not None:
+                entry.prompt_tokens, entry.completion_tokens = usage.prompt_tokens, usage.completion_tokens or 0
             if entry.status is None:
                 entry.status = CLIENT_LEFT if left else 500
             # Open paths may have had a model or a proxy's prefix in front. What the page asks for is mostly no answer,

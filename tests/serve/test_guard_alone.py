@@ -73,6 +73,14 @@ def test_requests_together_hold_a_bounded_number_of_bytes(monkeypatch):
             assert time.monotonic() < deadline
 
 
+def test_bodies_of_those_who_have_no_key_count_for_nothing(monkeypatch):
+    monkeypatch.setattr(guard, "_BODIES_HELD", 1)
+    with Served(key=KEY) as served:
+        links = [served.begin("/health", length=LIMIT, sent=b" " * (LIMIT - 10)) for _ in range(4)]
+        assert served.ask("/predict", b" " * LIMIT, Authorization=f"Bearer {KEY}")[0] == 200
+        assert all(link.recv(1000).startswith(b"HTTP/1.1 200") for link in links)
+
+
 def test_a_body_of_a_million_values_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(guard, "_MAX_VALUES", 1000)
     with Served() as served:

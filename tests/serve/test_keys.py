@@ -1,6 +1,7 @@
 """Keys with names, from a file: what a file may be, and whom the server lets in."""
 
 import os
+import socket
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from starlette.routing import Route
 
 from mergekit_bio.errors import EngineError
 from mergekit_bio.serve import keys
-from mergekit_bio.serve.keys import read_keys
+from mergekit_bio.serve.keys import check_vllms_keys, read_keys
 
 ANA, BEN = "a7-._~+/==", "0b" * 32
 
@@ -50,6 +51,7 @@ def test_a_file_has_a_key_and_a_name_a_line(file):
         ("ana: 'secret'\n", ":1: a line is NAME: KEY, the key of letters"),
         ("ana: sec ret\n", ":1: a line is NAME: KEY, the key of letters"),
         ("ana: sécret\n", ":1: a line is NAME: KEY, the key of letters"),
+        ("ana: secret#one\n", ":1: a line is NAME: KEY, the key of letters"),
         ("ana: secret\n\nben: secret\n", ":3: has the key of line 1"),
         ("secret: ana\nben: bens\nsecret: bob\n", ":3: has the name of line 1"),
     ],
@@ -63,7 +65,16 @@ def test_a_file_that_is_none_is_refused_by_its_line_without_a_word_of_a_key(tmp_
     assert "secret" not in str(refused.value)
 
 
+def test_a_file_that_windows_has_written_is_read(tmp_path):
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbf# The lab's.\r\nana: secret\r\n")
+    assert read_keys(tmp_path / "keys") == {"secret": "ana"}
+
+
 def test_what_cannot_be_read_is_said(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(EngineError, match="is no regular file"):
+            read_keys(place)
     with pytest.raises(EngineError, match="the keys cannot be read"):
         read_keys(tmp_path / "none")
     (tmp_path / "keys").write_bytes(b"ana: \xff\n")
@@ -105,6 +116,52 @@ def test_a_file_that_changes_is_read_again_and_one_that_breaks_changes_nothing(f
     said = capfd.readouterr().err
     assert said.count("the keys stay as they were") == 2 and said.count("read again") == 2
     assert not any(key in said for key in (ANA, BEN, "new"))
+
+
+def test_what_could_not_be_read_for_a_while_is_read_when_it_can_be(file, capfd, monkeypatch):
+    """A user whose key is taken away is let in no longer than that."""
+    with Served() as served:
+        file.write_text(f"ben: {BEN}\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+            assert [status(served, key) for key in (ANA, BEN, None)] == [200, 200, 401]
+        assert [status(served, key) for key in (ANA, BEN)] == [401, 200]
+    assert capfd.readouterr().err.count("Too many open files") == 1
+
+
+def test_a_server_that_is_up_needs_the_file_no_more(file):
+    with Served() as served:
+        file.unlink()
+        assert [served.ask("/health")[0], status(served, ANA), status(served, "new")] == [200, 200, 401]
+
+
+def test_only_what_a_browser_asks_beforehand_needs_no_key(file):
+    asked = []
+
+    async def options(request: Request) -> PlainTextResponse:
+        asked.append(dict(request.headers))
+        return PlainTextResponse("all of it")
+
+    with Served(Route("/metrics", options, methods=["OPTIONS"])) as served:
+        for headers, answer in (
+            ("", b"HTTP/1.1 401"),
+            ("Origin: http://x\r\n", b"HTTP/1.1 401"),
+            ("Origin: http://x\r\nAccess-Control-Request-Method: GET\r\n", b"HTTP/1.1 200"),
+        ):
+            link = socket.create_connection(served.socket.getsockname(), timeout=30)
+            link.sendall(f"OPTIONS /metrics HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
+            assert link.recv(1000).startswith(answer), headers
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("given", [[""], [KEY, ""], ["sécret"]])
+def test_a_key_of_vllms_that_is_none_is_refused(given, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    with pytest.raises(EngineError, match=r"^--api-key.*key") as refused:
+        check_vllms_keys(given)
+    assert "sécret" not in str(refused.value)
+    check_vllms_keys([KEY])
+    check_vllms_keys(None)
 
 
 async def show(request: Request) -> PlainTextResponse:

@@ -661,10 +661,12 @@ def test_what_is_logged_of_a_request_is_what_its_usage_says(server, client, http
         content = [part(sounds[5]), part(sounds[1]), {"type": "text", "text": QUESTION}]
         return chat(client, content, model=f"{NAME}@.35", **options)
 
-    with logged(server, wanted=6) as found:
+    with logged(server, wanted=7) as found:
         usages = [ask().usage, ask(n=2, extra={"temperature": 1.0}).usage]
         usages += [chunk.usage for chunk in ask(stream=True, stream_options={"include_usage": True}) if chunk.usage]
         usages.append(client.completions.create(model=B, prompt=["a frog", "wren"], max_tokens=3).usage)
+        beams = {"use_beam_search": True}
+        usages.append(client.completions.create(model=B, prompt="frog", n=2, max_tokens=3, extra_body=beams).usage)
         response = client.responses.create(model=A, input="frog", max_output_tokens=2)
         items = [
             item("a", audios=[wav(sounds[5])], num_beams=3, max_length_seconds=3),
@@ -676,8 +678,9 @@ def test_what_is_logged_of_a_request_is_what_its_usage_says(server, client, http
     wanted.append(tuple(sum(one[kind] for one in predicted) for kind in ("prompt_tokens", "completion_tokens")))
     assert [(entry["prompt_tokens"], entry["completion_tokens"]) for entry in found] == wanted
     # 12 s of which 10 are heard, and 2 s; of two clips of 3 s and 10 s 3 and 1.
-    assert [entry["audio_seconds"] for entry in found] == [12, 12, 12, 0, 0, 4]
-    assert [entry["model"] for entry in found] == [f"{NAME}@0.35"] * 3 + [STRENGTH[B], STRENGTH[A], STRENGTH[B]]
+    assert [entry["audio_seconds"] for entry in found] == [12, 12, 12, 0, 0, 0, 4]
+    others = [STRENGTH[name] for name in (B, B, A, B)]
+    assert [entry["model"] for entry in found] == [f"{NAME}@0.35"] * 3 + others
     assert all(entry["status"] == 200 and entry["complete"] for entry in found)
     text = server.request_log.read_text()
     assert not any(secret in text for secret in (QUESTION, KEY, *KEYS.values()))
