@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from mergekit_bio.serve import guard
+from mergekit_bio.serve.page import login
 from mergekit_bio.serve.request_log import RequestLogger
 from mergekit_bio.serve.settings import DialSettings, ServeSettings
 
@@ -44,6 +45,7 @@ class Served:
             middleware.insert(0, Middleware(RequestLogger))
         app = Starlette(routes=routes, middleware=middleware)
         app.state.engine_client = self.engine = SimpleNamespace(is_running=True, shutdown=lambda timeout: None)
+        setattr(app.state, login.VISITORS, login.Visitors())
         app.state.args = SimpleNamespace(api_key=[key] if key else None)
 
         async def below_root(scope, receive, send) -> None:

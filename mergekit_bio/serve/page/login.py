@@ -4,9 +4,9 @@ import secrets
 import time
 from collections import OrderedDict
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
 from starlette.types import Scope
 
 from mergekit_bio.serve.settings import PAGE
@@ -24,8 +24,6 @@ KEYS, KEY_NAME = "mergekit_bio.keys", "mergekit_bio.key_name"
 _COOKIE = "mergekit_bio_page"
 #: How long a cookie is good for, in seconds, and how many of them are.
 _LIFE_SECONDS, _MOST_VISITORS = 12 * 3600, 10_000
-
-router = APIRouter()
 
 
 class Visitors:
@@ -88,13 +86,11 @@ def set_cookie(response: Response, request: Request, token: str) -> None:
     )
 
 
-@router.get(PAGE)
 async def page(request: Request) -> Response:
     """The page's address ends with a slash: what it loads lies beside that."""
     return RedirectResponse(f"{_place(request)}/", status_code=307)
 
 
-@router.get(LOGIN)
 async def form(request: Request) -> Response:
     """Ask for a key."""
     if not request.scope[KEYS].asked_for:
@@ -102,7 +98,6 @@ async def form(request: Request) -> Response:
     return _form(request, status=200)
 
 
-@router.post(LOGIN)
 async def log_in(request: Request) -> Response:
     """Exchange a key for a cookie."""
     key = str((await request.form()).get("key", "")).strip().encode()
@@ -113,7 +108,6 @@ async def log_in(request: Request) -> Response:
     return response
 
 
-@router.get(LOGOUT)
 async def log_out(request: Request) -> Response:
     """Forget who this was."""
     _visitors(request).dismiss(token_of(request))
@@ -137,6 +131,9 @@ def _form(request: Request, *, status: int, problem: str = "") -> HTMLResponse:
     page = _FORM.replace("PROBLEM", problem).replace("ACTION", f"{_place(request)}/login")
     return HTMLResponse(page, status, headers={"cache-control": "no-store"})
 
+
+#: What the application gets for them.
+ROUTES = [Route(PAGE, page), Route(LOGIN, form), Route(LOGIN, log_in, methods=["POST"]), Route(LOGOUT, log_out)]
 
 _FORM = """<!doctype html>
 <html lang="en">

@@ -33,7 +33,7 @@ def attach_page(app: FastAPI, settings: ServeSettings) -> None:
     from mergekit_bio.serve.page.layout import CSS, Page
 
     setattr(app.state, login.VISITORS, login.Visitors())
-    app.include_router(login.router)
+    app.router.routes.extend(login.ROUTES)
     blocks = Page(app, settings).blocks
     blocks.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE, api_open=False)
     blocks.state_session_capacity = _MOST_CONVERSATIONS
