@@ -127,6 +127,11 @@ SOAKS = {
         ),
         None,
     ),
+    "evaluations": Soak(
+        "every evaluation that the pages show runs as it stands with vLLM",
+        ("tests/documentation/test_long_commands.py::test_an_evaluation_runs_as_it_stands_with_vllm",),
+        None,
+    ),
     "demo-model": Soak(
         "the demo's model, trained anew, has the shape of the shipped one",
         (

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from documentation.pages import COMMANDS, PAGES, ROOT, SCRIPTS, Block, starts_an_engine
@@ -58,9 +59,18 @@ ASKED = [command for command in named("mergekit-bio", "ask") if starts_an_engine
 PROBES = [command for command in EVALUATIONS if "--probe" in command.words]
 
 
+def once_each(commands: Iterable[Block]) -> Iterator[Any]:
+    """Of commands that differ in where they write, or in a variable, the first; the others are soaks."""
+    run: set[tuple[str, ...]] = set()
+    for command in commands:
+        words = command.words[command.words.index("mergekit-bio") :]
+        kind = tuple(word for before, word in zip(["", *words], words, strict=False) if "--out" not in (before, word))
+        yield pytest.param(command, marks=pytest.mark.soak if kind in run else pytest.mark.long)
+        run.add(kind)
+
+
 @VLLM
-@pytest.mark.long
-@pytest.mark.parametrize("command", [one for one in EVALUATIONS if one not in PROBES], ids=str)
+@pytest.mark.parametrize("command", once_each(one for one in EVALUATIONS if one not in PROBES), ids=str)
 def test_an_evaluation_runs_as_it_stands_with_vllm(command: Block, here: Path) -> None:
     write_recipes(command.page, here)
     shutil.rmtree("runs")
