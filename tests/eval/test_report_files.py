@@ -1,14 +1,11 @@
 import base64
 import csv
 import gzip
-import http.server
 import io
 import json
-import queue
 import re
 import shutil
 import subprocess
-import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
@@ -19,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from eval.browser import chromium, needs_chromium, told_by_page
 from rich.console import Console
 
 from mergekit_bio.errors import OutputError, RecipeError, RunError
@@ -317,18 +315,6 @@ def test_a_recording_that_cannot_be_decoded_is_linked(make_run, tmp_path):
     assert page_data(page_of(report, tmp_path))["audio"] == ["clip.wav"]
 
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-
-
-def chromium(profile, *arguments) -> list[str]:
-    """A command line for a browser that shows nothing, keeps to itself and may play sound without being clicked."""
-    return [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={profile}", *arguments,
-    ]  # fmt: skip
-
-
 def rows_of(page: str) -> list[str]:
     """The rows of the predictions table that a browser shows."""
     return re.findall(r'<tr class="row">(.*?)</tr>', page)
@@ -367,34 +353,9 @@ def test_a_recording_plays_in_a_browser(make_run, tmp_path):
     soundfile.write(tmp_path / "clip.wav", 0.3 * np.sin(np.arange(16000) / 5), 8000)
     report = build_report(read_runs([make_run(audio=str(tmp_path / "clip.wav"))]))
     page = page_of(report, tmp_path).replace("</body>", f"<script>{PLAY}</script></body>").encode()
-    told: queue.Queue[str] = queue.Queue()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("content-type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(page)
-
-        def do_POST(self):
-            told.put(unquote(self.path.partition("?")[2]))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = chromium(tmp_path / "profile", "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}")
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            word, _, seconds = told.get(timeout=60).rpartition(" ")
-            assert word == "played of" and abs(float(seconds) - 2) < 0.15
-        finally:
-            browser.terminate()
-            browser.wait()
-            server.shutdown()
+    address, _ = told_by_page({"/": page}, tmp_path / "profile")
+    word, _, seconds = unquote(address.partition("?")[2]).rpartition(" ")
+    assert word == "played of" and abs(float(seconds) - 2) < 0.15
 
 
 def detections(*alphas: float) -> list[Cell]:

@@ -2,27 +2,22 @@
 
 import base64
 import csv
-import http.server
 import io
 import json
-import queue
 import re
-import shutil
-import subprocess
-import threading
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from eval.browser import needs_chromium, told_by_page
 from PIL import Image
 
 from mergekit_bio.eval.records.read import read_runs
 from mergekit_bio.eval.report.build import build_report
 from mergekit_bio.eval.report.files import write_report
 
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 STYLE = Path(__file__).parents[2] / "mergekit_bio/eval/report/assets/page.css"
 TONE, RATE = 3000, 44100
 
@@ -46,37 +41,8 @@ def ask_the_page(folder: Path, tmp_path: Path, script: str) -> dict:
     asking = f"<script>(async () => {{ const said = {{}}; try {{ {script}; {tell}; }} {fail} }})();</script></body>"
     page = (folder / "report.html").read_text()
     pages = {"/report.html": page.encode(), "/": page.replace("</body>", asking).encode()}
-    said: queue.Queue[dict] = queue.Queue()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path in pages else 404)
-            self.send_header("content-type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(pages.get(self.path, b""))
-
-        def do_POST(self):
-            said.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--remote-debugging-port=0", f"--user-data-dir={tmp_path}/profile", f"http://127.0.0.1:{server.server_port}/",
-        ]  # fmt: skip
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            answer = said.get(timeout=60)
-        finally:
-            browser.terminate()
-            browser.wait()
-            server.shutdown()
+    _, body = told_by_page(pages, tmp_path / "profile")
+    answer = json.loads(body)
     assert "error" not in answer, answer
     return answer
 

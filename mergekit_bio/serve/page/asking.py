@@ -7,9 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import soundfile
-
 from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
+from mergekit_bio.audio.decoding import stated_length
 from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
 from mergekit_bio.engine.decoding.choices import FLAG, NONE, distinct_choices, likeliest, with_choices
@@ -121,13 +120,8 @@ async def read_recording(path: str, settings: ServeSettings) -> Recording:
         clip = await read_clip(data, settings, seconds=CLIP_SECONDS, shortest=False)
     except AudioError as error:
         raise AudioError(f"{Path(path).name}: {error}") from error
-    return Recording(path, clip, await asyncio.to_thread(_stated_seconds, path))
-
-
-def _stated_seconds(path: str) -> float:
-    """How long a recording is, as its header says; a clip's length where that does not say it."""
-    with soundfile.SoundFile(path) as file:
-        return file.frames / file.samplerate if 0 < file.frames < 1 << 62 else CLIP_SECONDS
+    _, seconds = await asyncio.to_thread(stated_length, Path(path))
+    return Recording(path, clip, seconds or CLIP_SECONDS)
 
 
 def read_list(written: str, *, none: bool) -> tuple[str, ...]:
