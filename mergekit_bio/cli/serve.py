@@ -64,7 +64,7 @@ def serve(
       mergekit-bio serve --port 8000                # NatureLM-audio, every alpha
       mergekit-bio serve --base llama/ --adapter lora/ --alpha 0.4
       mergekit-bio serve merged/half --api-key KEY --tensor-parallel-size 2
-      mergekit-bio serve --page                     # and ask in a browser: http://127.0.0.1:8000/page
+      mergekit-bio serve --page                     # and in a browser, at /page
     """
     from mergekit_bio.serve.command import serve as start
     from mergekit_bio.serve.request_log import STANDARD_OUTPUT
