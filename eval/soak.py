@@ -69,6 +69,11 @@ SOAKS = {
         ("tests/listen/test_kills.py",),
         20,
     ),
+    "archive-memory": Soak(
+        "an archive of 4,000 recordings of 30 s leaves vLLM's processes and ours as large as its first third",
+        ("tests/listen/test_memory.py",),
+        4_000,
+    ),
     "bench-gpu": Soak(
         "the benchmark for machines with a GPU runs whole on a CPU, and finds its results right",
         ("tests/rehearsal/test_bench_gpu.py",),
