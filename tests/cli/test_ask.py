@@ -113,22 +113,21 @@ def test_without_json_there_is_a_line_an_answer(run: Run, recording, merged: Pat
     assert f"{two} [0.0-2.0 s]" in out
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_file_name_that_is_no_text_is_shown_escaped(recording, merged: Path, tmp_path: Path, as_json: bool) -> None:
+def test_a_file_name_that_is_no_text_is_shown_escaped(run: Run, recording, merged: Path, tmp_path: Path) -> None:
     path = recording("a.wav").rename(tmp_path / os.fsdecode(b"\xff.wav"))
-    words = ["ask", merged, path, "-p", QUESTION, *map(str, SHORT), "--device", "cpu", *["--json"] * as_json]
+    words = [merged, path, "-p", QUESTION, *map(str, SHORT)]
     done = subprocess.run(
-        [sys.executable, "-c", "from mergekit_bio.cli.app import main; main()", *words],
+        [sys.executable, "-c", "from mergekit_bio.cli.app import main; main()", "ask", *words, "--device", "cpu"],
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True,
         text=True,
     )
+    _, out, _ = run(*words, "--json")
 
     assert done.returncode == 0, done.stderr
-    if as_json:
-        assert json.loads(done.stdout)["answers"][0]["recordings"] == [str(path)]
-    else:
-        assert f"{tmp_path}/\\udcff.wav [0.0-2.0 s]" in done.stdout
+    assert f"{tmp_path}/\\udcff.wav [0.0-2.0 s]" in done.stdout
+    out.encode("utf-8", "strict")
+    assert json.loads(out)["answers"][0]["recordings"] == [str(path)]
 
 
 def test_in_a_folder_the_good_are_answered_and_the_bad_counted(

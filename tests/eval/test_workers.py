@@ -197,7 +197,9 @@ def test_a_terminal_of_80_columns_shows_workers_and_nothing_of_rays(one, evaluat
 
 @pytest.mark.long
 def test_an_interruption_ends_the_workers_too(one, evaluation, tmp_path):
-    words = command(evaluation, tmp_path / "run", "--model", one.path / "checkpoints")
+    """While there is much to do: with the first answers, not all may have come already."""
+    slow = replace(evaluation, recipe=evaluation.variant("slow", generate={"max_new_tokens": 400, "num_beams": 4}))
+    words = command(slow, tmp_path / "run", "--model", one.path / "checkpoints")
     process = subprocess.Popen(
         [PROGRAM, *words], cwd=tmp_path, env=users_environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
