@@ -5,7 +5,8 @@
   other, and ``File Offset (s)`` is the start within its own.
 - Audacity: ``start<TAB>end<TAB>label`` without a header; a line that begins with a backslash holds the frequencies of
   the one before (https://manual.audacityteam.org/man/importing_and_exporting_labels.html).
-- CSV, or JSON lines: columns ``file`` (or ``file_name``, ``recording``), ``start`` and ``end``, in seconds.
+- CSV, or JSON lines: columns ``file`` (or ``file_name``, ``recording``), ``start`` and ``end``, in seconds. Raven's and
+  BirdNET's columns do too, as a spreadsheet saves them.
 """
 
 import math
@@ -14,15 +15,19 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
 from mergekit_bio.errors import MergekitBioError
 from mergekit_bio.outside_data import Document, read_rows, read_text
 
-#: What the columns of a CSV table may be called, in lower case; the second and third are also BirdNET's.
-_FILE = ("file", "file_name", "recording", "begin path", "begin file")
+#: What the columns of a table may be called, in lower case: also Raven's, BirdNET's (``filepath`` in its output for R)
+#: and Kaleidoscope's (``in file``).
+_FILE = ("file", "file_name", "filename", "filepath", "path", "recording", "begin path", "begin file", "in file")
 _START = ("start", "start (s)", "begin time (s)")
 _END = ("end", "end (s)", "end time (s)")
+#: Bytes within which recordings of one name and size differ that are not copies.
+_BEGINNING = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,15 @@ def read_selections(file: Path, *, error: type[MergekitBioError]) -> list[Select
     Raises:
         error: It is none of these tables, or a row has no times; the line is named.
     """
-    if file.suffix == ".jsonl":
-        return list(_of_columns(file, error))
-    first, *_ = read_text(file, error=error).partition("\n")
-    header = [column.strip().lower() for column in first.split("\t")]
-    if "begin time (s)" in header:
-        return list(_of_raven(file, error))
-    if len(header) > 1 and _number(header[0]) and _number(header[1]):
-        return list(_of_audacity(file, error))
-    return list(_of_columns(file, error))
+    rows = _rows_of_columns
+    if file.suffix != ".jsonl":
+        first, *_ = read_text(file, error=error).partition("\n")
+        header = [column.strip().lower() for column in first.split("\t")]
+        if "begin time (s)" in header:
+            rows = _rows_of_raven
+        elif len(header) > 1 and _number(header[0]) and _number(header[1]):
+            rows = _rows_of_audacity
+    return list(_selections(rows(file, error), error))
 
 
 def parse_seconds(text: str) -> float | None:
@@ -76,60 +81,63 @@ def parse_seconds(text: str) -> float | None:
 
 
 def is_raven_table(file: Path) -> bool:
-    """Whether a file begins as Raven's selection tables do."""
+    """Whether a file begins as Raven's selection tables do, in any encoding in which tables are read."""
     try:
         with file.open("rb") as content:
             first = content.readline(1 << 16)
     except OSError:
         return False
-    return b"\t" in first and b"Begin Time (s)" in first
+    named = ("Begin Time (s)".encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be"))
+    return b"\t" in first and any(name in first for name in named)
 
 
-def _of_raven(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
+#: A row's place in its table, and its values by column.
+_Rows = Iterator[tuple[str, dict[str, str]]]
+
+
+def _rows_of_raven(file: Path, error: type[MergekitBioError]) -> _Rows:
     # Raven puts nothing in quotation marks: one that stands in a field is a part of it.
     lines = read_text(file, error=error).split("\n")
     columns = [column.strip() for column in lines[0].split("\t")]
     if repeated := next((column for column in columns if column and columns.count(column) > 1), None):
         raise error(f"{file}:1: the column '{repeated}' stands twice")
-    known: set[tuple[str, str, float, float]] = set()
     for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        fields = [value.strip() for value in line.split("\t")]
-        values = dict(zip(columns, fields + [""] * (len(columns) - len(fields)), strict=False))
-        by_name = {column.lower(): value for column, value in values.items()}
-        where = f"{file}:{number}"
-        begin = _time(by_name, ("begin time (s)",), where, error)
-        seconds = _time(by_name, _END, where, error) - begin
-        start = _time(by_name, ("file offset (s)",), where, error) if by_name.get("file offset (s)") else begin
-        recording = by_name.get("begin path") or by_name.get("begin file") or None
-        selection = by_name.get("selection", "") or where
-        place = (selection, recording or "", start, seconds)
-        if place not in known:
-            known.add(place)
-            # Microseconds, so that 0.1 + 0.2 is 0.3.
-            yield _checked(Selection(start, round(start + seconds, 6), where, recording, values), error)
+        if line.strip():
+            fields = [value.strip() for value in line.split("\t")]
+            values = dict(zip(columns, fields + [""] * (len(columns) - len(fields)), strict=False))
+            yield f"{file}:{number}", values
 
 
-def _of_audacity(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
+def _rows_of_audacity(file: Path, error: type[MergekitBioError]) -> _Rows:
     for number, line in enumerate(read_text(file, error=error).split("\n"), start=1):
-        if not line.strip() or line.startswith("\\"):
-            continue
-        start, end, *label = line.split("\t")
-        values = {"start": start, "end": end, "label": "\t".join(label).strip()}
-        where = f"{file}:{number}"
-        times = _time(values, ("start",), where, error), _time(values, ("end",), where, error)
-        yield _checked(Selection(*times, where, None, values), error)
+        if line.strip() and not line.startswith("\\"):
+            start, end, *label = line.split("\t")
+            yield f"{file}:{number}", {"start": start, "end": end, "label": "\t".join(label).strip()}
 
 
-def _of_columns(file: Path, error: type[MergekitBioError]) -> Iterator[Selection]:
+def _rows_of_columns(file: Path, error: type[MergekitBioError]) -> _Rows:
     for row in read_rows(file, error=error):
         values = {str(column).strip(): _text(value) for column, value in row.data.items()}
+        _need_columns(row, {column.lower(): value for column, value in values.items()})
+        yield row.line(), values
+
+
+def _selections(rows: _Rows, error: type[MergekitBioError]) -> Iterator[Selection]:
+    known: set[tuple[str, str, float, float]] = set()
+    for where, values in rows:
         by_name = {column.lower(): value for column, value in values.items()}
-        _need_columns(row, by_name)
+        start, end = _time(by_name, _START, where, error), _time(by_name, _END, where, error)
+        if by_name.get("file offset (s)"):
+            seconds, start = end - start, _time(by_name, ("file offset (s)",), where, error)
+            end = round(start + seconds, 6)  # microseconds, so that 0.1 + 0.2 is 0.3
         recording = next((by_name[column] for column in _FILE if by_name.get(column)), None)
-        start, end = (_time(by_name, columns, row.line(), error) for columns in (_START, _END))
-        yield _checked(Selection(start, end, row.line(), recording, values), error)
+        if end < start:
+            raise error(f"{where}: ends at {end:g} s, before its start at {start:g} s")
+        # Raven writes a selection once for each view.
+        place = (by_name.get("selection") or where, recording or "", start, end)
+        if place not in known:
+            known.add(place)
+            yield Selection(start, end, where, recording, values)
 
 
 def _need_columns(row: Document, by_name: Mapping[str, str]) -> None:
@@ -159,20 +167,17 @@ def _time(values: Mapping[str, str], columns: Sequence[str], where: str, error: 
     return seconds
 
 
-def _checked(selection: Selection, error: type[MergekitBioError]) -> Selection:
-    if selection.end < selection.start:
-        raise error(f"{selection.where}: ends at {selection.end:g} s, before its start at {selection.start:g} s")
-    return selection
-
-
 class RecordingFinder:
     """Finds the recordings that tables name, among those that there are.
 
     Tables travel: a path in them may be another machine's, with its own slashes. So a recording is found by its name,
-    and where several have it, by the folders above it that agree.
+    and where several have it, by the folders above it that agree. A path that leads to a file names it, or a copy.
 
     Args:
         recordings: Those that there are.
+
+    Attributes:
+        by_name: What was found by its name alone, though the table names a folder, as the table writes it.
     """
 
     def __init__(self, recordings: Iterable[Path]) -> None:
@@ -180,6 +185,7 @@ class RecordingFinder:
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for recording in self._recordings:
             self._by_name[_normal(recording.name)].append(recording)
+        self.by_name: dict[str, Path] = {}
 
     def find(self, selection: Selection, table: Path, *, error: type[MergekitBioError]) -> Path | None:
         """The recording of a selection; None where it is not among them.
@@ -197,12 +203,16 @@ class RecordingFinder:
             return self._of_table(selection, table, error)
         parts = [_normal(part) for part in PureWindowsPath(selection.recording).parts]
         candidates = self._by_name.get(parts[-1], []) if parts else []
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
+        if not candidates:
+            return None
+        if len(parts) > 1 and is_there(there := table.parent / selection.recording):
+            return next((path for path in candidates if _is_copy(path, there)), None)
         agreeing = [_agreeing(parts, [_normal(part) for part in path.absolute().parts]) for path in candidates]
         best = [path for path, count in zip(candidates, agreeing, strict=True) if count == max(agreeing)]
         if len(best) > 1:
             raise error(f"{selection.where}: '{selection.recording}' could be {best[0]} or {best[1]}; name it further")
+        if len(parts) > 1 == max(agreeing):
+            self.by_name[selection.recording] = best[0]
         return best[0]
 
     def _of_table(self, selection: Selection, table: Path, error: type[MergekitBioError]) -> Path:
@@ -218,6 +228,28 @@ class RecordingFinder:
                 f"{'several have' if best else 'none has'} the table's name; give the one that it is about"
             )
         return best[0]
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path that a table names leads to a file; a text may be too long to be one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=4096)  # a table has many rows about a recording
+def _is_copy(one: Path, other: Path) -> bool:
+    """Whether two files are the same, or of one size and begin alike."""
+    try:
+        if one.samefile(other):
+            return True
+        if one.stat().st_size != other.stat().st_size:
+            return False
+        with one.open("rb") as first, other.open("rb") as second:
+            return first.read(_BEGINNING) == second.read(_BEGINNING)
+    except OSError:
+        return False
 
 
 def _normal(name: str) -> str:

@@ -1,5 +1,6 @@
 """Answers from a list that a file holds."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mergekit_bio.outside_data import read_rows, read_text
 _TABLES = (".csv", ".tsv", ".jsonl")
 #: The column of a table that is taken where none is named.
 _USUAL_COLUMN = "label"
+#: What the name of a column of choices has in it; another may be the first choice of a list without a header.
+_A_HEADER = re.compile("label|species|name|choice|answer|class|taxon", re.IGNORECASE)
 
 
 def read_choices(file: str, *, none: bool, note: Callable[[str], None]) -> tuple[str, ...]:
@@ -29,7 +32,7 @@ def read_choices(file: str, *, none: bool, note: Callable[[str], None]) -> tuple
         before, _, column = file.rpartition(":")
         path = Path(before)
     if path.suffix.lower() in _TABLES:
-        written = _of_column(path, column)
+        written = _of_column(path, column, note)
     elif column is not None and path.is_file():
         raise PromptError(f"--choices {file}: only a table ({', '.join(_TABLES)}) has columns")
     else:
@@ -44,8 +47,8 @@ def read_choices(file: str, *, none: bool, note: Callable[[str], None]) -> tuple
     return choices
 
 
-def _of_column(path: Path, column: str | None) -> list[str]:
-    values = []
+def _of_column(path: Path, column: str | None, note: Callable[[str], None]) -> list[str]:
+    values, columns = [], []
     for row in read_rows(path, error=PromptError):
         columns = [str(name) for name in row.data]
         wanted = column or (columns[0] if len(columns) == 1 else _USUAL_COLUMN)
@@ -54,4 +57,6 @@ def _of_column(path: Path, column: str | None) -> list[str]:
             raise PromptError(f"{path}: has no {named}; it has {', '.join(columns)[:200]}")
         value = row.data[wanted]
         values.append("" if value is None else str(value).strip())
+    if column is None and len(columns) == 1 and path.suffix != ".jsonl" and not _A_HEADER.search(columns[0]):
+        note(f"{path}: its first line, '{columns[0][:60]}', is taken for the column's name and is no choice")
     return values

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_bio.audio.selections import RecordingFinder, Selection, read_selections
+from mergekit_bio.audio.selections import RecordingFinder, Selection, is_there, read_selections
 from mergekit_bio.audio.waveform import MIN_SECONDS
 from mergekit_bio.errors import AudioError
 
@@ -79,7 +79,7 @@ def select_windows(
         for selection in read_selections(table, error=AudioError):
             rows += 1
             path = finder.find(selection, table, error=AudioError)
-            if path is None and elsewhere and Path(selection.recording or "").is_file():
+            if path is None and elsewhere and is_there(Path(selection.recording or "")):
                 path = Path(selection.recording or "")
             if path is None:
                 missing[selection.recording or ""] += 1
@@ -99,6 +99,10 @@ def select_windows(
         notes.append(
             f"left out: {count} selections of {len(missing)} recordings that are not among those named ({names})"
         )
+    if finder.by_name:
+        written, path = next(iter(finder.by_name.items()))
+        others = f"; so are {len(finder.by_name) - 1} more" if len(finder.by_name) > 1 else ""
+        notes.append(f"found by name alone: {written} is taken to be {path}{others}")
     if not spans:
         named = ", ".join(map(str, tables[:3])) + (", ..." if len(tables) > 3 else "")
         reason = "; ".join(notes) if rows else "no selection in it"

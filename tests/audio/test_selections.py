@@ -1,5 +1,6 @@
 """Tables of windows as Raven, Audacity and BirdNET write them, and the recordings that they are about."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def test_in_a_raven_table_about_files_the_offset_is_the_start(tmp_path: Path) ->
     assert selections[2].recording == "C:\\field\\site2\\a.wav"
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_ravens_table_as_a_spreadsheet_saves_it_is_the_same(tmp_path: Path, separator: str) -> None:
+    """One row a selection, and the offset is the start."""
+    rows = [line.split("\t") for line in RAVEN_OF_FILES.splitlines()]
+    doubled = [rows[0], *(row for row in rows[1:] for _ in "ab")]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(doubled)
+    selections = read_selections(tmp_path / "table.csv", error=AudioError)
+
+    assert times(selections) == [(5, 8), (3.5, 6.75), (1, 4)]
+    assert [selection.recording for selection in selections] == [row[7] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_raven_table_is_known_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    marks = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}
+    (tmp_path / "table.txt").write_bytes(marks.get(encoding, b"") + RAVEN.encode(encoding))
+
+    assert is_raven_table(tmp_path / "table.txt")
+    assert times(read_selections(tmp_path / "table.txt", error=AudioError)) == [(1.5, 3.25), (12.1, 12.4)]
+
+
 def test_selections_of_tables_that_were_joined_are_all_there(tmp_path: Path) -> None:
     header, *rows = RAVEN.splitlines(keepends=True)
     more = [row.replace("1.5", "21.5", 1).replace("3.25", "23.25", 1) for row in rows[:2]]
@@ -85,7 +108,11 @@ def test_audacitys_labels_are_read_without_their_frequencies(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text", [BIRDNET, "file,start,end\na.wav,0,3.0\na.wav,3,6\n", "recording,start,end\na.wav,0,3\na.wav,3,6\n"]
+    "text",
+    [
+        BIRDNET,
+        *(f"{column},start,end\na.wav,0,3.0\na.wav,3,6\n" for column in ("file", "recording", "filepath", "IN FILE")),
+    ],
 )
 def test_csv_tables_name_recordings_and_times(tmp_path: Path, text: str) -> None:
     selections = read(tmp_path, text, "table.csv")
@@ -136,6 +163,29 @@ TREE = ["/data/site1/a.wav", "/data/site1/b.wav", "/data/site2/a.wav"]
 )
 def test_a_recording_is_found_by_its_name_and_the_folders_above_it(named: str, found: str | None) -> None:
     assert find(TREE, named) == found
+
+
+def test_a_path_that_leads_to_a_file_names_it_or_a_copy_of_it(tmp_path: Path) -> None:
+    """Recorders of many sites write the same names."""
+    for place, content in {"site1": b"one", "site2": b"two", "copy": b"one", "longer": b"one and more"}.items():
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "20240501_050000.WAV").write_bytes(content)
+    named = [f"{tmp_path}/site1/20240501_050000.WAV", "site1/20240501_050000.WAV"]
+    for place, is_found in {"site1": True, "site2": False, "copy": True, "longer": False}.items():
+        recording = tmp_path / place / "20240501_050000.WAV"
+        for name in named:
+            found = RecordingFinder([recording]).find(
+                Selection(0, 1, "here", name), tmp_path / "t.txt", error=AudioError
+            )
+            assert found == (recording if is_found else None), (place, name)
+
+
+def test_what_is_found_by_its_name_alone_is_told() -> None:
+    finder = RecordingFinder([Path("/data/site1/a.wav"), Path("/data/site1/b.wav")])
+    for named in ("a.wav", "C:\\field\\site1\\a.wav", "C:\\field\\site2\\b.wav"):
+        assert finder.find(Selection(0, 1, "here", named), Path("table.txt"), error=AudioError)
+
+    assert finder.by_name == {"C:\\field\\site2\\b.wav": Path("/data/site1/b.wav")}
 
 
 def test_a_name_is_found_however_its_accents_are_written() -> None:

@@ -39,6 +39,13 @@ def test_a_column_of_a_table_is_a_list(tmp_path: Path, text: str, column: str) -
     assert read(tmp_path, text, "birds.csv", column) == (("Sora", "Marsh Wren"), [])
 
 
+def test_a_first_line_that_may_be_a_choice_is_told_to_be_none(tmp_path: Path) -> None:
+    choices, (note,) = read(tmp_path, "Sora\nMarsh Wren\nDusk Pelin\n", "birds.csv")
+
+    assert choices == ("Marsh Wren", "Dusk Pelin")
+    assert note == f"{tmp_path / 'birds.csv'}: its first line, 'Sora', is taken for the column's name and is no choice"
+
+
 def test_a_choice_that_stands_twice_in_a_list_counts_once_and_is_told(tmp_path: Path) -> None:
     choices, notes = read(tmp_path, "Sora\nMarsh Wren\nSora\n")
 

@@ -76,6 +76,12 @@ def test_recordings_that_were_not_named_are_left_out_and_counted(tmp_path: Path)
     assert selected.notes == ("left out: 3 selections of 2 recordings that are not among those named (c.wav, d.wav)",)
 
 
+def test_what_is_found_by_its_name_alone_is_noted_once(tmp_path: Path) -> None:
+    selected = select(tmp_path, "E:\\x\\a.wav,2,3\nE:\\x\\a.wav,4,6\nE:\\y\\b.wav,1,2\n", "/data/a.wav /data/b.wav")
+
+    assert selected.notes == ("found by name alone: E:\\x\\a.wav is taken to be /data/a.wav; so are 1 more",)
+
+
 def test_a_whole_path_may_lead_elsewhere_where_that_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "far.wav").write_text("")
 
