@@ -230,7 +230,7 @@ def ask(
             print_summary(outcome.summary, console)
 
         output.result(document, render, lines=[str(out)])
-    elif as_json and (answers or not outcome.failed):
+    elif as_json and len(outcome.failed) < outcome.recordings:
         shown = [_answer(row, [row.recording]) for row in answers]
         output.result({"prompt": prompt, "answers": shown, "failed": failed, **summary}, lambda console: None)
     elif not quiet and (listed or len(recordings) > 1):

@@ -1,6 +1,7 @@
 """What a command prints: results on stdout (table, JSON or bare lines), everything else on stderr; and its options."""
 
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -98,12 +99,17 @@ class Output:
 
 
 def _json(document: Any, encoding: str) -> str:
-    """A document as it is, or with JSON's own escapes where the encoding lacks a character."""
+    """A document as it is, or with JSON's own escapes where the encoding lacks a character.
+
+    A path whose bytes are no text is written as in tables, ``\\udcff`` for the byte ``ff``: strict readers of JSON
+    refuse Python's half of a surrogate pair.
+    """
     text = json.dumps(document, indent=2, ensure_ascii=False)
+    text = re.sub("[\ud800-\udfff]", lambda half: f"\\\\u{ord(half[0]):04x}", text)
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return json.dumps(document, indent=2)
+        return json.dumps(json.loads(text), indent=2)
     return text
 
 

@@ -46,7 +46,7 @@ CREATE TABLE windows (
 #: The columns of :class:`HeardRecording`.
 _HEARD = (
     "SELECT id, path, state, seconds, sampling_rate, error, "
-    "(SELECT count(answer) FROM windows WHERE recording = recordings.id) FROM recordings"
+    "(SELECT count(answer) FROM windows WHERE recording = recordings.id) AS answered FROM recordings"
 )
 
 
@@ -162,7 +162,7 @@ class Journal:
                 )
             # What failed under another question, such as for want of a channel, may do under this one.
             if overwrite or answered_under != identity:
-                self._db.execute("DELETE FROM recordings")
+                self._db.execute("UPDATE recordings SET position = -1, stamp = '', state = 'open', error = NULL")
             self._db.execute("UPDATE facts SET value = ? WHERE name = 'identity'", (json.dumps(identity),))
 
     def open_recordings(
@@ -244,6 +244,11 @@ class Journal:
     def recordings(self) -> Iterator[HeardRecording]:
         """Those that are named now, in order."""
         for number, path, *others in self._db.execute(f"{_HEARD} WHERE position >= 0 ORDER BY position"):
+            yield HeardRecording(number, os.fsdecode(path), *others)
+
+    def unanswered(self) -> Iterator[HeardRecording]:
+        """Those without an answered window, named now or not."""
+        for number, path, *others in self._db.execute(f"SELECT * FROM ({_HEARD}) WHERE answered = 0"):
             yield HeardRecording(number, os.fsdecode(path), *others)
 
     def others(self) -> int:

@@ -126,8 +126,9 @@ def test_a_file_name_that_is_no_text_is_shown_escaped(run: Run, recording, merge
 
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/\\udcff.wav [0.0-2.0 s]" in done.stdout
-    out.encode("utf-8", "strict")
-    assert json.loads(out)["answers"][0]["recordings"] == [str(path)]
+    document = json.loads(out)
+    assert document["answers"][0]["recordings"] == [f"{tmp_path}/\\udcff.wav"], "no half of a surrogate pair"
+    assert [*document["summary"]["recordings"]] == document["answers"][0]["recordings"]
 
 
 def test_in_a_folder_the_good_are_answered_and_the_bad_counted(

@@ -96,6 +96,10 @@ def test_what_is_not_likely_enough_is_left_out_and_counted(run: Run, nights: Pat
     with (tmp_path / "birds.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sorted(float(row["probability"]) for row in rows) == probabilities[3:]
+    (bad := tmp_path / "bad.wav").write_text("no sound")
+    code, out, err = run(*arguments[:1], bad, *arguments[1:-2], "--min-probability", 1, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["answers"], [Path(one["recording"]) for one in json.loads(out)["failed"]]) == ([], [bad])
     raven = tmp_path / "birds.txt"
     code, _, err = run(*arguments[:-1], raven, "--format", "raven", "--min-probability", least)
     assert code == 0, err

@@ -6,12 +6,13 @@ import re
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 import soundfile
-from listen.archive import QUESTION, RECORDINGS, WINDOWS, ask
+from listen.archive import QUESTION, RECORDINGS, WINDOWS, ask, write_recording
 
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.errors import OutputError
@@ -163,6 +164,35 @@ def test_audacity_imports_a_label_track_a_recording(here: Path, archive: Path, m
         assert [(float(start), float(end)) for start, end, _ in parts] == [(start, end) for _, start, end in windows]
 
 
+def test_no_table_of_a_recording_tells_what_is_no_longer_so(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has become no recording, and all where another question begins anew and is stopped at once."""
+    archive, tracks = tmp_path / "archive", tmp_path / "tracks"
+    for name in ("a.wav", "b.wav", "gone.wav"):
+        write_recording(archive / name, 1)
+    asked = {"table_format": "audacity", "overwrite": True}
+    ask(merged, archive, tracks, **asked)
+    (tracks / "mine.labels.txt").write_text("mine")
+    assert tables_in(tracks) == ["a.wav", "b.wav", "gone.wav", "mine"]
+    (archive / "a.wav").write_text("no sound")
+    (archive / "gone.wav").unlink()
+    ask(merged, archive, tracks, table_format="audacity")
+    assert tables_in(tracks) == ["b.wav", "gone.wav", "mine"], "what is gone was answered"
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TransformersEngine, "start", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ask(merged, archive, tracks, question=replace(QUESTION, prompt="How many?"), **asked)
+    assert tables_in(tracks) == ["mine"]
+
+
+def tables_in(folder: Path) -> list[str]:
+    return sorted(file.name.removesuffix(".labels.txt") for file in folder.glob("*.labels.txt"))
+
+
 @pytest.mark.parametrize(
     ("out", "table_format", "said"),
     [
@@ -192,7 +222,8 @@ def test_an_answer_of_several_lines_stays_one_row(tmp_path: Path) -> None:
     from mergekit_bio.listen.tables.choice import table_class
     from mergekit_bio.listen.tables.interface import About
 
-    recording, text = str(tmp_path / "tab\tand ünïcode.wav"), 'A wren,\n"Troglodytes"\tsings;\r\nagain'
+    recording = str(tmp_path / "tab\tand  two\rünïcode.wav")
+    text = 'A wren,\n"Troglodytes"\tsings;\r\nagain\rand again'
     soundfile.write(recording, [0.0] * 16_000, 16_000)
     about = About(root=tmp_path, model="m", alpha=None, prompt="What?")
     with Journal(None, {}, unsaid={}) as journal:
@@ -205,8 +236,11 @@ def test_an_answer_of_several_lines_stays_one_row(tmp_path: Path) -> None:
             table.finish(journal)
     (row,) = read_csv(tmp_path / "a.csv")
     assert (row["recording"], row["answer"], row["alpha"]) == (recording, text, "")
-    one_line = 'A wren, "Troglodytes" sings; again'
+    pandas = pytest.importorskip("pandas")
+    assert pandas.read_csv(tmp_path / "a.csv")["answer"].tolist() == [text]
+    one_line = 'A wren, "Troglodytes" sings; again and again'
     assert (tmp_path / "a.txt").read_text().splitlines()[-1].endswith(one_line)
-    assert (tmp_path / "r.txt").read_text().splitlines()[1].split("\t")[-1] == one_line
+    cells = (tmp_path / "r.txt").read_text().splitlines()[1].split("\t")
+    assert (cells[8], cells[-1]) == ("tab and  two ünïcode.wav", one_line)
     (track,) = (tmp_path / "labels").glob("*.txt")
     assert track.read_text() == f"0.000000\t1.000000\t{one_line}\n"

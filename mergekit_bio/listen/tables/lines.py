@@ -53,9 +53,12 @@ class CsvTable(LineTable):
 
     @staticmethod
     def _csv(rows: Sequence[Sequence[object]]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue()
+        # What stands in a line's end is put into quotation marks: of both characters, though lines end with the second.
+        end, lines = "\r\n", []
+        for row in rows:
+            csv.writer(text := io.StringIO(), lineterminator=end).writerow(row)
+            lines.append(text.getvalue().removesuffix(end) + "\n")
+        return "".join(lines)
 
 
 class JsonLinesTable(LineTable):

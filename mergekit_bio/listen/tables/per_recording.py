@@ -26,6 +26,8 @@ class FilePerRecording:
         """See :class:`mergekit_bio.listen.tables.interface.Table`."""
         with problems_with(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
+            for recording in journal.unanswered():  # what stands there is of what they were, or of another question
+                self._file(recording).unlink(missing_ok=True)
 
     def add(self, journal: Journal, rows: Sequence[Row], ended: Sequence[HeardRecording]) -> None:
         """See :class:`mergekit_bio.listen.tables.interface.Table`."""

@@ -1,5 +1,6 @@
 """Raven's selection tables: one a recording in a folder, or one file for all recordings, opened one after the other."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,12 +40,17 @@ def _lines(about: About, recording: HeardRecording, rows: Iterable[Row], *, firs
     for number, row in enumerate(rows, start=first):
         cells = [
             str(number), "Spectrogram 1", channel, f"{begins + row.start:.6f}", f"{begins + row.end:.6f}", "0.0",
-            f"{highest:.1f}", one_line(as_text(str(path))), one_line(as_text(path.name)), f"{row.start:.6f}",
+            f"{highest:.1f}", _cell(str(path)), _cell(path.name), f"{row.start:.6f}",
             one_line(row.answer),
         ]  # fmt: skip
         if about.choices:
             cells.append("" if row.probability is None else f"{row.probability:.4f}")
         yield "\t".join(cells) + "\n"
+
+
+def _cell(path: str) -> str:
+    """A path with its blanks, but without what ends a cell or a line."""
+    return re.sub("[\t\r\n]", " ", as_text(path))
 
 
 class RavenTables(FilePerRecording):
