@@ -1,6 +1,7 @@
 """One real server with every strength of an adapter, for all tests of this folder."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from serve.requests_to_server import KEY, KEYS, MAX_AUDIOS, MAX_NEW_TOKENS
 from tiny_naturelm import make_base, make_naturelm
 
@@ -156,3 +158,19 @@ def sounds() -> list[np.ndarray]:
     """Samples of 16 bits at 16 kHz."""
     rng = np.random.default_rng(11)
     return [(rng.uniform(-0.5, 0.5, 16000 * seconds) * 2**15).astype(np.int16) for seconds in (1, 2, 3, 4, 5, 12)]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium with a microphone that hears a tone."""
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    tone = tmp_path_factory.mktemp("microphone") / "tone.wav"
+    soundfile.write(tone, 0.4 * np.sin(np.arange(48000 * 4) * 0.2), 48000)
+    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    flags += [f"--use-file-for-fake-audio-capture={tone}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        yield chromium
+        chromium.close()

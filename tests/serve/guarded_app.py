@@ -10,7 +10,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import uvicorn
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -38,15 +38,21 @@ PATHS = ["/predict", "/info", "/health", "/v1/completions"]
 class Served:
     """The application and its uvicorn, on a thread."""
 
-    def __init__(self, *more: Route, root_path: str = "", key: str | None = None) -> None:
+    def __init__(
+        self, *more: Route, root_path: str = "", key: str | None = None, page: ServeSettings | None = None
+    ) -> None:
         routes = [*(Route(path, echo, methods=["GET", "POST"]) for path in PATHS), *more]
         middleware = [Middleware(guard.Guard)]
         if ServeSettings.from_environment().request_log is not None:
             middleware.insert(0, Middleware(RequestLogger))
-        app = Starlette(routes=routes, middleware=middleware)
+        app = FastAPI(routes=routes, middleware=middleware)
         app.state.engine_client = self.engine = SimpleNamespace(is_running=True, shutdown=lambda timeout: None)
         setattr(app.state, login.VISITORS, login.Visitors())
         app.state.args = SimpleNamespace(api_key=[key] if key else None)
+        if page is not None:
+            from mergekit_bio.serve.page.mount import attach_page
+
+            attach_page(app, page)
 
         async def below_root(scope, receive, send) -> None:
             await app({**scope, "root_path": root_path}, receive, send)  # as FastAPI does

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,22 +96,6 @@ def test_gradio_answers_what_the_page_needs_and_nothing_else(server):
         assert client.post(join, content=b" " * (2 << 20)).status_code == 413
         assert upload(client, b" " * (12 << 20)).status_code == 413
         assert client.post(join, json={}, headers={"sec-fetch-site": "cross-site"}).status_code == 403
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Chromium with a microphone that hears a tone."""
-    if shutil.which("chromium") is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    tone = tmp_path_factory.mktemp("microphone") / "tone.wav"
-    soundfile.write(tone, 0.4 * np.sin(np.arange(48000 * 4) * 0.2), 48000)
-    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    flags += [f"--use-file-for-fake-audio-capture={tone}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-        yield chromium
-        chromium.close()
 
 
 def words(text: str) -> str:

@@ -87,3 +87,18 @@ def test_an_answer_is_logged_with_how_it_ended(log, tmp_path):
         ("ana", "/page", 500)
     ]
     assert logged[0]["model"] == "lm@0.35"
+
+
+# The last: from the browser on this thread has a running loop.
+@pytest.mark.parametrize("root_path", ["", "/models/bio"])
+def test_where_no_key_is_asked_for_a_browser_sees_the_page_at_once(log, tmp_path, browser, root_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    settings = replace(SETTINGS, page=str(tmp_path / "uploads"))
+    refused: list[str] = []
+    with Served(root_path=root_path, page=settings) as served:
+        page = browser.new_context().new_page()
+        page.on("response", lambda response: response.status >= 400 and refused.append(response.url))
+        page.goto(f"{served.url}{root_path}/page")
+        page.locator(".head h1").wait_for(timeout=30_000)
+        page.context.close()
+    assert refused == []

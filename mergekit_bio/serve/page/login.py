@@ -123,7 +123,8 @@ def _visitors(request: HTTPConnection) -> Visitors:
 
 def _place(request: Request) -> str:
     """The page's path as the browser knows it: behind what a proxy puts in front."""
-    return f"{request.scope.get('root_path', '').rstrip('/')}{PAGE}"
+    scope = request.scope  # within Gradio's mount the root path is the page's, and the application's has another name
+    return f"{scope.get('app_root_path', scope.get('root_path', '')).rstrip('/')}{PAGE}"
 
 
 def _form(request: Request, *, status: int, problem: str = "") -> HTMLResponse:
