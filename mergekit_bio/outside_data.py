@@ -98,10 +98,20 @@ def _changes(before: Any, now: Any, path: KeyPath) -> Iterator[str]:
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) or (key in before) != (key in now):
                 yield from _changes(before.get(key), now.get(key), (*path, key))
-    else:
-        shown = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
-        was, is_now = (text if len(text) <= 60 else text[:57] + "..." for text in shown)
-        yield f"{dotted(path)} was {was} and is now {is_now}"
+        return
+    name = dotted(path)
+    if isinstance(before, list) and isinstance(now, list):
+        gone, new = ([value for value in one if value not in other] for one, other in ((before, now), (now, before)))
+        if gone or new:
+            parts = [f"{word} {_in_short(values)}" for word, values in (("lacks", gone), ("has", new)) if values]
+            yield f"{name} now {' and '.join(parts)}"
+            return
+    yield f"{name} was {_in_short(before)} and is now {_in_short(now)}"
+
+
+def _in_short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def is_text(value: Any) -> bool:

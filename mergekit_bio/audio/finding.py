@@ -49,6 +49,7 @@ class _LeftOut:
     others: Counter[str] = field(default_factory=Counter)
     dead_links: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     def notes(self) -> Iterator[str]:
         if self.hidden:
@@ -63,6 +64,9 @@ class _LeftOut:
         if self.dead_links:
             links = _counted(len(self.dead_links), "link that leads", "links that lead")
             yield f"left out {links} nowhere ({_some(self.dead_links)})"
+        if self.links:
+            links = _counted(len(self.links), "link to a recording that is", "links to recordings that are")
+            yield f"left out {links} there too ({_some(self.links)})"
         if self.unreadable:
             files = _counted(len(self.unreadable), "entry that cannot be read", "entries that cannot be read")
             yield f"left out {files} ({_some(self.unreadable)})"
@@ -73,7 +77,8 @@ def find_recordings(paths: Iterable[str | Path]) -> Found:
 
     A file of a folder is a recording by its name or by its content. Hidden files and folders, and systems' own such as
     ``$RECYCLE.BIN``, are left out, and so are folders of clips that were cut out of recordings, unless they are named.
-    A folder that is reached twice, by links or by name, is entered once.
+    A folder that is reached twice, by links or by name, is entered once; so is a recording beside which a link to it
+    lies.
 
     Raises:
         AudioError: A path does not exist or is no file or folder, or a folder holds no recording.
@@ -85,7 +90,7 @@ def find_recordings(paths: Iterable[str | Path]) -> Found:
         if path.is_dir():
             left_out = _LeftOut()
             again = _identity(path) in entered
-            inside = sorted(_below(path, path, entered, left_out))
+            inside = _without_links(sorted(_below(path, path, entered, left_out)), path, left_out)
             of_folder = [*left_out.notes()]
             if not inside and not again:
                 raise AudioError(f"{path}: holds no recordings" + "".join(f"; {text}" for text in of_folder))
@@ -98,6 +103,16 @@ def find_recordings(paths: Iterable[str | Path]) -> Found:
         else:
             raise AudioError(f"{path}: no such file or folder")
     return Found(recordings, notes)
+
+
+def _without_links(paths: list[Path], root: Path, left_out: _LeftOut) -> list[Path]:
+    """Without links to others of them."""
+    if not any(path.is_symlink() for path in paths):
+        return paths
+    files = {path.resolve() for path in paths if not path.is_symlink()}
+    links = [path for path in paths if path.is_symlink() and path.resolve() in files]
+    left_out.links += [str(path.relative_to(root)) for path in links]
+    return [path for path in paths if path not in set(links)]
 
 
 def _below(folder: Path, root: Path, entered: set[tuple[int, int]], left_out: _LeftOut) -> Iterator[Path]:

@@ -207,11 +207,10 @@ class RecordingFinder:
             return None
         if len(parts) > 1 and is_there(there := table.parent / selection.recording):
             return next((path for path in candidates if _is_copy(path, there)), None)
-        agreeing = [_agreeing(parts, [_normal(part) for part in path.absolute().parts]) for path in candidates]
-        best = [path for path, count in zip(candidates, agreeing, strict=True) if count == max(agreeing)]
+        best = _nearest(candidates, parts)
         if len(best) > 1:
             raise error(f"{selection.where}: '{selection.recording}' could be {best[0]} or {best[1]}; name it further")
-        if len(parts) > 1 == max(agreeing):
+        if len(parts) > 1 and _normal(best[0].absolute().parent.name) != parts[-2]:
             self.by_name[selection.recording] = best[0]
         return best[0]
 
@@ -221,7 +220,7 @@ class RecordingFinder:
         name = _normal(table.name)
         named = [path for path in self._recordings if name.startswith(_normal(path.stem) + ".")]
         longest = max((len(path.stem) for path in named), default=0)
-        best = [path for path in named if len(path.stem) == longest]
+        best = _nearest([path for path in named if len(path.stem) == longest], table.absolute().parts[:-1], above=1)
         if len(best) != 1:
             raise error(
                 f"{selection.where}: names no recording, and of the {len(self._recordings)} recordings "
@@ -254,6 +253,13 @@ def _is_copy(one: Path, other: Path) -> bool:
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
+
+
+def _nearest(paths: Sequence[Path], parts: Sequence[str], *, above: int = 0) -> list[Path]:
+    """Those of some paths whose ends, ``above`` parts above their names, agree with most of ``parts``."""
+    ends = [[_normal(part) for part in path.absolute().parts[: -above or None]] for path in paths]
+    agreeing = [_agreeing([_normal(part) for part in parts], end) for end in ends]
+    return [path for path, count in zip(paths, agreeing, strict=True) if count == max(agreeing)]
 
 
 def _agreeing(one: Sequence[str], other: Sequence[str]) -> int:

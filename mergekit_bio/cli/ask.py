@@ -164,6 +164,9 @@ def ask(
         raise OutputError(f"--{'overwrite' if overwrite else 'format'}: give it with --out")
     if out is not None:
         table_class(out, table_format)
+        for given_file in (*(windows or ()), *([choices, choices.rpartition(":")[0]] if choices else [])):
+            if out.is_file() and Path(given_file).is_file() and out.samefile(given_file):
+                raise OutputError(f"{out}: is read by this command; give another --out")
     options = dict(map(key_value, engine_option or [])) | ({} if device == "auto" else {"device": device})
     settings = EngineSettings(options=options, servers=tuple(server or ()), api_key=api_key, quiet=quiet)
     if engine is None and out is None and not server:
@@ -235,9 +238,11 @@ def ask(
         output.result({"prompt": prompt, "answers": shown, "failed": failed, **summary}, lambda console: None)
     elif not quiet and (listed or len(recordings) > 1):
         print_summary(outcome.summary, stderr_console())  # stdout holds the answers
-    if clips is not None:
+    if clips is not None and not outcome.clips_error:
         output.note(f"{outcome.clips} windows to listen to -> {clips[1]}")
     tell_failed(outcome.recordings, outcome.failed, outcome.broken, output)
+    if outcome.clips_error:
+        raise OutputError(outcome.clips_error)
 
 
 def _print_rows(rows: "Sequence[Row]", *, quiet: bool) -> None:

@@ -185,7 +185,7 @@ class TransformersEngine:
         if len(ids) >= self.tokenization.max_tokens:
             raise PromptError(
                 f"the prompt is {len(ids)} tokens long, but the model takes {self.tokenization.max_tokens}; give "
-                "fewer audios or examples"
+                "fewer audios, examples or choices"
             )
         return ids
 

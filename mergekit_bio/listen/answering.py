@@ -78,6 +78,7 @@ class Outcome:
         broken: Those that were heard up to where they break.
         summary: What the answers add up to.
         clips: How many windows were cut to files.
+        clips_error: Why not all of them could be; None where they could.
     """
 
     recordings: int
@@ -86,6 +87,7 @@ class Outcome:
     broken: dict[str, str]
     summary: Summary
     clips: int = 0
+    clips_error: str | None = None
 
 
 def ask_archive(
@@ -166,9 +168,12 @@ def ask_archive(
             table.finish(journal)
         heard = list(map(journal.recording, recordings))
         summary, best = _summed_up(journal, heard, most=request.clips[0] if request.clips else 0)
-        clips = 0
+        clips, clips_error = 0, None
         if request.clips is not None:
-            clips = write_clips(best.ranked(), request.clips[1], cut=read_parts, note=listener.note)
+            try:
+                clips = write_clips(best.ranked(), request.clips[1], cut=read_parts, note=listener.note)
+            except OutputError as error:  # after all answers are there: they are not lost for it
+                clips_error = str(error)
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),
@@ -176,6 +181,7 @@ def ask_archive(
             broken={one.path: one.error for one in heard if one.error is not None and _was_heard(one)},
             summary=summary,
             clips=clips,
+            clips_error=clips_error,
         )
 
 

@@ -3,6 +3,7 @@
 import csv
 import heapq
 import io
+import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -64,8 +65,12 @@ def check_folder(folder: Path, recordings: Iterable[Path] = ()) -> None:
     for path in recordings:
         if path.resolve().is_relative_to(folder.resolve()):
             raise OutputError(f"{folder}: holds {path}, which is asked about; give --clips a new folder")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; --clips needs a folder")
+    with problems_with(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there}: is a file; --clips needs a folder")
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"{there}: may not be written; give --clips another folder")
     if folder.is_dir() and any(folder.iterdir()) and not holds_clips(folder):
         raise OutputError(f"{folder}: holds other files; give --clips a new folder")
 

@@ -34,14 +34,15 @@ class Selected:
 
 
 def find_tables(paths: Sequence[Path]) -> list[Path]:
-    """The tables that are named, and those in folders that are named, but for hidden files.
+    """The tables that are named, and those in and below folders that are named, but for what is hidden.
 
     Raises:
         AudioError: There is none.
     """
     tables: list[Path] = []
     for path in paths:
-        inside = sorted(filter(_may_be_table, path.iterdir())) if path.is_dir() else [path]
+        below = (file for file in path.rglob("*") if _may_be_table(file.relative_to(path))) if path.is_dir() else ()
+        inside = sorted(filter(Path.is_file, below)) if path.is_dir() else [path]
         if not inside:
             raise AudioError(f"{path}: holds no tables ({', '.join(_SUFFIXES)})")
         tables += inside
@@ -50,7 +51,7 @@ def find_tables(paths: Sequence[Path]) -> list[Path]:
 
 def _may_be_table(file: Path) -> bool:
     """By its name. What macOS keeps beside a table on other systems' disks, ``._wren.txt``, is none."""
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
 def select_windows(
@@ -73,20 +74,31 @@ def select_windows(
     finder = RecordingFinder(recordings)
     spans: dict[Path, set[Span]] = defaultdict(set)
     short: list[Selection] = []
+    told: list[str] = []
     missing: dict[str, int] = defaultdict(int)
+    far: dict[Path, Path] = {}
     rows = 0
     for table in tables:
+        counting_on: set[Path] = set()
         for selection in read_selections(table, error=AudioError):
             rows += 1
             path = finder.find(selection, table, error=AudioError)
             if path is None and elsewhere and is_there(Path(selection.recording or "")):
                 path = Path(selection.recording or "")
+                path = far.setdefault(path.resolve(), path)  # however a row spells it
             if path is None:
                 missing[selection.recording or ""] += 1
             elif selection.seconds < MIN_SECONDS - _ROUNDING:
                 short.append(selection)
             else:
                 spans[path].update(_split(selection, window=window, hop=hop))
+                if "Begin Time (s)" in selection.values and "File Offset (s)" not in selection.values:
+                    counting_on.add(path)
+        if len(counting_on) > 1:
+            told.append(
+                f"{table}: is about {len(counting_on)} recordings and has no column File Offset (s): its begin times "
+                "are taken as they are in each of them, and Raven's count on from one to the next"
+            )
     notes = [
         f"{selection.where}: refused: it lasts {selection.seconds:.2f} s of at least {MIN_SECONDS}"
         for selection in short
@@ -99,6 +111,7 @@ def select_windows(
         notes.append(
             f"left out: {count} selections of {len(missing)} recordings that are not among those named ({names})"
         )
+    notes += told
     if finder.by_name:
         written, path = next(iter(finder.by_name.items()))
         others = f"; so are {len(finder.by_name) - 1} more" if len(finder.by_name) > 1 else ""

@@ -84,6 +84,20 @@ def test_links_to_folders_are_entered_once(folder, tmp_path: Path) -> None:
     assert found(root / "a", root) == [str(root / name) for name in ("a/1.wav", "a/loop/b/2.wav", "a/loop/far/3.wav")]
 
 
+def test_a_link_to_a_recording_of_the_folder_is_left_out_with_a_count(folder, tmp_path: Path) -> None:
+    """Others are heard: what they lead to is not there itself, as in git-annex's folders."""
+    root = folder("a/1.wav", "a/2.wav")
+    (root / "b").mkdir()
+    (root / "b/1.wav").symlink_to(root / "a/1.wav")
+    (tmp_path / "3.wav").touch()
+    (root / "b/3.wav").symlink_to(tmp_path / "3.wav")
+
+    there = find_recordings([root])
+    assert there.recordings == [root / name for name in ("a/1.wav", "a/2.wav", "b/3.wav")]
+    assert there.notes == [f"{root}: left out 1 link to a recording that is there too (b/1.wav)"]
+    assert found(root / "b/1.wav") == [str(root / "b/1.wav")]
+
+
 def test_a_folder_without_recordings_says_what_is_in_it(folder) -> None:
     root = folder("notes.txt", ".hidden.wav")
     with pytest.raises(AudioError, match=r"holds no recordings; left out 1 hidden entry .*; left out 1 file that"):

@@ -228,6 +228,26 @@ def test_the_likeliest_windows_of_each_answer_become_files(
         assert rate == RATE and (heard == whole[start:end]).all()
 
 
+def test_clips_that_cannot_be_written_lose_no_answer(run: Run, nights: Path, merged: Path, tmp_path) -> None:
+    (clips := tmp_path / "clips").symlink_to(tmp_path / "gone")
+    words = [merged, nights, "-p", QUESTION, "--choices", tmp_path / "two.txt", "--clips", 1, clips, "--json"]
+    code, out, err = run(*words)
+
+    assert len(json.loads(out)["answers"]) == 6
+    assert code == 1 and err.rstrip().splitlines()[-1].startswith(f"error: {clips}: cannot be written")
+
+
+def test_what_a_command_reads_it_does_not_write(run: Run, nights: Path, merged: Path, tmp_path) -> None:
+    (species := tmp_path / "species.csv").write_text("species\nmarsh wren\ntree frog\n")
+    (windows := tmp_path / "windows.csv").write_text("file,start,end\n20180407_040000.wav,1,2\n")
+    for out in (species, windows):
+        words = ["--choices", f"{species}:species", "--windows", windows, "--out", out, "--overwrite"]
+        before = out.read_text()
+        code, _, err = run(merged, nights, "-p", QUESTION, *words)
+        assert code == 1 and f"{out}: is read by this command" in err
+        assert out.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -236,6 +256,7 @@ def test_the_likeliest_windows_of_each_answer_become_files(
         (["nights", "--clips", "3", "clips"], "--clips: there is nothing to choose from"),
         (["nights", "--choices", "two.txt", "--clips", "0", "clips"], "--clips 0: cut at least one window"),
         (["nights", "--choices", "two.txt", "--clips", "1", "nights"], "nights: holds other files"),
+        (["nights", "--choices", "two.txt", "--clips", "1", "two.txt/clips"], "two.txt: is a file; --clips needs"),
         (["nights", "--choices", "gone.txt"], "gone.txt: cannot be read"),
         (["nights", "--skip-quiet", "60"], "--skip-quiet 60: a level is in dB below full scale, such as -60"),
         (["nights", "--windows", "species.txt"], "species.txt:2: no column 'start'"),

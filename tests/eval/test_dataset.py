@@ -184,6 +184,14 @@ def test_the_fingerprint_follows_labels_and_recordings(folder):
     [
         ("file_name,lable\n0.wav,wren\n", r"metadata.csv:2: no column 'label'; it has file_name, lable"),
         ("file_name,label\n0.wav,\n", "metadata.csv:2: no label"),
+        (
+            "file_name,label,Start,End\n0.wav,a,0,1\n",
+            "metadata.csv:2: the column '(Start|End)' is not read; write it '",
+        ),
+        (
+            "file_name,label,end (s)\n0.wav,wren,1\n",
+            r"metadata.csv:2: the column 'end \(s\)' is not read; write it 'end'",
+        ),
         ("file_name,label\n9.wav,wren\n", "metadata.csv:2: the recording '9.wav' does not exist"),
         ("file_name,label\n0.wav,wren\n../x.wav,wren\n", "metadata.csv:3: '../x.wav' is outside the folder"),
         ("file_name,label\n0.wav,wren,owl\n", "metadata.csv:2: more values than columns"),

@@ -111,6 +111,8 @@ def test_a_narrowed_recipe_keeps_the_names_that_earlier_answers_are_scored_with(
     [
         ({**IDENTITY, "generate": {"num_beams": 3, "stop": ["a", "b"]}}, "generate.num_beams was 2 and is now 3"),
         ({**IDENTITY, "seed": 1}, "seed was 0 and is now 1"),
+        ({**IDENTITY, "generate": {"num_beams": 2, "stop": ["b", "c"]}}, 'stop now lacks ["a"] and has ["c"]'),
+        ({**IDENTITY, "generate": {"num_beams": 2, "stop": ["b", "a"]}}, 'stop was ["a", "b"] and is now ["b", "a"]'),
         ({**IDENTITY, "query": "What?"}, 'query was null and is now "What?"'),
         ({"generate": IDENTITY["generate"], "seed": 0}, 'checkpoint was "sha256:1" and is now null'),
     ],

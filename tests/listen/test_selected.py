@@ -88,6 +88,24 @@ def test_a_whole_path_may_lead_elsewhere_where_that_is_wanted(tmp_path: Path) ->
     assert [*select(tmp_path, f"{tmp_path / 'far.wav'},2,3\n", elsewhere=True).windows] == [tmp_path / "far.wav"]
 
 
+def test_a_recording_is_one_however_rows_spell_it(tmp_path: Path) -> None:
+    (tmp_path / "far.wav").write_text("")
+    rows = f"{tmp_path}/far.wav,2,3\n{tmp_path}/../{tmp_path.name}/far.wav,4,5\n"
+
+    assert select(tmp_path, rows, elsewhere=True).windows == {tmp_path / "far.wav": ((2, 3), (4, 5))}
+
+
+def test_begin_times_that_may_count_on_over_recordings_are_told(tmp_path: Path) -> None:
+    (table := tmp_path / "table.txt").write_text(
+        "Selection\tBegin Time (s)\tEnd Time (s)\tBegin File\n1\t1\t3\ta.wav\n2\t61\t63\tb.wav\n"
+    )
+    selected = select_windows([table], [Path("a.wav"), Path("b.wav")], window=10, hop=10)
+
+    assert selected.windows == {Path("a.wav"): ((1, 3),), Path("b.wav"): ((61, 63),)}
+    (note,) = selected.notes
+    assert note.startswith(f"{table}: is about 2 recordings and has no column File Offset (s): ")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [("", "no selection in it"), ("c.wav,1,2\n", "not among those named (c.wav)"), ("a.wav,1,1.1\n", "lasts 0.10 s")],
@@ -107,6 +125,18 @@ def test_a_folder_of_tables_is_all_of_them(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="holds no tables"):
         (tmp_path / "empty").mkdir()
         find_tables([tmp_path / "empty"])
+
+
+def test_tables_in_folders_are_those_of_the_recordings_in_folders_of_that_name(tmp_path: Path) -> None:
+    """As ``ask --out tables --format audacity`` writes them."""
+    recordings = [tmp_path / site / "a.wav" for site in ("s1", "s2")]
+    for number, site in enumerate(("s1", "s2", ".trash")):
+        (tmp_path / "tables" / site).mkdir(parents=True)
+        (tmp_path / "tables" / site / "a.wav.labels.txt").write_text(f"{number}.0\t{number + 2}.0\twren\n")
+    tables = find_tables([tmp_path / "tables"])
+
+    selected = select_windows(tables, recordings, window=10, hop=10)
+    assert selected.windows == {recordings[0]: ((0, 2),), recordings[1]: ((1, 3),)}
 
 
 def test_what_macos_keeps_beside_a_table_is_none_and_capital_letters_make_no_other_file(tmp_path: Path) -> None:

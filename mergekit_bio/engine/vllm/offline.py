@@ -318,7 +318,7 @@ class VllmEngine:
         if length + room > self._max_len:
             raise PromptError(
                 f"the prompt is {length} tokens long and {room} are to follow, but the engine was started for "
-                f"{self._max_len}; raise max_model_len, or give fewer audios or examples"
+                f"{self._max_len}; raise max_model_len, or give fewer audios, examples or choices"
             )
         request: dict[str, Any] = {"prompt_token_ids": ids}
         if prompt.audios:

@@ -32,6 +32,8 @@ from mergekit_bio.outside_data import Document, is_text, read_rows
 METADATA = ("metadata.csv", "metadata.jsonl")
 #: The column that names a row's recording, and the one that holds its label where nobody names another.
 FILE, LABEL = "file_name", "label"
+#: The columns that are read, beside that of the label.
+_READ = frozenset({FILE, "start", "end", "split"})
 #: Values of the column ``split``: rows of the first are examples only, rows of the second are asked only.
 EXAMPLES, ASKED = ("examples", "train"), ("", "test")
 #: Characters that nobody sees and copying brings along: joiners, marks of direction and of byte order.
@@ -116,6 +118,10 @@ def _rows(
                 raise document.problem((), f"no column '{column}'; it has {', '.join(map(str, values)) or 'none'}")
         if len(values) < len(document.data):
             raise document.problem((), "two columns differ only in white space")
+        for column in values.keys() - _READ:
+            meant = re.sub(r"\W*\(?(s|sec|seconds)\)?$", "", str(column).lower()).replace(" ", "_")
+            if meant in _READ - values.keys():
+                raise document.problem((), f"the column '{column}' is not read; write it '{meant}'")
         if type(values[label_column]) in (int, float):
             values[label_column] = json.dumps(values[label_column])
         for column in (*required, "split"):

@@ -20,8 +20,8 @@ FORMATS = tuple(_FOLDER)
 
 
 def is_folder(out: Path) -> bool:
-    """Whether an output is to be a folder: it is one, or its name has no suffix."""
-    return out.is_dir() or not out.suffix
+    """Whether an output is to be a folder: it is one, or its name has no suffix; ``2024.05`` has none."""
+    return out.is_dir() or not out.suffix or out.suffix[1:].isdigit()
 
 
 def table_class(out: Path, table_format: str | None) -> type[Table]:
