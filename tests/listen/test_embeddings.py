@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from mergekit_bio.audio.finding import find_recordings
 from mergekit_bio.errors import AudioError, OutputError, RunError
-from mergekit_bio.listen import embeddings
+from mergekit_bio.listen import embeddings, parts
 from mergekit_bio.listen.embeddings import Embedded, EmbedRequest, embed_archive
 
 
@@ -37,7 +37,7 @@ def whole(archive: Path, merged: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch is a part."""
-    monkeypatch.setattr(embeddings, "_PART_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "_PART_SECONDS", 0.0)
 
 
 class Stopping(Listening):
@@ -57,10 +57,10 @@ class Stopping(Listening):
 def test_what_was_stopped_ends_as_what_was_not(
     archive: Path, merged: Path, whole: Path, tmp_path: Path, parts_at_once, name: str
 ) -> None:
-    out, parts = tmp_path / name, tmp_path / f"{name}.parts"
+    out, folder = tmp_path / name, tmp_path / f"{name}.parts"
     with pytest.raises(KeyboardInterrupt):
         embed(merged, archive, out, listener=Stopping(2))
-    published = sorted(parts.glob("*.safetensors"))
+    published = sorted(folder.glob("*.safetensors"))
     assert len(published) == 2 and not out.exists()
     first = load_file(published[0])
     assert {key: len(values) for key, values in first.items()} == dict.fromkeys(first, 4), "a file of the same kind"
@@ -140,7 +140,7 @@ def test_a_value_that_float16_cannot_hold_is_an_error_and_not_infinity(
 def test_names_that_no_header_holds_are_in_a_tensor(
     archive: Path, merged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embeddings, "_MOST_HEADER_BYTES", 10)
+    monkeypatch.setattr(parts, "_MOST_HEADER_BYTES", 10)
     out = tmp_path / "birds.safetensors"
     embed(merged, archive, out)
     arrays = load_file(out)
