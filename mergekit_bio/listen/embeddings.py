@@ -117,8 +117,6 @@ def embed_archive(request: EmbedRequest, recordings: Sequence[Path], listener: L
     # 1. What is there already.
     out = request.out
     _check(out, overwrite=request.overwrite)
-    if request.ray is None:  # a cluster may have GPUs where this machine has none
-        pick_device(request.device)
     source = resolve(request.model)
     refuse_newer_layout(source)
     config = tower_config(Checkpoint.open(source.path))
@@ -195,7 +193,8 @@ class EmbedWorker:
 
     def __init__(self, request: EmbedRequest, *, with_prefix: bool) -> None:
         self._dtype, self._with_prefix = request.dtype, with_prefix
-        self._tower = AudioPrefix.from_pretrained(request.model).to(pick_device(request.device))
+        device = pick_device(request.device)
+        self._tower = AudioPrefix.from_pretrained(request.model).to(device)
         self._batch = _BATCH if self._tower.audio_query_tokens.device.type == "cpu" else _BATCH_ON_GPU
         cut = windows_of(window=request.window, hop=request.hop, channel=request.channel)
         self._readers = StretchReader(lambda stretch: WindowReader(stretch.recordings, cut, prepare=list, ahead=_AHEAD))
