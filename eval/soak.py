@@ -74,6 +74,12 @@ SOAKS = {
         ("tests/listen/test_memory.py",),
         4_000,
     ),
+    "embedding-ends": Soak(
+        "an archive embedded by two workers, its command killed, terminated and interrupted, ends with the rows of "
+        "one; its processes end too",
+        ("tests/eval/test_workers.py::test_embedding_is_gone_on_with_whatever_ends_its_driver",),
+        None,
+    ),
     "bench-gpu": Soak(
         "the benchmark for machines with a GPU runs whole on a CPU, and finds its results right",
         ("tests/rehearsal/test_bench_gpu.py",),

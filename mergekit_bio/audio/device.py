@@ -30,6 +30,11 @@ def pick_device(name: str) -> str:
     return name
 
 
+def gpus_on(device: str) -> int:
+    """How many GPUs a model on a torch device takes, on a machine that has them."""
+    return 0 if device.startswith("cpu") else 1
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Keep a GPU from computing float32 products and convolutions in TF32, which has 10 of float32's 23 bits.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from mergekit_bio.cli.console import JsonOption, QuietOption
+from mergekit_bio.cli.engine_options import RayOption
 from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
 
 
@@ -27,7 +28,19 @@ def embed(
         ),
     ] = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the vectors.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that embed side by side, on Ray: a GPU each, or an equal share of the cores. [default: one "
+            "for every GPU, if Ray is installed, else 1]",
+        ),
+    ] = None,
+    ray: RayOption = None,
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu, cuda or cuda:N. Of every worker; cuda:N is one GPU, and so for one process."),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -36,13 +49,15 @@ def embed(
 
     A recording that cannot be used is named and counted, and the others are embedded. The file holds the arrays
     encoder, prefix, recording, start and end, a row for every window. It is written when all is embedded; until then
-    parts of it stand in the folder OUT.parts, and the same command goes on where it was stopped.
+    parts of it stand in the folder OUT.parts, and the same command goes on where it was stopped, with any number of
+    workers. Rows are in the order of the recordings.
 
     \b
     Examples:
       mergekit-bio embed merged/alpha-0.50 recordings/ --out embeddings.safetensors
       mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
       mergekit-bio embed merged/alpha-0.50 archive/ --no-prefixes --dtype float16 --out archive.safetensors
+      mergekit-bio embed merged/alpha-0.50 archive/ --workers 8 --out archive.safetensors
     """
     from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.recording import check_windows, parse_channel
@@ -56,7 +71,7 @@ def embed(
         output.note(f"note: {text}")
     request = EmbedRequest(
         model=model, out=out, window=window, hop=hop or window, channel=heard_channel, prefixes=prefixes, dtype=dtype,
-        device=device, overwrite=overwrite,
+        device=device, overwrite=overwrite, workers=workers, ray=ray,
     )  # fmt: skip
     with output.shown(several=len(found.recordings) > 1):
         embedded = embed_archive(request, found.recordings, output)

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,8 @@ _LOCAL_ENVIRONMENT = {
 }
 #: What vLLM reads in a worker. Its engine is in the worker's own process, and ends with it whichever way that ends.
 _WORKER_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-#: Bytes of Ray's object store: what goes to and fro are questions' places and answers.
-_OBJECT_STORE = 100 << 20
+#: Bytes of Ray's object store, at least, and for each worker: 32 prefixes of an 8B model, on their way, are 15 MB.
+_OBJECT_STORE, _OBJECT_STORE_EACH = 100 << 20, 32 << 20
 #: A path of Ray's sockets, of which a folder is the beginning, has 107 bytes at most.
 _LONGEST_FOLDER = 40
 _SECONDS_TO_KNOCK = 10.0
@@ -76,7 +76,6 @@ class Cluster:
             workers.kill()
 
 
-@contextmanager
 def cluster_for(
     engine: type[Engine],
     options: Mapping[str, Any],
@@ -84,29 +83,48 @@ def cluster_for(
     workers: int | None,
     address: str | None,
     note: Callable[[str], None],
+) -> AbstractContextManager[Cluster | None]:
+    """Ray for workers with an engine each; see :func:`cluster_on`.
+
+    Args:
+        engine: What each worker holds.
+        options: The engine's options, which say on which device it is, and how many GPUs one takes.
+        workers: See :func:`cluster_on`, as for all that follows.
+    """
+    if engine.remote and ((workers or 1) > 1 or address is not None):
+        raise EngineError(f"--workers, --ray: --engine {engine.name} asks all its servers at once; leave them out")
+    device, gpus_each = str(options.get("device", "auto")), engine.gpus(options)
+    return cluster_on(device, gpus_each, workers=workers, address=address, note=note)
+
+
+@contextmanager
+def cluster_on(
+    device: str, gpus_each: int, *, workers: int | None, address: str | None, note: Callable[[str], None]
 ) -> Iterator[Cluster | None]:
     """Ray for as many workers as are asked for, or None where one worker in this process is to do it.
 
     Args:
-        engine: What each worker holds.
-        options: The engine's options, which say how many GPUs one takes.
+        device: A worker's torch device, or auto. One GPU by its number is for one process.
+        gpus_each: GPUs that a worker takes, on a machine that has them.
         workers: How many; None takes one for every GPU that there is, if Ray is installed.
         address: Of a running cluster; None starts Ray on this machine, listening on 127.0.0.1 only.
         note: Is told what a user should know.
 
     Raises:
-        EngineError: There are too few GPUs, or no cluster at the address.
+        EngineError: There are too few GPUs, or no cluster at the address; or several are to work on one GPU.
         MissingPackageError: Ray is not installed.
     """
-    # 1. Where one engine in this process is enough.
+    # 1. Where one worker in this process is enough.
     if workers is not None and workers < 1:
         raise EngineError(f"--workers {workers}: write a whole number of 1 or more")
-    if engine.remote:
+    if device.startswith("cuda:"):
         if (workers or 1) > 1 or address is not None:
-            raise EngineError(f"--workers, --ray: --engine {engine.name} asks all its servers at once; leave them out")
+            raise EngineError(
+                f"--workers, --ray: device {device} is one GPU, and every worker gets one of its own; leave the device "
+                "out"
+            )
         yield None
         return
-    gpus_each = engine.gpus(options)
     if address is None:
         import torch
 
@@ -189,7 +207,7 @@ def _ray_here(workers: int) -> Iterator[None]:
                 address="local",
                 num_cpus=workers,  # as a count of places: how many threads each takes is told to it
                 include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
+                object_store_memory=max(_OBJECT_STORE, workers * _OBJECT_STORE_EACH),
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             ):

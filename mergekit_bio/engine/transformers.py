@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from mergekit_bio.audio.device import pick_device
+from mergekit_bio.audio.device import gpus_on, pick_device
 from mergekit_bio.checkpoint.digest import tensor_sha256
 from mergekit_bio.checkpoint.directory import Checkpoint
 from mergekit_bio.checkpoint.source import resolve
@@ -83,7 +83,7 @@ class TransformersEngine:
     @classmethod
     def gpus(cls, options: Mapping[str, Any]) -> int:
         """One, unless ``device`` says otherwise."""
-        return 0 if str(options.get("device", "")).startswith("cpu") else 1
+        return gpus_on(str(options.get("device", "auto")))
 
     @classmethod
     def start(cls, checkpoint: str, settings: EngineSettings) -> Self:

@@ -16,17 +16,18 @@ from mergekit_bio.checkpoint.identity import merge_strength, weights_identity
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.choice import choose_engine
 from mergekit_bio.engine.interface import EngineSettings, Prompt
-from mergekit_bio.engine.pool import DEATHS_OF_A_JOB, OneWorker, Workers, hand_out
+from mergekit_bio.engine.pool import OneWorker, Workers
 from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.errors import AudioError, EngineError, OutputError
-from mergekit_bio.listen.asking import Answered, ListenWorker, OwnEngine, Stretch, answers_to, stretches
+from mergekit_bio.listen.asking import AnsweredWindow, ListenWorker, OwnEngine, answers_to
 from mergekit_bio.listen.clip_files import Likeliest, write_clips
 from mergekit_bio.listen.journal import HeardRecording, Journal, Row
 from mergekit_bio.listen.progress import Listener, RecordingCounter
 from mergekit_bio.listen.question import Question
-from mergekit_bio.listen.reading import Ended, OpenRecording, each_once
+from mergekit_bio.listen.reading import OpenRecording, each_once
 from mergekit_bio.listen.selected import Span
+from mergekit_bio.listen.stretches import Heard, Stretch, hear_all
 from mergekit_bio.listen.summary import Summary
 from mergekit_bio.listen.tables.choice import is_folder, journal_file, table_class
 from mergekit_bio.listen.tables.interface import About, Table, time_of
@@ -156,7 +157,7 @@ def ask_archive(
             cluster = stack.enter_context(
                 cluster_for(engine, settings.options, workers=request.workers, address=request.ray, note=listener.note)
             )
-            workers: Workers[Stretch, Answered]
+            workers: Workers[Stretch, Heard[AnsweredWindow]]
             if cluster is None:
                 workers = OneWorker(stack.enter_context(closing(ListenWorker(request.question, request.model, slot))))
             else:
@@ -194,48 +195,21 @@ class _Asking:
         table: Table | None,
         listener: Listener,
         answered: Callable[[Sequence[Row]], None],
-        workers: Workers[Stretch, Answered],
+        workers: Workers[Stretch, Heard[AnsweredWindow]],
     ) -> None:
         self._journal, self._table, self._listener = journal, table, listener
         self._answered, self._workers = answered, workers
 
     def ask(self, recordings: Sequence[Path], still_open: Sequence[OpenRecording]) -> None:
-        """Ask about all of it. A recording that workers die of is found, and fails."""
+        """Ask about all of it; see :func:`mergekit_bio.listen.stretches.hear_all`."""
         failed = sum(self._journal.recording(path).state == "failed" for path in recordings)
         counter = RecordingCounter(
             len(recordings), still_open, failed=failed, listener=self._listener, workers=lambda: self._workers.up
         )
-        suspected = [
-            recording
-            for stretch in self._given_up(stretches(still_open, workers=self._workers.count), counter)
-            for recording in stretch.recordings
-        ]
-        # Each alone: of a stretch that workers died of, one recording will be the reason.
-        alone = [Stretch(number, (recording,)) for number, recording in enumerate(suspected)]
-        for stretch in self._given_up(alone, counter):
-            (recording,) = stretch.recordings
-            error = f"{recording.path}: {DEATHS_OF_A_JOB} workers died when they heard it"
-            ended = Ended(recording.path, 0.0, None, error, passing=True)
-            self._write_down(Answered((), (ended,), None, 0.0), counter)
+        for result in hear_all(self._workers, still_open, note=self._listener.note):
+            self._write_down(result, counter)
 
-    def _given_up(self, parts: Sequence[Stretch], counter: RecordingCounter) -> list[Stretch]:
-        """Ask about stretches; those that workers died of are returned."""
-        given_up = []
-        for stretch, result in hand_out(
-            self._workers,
-            parts,
-            group=lambda stretch: stretch.number,
-            started=lambda stretch: None,
-            note=self._listener.note,
-            rest=lambda result: result.rest,
-        ):
-            if result is None:
-                given_up.append(stretch)
-            else:
-                self._write_down(result, counter)
-        return given_up
-
-    def _write_down(self, result: Answered, counter: RecordingCounter) -> None:
+    def _write_down(self, result: Heard[AnsweredWindow], counter: RecordingCounter) -> None:
         self._journal.add(result.windows, result.ended)
         rows = [
             Row(window.recording, window.start, window.end, window.answer.text, window.answer.probability,

@@ -16,40 +16,13 @@ from mergekit_bio.engine.interface import Engine, EngineSettings, Prompt
 from mergekit_bio.engine.slot import EngineSlot
 from mergekit_bio.listen.question import Question
 from mergekit_bio.listen.quiet import is_quiet
-from mergekit_bio.listen.reading import Ended, OpenRecording, Window, WindowReader, windows_of
+from mergekit_bio.listen.reading import Ended, Window, WindowReader, windows_of
+from mergekit_bio.listen.stretches import Heard, Stretch, StretchReader
 
 #: An engine is asked for about so long at a time: as often, answers appear.
 _SECONDS_AT_ONCE = 15.0
 #: Windows that it is asked about before anybody knows how fast it is.
 _FIRST = 16
-#: Stretches for each of several workers, so that all of them are done at about the same time.
-_STRETCHES_EACH = 8
-#: Recordings of a stretch, at most.
-_MOST_RECORDINGS = 256
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Recordings that one worker goes through: plain data, for whichever is free.
-
-    Attributes:
-        number: Of the stretch; what is left of it keeps the number.
-        recordings: In order.
-    """
-
-    number: int
-    recordings: tuple[OpenRecording, ...]
-
-    def __str__(self) -> str:
-        first, last = self.recordings[0].path, self.recordings[-1].path
-        return first if first == last else f"{first} to {last}"
-
-    def after(self, heard: Sequence[Window | Ended]) -> "Stretch | None":
-        """What is left once these, the first of it, are done."""
-        rest = list(self.recordings[sum(isinstance(item, Ended) for item in heard) :])
-        if rest and isinstance(heard[-1], Window):
-            rest[0] = replace(rest[0], first=heard[-1].number + 1)
-        return replace(self, recordings=tuple(rest)) if rest else None
 
 
 @dataclass(frozen=True)
@@ -78,25 +51,6 @@ class AnsweredWindow:
     answer: Answer
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What a worker gives back.
-
-    Attributes:
-        windows: In order.
-        ended: Recordings that were heard to their end, or to where they break.
-        rest: What is left of the stretch.
-        seconds: What it took once the engine was up.
-        notes: What a user should know.
-    """
-
-    windows: tuple[AnsweredWindow, ...]
-    ended: tuple[Ended, ...]
-    rest: Stretch | None
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
 class ListenWorker:
     """Answers a question about stretches of an archive with one engine.
 
@@ -110,15 +64,14 @@ class ListenWorker:
         self._question, self._model, self._slot = question, model, slot
         self._at_once = engine_class(slot.name).prompts_at_once(slot.settings)
         self._size = self._at_once if slot.remote else min(_FIRST, self._at_once)
-        self._reading: tuple[Stretch | None, WindowReader] | None = None
-        self._next: tuple[Stretch, WindowReader] | None = None
+        self._readers = StretchReader(self._reader_of)
         self._sending = ThreadPoolExecutor(2)
         self._sent: deque[tuple[list[Window | Ended], Future[list[Answer]]]] = deque()
         self._needed: Counter[str] = Counter()
         self._counting = Lock()
         self._told = len(slot.notes)
 
-    def answer(self, stretch: Stretch, following: Stretch | None) -> Answered:
+    def answer(self, stretch: Stretch, following: Stretch | None) -> Heard[AnsweredWindow]:
         """Ask about the next windows of a stretch.
 
         Args:
@@ -128,12 +81,10 @@ class ListenWorker:
         Raises:
             MergekitBioError: The engine cannot run the model, or the question is no use.
         """
-        # 1. The engine, and the reader at the stretch's beginning. It stands there already if the stretch is the rest
-        # of what was asked before.
+        # 1. The engine, and the reader at the stretch's beginning.
         engine = self._slot.at(self._model)
         since = time.perf_counter()
-        reader = self._reader_at(stretch)
-        self._reading = stretch, reader  # at once: whatever happens now, close() knows it
+        reader = self._readers.at(stretch)
         # 2. Ask. Servers get the next windows too, to have something to do while the last answers are awaited.
         if self._slot.remote:
             while len(self._sent) < 2 and (heard := reader.take(self._size)):
@@ -142,33 +93,28 @@ class ListenWorker:
             answers = sent.result() if sent else []
         else:
             heard = reader.take(self._size)
-            if reader.read_all and following is not None and self._next is None:
-                self._next = following, self._reader_of(following)
+            self._readers.read_ahead(following)
             answers = self._ask(engine, heard)
         # 3. Say what was heard, and what is left.
         seconds = time.perf_counter() - since
         asked = sum(answer.text is not None for answer in answers)
         if asked and not self._slot.remote:
             self._size = max(1, min(self._at_once, round(asked / seconds * _SECONDS_AT_ONCE)))
-        rest = stretch.after(heard) if heard else None
-        self._reading = rest, reader
         windows = [item for item in heard if isinstance(item, Window)]
-        return Answered(
+        return Heard(
             windows=tuple(
                 AnsweredWindow(window.recording, window.number, window.clip.start, window.clip.end, answer)
                 for window, answer in zip(windows, answers, strict=True)
             ),
             ended=tuple(item for item in heard if isinstance(item, Ended)),
-            rest=rest,
+            rest=self._readers.left_after(heard),
             seconds=seconds,
             notes=self._notes(),
         )
 
     def close(self) -> None:
         """Read no further."""
-        for read in (self._reading, self._next):
-            if read is not None:
-                read[1].close()
+        self._readers.close()
         self._sending.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, engine: Engine, heard: Sequence[Window | Ended]) -> list[Answer]:
@@ -178,21 +124,6 @@ class ListenWorker:
         if not self._slot.remote:
             self._forget(clips)
         return [Answer(None) if window.quiet else next(answers) for window in windows]
-
-    def _reader_at(self, stretch: Stretch) -> WindowReader:
-        """The reader whose next windows are the stretch's first ones."""
-        if self._reading is not None:
-            left, reader = self._reading
-            if left == stretch:
-                return reader
-            reader.close()
-        self._sent.clear()
-        if self._next is not None:
-            (read_ahead, reader), self._next = self._next, None
-            if read_ahead == stretch:
-                return reader
-            reader.close()
-        return self._reader_of(stretch)
 
     def _reader_of(self, stretch: Stretch) -> WindowReader:
         question = self._question
@@ -266,18 +197,3 @@ def _without_samples(window: Window) -> Clip:
 
 def _let_go() -> NoReturn:
     raise AssertionError("the samples of a clip whose prefix is at hand are not needed")
-
-
-def stretches(recordings: Sequence[OpenRecording], *, workers: int) -> list[Stretch]:
-    """Cut what is open into stretches, in order; for several workers into some of about equal size for each."""
-    whole = sum(recording.size for recording in recordings)
-    full = whole / (workers * _STRETCHES_EACH) if workers > 1 else whole
-    parts: list[list[OpenRecording]] = []
-    size = 0
-    for recording in recordings:
-        if not parts or size >= full or len(parts[-1]) == _MOST_RECORDINGS:
-            parts.append([])
-            size = 0
-        parts[-1].append(recording)
-        size += recording.size
-    return [Stretch(number, tuple(part)) for number, part in enumerate(parts)]

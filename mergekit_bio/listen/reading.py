@@ -67,6 +67,7 @@ class Ended:
         notes: What a user should know of it.
         passing: Whether the error need not be the recording's own, such as that of a disk that has gone: it is tried
             again the next time.
+        deadly: Whether workers died of it.
     """
 
     recording: str
@@ -75,6 +76,7 @@ class Ended:
     error: str | None = None
     notes: tuple[str, ...] = ()
     passing: bool = False
+    deadly: bool = False
 
 
 def place_of(path: str | Path) -> Path:

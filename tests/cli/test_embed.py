@@ -1,6 +1,7 @@
 """``mergekit-bio embed`` as a user types it."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(
     assert not stdout
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+    assert [path.name for path in folder.parent.iterdir()] == ["recordings"]
+
+
+def test_workers_without_ray_are_refused_in_one_line_and_leave_nothing(
+    run: Run, folder: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+    code, stdout, err = run(merged, folder / "a.wav", "--out", folder.parent / "e.npz", "--workers", 2)
+
+    assert (code, stdout) == (1, "")
+    assert err == "error: --workers 2 needs Ray; install it with: pip install 'mergekit-bio[cluster]'\n"
     assert [path.name for path in folder.parent.iterdir()] == ["recordings"]
 
 

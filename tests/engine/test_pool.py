@@ -142,6 +142,19 @@ def test_what_no_pool_can_do_is_refused():
             pass
 
 
+def test_one_gpu_by_its_number_is_for_one_process(monkeypatch):
+    """Each of several workers sees one GPU, which is its number 0."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with cluster_for(ENGINE, {"device": "cuda:1"}, workers=None, address=None, note=print) as cluster:
+        assert cluster is None
+    for arguments in ({"workers": 2, "address": None}, {"workers": None, "address": "auto"}):
+        with (
+            pytest.raises(EngineError, match="device cuda:1 is one GPU"),
+            cluster_for(ENGINE, {"device": "cuda:1"}, **arguments, note=print),
+        ):
+            pass
+
+
 def offspring() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 

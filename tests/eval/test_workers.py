@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import soundfile
@@ -23,6 +24,8 @@ from eval.evaluation import CLIPS, Evaluation, write_evaluation
 from eval.test_run_loop import CPU, FILES, Listening, answers_in, by_id, nearly
 from listen import archive as listening_to_archives
 from listen.deadly import DEADLY, Deadly
+from listen.test_embeddings import embed, recordings_of
+from safetensors.numpy import load_file
 
 from mergekit_bio.engine.choice import engine_class
 from mergekit_bio.engine.interface import EngineSettings
@@ -274,23 +277,29 @@ def test_two_workers_with_vllm_give_the_predictions_of_one_engine(one, evaluatio
     assert answers_in(done.path) == len(FILES) * CLIPS
 
 
-@pytest.mark.long
-def test_an_archive_asked_by_two_workers_has_the_table_of_one(ray, one, tmp_path):
-    """One of the two dies when the first answers are there."""
+class KillingAWorker(listening_to_archives.Listening):
+    """Kills a worker when the first windows are done."""
 
-    class Killing(listening_to_archives.Listening):
-        killed = 0
+    killed = 0
 
-        def standing(self, standing):
-            super().standing(standing)
-            if not self.killed:
-                workers_of(psutil.Process())[0].kill()
-                self.killed += 1
+    def standing(self, standing):
+        super().standing(standing)
+        if not self.killed:
+            workers_of(psutil.Process())[0].kill()
+            self.killed += 1
 
-    model, killing = one.path / "checkpoints/alpha-1.00", Killing()
-    archive = listening_to_archives.write_archive(tmp_path / "archive")
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    archive = listening_to_archives.write_archive(tmp_path_factory.mktemp("archive") / "recordings")
     for number in range(8):
         listening_to_archives.write_recording(archive / f"more/{number}.wav", 12 + number)
+    return archive
+
+
+@pytest.mark.long
+def test_an_archive_asked_by_two_workers_has_the_table_of_one(ray, one, archive, tmp_path):
+    model, killing = one.path / "checkpoints/alpha-1.00", KillingAWorker()
     listening_to_archives.ask(model, archive, tmp_path / "one.csv")
     listening_to_archives.ask(model, archive, tmp_path / "two.csv", workers=2, listener=killing)
     assert killing.killed == 1 and {standing.workers for standing in killing.heard} <= {0, 1, 2}
@@ -308,3 +317,62 @@ def test_a_recording_that_workers_die_of_is_named_and_all_others_are_answered(ra
     said = f"{archive / DEADLY}: 3 workers died when they heard it"
     assert outcome.failed == {str(archive / DEADLY): said} and list(listening.failures.values()) == [said]
     assert outcome.windows == 3
+
+
+def same_rows(found: Path, wanted: Path) -> bool:
+    """Whether two files have the same rows in the same order, but for what batches of other sizes round."""
+    arrays, expected = load_file(found), load_file(wanted)
+    assert recordings_of(found) == recordings_of(wanted) and arrays.keys() == expected.keys()
+    return all(np.allclose(arrays[key], expected[key], atol=1e-5) for key in expected)
+
+
+def test_an_archive_embedded_by_two_workers_has_the_rows_of_one(ray, one, archive, tmp_path, monkeypatch):
+    """In the order of the recordings; one of the two workers dies, and every batch is a part."""
+    monkeypatch.setattr("mergekit_bio.listen.parts._PART_SECONDS", 0.0)
+    model, killing = one.path / "checkpoints/alpha-1.00", KillingAWorker()
+    embed(model, archive, tmp_path / "one.safetensors")
+    done = embed(model, archive, tmp_path / "two.safetensors", workers=2, listener=killing)
+    assert killing.killed == 1 and {standing.workers for standing in killing.heard} <= {0, 1, 2}
+    assert same_rows(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
+    assert (done.recordings, done.failed, done.broken) == (12, {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+#: The command, with every batch a part of its own.
+PARTS_AT_ONCE = (
+    "import mergekit_bio.listen.parts as p; p._PART_SECONDS = 0; from mergekit_bio.cli.app import main; main()"
+)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([signal.SIGKILL], marks=pytest.mark.long),
+        pytest.param([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], marks=pytest.mark.soak),
+    ],
+    ids=["once", "three times"],
+)
+def test_embedding_is_gone_on_with_whatever_ends_its_driver(one, tmp_path, ends):
+    """The workers end with it, and one process embeds what is left."""
+    archive, model = tmp_path / "archive", one.path / "checkpoints/alpha-1.00"
+    for number in range(12):
+        listening_to_archives.write_recording(archive / f"{number:02d}.wav", 60, 8_000)
+    out, folder = tmp_path / "birds.safetensors", tmp_path / "birds.safetensors.parts"
+    words = ["embed", model, archive, "--out", out, "--hop", 2, "--device", "cpu", "--workers", 2]
+    for number in ends:
+        there, started = len([*folder.glob("*.safetensors")]), {}
+        driver = subprocess.Popen(
+            [sys.executable, "-c", PARTS_AT_ONCE, *map(str, words)], cwd=tmp_path, env=users_environment(),
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while driver.poll() is None and len([*folder.glob("*.safetensors")]) < there + 2:
+            started = of_ray(psutil.Process(driver.pid))
+            time.sleep(0.01)
+        driver.send_signal(number)
+        _, err = driver.communicate(timeout=120)
+        assert driver.returncode == (-number if number == signal.SIGKILL else 130), err
+        assert started and all_gone([process for process, what in started.items() if not what.endswith("Agent")])
+    done = embed(model, archive, out, hop=2.0)
+    embed(model, archive, tmp_path / "whole.safetensors", hop=2.0)
+    assert same_rows(out, tmp_path / "whole.safetensors") and done.clips == 12 * 26
+    assert not folder.exists()

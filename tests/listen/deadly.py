@@ -3,8 +3,9 @@
 import os
 import signal
 
-from mergekit_bio.listen.asking import Answer, Answered, AnsweredWindow
+from mergekit_bio.listen.asking import Answer, AnsweredWindow
 from mergekit_bio.listen.reading import Ended
+from mergekit_bio.listen.stretches import Heard
 
 DEADLY = "deadly.wav"
 
@@ -18,7 +19,7 @@ class Deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         paths = [recording.path for recording in stretch.recordings]
         windows = tuple(AnsweredWindow(path, 0, 0.0, 3.0, Answer("a wren")) for path in paths)
-        return Answered(windows, tuple(Ended(path, 3.0, 16_000) for path in paths), None, 0.1)
+        return Heard(windows, tuple(Ended(path, 3.0, 16_000) for path in paths), None, 0.1)
 
     def close(self):
         pass

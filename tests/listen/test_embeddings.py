@@ -1,19 +1,29 @@
 """Embeddings of an archive: in parts, gone on with, in one file at the end."""
 
 import json
+import random
 import shutil
+import tempfile
+from collections import Counter
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from listen.archive import WINDOWS, Listening, write_recording
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mergekit_bio.audio.finding import find_recordings
+from mergekit_bio.engine.pool import Finished
 from mergekit_bio.errors import AudioError, OutputError, RunError
-from mergekit_bio.listen import embeddings
+from mergekit_bio.listen import embeddings, parts
 from mergekit_bio.listen.embeddings import Embedded, EmbedRequest, embed_archive
+from mergekit_bio.listen.parts import FORMATS, EmbeddedWindow, Parts
+from mergekit_bio.listen.stretches import Stretch
 
 
 def embed(model: Path, folder: Path, out: Path, *, listener=None, **more) -> Embedded:
@@ -37,7 +47,7 @@ def whole(archive: Path, merged: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch is a part."""
-    monkeypatch.setattr(embeddings, "_PART_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "_PART_SECONDS", 0.0)
 
 
 class Stopping(Listening):
@@ -57,10 +67,10 @@ class Stopping(Listening):
 def test_what_was_stopped_ends_as_what_was_not(
     archive: Path, merged: Path, whole: Path, tmp_path: Path, parts_at_once, name: str
 ) -> None:
-    out, parts = tmp_path / name, tmp_path / f"{name}.parts"
+    out, folder = tmp_path / name, tmp_path / f"{name}.parts"
     with pytest.raises(KeyboardInterrupt):
         embed(merged, archive, out, listener=Stopping(2))
-    published = sorted(parts.glob("*.safetensors"))
+    published = sorted(folder.glob("*.safetensors"))
     assert len(published) == 2 and not out.exists()
     first = load_file(published[0])
     assert {key: len(values) for key, values in first.items()} == dict.fromkeys(first, 4), "a file of the same kind"
@@ -75,6 +85,108 @@ def test_what_was_stopped_ends_as_what_was_not(
     for key, values in expected.items():
         assert values.dtype == found[key].dtype and np.allclose(values, found[key], atol=1e-6), key
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8), name=st.sampled_from(FORMATS), data=st.data())
+@settings(max_examples=20)
+def test_rows_are_in_the_order_of_the_recordings_whatever_order_they_come_in(lengths, name, data) -> None:
+    """Some recordings are heard at a time, each in order, in several parts and in several goes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        recordings = [Path(scratch, f"{number}.wav") for number in range(len(lengths))]
+        for path in recordings:
+            path.touch()
+        coming = data.draw(st.permutations([number for number, length in enumerate(lengths) for _ in range(length)]))
+        place: Counter[int] = Counter()
+        held = Parts(Path(scratch, "parts"))
+        held.go_on({}, overwrite=False)
+        held.open_recordings(recordings)
+        for number in coming:
+            path, start = str(recordings[number]), place[number]
+            vectors = {"encoder": np.array([number, start], np.float32)}
+            held.add([EmbeddedWindow(path, float(start), start + 1.0, vectors)], [])
+            place[number] += 1
+            if (then := data.draw(st.sampled_from(["on", "part", "stop"]))) != "on":
+                held.close()
+            if then == "stop":
+                held._lock.close()  # as the process's end does
+                held = Parts(Path(scratch, "parts"))
+                held.go_on({}, overwrite=False)
+                left = {recording.path: recording.first for recording in held.open_recordings(recordings)}
+                assert left == {str(path): place[number] for number, path in enumerate(recordings)}
+        held.close()
+        if not coming:
+            return
+        out = Path(scratch, f"e{name}")
+        held.join(out)
+        found = load_file(out) if name == ".safetensors" else dict(np.load(out))
+        names = recordings_of(out) if name == ".safetensors" else found.pop("recordings").tolist()
+        held._lock.close()
+    assert names == [str(path) for path, length in zip(recordings, lengths, strict=True) if length]
+    expected = [(number, start) for number, length in enumerate(lengths) for start in range(length)]
+    assert list(map(tuple, found["encoder"])) == expected
+    assert list(zip(found["start"], found["end"], strict=True)) == [(start, start + 1) for _, start in expected]
+    assert [Path(names[row]).stem for row in found["recording"]] == [str(number) for number, _ in expected]
+
+
+class Dying:
+    """Two workers in this process, which end in any order, and die by accident and of one recording.
+
+    Args:
+        make: Makes a worker.
+        seed: Of the accidents.
+        deadly: The recording's name.
+    """
+
+    count = up = 2
+
+    def __init__(self, make, seed: int, deadly: str) -> None:
+        self.make, self.chance, self.deadly = make, random.Random(seed), deadly
+        self.workers = [make(), make()]
+        self.running: dict[int, tuple] = {}
+        self.accidents: set[Stretch] = set()
+
+    def free(self) -> list[int]:
+        return [worker for worker in range(self.count) if worker not in self.running]
+
+    def start(self, worker: int, job: Stretch, following: Stretch | None) -> None:
+        self.running[worker] = job, following
+
+    def wait(self) -> Finished:
+        worker = self.chance.choice(sorted(self.running))
+        job, following = self.running.pop(worker)
+        result = self.workers[worker].answer(job, following)
+        accident = job not in self.accidents and self.chance.random() < 0.3
+        if accident or any(recording.path.endswith(self.deadly) for recording in job.recordings):
+            self.accidents |= {job} if accident else set()
+            self.workers[worker].close()
+            self.workers[worker] = self.make()
+            return Finished(worker, None, died=True)
+        return Finished(worker, result)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_recording_that_workers_die_of_fails_and_all_others_have_the_rows_of_one_worker(
+    archive: Path, merged: Path, whole: Path, tmp_path: Path, parts_at_once, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    @contextmanager
+    def dying(request, with_prefix, note):
+        with closing(Dying(partial(embeddings.EmbedWorker, request, with_prefix=with_prefix), seed, "d.wav")) as pool:
+            yield pool
+
+    recordings, out, listening = shutil.copytree(archive, tmp_path / "recordings"), tmp_path / "e.npz", Listening()
+    write_recording(recordings / "site 1/d.wav", 30)
+    monkeypatch.setattr(embeddings, "_workers", dying)
+    done = embed(merged, recordings, out, listener=listening)
+    said = f"{recordings / 'site 1/d.wav'}: 3 workers died when they heard it"
+    assert done.failed == {str(recordings / "site 1/d.wav"): said} and list(listening.failures.values()) == [said]
+    found, expected = dict(np.load(out)), load_file(whole)
+    names = [Path(name).relative_to(recordings) for name in found.pop("recordings")]
+    assert names == [Path(name).relative_to(archive) for name in recordings_of(whole)]
+    assert all(np.allclose(found[key], values, atol=1e-5) for key, values in expected.items())
 
 
 def test_rows_of_a_recording_that_has_changed_since_are_not_in_the_file(
@@ -140,7 +252,7 @@ def test_a_value_that_float16_cannot_hold_is_an_error_and_not_infinity(
 def test_names_that_no_header_holds_are_in_a_tensor(
     archive: Path, merged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embeddings, "_MOST_HEADER_BYTES", 10)
+    monkeypatch.setattr(parts, "_MOST_HEADER_BYTES", 10)
     out = tmp_path / "birds.safetensors"
     embed(merged, archive, out)
     arrays = load_file(out)
