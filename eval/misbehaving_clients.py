@@ -3,9 +3,9 @@
     python eval/misbehaving_clients.py           # puts its section into eval/results/serving.md
 
 A server of its own for every case. One client asks for four tokens again and again, at random strengths, another one
-looks at /health: how long the slowest of these took, first with nobody else, then beside the others. Then eight clients
-ask for an answer of 64 tokens each, and SIGTERM is sent: how many of them are answered, and when the last of the
-server's processes is gone.
+from a list of five, a third one looks at /health: how long the slowest of these took, first with nobody else, then
+beside the others. Then eight clients ask for an answer of 64 tokens each, and SIGTERM is sent: how many of them are
+answered, and when the last of the server's processes is gone.
 """
 
 import argparse
@@ -31,15 +31,17 @@ from tiny_naturelm import make_base, make_naturelm
 
 RESULT = Path(__file__).parent / "results" / "serving.md"
 NAME = "naturelm"
+NAMES = [("marsh", "wren"), ("house", "wren"), ("tree", "frog"), ("gray", "wolf"), ("great", "tit"), ("sea", "lion"),
+         ("field", "cricket"), ("barn", "owl")]  # fmt: skip
 #: Seconds of each look, and how many answers are running when SIGTERM comes.
 LOOK, RUNNING = 8.0, 8
 
 
-def begin(url: str, body: bytes, *, sent: int | None = None) -> socket.socket:
-    """A chat request of which so many bytes are sent, or all."""
+def begin(url: str, body: bytes, *, sent: int | None = None, path: str = "/v1/chat/completions") -> socket.socket:
+    """A request of which so many bytes are sent, or all."""
     host, port = url.removeprefix("http://").split(":")
     link = socket.create_connection((host, int(port)), timeout=60)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:sent])
     return link
 
@@ -48,6 +50,28 @@ def asking(number: int, *, tokens: int, **more: object) -> bytes:
     """A question about a recording of a second, at one of eleven strengths."""
     model, text = f"{NAME}@{number % 11 / 10:g}", f"Which species is it? {number}"
     return json.dumps(chat(model, text, wav(number, seconds=1), tokens=tokens, **more)).encode()
+
+
+def listing(number: int, choices: list[str], **config: object) -> dict:
+    """An item that asks which of some choices a recording of a second is."""
+    return {
+        "sample_id": str(number),
+        "messages": [{"role": "user", "content": "Which species is it?"}],
+        "audio_inputs": [{"payload_type": "base64_wav", "data": wav(number, seconds=1)}],
+        "generation_config": {"choices": choices, **config},
+    }
+
+
+@contextmanager
+def score_lists(url: str) -> Iterator[None]:
+    """32 lists of a thousand species, as an archive or a run with loglikelihood has them: every choice is scored."""
+    species = [f"{first}{number % 83} {second}{number % 97}" for number, (first, second) in enumerate(NAMES * 125)]
+    with ExitStack() as stack:
+        for batch in range(4):
+            items = [listing(8 * batch + number, species) for number in range(8)]
+            body = json.dumps({"schema_version": "predictions_v1", "requests": items}).encode()
+            stack.enter_context(begin(url, body, path="/predict"))
+        yield
 
 
 @contextmanager
@@ -151,6 +175,7 @@ CASES = {
     "300 send and close": send_and_close,
     "one stops reading": stop_reading,
     "200 send a byte a second": send_slowly,
+    "32 lists of 1,000": score_lists,
     "all of these": everything,
 }
 
@@ -162,6 +187,7 @@ class Measured:
     Attributes:
         answers: How many the client that asks again and again had.
         slowest: Seconds that the slowest of these took.
+        short_list: Seconds that the slowest answer from a list of five took.
         health: Seconds that the slowest look at /health took.
         answered: Of the requests that were running when SIGTERM came.
         stopping: Seconds from SIGTERM until the last process was gone.
@@ -169,6 +195,7 @@ class Measured:
 
     answers: int
     slowest: float
+    short_list: float
     health: float
     answered: int
     stopping: float
@@ -193,6 +220,10 @@ def measure(case: str, arguments: list[Path | str], folder: Path) -> Measured:
         body = chat(f"{NAME}@{draw.randrange(11) / 10:g}", f"Which? {draw.random()}", tokens=4)
         return client.post("/v1/chat/completions", json=body)
 
+    def short_list(client: httpx.Client) -> httpx.Response:
+        item = listing(draw.randrange(10_000), [" ".join(name) for name in NAMES[:5]], negligible_choices=1e-6)
+        return client.post("/predict", json={"schema_version": "predictions_v1", "requests": [item]})
+
     def health(client: httpx.Client) -> httpx.Response:
         time.sleep(0.02)
         return client.get("/health")
@@ -204,19 +235,20 @@ def measure(case: str, arguments: list[Path | str], folder: Path) -> Measured:
         except httpx.HTTPError:
             return False
 
-    with served(arguments, folder / "log") as server, ThreadPoolExecutor(RUNNING + 2) as pool:
+    with served(arguments, folder / "log") as server, ThreadPoolExecutor(RUNNING + 3) as pool:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             for _ in range(20):
                 question(client).raise_for_status()
+                short_list(client).raise_for_status()
         with misbehaving(case, server.url):
             time.sleep(1)
-            looks = [pool.submit(slowest, server, ask) for ask in (question, health)]
-            (answers, slowest_answer), (_, slowest_health) = (look.result() for look in looks)
+            looks = [pool.submit(slowest, server, ask) for ask in (question, short_list, health)]
+            (answers, slowest_answer), (_, slowest_list), (_, slowest_health) = (look.result() for look in looks)
             asked = [pool.submit(running, number) for number in range(RUNNING)]
             time.sleep(0.3)
             stopping = server.stop()
             answered = sum(one.result() for one in asked)
-    return Measured(answers, slowest_answer, slowest_health - 0.02, answered, stopping)
+    return Measured(answers, slowest_answer, slowest_list, slowest_health - 0.02, answered, stopping)
 
 
 def main() -> None:
@@ -232,20 +264,22 @@ def main() -> None:
         arguments = ["--base", base, "--adapter", make_naturelm(folder / "naturelm")]
         for case in given.case:
             found = measure(case, arguments, folder)
-            cells = [case, str(found.answers), f"{found.slowest:.2f}", f"{found.health:.2f}"]
+            times = (found.slowest, found.short_list, found.health)
+            cells = [case, str(found.answers), *(f"{seconds:.2f}" for seconds in times)]
             cells += [f"{found.answered} of {RUNNING}", f"{found.stopping:.1f}"]
             rows.append(f"| {' | '.join(cells)} |")
             print(rows[-1], flush=True)
         described = machine.describe(folder)
     section = f"""## Clients that misbehave
 
-A dial of a tiny random model. For {LOOK:g} s one client asks for four tokens again and again, at random strengths, and
-another one looks at /health, beside others that misbehave. Then {RUNNING} clients ask for 64 tokens each, and SIGTERM
-comes while they are answered and the others go on: how many are answered whole, and after how many seconds the last
-of the server's processes is gone. Made by `python eval/misbehaving_clients.py`. Machine: {described}.
+A dial of a tiny random model. For {LOOK:g} s one client asks for four tokens again and again, at random strengths,
+another one from a list of five, and a third one looks at /health, beside others that misbehave or ask for much. Then
+{RUNNING} clients ask for 64 tokens each, and SIGTERM comes while they are answered and the others go on: how many are
+answered whole, and after how many seconds the last of the server's processes is gone. Made by
+`python eval/misbehaving_clients.py`. Machine: {described}.
 
-| beside | answers | slowest answer, s | slowest /health, s | answered at SIGTERM | stopped after, s |
-|---|---:|---:|---:|---:|---:|
+| beside | answers | slowest, s | slowest of a list, s | slowest /health, s | answered at SIGTERM | stopped after, s |
+|---|---:|---:|---:|---:|---:|---:|
 {chr(10).join(rows)}
 """
     put_section(given.results, section)

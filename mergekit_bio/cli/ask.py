@@ -115,6 +115,7 @@ def ask(
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out birds.csv
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out labels/ --format audacity
       mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which of {species_list}?" --choices birds.txt --clips 5 clips/
+      mergekit-bio ask NatureLM-audio@0.5 recordings/ -p "Which?" --choices birds.txt --server http://HOST:8000
       mergekit-bio ask merged/alpha-0.50 wren.wav -p "Which species is it?" --windows wren.Table.1.selections.txt
     """
     from mergekit_bio.audio.finding import find_recordings

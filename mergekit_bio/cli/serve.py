@@ -57,6 +57,8 @@ def serve(
     for beans-next; /predict and /info are those of --alpha. The base is not copied: the adapter is applied while vLLM
     computes, so answers may differ in a token from those of a merge that was rounded to 16 bits.
 
+    /predict also scores a list of choices, which `ask --choices --server URL` and recipes with loglikelihood ask for.
+
     With one checkpoint, exactly that is served, its own rounded weights. Binds 127.0.0.1 unless --host says otherwise.
 
     \b

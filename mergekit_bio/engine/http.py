@@ -1,21 +1,19 @@
 """Any number of servers as one engine: each prompt goes to whoever has room."""
 
 import asyncio
-import base64
-import io
 import math
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
+from collections.abc import Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
-from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.prompt import render_prompt
+from mergekit_bio.engine.http_questions import Question, beam_question, chat_question, choices_question
 from mergekit_bio.engine.interface import (
     Decoding,
     EngineSettings,
@@ -31,6 +29,11 @@ T = TypeVar("T")
 CONCURRENCY = 32
 #: Answers that another try, or another server, may better.
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+#: What a user may do about an answer to the first requests.
+_HINTS = {
+    401: "; give its --api-key",
+    404: "; it has no such model, or is no server of mergekit-bio (others are asked with --engine openai)",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,43 @@ class Retries:
     longest_patience: float = 600.0
     given_up_after: int = 5
     patience: float = 3.0
+
+
+@dataclass(frozen=True)
+class ListLimits:
+    """The lists of choices that a server scores, as its ``/info`` says.
+
+    Attributes:
+        choices: How many at most; 0: it scores none.
+        characters: Of all of them together.
+    """
+
+    choices: int = 0
+    characters: int = 0
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Self:
+        """As ``/info`` says; servers that score no choices do not say it."""
+        limits = [info.get(key) for key in ("max_choices", "max_choice_characters")]
+        return cls(*(limit if isinstance(limit, int) else 0 for limit in limits))
+
+    def check(self, choices: Sequence[str], server: str) -> None:
+        """Refuse what the server does not score.
+
+        Raises:
+            EngineError: It does not score choices, or not so many.
+        """
+        if not self.choices:
+            raise EngineError(
+                f"{server} does not score choices: its /info has no max_choices; update its mergekit-bio, or take "
+                "--engine vllm or transformers"
+            )
+        characters = sum(map(len, choices))
+        if len(choices) > self.choices or characters > self.characters:
+            raise EngineError(
+                f"the list has {len(choices)} choices with {characters} characters, and {server} takes {self.choices} "
+                f"with {self.characters} at most; shorten it, or take --engine vllm or transformers"
+            )
 
 
 class HttpEngine:
@@ -137,6 +177,7 @@ class HttpEngine:
         self._room = _Room(self._servers, concurrency=concurrency, given_up_after=self._retries.given_up_after)
         self._client: Any = None
         self._most_beams = 1
+        self._limits = dict.fromkeys(self._servers, ListLimits())
         self._template = "{}"
         try:
             self._model = self._choose_model(model)
@@ -184,7 +225,7 @@ class HttpEngine:
                 f"{self._most_beams}, or --engine vllm"
             )
         if decoding.num_beams > 1:
-            return self._answer_all([_beam_question(self._model, prompt, decoding) for prompt in prompts])
+            return self._answer_all([beam_question(self._model, prompt, decoding) for prompt in prompts])
         settings = {
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
@@ -209,8 +250,19 @@ class HttpEngine:
     def loglikelihood(
         self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
     ) -> list[dict[str, float]]:
-        """OpenAI's chat API does not score given answers: raises EngineError."""
-        raise EngineError("the http engine has no label scores; take --engine vllm or --engine transformers")
+        """See :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`.
+
+        Without prompts nothing is asked; a list that a server does not take is refused all the same.
+
+        Raises:
+            EngineError: A server does not score choices, or not so many, or no server answers any more.
+            PromptError: A server refuses a prompt, or a choice.
+        """
+        for server, limits in self._limits.items():
+            limits.check(labels, server)
+        return self._answer_all(
+            [choices_question(self._model, prompt, labels, negligible=negligible) for prompt in prompts]
+        )
 
     def load(self, checkpoint: str | Path) -> str:
         """Ask the servers for another of the models they offer, by its directory's name.
@@ -229,11 +281,12 @@ class HttpEngine:
         self._model, self._template = name, template if template.count("{}") == 1 else "{}"
         most_beams = [info.get("max_num_beams") for info in told]
         self._most_beams = min(beams if isinstance(beams, int) else 1 for beams in most_beams)
+        self._limits = {server: ListLimits.of(info) for server, info in zip(self._servers, told, strict=True)}
         return revisions.pop()
 
-    def _question(self, prompt: Prompt, settings: dict[str, Any]) -> "Question":
+    def _question(self, prompt: Prompt, settings: dict[str, Any]) -> Question[Generation]:
         """What is sent for a prompt, and how the answer is read."""
-        return _chat_question(self._model, prompt, settings)
+        return chat_question(self._model, prompt, settings)
 
     def close(self) -> None:
         """Close the connections; the servers stay."""
@@ -258,8 +311,8 @@ class HttpEngine:
             future.cancel()
             raise
 
-    def _answer_all(self, questions: "Sequence[Question]") -> list[Generation]:
-        async def answer_all() -> list[Generation]:
+    def _answer_all(self, questions: Sequence[Question[T]]) -> list[T]:
+        async def answer_all() -> list[T]:
             import httpx
 
             if self._client is None:
@@ -275,7 +328,7 @@ class HttpEngine:
 
         return self._wait_for(answer_all())
 
-    async def _answer(self, question: "Question") -> Generation:
+    async def _answer(self, question: Question[T]) -> T:
         """Ask until somebody answers."""
         reason = ""
         for attempt in range(self._retries.attempts):
@@ -283,12 +336,12 @@ class HttpEngine:
                 longest = min(self._retries.longest_wait, self._retries.first_wait * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(0, longest))
             answered = await self._race(question)
-            if isinstance(answered, Generation):
+            if not isinstance(answered, str):
                 return answered
             reason = answered
         raise EngineError(f"a prompt was not answered in {self._retries.attempts} tries; the last one: {reason}")
 
-    async def _race(self, question: "Question") -> "Generation | str":
+    async def _race(self, question: Question[T]) -> T | str:
         """Ask one server, and others too where it takes suspiciously long.
 
         Returns:
@@ -298,17 +351,18 @@ class HttpEngine:
         turn: _Turn | None = await self._room.acquire()
         asked: set[str] = set()
         asked_at = time.perf_counter()
-        racing: set[asyncio.Task[Generation | str]] = set()
-        outcome: Generation | str = ""
+        racing: set[asyncio.Task[T | str]] = set()
+        outcome: T | str = ""
         try:
             while turn or racing:
                 if turn:
                     asked.add(turn.server)
-                    racing.add(asyncio.create_task(self._ask(turn, question)))
+                    asked_one = self._ask(turn, question)
+                    racing.add(asyncio.create_task(asked_one))
                 done, racing = await asyncio.wait(racing, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     outcome = task.result()
-                    if isinstance(outcome, Generation):
+                    if not isinstance(outcome, str):
                         return outcome
                 # 2. Another one, where this prompt has taken much longer than any answer did.
                 usual = self._room.longest_answer
@@ -320,7 +374,7 @@ class HttpEngine:
                 task.cancel()
             await asyncio.gather(*racing, return_exceptions=True)
 
-    async def _ask(self, turn: "_Turn", question: "Question") -> "Generation | str":
+    async def _ask(self, turn: "_Turn", question: Question[T]) -> T | str:
         """Ask one server.
 
         Returns:
@@ -339,9 +393,9 @@ class HttpEngine:
             response = await self._client.post(server + question.path, json=body)
             seconds = time.perf_counter() - start
             if response.status_code == 200:
-                generation = question.read(response.json(), server, seconds)
+                answer = question.read(response.json(), server, seconds)
                 failed = False
-                return generation
+                return answer
             if response.status_code not in _RETRIED:
                 failed = False
                 _raise_refusal(server, response)
@@ -374,7 +428,7 @@ class HttpEngine:
             response.raise_for_status()
             document: dict[str, Any] = response.json()
         except httpx.HTTPStatusError as error:
-            hint = "; give its --api-key" if error.response.status_code == 401 else ""
+            hint = _HINTS.get(error.response.status_code, "")
             raise EngineError(f"{url} answered with status {error.response.status_code}{hint}") from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise EngineError(f"{url} cannot be reached ({type(error).__name__}); is the server running?") from error
@@ -443,94 +497,6 @@ class _Room:
         self._changed.set()
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a server is asked.
-
-    Attributes:
-        path: Of the address.
-        body: Makes the request.
-        read: Reads the answer, given the server's name and the seconds that it took; raises ValueError where it is
-            none, and PromptError where the server cannot answer the prompt.
-    """
-
-    path: str
-    body: Callable[[], dict[str, Any]]
-    read: Callable[[Any, str, float], Generation]
-
-
-def _chat_question(model: str, prompt: Prompt, settings: dict[str, Any]) -> Question:
-    """A prompt over OpenAI's chat API."""
-
-    def body() -> dict[str, Any]:
-        audios = [{"type": "audio_url", "audio_url": {"url": _url(clip)}} for clip in prompt.audios]
-        text = render_prompt(prompt.text, template="{}", num_audios=len(audios))
-        content = [{"type": "text", "text": text}, *audios] if audios else text
-        messages = [{"role": "user", "content": content}]
-        return {"model": model, "messages": messages, "logprobs": True, "return_token_ids": True} | settings
-
-    def read(document: Any, server: str, seconds: float) -> Generation:
-        try:
-            (choice,) = document["choices"]
-            entries = (choice.get("logprobs") or {}).get("content") or []
-            logprobs = tuple(float(entry["logprob"]) for entry in entries)
-            ids = tuple(choice.get("token_ids") or ())
-            return Generation(
-                text=choice["message"]["content"] or "",
-                token_ids=ids,
-                logprobs=logprobs or (math.nan,) * len(ids),
-                finish_reason="length" if choice["finish_reason"] == "length" else "stop",
-                prompt_tokens=document["usage"]["prompt_tokens"],
-                seconds=seconds,
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError("the answer is no completion") from error
-
-    return Question("/v1/chat/completions", body, read)
-
-
-def _beam_question(model: str, prompt: Prompt, decoding: Decoding) -> Question:
-    """A prompt over predictions_v1, where our servers search with beams. Its answers tell no tokens."""
-
-    if len({clip.seconds for clip in prompt.audios}) > 1:
-        raise PromptError("servers search with beams only where all audios of a prompt are of one length")
-
-    def body() -> dict[str, Any]:
-        text = render_prompt(prompt.text, template="{}", num_audios=len(prompt.audios))
-        config = {
-            "max_new_tokens": decoding.max_new_tokens,
-            "num_beams": decoding.num_beams,
-            "length_penalty": decoding.length_penalty,
-            "early_stopping": decoding.early_stopping,
-            **({"max_length_seconds": prompt.audios[0].seconds} if prompt.audios else {}),
-        }
-        item = {
-            "sample_id": "0",
-            "messages": [{"role": "user", "content": text}],
-            "audio_inputs": [{"payload_type": "base64_wav", "data": wav_in_base64(clip)} for clip in prompt.audios],
-            "generation_config": config,
-        }
-        return {"schema_version": "predictions_v1", "requests": [item]}
-
-    def read(document: Any, server: str, seconds: float) -> Generation:
-        try:
-            (response,) = document["responses"]
-            if response.get("error"):
-                raise PromptError(f"{server} refuses the prompt: {response['error']}")
-            return Generation(
-                text=response["predictions"][0],
-                token_ids=(),
-                logprobs=(),
-                finish_reason="length" if response["finish_reason"] == "length" else "stop",
-                prompt_tokens=response["usage"]["prompt_tokens"],
-                seconds=seconds,
-            )
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError("the answer is no response of predictions_v1") from error
-
-    return Question(f"/{model}/predict", body, read)
-
-
 def _seconds_to_wait(headers: Mapping[str, str]) -> float:
     """How long a server asks to be left alone: in milliseconds, in seconds or until a date; 0 where it does not say."""
     milliseconds, said = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
@@ -558,27 +524,3 @@ def _raise_refusal(server: str, response: Any) -> NoReturn:
     if response.status_code in (400, 413, 422):
         raise PromptError(f"{server} refuses the prompt: {message}")
     raise EngineError(f"{server} answered with status {response.status_code}: {message}")
-
-
-def _url(clip: Clip) -> str:
-    """A prepared clip as a ``data:`` URL.
-
-    A server of ours would take it for the beginning of 10 s; the parameter says how long the clip is. Another server
-    passes over the parameter and hears the clip as it is here: cut and padded.
-    """
-    return f"data:audio/wav;seconds={clip.seconds};base64,{wav_in_base64(clip)}"
-
-
-def wav_in_base64(clip: Clip, *, bits: int | None = None) -> str:
-    """A prepared clip as a WAV file in base64: 16-bit samples where all of them are, or ``bits`` is 16, else floats."""
-    import soundfile
-
-    from mergekit_bio.audio.config import SAMPLING_RATE
-
-    scaled = clip.waveform * 32768
-    pcm16 = bits == 16 or bool(((scaled.round() == scaled) & (scaled.abs() < 32768)).all())
-    samples = scaled.round().clamp(-32768, 32767).short() if pcm16 else clip.waveform.float()
-    file = io.BytesIO()
-    subtype = "PCM_16" if pcm16 else "FLOAT"
-    soundfile.write(file, samples.numpy(), SAMPLING_RATE, format="WAV", subtype=subtype)
-    return base64.b64encode(file.getvalue()).decode()

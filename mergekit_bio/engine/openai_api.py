@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import render_prompt
-from mergekit_bio.engine.http import HttpEngine, Question, wav_in_base64
+from mergekit_bio.engine.http import HttpEngine
+from mergekit_bio.engine.http_questions import Question, wav_in_base64
 from mergekit_bio.engine.interface import EngineSettings, Generation, Prompt
 from mergekit_bio.errors import EngineError
 
@@ -62,14 +63,14 @@ class OpenAiEngine(HttpEngine):
         self, prompts: Sequence[Prompt], labels: Sequence[str], *, negligible: float = 0.0
     ) -> list[dict[str, float]]:
         """OpenAI's API does not score given answers: raises EngineError."""
-        raise EngineError("OpenAI's API has no label scores; take decoding: generate")
+        raise EngineError("OpenAI's API has no label scores; ask freely: decoding: generate, or ask without --choices")
 
     def load(self, checkpoint: str | Path) -> str:
         """Ask for another model. What tells it from others is its name alone."""
         self._model = str(checkpoint)
         return self._model
 
-    def _question(self, prompt: Prompt, settings: dict[str, Any]) -> Question:
+    def _question(self, prompt: Prompt, settings: dict[str, Any]) -> Question[Generation]:
         def body() -> dict[str, Any]:
             text = render_prompt(prompt.text, template="{}", num_audios=len(prompt.audios))
             content = list(_parts(text, prompt)) if prompt.audios else text

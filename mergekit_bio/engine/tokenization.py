@@ -10,7 +10,7 @@ from mergekit_bio.audio.layout import MODEL_TYPE
 from mergekit_bio.audio.prompt import render_prompt
 from mergekit_bio.checkpoint.directory import inside
 from mergekit_bio.engine.interface import Decoding, Generation, Prompt
-from mergekit_bio.errors import CheckpointError
+from mergekit_bio.errors import CheckpointError, PromptError
 from mergekit_bio.outside_data import read_json
 
 
@@ -105,8 +105,14 @@ class Tokenization:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text."""
+        """Token ids of an answer.
+
+        Raises:
+            PromptError: It writes the audio placeholder itself, which no answer may hold.
+        """
         ids: list[int] = self.processor.tokenize.encode(text)
+        if self.audio_token_id in ids:
+            raise PromptError(f"the answer {text!r} writes the audio placeholder token itself")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from mergekit_bio.engine.interface import EngineSettings, Prompt
 from mergekit_bio.engine.pool import OneWorker, Workers
 from mergekit_bio.engine.ray_pool import cluster_for
 from mergekit_bio.engine.slot import EngineSlot
-from mergekit_bio.errors import AudioError, EngineError, OutputError
+from mergekit_bio.errors import AudioError, OutputError
 from mergekit_bio.listen.asking import AnsweredWindow, ListenWorker, OwnEngine, answers_to
 from mergekit_bio.listen.clip_files import Likeliest, write_clips
 from mergekit_bio.listen.journal import HeardRecording, Journal, Row
@@ -116,12 +116,12 @@ def ask_archive(
         engine, note = choose_engine(request.engine, servers=request.settings.servers)
         if note:
             listener.note(f"note: {note}")
-        if request.question.choices and engine.remote:
-            raise EngineError("--choices: servers do not score whole answers; take --engine vllm or transformers")
         settings = replace(request.settings, heard_once=True)
         slot = stack.enter_context(EngineSlot(engine, settings))
         folder = Path(request.model) if engine.remote else resolve(request.model).path
         weights = {"served": slot.revision(request.model)} if engine.remote else weights_identity(folder)
+        if request.question.choices and engine.remote:  # before anything is written: whether the servers take the list
+            slot.at(request.model).loglikelihood([], request.question.choices)
         # 2. The journal of what is answered already, which refuses another question; and the table made of it.
         dtype = settings.options.get("dtype")
         identity = request.question.identity() | {

@@ -5,7 +5,7 @@ from typing import Any
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.interface import Decoding, Generation
-from mergekit_bio.engine.vllm.online import answer, score_choices
+from mergekit_bio.engine.vllm.online import ChoiceScorer, answer
 from mergekit_bio.errors import PromptError
 
 
@@ -35,8 +35,8 @@ async def generate(state: Any, *, prompt: str, clips: list[Clip], decoding: Deco
 
 
 async def choose(
-    state: Any, *, prompt: str, clips: list[Clip], choices: Sequence[str], adapter: Any
+    state: Any, *, prompt: str, clips: list[Clip], choices: Sequence[str], negligible: float, adapter: Any
 ) -> tuple[dict[str, float], int]:
-    """Score choices as answers; see :func:`mergekit_bio.engine.vllm.online.score_choices`."""
-    engine, tokenization = state.engine_client, state.mergekit_bio_tokenization
-    return await score_choices(engine, tokenization, prompt=prompt, clips=clips, choices=choices, adapter=adapter)
+    """Score choices as answers; see :meth:`mergekit_bio.engine.vllm.online.ChoiceScorer.scores`."""
+    scorer: ChoiceScorer = state.mergekit_bio_scorer
+    return await scorer.scores(prompt=prompt, clips=clips, choices=choices, negligible=negligible, adapter=adapter)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -16,19 +17,22 @@ from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.engine.tokenization import Tokenization
 from mergekit_bio.engine.vllm.dial import without_strengths_in_metrics
 from mergekit_bio.engine.vllm.grammars import GrammarCheck
-from mergekit_bio.engine.vllm.online import prepare_requests
+from mergekit_bio.engine.vllm.online import ChoiceScorer, prepare_requests
 from mergekit_bio.errors import AudioError, MergekitBioError
-from mergekit_bio.serve.asking import check_size, generate
+from mergekit_bio.serve.asking import check_size, choose, generate
 from mergekit_bio.serve.guard import DOCUMENT_KEY, MODEL_KEY
 from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
 from mergekit_bio.serve.predictions import (
     MAX_BEAMS,
+    MAX_CHOICE_CHARACTERS,
+    MAX_CHOICES,
     SCHEMA,
     AudioInput,
     BadRequest,
     Item,
     failure,
     read_requests,
+    scored,
     success,
 )
 from mergekit_bio.serve.request_log import count, count_tokens
@@ -75,6 +79,7 @@ class PredictionsEndpoint:
             check = GrammarCheck(engine_client.renderer.get_tokenizer(), config.model_config.get_vocab_size())
         never = None if config.speculative_config else state.mergekit_bio_tokenization.audio_token_id
         prepare_requests(engine_client, dial, never=never, check=check)
+        state.mergekit_bio_scorer = ChoiceScorer(engine_client, state.mergekit_bio_tokenization)
         if settings.request_log is not None:
             count_tokens(engine_client)
 
@@ -112,6 +117,8 @@ async def info(request: Request) -> JSONResponse:
         "supports_batching": True,
         "schema_versions": [SCHEMA],
         "max_num_beams": MAX_BEAMS,
+        "max_choices": MAX_CHOICES,
+        "max_choice_characters": MAX_CHOICE_CHARACTERS,
         "num_beams": settings.num_beams,
         "max_new_tokens": settings.max_new_tokens,
         "system_turns": settings.system_turns,
@@ -147,23 +154,26 @@ async def _respond(state: Any, adapter: Any, sample_id: str, item: Item | str) -
     if isinstance(item, str):
         return failure(sample_id, item)
     settings: ServeSettings = state.mergekit_bio_settings
-    seconds = item.generation_config.max_length_seconds or CLIP_SECONDS
+    config = item.generation_config
+    seconds = config.max_length_seconds or CLIP_SECONDS
     try:
         prompt = item.prompt(system_turns=settings.system_turns)
         check_size(state, prompt, audios=len(item.audio_inputs))
-        generation = await generate(
-            state,
-            prompt=prompt,
-            clips=[await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs],
-            decoding=item.generation_config.decoding(
-                default_tokens=settings.max_new_tokens, default_beams=settings.num_beams
-            ),
-            adapter=adapter,
-        )
+        clips = [await _clip(audio, settings, seconds=seconds) for audio in item.audio_inputs]
+        asked = {"prompt": prompt, "clips": clips, "adapter": adapter}
+        if config.choices is not None:
+            start = perf_counter()
+            scores, length = await choose(
+                state, choices=config.choices, negligible=config.negligible_choices or 0.0, **asked
+            )
+            response = scored(sample_id, scores, prompt_tokens=length, seconds=perf_counter() - start)
+        else:
+            decoding = config.decoding(default_tokens=settings.max_new_tokens, default_beams=settings.num_beams)
+            response = success(sample_id, await generate(state, decoding=decoding, **asked))
     except (MergekitBioError, VLLMClientError) as error:
         return failure(sample_id, str(error))
-    count(prompt_tokens=generation.prompt_tokens, completion_tokens=len(generation.token_ids))
-    return success(sample_id, generation)
+    count(**response["usage"])
+    return response
 
 
 async def _clip(audio: AudioInput, settings: ServeSettings, *, seconds: float) -> Clip:

@@ -1,6 +1,8 @@
 """The predictions_v1 contract: what a request may be, and what comes back for it."""
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +17,8 @@ from mergekit_bio.outside_data import is_text
 
 SCHEMA = "predictions_v1"
 MAX_BEAMS = 16
+#: Choices of an item, and their characters together.
+MAX_CHOICES, MAX_CHOICE_CHARACTERS = 2000, 100_000
 
 
 def _check_text(value: str) -> str:
@@ -24,6 +28,19 @@ def _check_text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
+
+
+def _check_choices(choices: list[str]) -> list[str]:
+    if (characters := sum(map(len, choices))) > MAX_CHOICE_CHARACTERS:
+        raise ValueError(f"have {characters} characters together; at most {MAX_CHOICE_CHARACTERS} are taken")
+    if not all(choice.strip() for choice in choices):
+        raise ValueError(f"number {next(n for n, choice in enumerate(choices, 1) if not choice.strip())} is empty")
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"{Counter(choices).most_common(1)[0][0]!r} is there twice")
+    return choices
+
+
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES), AfterValidator(_check_choices)]
 
 
 class _Tolerant(BaseModel):
@@ -54,6 +71,10 @@ class GenerationConfig(_Tolerant):
         max_length_seconds: What every audio is cut or padded to; 10 where it is unset. A benchmark's own setting, on
             which the number of an audio's prefix tokens depends.
         do_sample: Whether to sample; where it is not said, a temperature above 0 says so, except for beams.
+        choices: The prediction is one of these, the likeliest as a whole answer; nothing is generated, so that what
+            says how to generate is of no account.
+        negligible_choices: Choices that all together have less than this share of the probability of all need not be
+            scored; by default all are.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -67,6 +88,8 @@ class GenerationConfig(_Tolerant):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     max_length_seconds: Annotated[float, Field(strict=True, ge=MIN_SECONDS, le=CLIP_SECONDS)] | None = None
+    choices: Choices | None = None
+    negligible_choices: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     def decoding(self, *, default_tokens: int, default_beams: int) -> Decoding:
         """As an engine's settings.
@@ -184,6 +207,23 @@ def success(sample_id: str, generation: Generation) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "usage": {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.token_ids)},
         "latency_sec": generation.seconds,
+    }
+
+
+def scored(sample_id: str, scores: Mapping[str, float], *, prompt_tokens: int, seconds: float) -> dict[str, Any]:
+    """A response item with the likeliest choice.
+
+    Beside what every response item has it holds ``choice_logprobs``: choice -> natural log-probability as a whole
+    answer, or null for one that need not be scored.
+    """
+    return {
+        "sample_id": sample_id,
+        "predictions": [max(scores, key=scores.__getitem__)],
+        "error": None,
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 0},
+        "latency_sec": seconds,
+        "choice_logprobs": {choice: score if score > -math.inf else None for choice, score in scores.items()},
     }
 
 

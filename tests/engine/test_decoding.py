@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_bio.engine.decoding.beams import BeamSearch
-from mergekit_bio.engine.decoding.labels import build_trie, choose, log_sum_exp, score_labels
+from mergekit_bio.engine.decoding.labels import build_trie, choose, log_sum_exp, longest_label, score_labels
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.engine.sweep import _layer_order, _with_fused
 from mergekit_bio.errors import EngineError
@@ -155,6 +155,14 @@ def test_a_choice_takes_the_likeliest_allowed_step(seed):
             break
     assert choice.label == sofar and list(choice.node.tokens) == encode(sofar)
     assert sum(choice.logprobs) == pytest.approx(logprob)
+
+
+def test_a_label_may_be_longer_than_pythons_stack():
+    label = "abc" * 2000
+    root = build_trie([label, label[:-1]], encode)
+    assert longest_label(root) == len(label) and [node.depth for node in root.all()] == list(range(len(label) + 1))
+    *_, last = root.all()
+    assert last.label == label and list(last.tokens) == encode(label)
 
 
 @pytest.mark.parametrize(("labels", "message"), [([], "empty"), (["a", ""], "empty"), (["a", "b", "a"], "twice")])

@@ -4,36 +4,48 @@ import base64
 import http.server
 import io
 import json
+import math
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from listen.archive import QUESTION, ask, write_recording
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.http import HttpEngine, Retries
-from mergekit_bio.engine.http import _url as url_of
-from mergekit_bio.engine.interface import Decoding, Prompt
+from mergekit_bio.engine.http_questions import audio_url as url_of
+from mergekit_bio.engine.interface import Decoding, EngineSettings, Prompt
 from mergekit_bio.errors import EngineError, PromptError
 
 QUICK = Retries(attempts=6, first_wait=0.01, longest_wait=0.05, given_up_after=3)
 
 
+def scores_of(choices, negligible_choices):
+    return {choice: None if negligible_choices and len(choice) >= 10 else -len(choice) for choice in choices}
+
+
 class Echo:
     """A server that answers a prompt with its own words, after what its script says for each request.
 
-    A script's entries are statuses, or ``"drop"`` to close the connection without an answer.
+    A script's entries are statuses, or ``"drop"`` to close the connection without an answer. What ``info`` has is told
+    too. A choice is as likely as it is short, and one of ten letters or more is negligible where some may be.
     """
 
-    def __init__(self, script=(), *, dies_after=None, models=("m",), delay=0.0, held: threading.Event | None = None):
+    def __init__(
+        self, script=(), *, dies_after=None, models=("m",), delay=0.0, held: threading.Event | None = None, **info
+    ):
         self.answered, self.busiest = [], 0
         script, echo, lock, state = list(script), self, threading.Lock(), {"now": 0, "seen": 0}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, {"data": [{"id": name} for name in models], "model_revision": "r"})
+                self.reply(200, {"data": [{"id": name} for name in models], "model_revision": "r"} | info)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -48,15 +60,20 @@ class Echo:
                     held.wait()
                 with lock:
                     state["now"] -= 1
-                text = body["messages"][0]["content"]
+                item = body["requests"][0] if "requests" in body else body
+                text = item["messages"][0]["content"]
                 if dead or step == "drop":
                     self.close_connection = True
-                elif step == 200:
-                    echo.answered.append(text)
-                    message = {"message": {"content": text}, "finish_reason": "stop", "token_ids": [1]}
-                    self.reply(200, {"choices": [message], "usage": {"prompt_tokens": 3}})
-                else:
+                elif step != 200:
                     self.reply(step, {"error": {"message": "because"}})
+                else:
+                    echo.answered.append(text)
+                    if item is body:
+                        message = {"message": {"content": text}, "finish_reason": "stop", "token_ids": [1]}
+                        self.reply(200, {"choices": [message], "usage": {"prompt_tokens": 3}})
+                    else:
+                        scores = scores_of(**item["generation_config"])
+                        self.reply(200, {"responses": [{"choice_logprobs": scores}]})
 
             def reply(self, status, document):
                 data = json.dumps(document).encode()
@@ -196,5 +213,46 @@ def test_what_the_api_cannot_do_is_refused():
         engine.generate(PROMPTS, Decoding(num_beams=2))
     with pytest.raises(EngineError, match="end tokens"):
         engine.generate(PROMPTS, Decoding(eos_token_ids=(1,)))
-    with pytest.raises(EngineError, match="label scores"):
-        engine.loglikelihood(PROMPTS, ["a"])
+
+
+#: What servers say that score choices.
+SCORES = {"max_choices": 3, "max_choice_characters": 40}
+
+
+def test_choices_are_scored_over_all_servers_whatever_becomes_of_one():
+    servers = [Echo(["drop", 503], **SCORES), Echo([500], dies_after=9, **SCORES)]
+    engine = HttpEngine([server.url for server in servers], concurrency=3, retries=QUICK)
+    engine.load("m")
+    scores = engine.loglikelihood(PROMPTS, ["wren", "marsh wren", "owl"])
+    assert scores == [{"wren": -4.0, "marsh wren": -10.0, "owl": -3.0}] * len(PROMPTS)
+    assert sorted(servers[0].answered + servers[1].answered) == sorted(TEXTS)
+    (scores,) = engine.loglikelihood(PROMPTS[:1], ["wren", "marsh wren"], negligible=1e-6)
+    assert scores == {"wren": -4.0, "marsh wren": -math.inf}
+
+
+@pytest.mark.parametrize(
+    ("told", "choices", "said"),
+    [
+        ({}, ["wren", "owl"], "does not score choices: its /info has no max_choices"),
+        (SCORES, ["a", "b", "c", "d"], "the list has 4 choices with 4 characters, and .* takes 3 with 40 at most"),
+        (SCORES, ["wren", "w" * 37], "the list has 2 choices with 41 characters"),
+    ],
+)
+def test_a_list_that_one_of_the_servers_does_not_take_is_refused_before_anything_is_written(
+    tmp_path, told, choices, said
+):
+    other, server = Echo(max_choices=9, max_choice_characters=99), Echo(**told)
+    settings = EngineSettings(servers=(other.url, server.url))
+    question = replace(QUESTION, choices=tuple(choices))
+    write_recording(tmp_path / "recordings/a.wav", 1)
+    with pytest.raises(EngineError, match=f"{server.url} does not|{server.url} takes") as refused:
+        ask(
+            Path("m"),
+            tmp_path / "recordings",
+            tmp_path / "a.csv",
+            engine="http",
+            question=question,
+            settings=settings,
+        )
+    assert re.search(said, str(refused.value))
+    assert not other.answered and [file.name for file in tmp_path.iterdir()] == ["recordings"]

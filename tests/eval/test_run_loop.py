@@ -480,6 +480,16 @@ def test_a_servers_prompt_is_in_the_template_that_it_tells_or_as_it_was_sent(
         assert row.prompt == f"{before}<Audio><AudioHere></Audio> Which species is it?{after}"
 
 
+def test_labels_that_servers_do_not_score_are_refused_before_anything_is_written(evaluation, tmp_path):
+    pytest.importorskip("httpx", reason="httpx is not installed")
+    servers = Servers(answers=0)
+    recipe = evaluation.variant("scored", decoding="loglikelihood", queries=["Which species is it?"], n_examples=None)
+    with pytest.raises(EngineError, match=f"{servers.url} does not score choices"):
+        evaluate(recipe=recipe, out=tmp_path / "run", servers=[servers.url])
+    servers.server.shutdown()
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_engine_is_a_class_and_a_line_of_the_table(evaluation, tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "ENGINES", {**choice.ENGINES, "parrot": "eval.parrot:Parrot"})
     arguments = {"engine": "parrot", "servers": ["http://x"], "engine_options": {"volume": 11}}

@@ -66,6 +66,32 @@ def test_half_a_surrogate_pair_is_its_own_items_error():
         read(item(HALF))
 
 
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([], "at least 1 item"),
+        (["wren", ""], "choices: number 2 is empty"),
+        (["wren", " \n"], "choices: number 2 is empty"),
+        (["wren", "owl", "wren"], "choices: 'wren' is there twice"),
+        (["wren", 1], "choices.1: Input should be a valid string"),
+        (["wren", None], "choices.1: Input should be a valid string"),
+        (["wren", HALF], "choices.1: holds half of a surrogate pair"),
+        ("wren, owl", "choices: Input should be a valid list"),
+        ({"wren": "owl"}, "choices: Input should be a valid list"),
+        ([str(n) for n in range(2001)], "at most 2000 items"),
+        (["a" * 50_000, "b" * 50_001], "choices: have 100001 characters together; at most 100000 are taken"),
+    ],
+    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode(),
+)
+def test_a_list_that_is_no_use_is_its_own_items_error(choices, said):
+    (_, error), (_, good) = read(
+        item("a", generation_config={"choices": choices}), item("b", generation_config={"choices": ["wren", "owl"]})
+    )
+    assert isinstance(error, str) and said in error and error.startswith("generation_config.choices")
+    assert isinstance(good, Item) and good.generation_config.choices == ["wren", "owl"]
+    assert isinstance(read(item(generation_config={"negligible_choices": 1.0}))[0][1], str)
+
+
 def test_audios_without_a_slot_stand_before_the_users_words():
     wav = {"payload_type": "base64_wav", "data": "AA=="}
     messages = [{"role": "system", "content": "You listen."}, {"role": "user", "content": "What?"}]

@@ -616,6 +616,7 @@ def test_info_and_health_are_what_the_contract_asks_for(http):
     assert info["audio_payload_types"] == ["base64_wav", "file_path", "file_url"]
     assert (info["max_batch_size"], info["supports_batching"]) == (8, True)
     assert info["schema_versions"] == ["predictions_v1"]
+    assert (info["max_num_beams"], info["max_choices"], info["max_choice_characters"]) == (16, 2000, 100_000)
 
 
 def test_the_key_guards_everything_but_health(server):
@@ -767,7 +768,8 @@ def mangled(document, draw):
 
 @st.composite
 def predict_bodies(draw):
-    items = [item(draw(text), draw(text), num_beams=2, temperature=0.0, audios=[wav(np.ones(9000, np.int16))])]
+    config = draw(st.sampled_from([{"num_beams": 2}, {"choices": ["a", draw(text)], "negligible_choices": 0.1}]))
+    items = [item(draw(text), draw(text), temperature=0.0, audios=[wav(np.ones(9000, np.int16))], **config)]
     return mangled({"schema_version": "predictions_v1", "requests": items}, draw)
 
 

@@ -27,25 +27,47 @@ class Query(NamedTuple):
 NextLogprobs = Callable[[Sequence[Query]], list[list[float]]]
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Node:
     """A place in the trie: the beginning of one or more labels.
 
     Attributes:
-        tokens: The path from the root.
+        parent: The place before it; None for the root.
+        token: What leads here from there.
+        depth: Tokens from the root to here.
         children: By next token.
         label: The label that ends here.
     """
 
-    tokens: tuple[int, ...] = ()
+    parent: "Node | None" = None
+    token: int = -1
+    depth: int = 0
     children: dict[int, "Node"] = field(default_factory=dict)
     label: str | None = None
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The path from the root."""
+        path: list[int] = []
+        node = self
+        while node.parent is not None:
+            path.append(node.token)
+            node = node.parent
+        return tuple(reversed(path))
+
+    def child(self, token: int) -> "Node":
+        """The place that a token leads to, made where there is none."""
+        if token not in self.children:
+            self.children[token] = Node(self, token, self.depth + 1)
+        return self.children[token]
+
     def all(self) -> "Iterator[Node]":
         """This node and those below it, parents before their children."""
-        yield self
-        for child in self.children.values():
-            yield from child.all()
+        left = [self]
+        while left:
+            node = left.pop()
+            yield node
+            left.extend(reversed(node.children.values()))
 
     def unforked(self) -> "Iterator[Node]":
         """This node and those below it, up to the next fork or the next end of a label."""
@@ -92,7 +114,7 @@ def build_trie(labels: Sequence[str], encode: Callable[[str], list[int]]) -> Nod
             raise EngineError("a label is empty; every label needs at least one character")
         node = root
         for token in tokens:
-            node = node.children.setdefault(token, Node((*node.tokens, token)))
+            node = node.child(token)
         if node.label is not None:
             raise EngineError(f"the label {label!r} is in the list twice")
         node.label = label
@@ -149,7 +171,7 @@ def choice_generation(choice: Choice, *, prompt_tokens: int, seconds: float) -> 
 
 def longest_label(root: Node) -> int:
     """Tokens of the longest label."""
-    return max(len(node.tokens) for node in root.all())
+    return max(node.depth for node in root.all())
 
 
 def score_labels(
@@ -206,13 +228,13 @@ class LabelSearch:
     def __init__(self, root: Node, ends: Sequence[int], negligible: float) -> None:
         self.found: dict[str, float] = {}
         self._ends, self._negligible = ends, negligible
-        self._sums = {root.tokens: 0.0}  # tokens so far -> the sum of their log-probabilities
+        self._sums = {root: 0.0}  # place -> the sum of the log-probabilities of the tokens up to there
         self._open = [root]
-        self._asked: set[tuple[int, ...]] = set()
+        self._asked: set[Node] = set()
 
     def next(self) -> list[Node]:
         """The places to ask about now, parents before their children; none where the search is over."""
-        bounds = [self._sums[node.tokens] for node in self._open]
+        bounds = [self._sums[node] for node in self._open]
         if not self._negligible:
             asked = [below for node in self._open for below in node.all()]
             self._open = []
@@ -228,17 +250,17 @@ class LabelSearch:
             self._open = [node for node, bound in zip(self._open, bounds, strict=True) if bound < least]
             # A way without a fork is asked about to its end: that is one step of the model instead of many.
             asked = [node for begun in likely for node in begun.unforked()]
-        self._asked = {node.tokens for node in asked}
+        self._asked = set(asked)
         return [node for node in asked if node.candidates(self._ends)]
 
     def take(self, node: Node, logprobs: Sequence[float]) -> None:
         """Note how likely the candidates of a place are."""
-        reached = self._sums[node.tokens]
+        reached = self._sums[node]
         for child, logprob in zip(node.children.values(), logprobs, strict=False):
-            self._sums[child.tokens] = reached + logprob
+            self._sums[child] = reached + logprob
             if not child.candidates(self._ends) and child.label is not None:  # the model has no end tokens
                 self.found[child.label] = reached + logprob
-            elif child.tokens not in self._asked:
+            elif child not in self._asked:
                 self._open.append(child)
         if node.label is not None:
             ends = logprobs[len(node.children) :]

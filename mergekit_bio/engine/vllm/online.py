@@ -1,14 +1,15 @@
-"""Prompts through vLLM's asynchronous engine: greedy, sampled, or with Transformers' beam search; and what every
-request of a server must have before the engine sees it."""
+"""Prompts through vLLM's asynchronous engine: greedy, sampled, with Transformers' beam search, or with choices scored;
+and what every request of a server must have before the engine sees it."""
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.engine.decoding.choices import NEGLIGIBLE
 from mergekit_bio.engine.decoding.labels import LabelSearch, Node, Query, build_trie, longest_label
 from mergekit_bio.engine.interface import Decoding, Generation
 from mergekit_bio.engine.tokenization import Tokenization
@@ -25,8 +26,13 @@ from mergekit_bio.engine.vllm.requests import (
 )
 from mergekit_bio.errors import PromptError
 
-#: One-token requests of a list of choices that the engine has at once: a long list leaves room for others.
-_QUERIES_AT_ONCE = 32
+#: One-token requests that the engine has at once for all lists of choices together, or half of its batch if that is
+#: less: enough to keep it busy, and others find room.
+_QUERIES_AT_ONCE = 64
+#: Tokens of a list's choices together, at most: each may be a request.
+_MOST_TOKENS = 50_000
+#: Lists whose tokens are kept: all windows of an archive are asked about the same one.
+_LISTS_KEPT = 8
 
 
 def prepare_requests(engine: Any, dial: Dial | None, *, never: int | None, check: Callable[[Any], None] | None) -> None:
@@ -87,53 +93,104 @@ async def answer(
     return generation(output, decoding, tokenization, prompt_tokens=length, seconds=loop.time() - start)
 
 
-async def score_choices(
-    engine: Any,
-    tokenization: Tokenization,
-    *,
-    prompt: str,
-    clips: list[Clip],
-    choices: Sequence[str],
-    adapter: Any = None,
-) -> tuple[dict[str, float], int]:
-    """How likely each choice is as the whole answer to a complete prompt.
+class ChoiceScorer:
+    """Scores choices as whole answers. However many lists there are, others' requests find room in the engine.
 
-    Those that all together are of no account are left out: they get minus infinity.
+    A list of a thousand choices is thousands of requests for one token. Of all lists together the engine has a bounded
+    number at once, and every list the same share of it: a short one is not behind a long one.
 
     Args:
         engine: vLLM's ``EngineClient``.
         tokenization: Of the checkpoint that it runs.
-        prompt: Headers included, with a slot for each clip.
-        clips: The audios.
-        choices: Two or more.
-        adapter: vLLM's ``LoRARequest``, where the engine has LoRA slots.
-
-    Returns:
-        Choice -> natural log-probability, as :meth:`mergekit_bio.engine.interface.Engine.loglikelihood` has it; and the
-        prompt's length in tokens.
-
-    Raises:
-        PromptError: The prompt does not fit.
-        EngineError: Two choices are the same tokens, or vLLM gave it up.
     """
-    root = build_trie(choices, tokenization.encode)
-    request, length = await _request(engine, tokenization, prompt, clips, room=longest_label(root) + 1)
-    few = asyncio.Semaphore(_QUERIES_AT_ONCE)
 
-    async def ask(node: Node) -> list[float]:
-        logprobs = []
-        for query in split_query(Query(0, node.tokens, node.candidates(tokenization.eos_token_ids))):
-            params = one_token(logprob_token_ids=list(query.candidates))
-            async with few:
-                output = await _run(engine, continued(request, query.tokens), params, adapter)
-            logprobs += candidate_logprobs(query, output)
-        return logprobs
+    def __init__(self, engine: Any, tokenization: Tokenization) -> None:
+        self._engine, self._tokenization = engine, tokenization
+        self._room = max(1, min(_QUERIES_AT_ONCE, engine.vllm_config.scheduler_config.max_num_seqs // 2))
+        self._lists = 0  # under way
+        self._trie = lru_cache(_LISTS_KEPT)(self._make_trie)
 
-    search = LabelSearch(root, tokenization.eos_token_ids, NEGLIGIBLE)
-    while nodes := search.next():
-        for node, logprobs in zip(nodes, await asyncio.gather(*map(ask, nodes)), strict=True):
-            search.take(node, logprobs)
-    return search.scores(choices), length
+    async def scores(
+        self, *, prompt: str, clips: list[Clip], choices: Sequence[str], negligible: float, adapter: Any = None
+    ) -> tuple[dict[str, float], int]:
+        """How likely each choice is as the whole answer to a complete prompt.
+
+        Args:
+            prompt: Headers included, with a slot for each clip.
+            clips: The audios.
+            choices: The answers to score.
+            negligible: As for :meth:`mergekit_bio.engine.interface.Engine.loglikelihood`.
+            adapter: vLLM's ``LoRARequest``, where the engine has LoRA slots.
+
+        Returns:
+            Choice -> natural log-probability, as :meth:`mergekit_bio.engine.interface.Engine.loglikelihood` has it; and
+            the prompt's length in tokens.
+
+        Raises:
+            PromptError: The prompt does not fit, or the choices are too long.
+            EngineError: A choice is empty, two are the same tokens, or vLLM gave it up.
+        """
+        root, longest = await asyncio.to_thread(self._trie, tuple(choices))
+        request, length = await _request(self._engine, self._tokenization, prompt, clips, room=longest + 1)
+        ends = self._tokenization.eos_token_ids
+
+        async def ask(node: Node) -> list[float]:
+            logprobs: list[float] = []
+            for query in split_query(Query(0, node.tokens, node.candidates(ends))):
+                params = one_token(logprob_token_ids=list(query.candidates))
+                output = await _run(self._engine, continued(request, query.tokens), params, adapter)
+                logprobs += candidate_logprobs(query, output)
+            return logprobs
+
+        search = LabelSearch(root, ends, negligible)
+        self._lists += 1
+        try:
+            while nodes := search.next():
+                # The root alone: it puts the prompt into vLLM's prefix cache, where all others find it.
+                alone = nodes[:1] if nodes[0] is root else []
+                answers = [await ask(node) for node in alone]
+                answers += await self._ask_together(ask, nodes[len(alone) :])
+                for node, logprobs in zip(nodes, answers, strict=True):
+                    search.take(node, logprobs)
+        finally:
+            self._lists -= 1
+        return search.scores(choices), length
+
+    def _make_trie(self, choices: tuple[str, ...]) -> tuple[Node, int]:
+        """The trie of a list, and how many tokens its longest choice has."""
+        left = _MOST_TOKENS
+
+        def encode(choice: str) -> list[int]:
+            nonlocal left
+            tokens = self._tokenization.encode(choice)
+            left -= len(tokens)
+            if left < 0:
+                raise PromptError(f"the choices together are longer than {_MOST_TOKENS} tokens")
+            return tokens
+
+        root = build_trie(choices, encode)
+        return root, longest_label(root)
+
+    async def _ask_together(
+        self, ask: Callable[[Node], Coroutine[Any, Any, list[float]]], nodes: Sequence[Node]
+    ) -> list[list[float]]:
+        """Ask about places, at each moment about as many at once as this list's share is."""
+        answers: dict[Node, list[float]] = {}
+        running: dict[asyncio.Task[list[float]], Node] = {}
+        waiting = deque(nodes)
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(1, self._room // self._lists):
+                    node = waiting.popleft()
+                    running[asyncio.create_task(ask(node))] = node
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    answers[running.pop(task)] = task.result()
+        finally:  # one has failed, or the client has left
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        return [answers[node] for node in nodes]
 
 
 async def _request(

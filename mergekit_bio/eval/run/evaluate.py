@@ -29,7 +29,7 @@ from mergekit_bio.eval.run.fetching import fetch_recordings, missing_recordings
 from mergekit_bio.eval.run.headers import check_headers
 from mergekit_bio.eval.run.plan import RunPlan, asked_now, identified_cells, plan_run
 from mergekit_bio.eval.run.progress import ProgressListener, SilentListener
-from mergekit_bio.eval.run.questions import query_numbers
+from mergekit_bio.eval.run.questions import options, query_numbers
 
 if TYPE_CHECKING:
     from mergekit_bio.eval.report.build import Report
@@ -226,6 +226,8 @@ def carry_out(
             else weights_identity(resolve(checkpoint.source).path)
             for checkpoint in plan.checkpoints
         }
+        if plan.recipe.decoding == "loglikelihood" and engine.remote and slot is not None:
+            _check_lists(plan, slot)
         dtype = settings.options.get("dtype")
         dtype = None if dtype in (None, "auto") else str(dtype)
         cells = identified_cells(plan, weights=weights, dtype=dtype, baseline=engine.baseline)
@@ -274,6 +276,18 @@ def carry_out(
         elif prefixes is not None:
             shutil.rmtree(prefixes, ignore_errors=True)
         return run.record
+
+
+def _check_lists(plan: RunPlan, slot: EngineSlot) -> None:
+    """Refuse, before anything is written, labels that the servers do not score.
+
+    Raises:
+        EngineError: A server scores no labels, or not so many.
+    """
+    scorer = slot.at(plan.checkpoints[-1].source)
+    for dataset in plan.datasets:
+        for query in query_numbers(plan.recipe):
+            scorer.loglikelihood([], options(plan.recipe, dataset, query))
 
 
 def _environment(plan: RunPlan, settings: EngineSettings, *, workers: int) -> dict[str, Any]:

@@ -11,16 +11,13 @@ from mergekit_bio.audio.clip import CLIP_SECONDS, Clip
 from mergekit_bio.audio.decoding import stated_length
 from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import AUDIO_LEAD, check_audio_count
-from mergekit_bio.engine.decoding.choices import FLAG, NONE, distinct_choices, likeliest, with_choices
+from mergekit_bio.engine.decoding.choices import FLAG, NEGLIGIBLE, NONE, distinct_choices, likeliest, with_choices
 from mergekit_bio.engine.interface import Decoding
 from mergekit_bio.errors import AudioError, PromptError
 from mergekit_bio.serve.asking import check_size, choose, generate
 from mergekit_bio.serve.media import read_clip
-from mergekit_bio.serve.predictions import conversation_prompt
+from mergekit_bio.serve.predictions import MAX_CHOICE_CHARACTERS, MAX_CHOICES, conversation_prompt
 from mergekit_bio.serve.settings import ServeSettings
-
-#: Choices on the page at most, and characters of them.
-_MOST_CHOICES, _MOST_CHOICE_CHARACTERS = 2000, 100_000
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,8 @@ def read_list(written: str, *, none: bool) -> tuple[str, ...]:
     Raises:
         PromptError: There is one alone, or too many, or two that differ in case or white space only.
     """
-    if len(written) > _MOST_CHOICE_CHARACTERS or written.count("\n") > _MOST_CHOICES:
-        raise PromptError(f"the list has more than {_MOST_CHOICES} lines or {_MOST_CHOICE_CHARACTERS} characters")
+    if len(written) > MAX_CHOICE_CHARACTERS or written.count("\n") > MAX_CHOICES:
+        raise PromptError(f"the list has more than {MAX_CHOICES} lines or {MAX_CHOICE_CHARACTERS} characters")
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     return distinct_choices([*lines, *[NONE] * none], where="the list") if lines else ()
 
@@ -164,7 +161,7 @@ async def ask(state: Any, history: Sequence[Exchange], question: Question, model
     start = perf_counter()
     if question.choices:
         scores, prompt_tokens = await choose(
-            state, prompt=prompt, clips=clips, choices=question.choices, adapter=adapter
+            state, prompt=prompt, clips=clips, choices=question.choices, negligible=NEGLIGIBLE, adapter=adapter
         )
         probabilities = tuple(likeliest(scores, len(scores)))
         text, tokens = probabilities[0][0], 0
