@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bio.checkpoint.directory import INDEX, SINGLE, inside
+from mergekit_bio.checkpoint.manifest import MANIFEST
 from mergekit_bio.errors import SourceError
-from mergekit_bio.outside_data import parse_yaml
+from mergekit_bio.outside_data import nearest, parse_yaml
 
 _LICENCES = ("LICEN[CS]E*", "USE_POLICY*", "NOTICE*", "COPYING*")
 
@@ -76,6 +77,10 @@ def resolve(source: str | Path, *, patterns: Sequence[str] | None = None) -> Sou
         return _from_directory(given, path)
     if path.exists():
         raise SourceError(f"{given}: is a file; name the directory that holds it, or a hub id")
+    if path.parent.is_dir() and (merged := [file.parent.name for file in path.parent.glob(f"[!.]*/{MANIFEST}")]):
+        raise SourceError(
+            f"{given}: no such directory beside the checkpoints in {path.parent}{nearest(path.name, merged)}"
+        )
     repo, folder, revision = _parts(given)
     if not is_hub_id(repo):
         raise SourceError(f"{given}: no such directory, and not a hub id (USER/REPO or USER/REPO@REVISION)")

@@ -24,6 +24,7 @@ from mergekit_bio.cli import (
     serve,
     verify,
 )
+from mergekit_bio.cli.console import tell
 from mergekit_bio.engine.vllm.log import leave_out_the_usual
 from mergekit_bio.errors import MergekitBioError
 
@@ -87,7 +88,7 @@ def main() -> NoReturn:
         message = _users_message(error)
         if message is None or os.environ.get("MERGEKIT_BIO_DEBUG"):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        tell(f"error: {message}")
         code = 1
     if code == INTERRUPTED:  # by an exception, or by typer, which turns Ctrl-C into this code
         print("interrupted", file=sys.stderr)

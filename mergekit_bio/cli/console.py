@@ -26,6 +26,19 @@ MAX_WIDTH = 100
 LINE_EVERY = 60.0
 
 
+def tell(text: str) -> None:
+    """Print on stderr. A terminal gets lines that break between words."""
+    if sys.stderr.isatty():
+        wrapper = textwrap.TextWrapper(
+            max(20, shutil.get_terminal_size().columns),
+            subsequent_indent="  ",
+            break_long_words=False,  # paths can be copied
+            break_on_hyphens=False,
+        )
+        text = "\n".join(map(wrapper.fill, text.split("\n")))
+    print(text, file=sys.stderr, flush=True)
+
+
 class Output:
     """How one command talks: chosen by ``--json`` and ``--quiet``.
 
@@ -49,15 +62,7 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Say what a user must know even under ``--quiet`` (stderr). A terminal gets lines that break between words."""
-        if sys.stderr.isatty():
-            wrapper = textwrap.TextWrapper(
-                max(20, shutil.get_terminal_size().columns),
-                subsequent_indent="  ",
-                break_long_words=False,  # paths can be copied
-                break_on_hyphens=False,
-            )
-            text = "\n".join(map(wrapper.fill, text.split("\n")))
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def result(self, document: Any, render: Callable[["Console"], None], lines: Iterable[str] = ()) -> None:
         """Print what the command was run for (stdout).

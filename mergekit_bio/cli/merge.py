@@ -104,6 +104,7 @@ def merge(
     push: Annotated[
         str | None, typer.Option(metavar="USER/REPO", help="Upload the result to the hub, a sweep to branches.")
     ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: create the repository private.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -117,6 +118,7 @@ def merge(
       mergekit-bio merge --alpha 0.5
       mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
     """
+    from mergekit_bio.errors import HubError
     from mergekit_bio.hub.push import PushedFile, check_ready, push_sweep
     from mergekit_bio.hub.push import push as push_checkpoint
     from mergekit_bio.merging.directory import companions
@@ -137,6 +139,8 @@ def merge(
     for note in _notes(plan):
         output.note(note)
     # 2. Find out before the long work whether its result could be pushed.
+    if private and not push:
+        raise HubError("--private: give it with --push USER/REPO")
     if push:
         check_ready(push, dry_run=dry_run)
     if dry_run:
@@ -158,9 +162,11 @@ def merge(
         if push:
             calm_client(quiet=quiet)
         if push and len(merged) > 1:
-            pushed += [report.url for report in push_sweep(request.destination, push, progress=arrived)]
+            pushed += [
+                report.url for report in push_sweep(request.destination, push, private=private, progress=arrived)
+            ]
         elif push:
-            pushed.append(push_checkpoint(merged[0].path, push, progress=arrived).url)
+            pushed.append(push_checkpoint(merged[0].path, push, private=private, progress=arrived).url)
         for url in pushed:
             output.note(url)
     finally:  # what is merged is merged, whatever the hub says
@@ -263,8 +269,8 @@ def _draw(console: "Console", plan: "MergePlan", merged: "tuple[MergedCheckpoint
         total = next((loss for loss in checkpoint.rounding_loss if loss.modules == "total"), None)
         cells = ["0: the base"] if checkpoint.unchanged else []
         if total is not None:
-            cells = [f"{total.delta_over_weight:.2%}", f"{total.loss:.3g}", f"{total.bias:.1e}"]
-            cells += [f"{total.loss_nearest:.3g}", f"{total.bias_nearest:.1e}"]
+            cells = [f"{total.delta_over_weight:.2%}", f"{total.loss:#.3g}", f"{total.bias:.1e}"]
+            cells += [f"{total.loss_nearest:#.3g}", f"{total.bias_nearest:.1e}"]
         table.add_row(checkpoint.alpha.label, *cells)
     console.print(table)
     where = merged[0].path if len(merged) == 1 else f"{merged[0].path.parent}/alpha-*"

@@ -89,8 +89,22 @@ def calm_client(*, quiet: bool) -> None:
 
 
 def _draw(console: "Console", reports: "Sequence[PushReport]") -> None:
+    if len(reports) == 1:
+        _draw_one(console, reports[0])
+        return
+    verb = "to send" if reports[0].commit is None else "sent"
+    table = table_of_numbers("", "branch", "files", verb, "bytes", "shared", "unchanged", box=None)
+    total = 0
     for report in reports:
-        _draw_one(console, report)
+        states = Counter(file.state for file in report.files)
+        sent = [file.bytes for file in report.files if file.state in ("planned", "uploaded")]
+        total += sum(sent)
+        numbers = [len(report.files), len(sent), human_bytes(sum(sent)), states["shared"], states["unchanged"]]
+        table.add_row(report.url.rpartition("/")[2], *map(str, numbers))
+    console.print(table)
+    console.print(f"{verb}: {human_bytes(total)}; shared: files that another strength brings")
+    _draw_notes(console, reports)
+    console.print(reports[0].url.partition("/tree/")[0], soft_wrap=True)
 
 
 def _draw_one(console: "Console", report: "PushReport") -> None:
@@ -105,8 +119,12 @@ def _draw_one(console: "Console", report: "PushReport") -> None:
     told += [f"{states['shared']} shared with another strength"] if states["shared"] else []
     told += [f"{states['unchanged']} unchanged"] if states["unchanged"] else []
     console.print(", ".join(told))
-    for path in report.removed:
-        console.print(f"removed from the repository, as this checkpoint has no such weights: {path}")
-    if report.left_out:
-        console.print(f"left out: {', '.join(report.left_out)}")
+    _draw_notes(console, [report])
     console.print(report.url + (f"/commit/{report.commit}" if report.commit else ""), soft_wrap=True)
+
+
+def _draw_notes(console: "Console", reports: "Sequence[PushReport]") -> None:
+    for path in dict.fromkeys(path for report in reports for path in report.removed):
+        console.print(f"removed from the repository, as this checkpoint has no such weights: {path}")
+    if left_out := dict.fromkeys(name for report in reports for name in report.left_out):
+        console.print(f"left out: {', '.join(left_out)}")

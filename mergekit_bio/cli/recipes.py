@@ -62,17 +62,23 @@ def show_recipe(
     """
     from dataclasses import asdict
 
+    from mergekit_bio.errors import RecipeError
     from mergekit_bio.eval.recipe.schema import load_recipe
     from mergekit_bio.eval.recipe.shipped import find_recipe
-    from mergekit_bio.outside_data import to_yaml
+    from mergekit_bio.outside_data import read_yaml, to_yaml
 
     output = Output(as_json=as_json, quiet=quiet)
-    loaded = load_recipe(find_recipe(recipe))
+    file = find_recipe(recipe)
+    loaded = load_recipe(file)
     for note in loaded.notes:
         output.note(f"note: {note}")
     resolved = asdict(loaded.recipe)
-    text = to_yaml(resolved)
-    output.result({"recipe": resolved}, lambda console: console.print(text, soft_wrap=True), text.splitlines())
+    # What is printed is a recipe again, wherever it is saved: a label map is the path of a file.
+    label_map = read_yaml(file, error=RecipeError).data.get("label_map")
+    as_recipe = resolved | {"label_map": str((file.parent / label_map).resolve()) if label_map else None}
+    as_recipe = {key: value for key, value in as_recipe.items() if key != "label_map" or value}
+    text = to_yaml(as_recipe)
+    output.result({"recipe": as_recipe}, lambda console: console.print(text, soft_wrap=True), text.splitlines())
 
 
 @app.command("copy")

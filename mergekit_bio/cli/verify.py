@@ -36,6 +36,9 @@ def verify(
 
     output = Output(as_json=as_json, quiet=quiet)
     sweep = checkpoints_of_sweep(directory)
+    for nested in (folder for folder in sorted(directory.glob("[!.]*/")) if sweep and folder not in sweep):
+        if inside := checkpoints_of_sweep(nested):
+            output.warn(f"note: left out: {nested}, {len(inside)} checkpoints; verify it by its name")
     results = []
     for folder in sweep or [directory]:
         total = Checkpoint.open(folder).nbytes if (folder / MANIFEST).exists() else 0

@@ -152,6 +152,8 @@ def ask_archive(
             table.begin(journal)
         # 3. Ask: one engine in this process, or Ray's workers with one each. What comes back goes into the journal, and
         # into the table as far as that can grow.
+        if not still_open and request.out:
+            listener.note(f"note: nothing is asked: {journal.file} has all answers")
         if still_open:
             listener.note(f"loading {request.model}")
             cluster = stack.enter_context(

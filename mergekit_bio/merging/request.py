@@ -141,6 +141,12 @@ def read_request(recipe: Path | None, options: Mapping[str, Any]) -> MergeReques
         document = read_yaml(recipe, error=RecipeError)
         if not isinstance(document.data, dict):
             raise document.problem((), "is not a mapping of options, such as 'base: ...'")
+        if "datasets" in document.data:
+            raise document.problem((), "is a recipe of 'mergekit-bio eval'")
+        if {"models", "slices", "merge_method"} & document.data.keys():
+            raise document.problem(
+                (), "is a configuration of mergekit; this reads base, adapter, alphas, dtype and so on"
+            )
         request = document.checked(MergeRequest)
     return replace(request, **{key: value for key, value in options.items() if value not in (None, [])})
 

@@ -92,7 +92,8 @@ def test_what_the_terminals_encoding_lacks_is_shown_escaped(encoding: str) -> No
 
     expected = text.encode(encoding.partition(":")[0], "backslashreplace") + b"\n"
     assert (run().stdout, run().stderr) == (expected, expected)
-    assert json.loads(run("json").stdout.decode(encoding.partition(":")[0])) == [text]
+    # JSON has no half of a surrogate pair.
+    assert json.loads(run("json").stdout.decode(encoding.partition(":")[0])) == [text.replace("\udcff", "\\udcff")]
 
 
 def test_a_bug_is_a_traceback(make_run) -> None:

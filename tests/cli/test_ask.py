@@ -53,6 +53,15 @@ def test_answers_every_window_of_a_long_recording(run: Run, recording, merged: P
     assert document["failed"] == []
 
 
+def test_a_checkpoint_that_is_not_beside_the_others_is_not_looked_for_on_the_hub(
+    run: Run, recording, merged: Path
+) -> None:
+    code, _, err = run(merged.with_name("alpha-0.5"), recording("a.wav"), "-p", QUESTION)
+
+    assert code == 1
+    assert err.endswith(f"no such directory beside the checkpoints in {merged.parent}; did you mean 'alpha-0.50'?\n")
+
+
 def test_windows_and_hop_are_the_users(run: Run, recording, merged: Path) -> None:
     path = recording("a.wav", seconds=6)
 

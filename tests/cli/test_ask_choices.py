@@ -266,6 +266,10 @@ def test_what_a_command_reads_it_does_not_write(run: Run, nights: Path, merged: 
             ["nights", "-p", "One of {species_list}?"],
             "the prompt says {species_list}; give the list with --choices FILE",
         ),
+        (
+            ["nights", "-p", "One of {species_lst} in {place}?", "--choices", "two.txt"],
+            "the prompt says {species_lst}; did you mean {species_list}?",
+        ),
     ],
 )
 def test_mistakes_get_one_clear_line(

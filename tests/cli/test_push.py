@@ -107,6 +107,9 @@ def test_a_sweep_and_its_receipts(hub: Hub, checkpoint: Path, tmp_path: Path) ->
     ]
     assert set(hub.repos[REPO].files("alpha-1.00")) == {".gitattributes", "README.md", "merge.json"}
     assert "owls is known by its directory only" in done.stderr
+    tried = run(hub, sweep, REPO, "--dry-run", home=tmp_path)
+    rows = [line.split() for line in tried.stdout.splitlines() if line.strip().startswith("alpha-")]
+    assert [row[0] for row in rows] == ["alpha-0.00", "alpha-1.00"] and len(tried.stdout.splitlines()) < 12
     refused = run(hub, sweep, REPO, "--revision", "v1", home=tmp_path)
     assert refused.returncode == 1 and "has a branch of its own" in refused.stderr
 

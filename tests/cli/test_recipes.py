@@ -4,6 +4,8 @@ import yaml
 from typer.testing import CliRunner
 
 from mergekit_bio.cli.recipes import app
+from mergekit_bio.eval.recipe.schema import load_recipe
+from mergekit_bio.eval.recipe.shipped import shipped_recipes
 
 
 def run(*arguments):
@@ -24,6 +26,9 @@ def test_show_prints_a_recipe_that_is_one(tmp_path):
     shown = yaml.safe_load(text)
     assert shown["queries"][0] == "What is the common name for the focal species in the audio?"
     assert json.loads(run("show", "watkins", "--json").stdout)["recipe"] == shown
+    for name, file in shipped_recipes().items():
+        (tmp_path / "mine.yaml").write_text(run("show", name).stdout)
+        assert load_recipe(tmp_path / "mine.yaml").recipe == load_recipe(file).recipe
 
 
 def test_copy_makes_the_files(tmp_path):

@@ -139,6 +139,7 @@ def test_the_data_can_be_elsewhere_than_the_recipe_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("base: a\nadapter: b\nalphas: [0.5]\n", "mine.yaml:1: is a recipe of 'mergekit-bio merge'; one of 'eval' has"),
         (SMALL + "querys: [a]\n", "mine.yaml:3: querys: unknown key; did you mean 'queries'?"),
         (SMALL + "generate:\n  num_beam: 2\n", "mine.yaml:4: generate.num_beam: unknown key; did you mean 'num_beams'"),
         (SMALL + "generate: {num_beams: two}\n", "mine.yaml:3: generate.num_beams: input should be a valid integer"),

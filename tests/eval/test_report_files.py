@@ -64,6 +64,17 @@ def test_the_table_of_a_narrow_terminal_breaks_no_word(report):
     assert [line.split()[0] for line in table] == ["0", "0.5", "1", "majority", "random"]
 
 
+def test_the_table_of_a_narrow_terminal_shows_each_share_whole_where_all_is_right(make_run):
+    """The widest that a value and its interval are."""
+    cells = read_runs([make_run()])
+    right = [replace(row, prediction=row.label) for row in cells[0].predictions]
+    closed = [replace(cell, predictions=right, labels=tuple({row.label for row in right})) for cell in cells]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(build_report(closed), console)
+    table = [line.split() for line in console.export_text().splitlines() if re.match(r"[\d.]+ +1\.000 \[1, 1\]", line)]
+    assert [row[-2:] for row in table] == [["0.000", "0.000"]] * 3
+
+
 @pytest.mark.parametrize("name", ["frogs[bold]", "frogs [b] [red]y"])
 def test_a_name_in_brackets_is_no_markup(make_run, name):
     console = Console(width=100, record=True, file=io.StringIO())

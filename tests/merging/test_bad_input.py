@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import mergekit_bio
 from mergekit_bio.checkpoint.publish import staged
 from mergekit_bio.cli.app import main
-from mergekit_bio.errors import AdapterError
+from mergekit_bio.errors import AdapterError, RecipeError
 from mergekit_bio.merging.request import read_request
 from mergekit_bio.merging.verify import verify
 
@@ -335,6 +335,20 @@ def test_a_recipe_whose_strengths_are_none(sources: Path, lines: str, named: str
     options = ["--recipe", recipe, "--base", sources / "base", *adapter, "--out", sources / "merged"]
 
     assert named in refused("merge", *options, watch=sources.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("datasets: [watkins]\n", "is a recipe of 'mergekit-bio eval'"),
+        ("merge_method: linear\nmodels: [{model: a}]\n", "is a configuration of mergekit; this reads base, adapter"),
+    ],
+)
+def test_a_recipe_of_another_kind(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        read_request(tmp_path / "mine.yaml", {})
+    assert said in str(error.value) and str(tmp_path / "mine.yaml") in str(error.value)
 
 
 def test_an_unquoted_sweep_in_a_recipe_is_a_sweep(sources: Path) -> None:

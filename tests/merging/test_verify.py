@@ -167,3 +167,13 @@ def test_sources_that_have_moved_are_given_anew(pristine, tmp_path):
     with pytest.raises(MergekitBioError, match="no such directory"):
         verify(tmp_path / "out", against_sources=True)
     assert verify(tmp_path / "out", against_sources=True, base=str(base), adapters=[str(adapter)]).recomputed == 16
+
+
+def test_checkpoints_in_a_folder_below_are_named_where_they_are_left_out(merged, tmp_path, command_line):
+    (folder := tmp_path / "checkpoints").mkdir()
+    (folder / "sweep").mkdir()
+    for place in ("one", "sweep/two", "sweep/three"):
+        (folder / place).symlink_to(merged)
+    code, out, err = command_line("verify", folder, "--quiet")
+    assert (code, out) == (0, f"{folder / 'one'}\n")
+    assert err == f"note: left out: {folder / 'sweep'}, 2 checkpoints; verify it by its name\n"

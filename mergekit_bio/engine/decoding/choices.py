@@ -1,7 +1,9 @@
 """A closed list in a prompt and in an answer: which choices there are, and how likely each is beside the others."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from mergekit_bio.engine.decoding.labels import log_sum_exp
 from mergekit_bio.errors import PromptError
@@ -42,8 +44,11 @@ def with_choices(prompt: str, choices: Sequence[str]) -> str:
     """The prompt with the choices, separated by commas, where it says ``{species_list}``.
 
     Raises:
-        PromptError: It says so, and there are no choices.
+        PromptError: It says so, and there are no choices; or it says nearly so.
     """
+    for name in re.findall(r"\{([A-Za-z_]\w*)\}", prompt):
+        if f"{{{name}}}" != FLAG and get_close_matches(name, [FLAG.strip("{}")], cutoff=0.7):
+            raise PromptError(f"the prompt says {{{name}}}; did you mean {FLAG}?")
     if FLAG not in prompt:
         return prompt
     if not choices:

@@ -164,6 +164,8 @@ def load_recipe(file: Path, *, data: str | Path | None = None) -> LoadedRecipe:
     if not isinstance(document.data, dict):
         raise document.problem((), "a recipe is a mapping of keys to values")
     content = document.data
+    if "datasets" not in content and {"base", "adapter", "alphas"} & content.keys():
+        raise document.problem((), "is a recipe of 'mergekit-bio merge'; one of 'eval' has datasets")
     notes: tuple[str, ...] = ()
     of_reference = is_reference(content)
     if of_reference:

@@ -144,7 +144,8 @@ def model(sweep: Sweep, item: Score) -> str:
 
 
 def _with_interval(sweep: Sweep, item: Score, metric: str) -> str:
-    low, high = (f"{bound:.3f}".removeprefix("0") for bound in item.intervals[metric])
+    # As narrow as its column: .824, and 1 rather than 1.000.
+    low, high = (f"{bound:.3f}".removeprefix("0").replace("1.000", "1") for bound in item.intervals[metric])
     return f"{item.metrics[metric]:.3f} [{low}, {high}]{mark(sweep, item, metric)}"
 
 
