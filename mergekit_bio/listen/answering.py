@@ -168,7 +168,8 @@ def ask_archive(
         summary, best = _summed_up(journal, heard, most=request.clips[0] if request.clips else 0)
         clips = 0
         if request.clips is not None:
-            clips = write_clips(best.ranked(), request.clips[1], cut=read_parts, note=listener.note)
+            cut = partial(read_parts, mixed=False)
+            clips = write_clips(best.ranked(), request.clips[1], cut=cut, note=listener.note)
         return Outcome(
             recordings=len(heard),
             windows=sum(recording.windows for recording in heard),
