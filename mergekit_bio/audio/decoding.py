@@ -8,19 +8,23 @@
 Where both decode a file their samples are the same: bit by bit for PCM and FLAC.
 """
 
+import errno
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import FileIO, RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bio.audio.byte_source import ByteSource
 from mergekit_bio.audio.clip import CLIP_SECONDS
 from mergekit_bio.audio.file_kind import HEAD_BYTES, what_else
-from mergekit_bio.audio.wav_chunks import wav_seconds
+from mergekit_bio.audio.sample_sizes import SampleSize, sample_size
+from mergekit_bio.audio.wav_chunks import WavLength, wav_length
 from mergekit_bio.audio.waveform import check_rate
 from mergekit_bio.errors import AudioError, MissingPackageError
 
@@ -49,8 +53,10 @@ _SCALES = {"u8": (128, 128.0), "s16": (0, 2.0**15), "s32": (0, 2.0**31), "flt": 
 
 #: How files begin that libsndfile decodes, beside Ogg.
 _LIBSNDFILES = (b"RIFF", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"riff")
-#: Seconds behind the end of a WAV by its header that are worth to be heard.
+#: Seconds behind the end of a file by its header that are worth to be heard, or to be spoken of.
 _LEAST_MISSED = 0.1
+#: libsndfile's number for an error of the system's (SF_ERR_SYSTEM).
+_SYSTEM_ERROR = 2
 #: Seconds by which a lossy encoder's frames may differ from what the header says without a note, and a lossless one's.
 _LOSSY_TOLERANCE, _LOSSLESS_TOLERANCE = 0.25, 0.01
 
@@ -82,18 +88,17 @@ def decode(path: Path, *, note: Note, start: float = 0.0) -> Iterator[Block]:
             yield from _skipped(_ogg(path, file, note), start)
             return
         # Where a WAV's header says less than there is, FFmpeg reads on to the end of the file.
-        stated, there = wav_seconds(file)
-        stale = stated < there - _LEAST_MISSED
+        wav = wav_length(file)
+        stale = _is_stale(wav)
         if head[:4] in _LIBSNDFILES and not stale:
-            with _libsndfile(file) as sound:
-                if sound is not None and sound.frames and not sound.subtype.startswith("MPEG"):
+            sizes = sample_size(file)
+            with _libsndfile(_mended(file, sizes)) as sound:
+                if _is_libsndfiles(sound):
                     yield from _libsndfile_blocks(sound, round(start * sound.samplerate))
-                    heard = sound.frames / sound.samplerate
-                    stated = stated if there else heard * _stated_share(sound)
-                    if stated > (there or heard) + _LOSSLESS_TOLERANCE:
-                        note(_differs(stated, heard))
+                    if text := _otherwise(sound, wav, sizes):
+                        note(text)
                     return
-    yield from _skipped(_ffmpeg(path, note, stated if stale else None), start)
+    yield from _skipped(_ffmpeg(path, note, wav.stated if stale else None), start)
 
 
 def begins_anywhere(path: Path) -> bool:
@@ -101,10 +106,9 @@ def begins_anywhere(path: Path) -> bool:
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(HEAD_BYTES)
-            stated, there = wav_seconds(file)
+            return head[:4] in _LIBSNDFILES and not _is_stale(wav_length(file))
     except OSError:  # whoever decodes it says so
         return True
-    return head[:4] in _LIBSNDFILES and stated >= there - _LEAST_MISSED
 
 
 def stated_length(path: Path) -> tuple[int, float]:
@@ -115,17 +119,17 @@ def stated_length(path: Path) -> tuple[int, float]:
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(HEAD_BYTES)
-            stated, there = wav_seconds(file)
-            stale = stated < there - _LEAST_MISSED
+            wav = wav_length(file)
+            stale = _is_stale(wav)
             if head[:4] in (*_LIBSNDFILES, b"OggS"):
-                with _libsndfile(file) as sound:
-                    if sound is not None and sound.frames and not sound.subtype.startswith("MPEG"):
-                        return sound.samplerate, there if stale else sound.frames / sound.samplerate
-        with _opened(_pyav(f"decoding {path.name}"), path, to_the_end=False) as container:
+                with _libsndfile(_mended(file, sample_size(file))) as sound:
+                    if _is_libsndfiles(sound):
+                        return sound.samplerate, wav.there if stale else sound.frames / sound.samplerate
+        with _opened(_pyav(f"decoding {path.name}"), path, to_the_end=False) as (container, _):
             stream = container.streams.best("audio")
             if stream is None or stream.codec_context is None:
                 return 0, 0.0
-            return stream.rate, there if stale else _stated_seconds(container, stream, path)[0] or 0.0
+            return stream.rate, wav.there if stale else _stated_seconds(container, stream, path)[0] or 0.0
     except (OSError, AudioError, MissingPackageError):
         return 0, 0.0
 
@@ -144,6 +148,10 @@ def _skipped(blocks: Iterator[Block], start: float) -> Iterator[Block]:
 
 def _block_frames(rate: int, channels: int) -> int:
     return max(1, min(int(CLIP_SECONDS * rate), _BLOCK_FRAMES, _BLOCK_SAMPLES // channels))
+
+
+def _is_stale(wav: WavLength) -> bool:
+    return wav.stated < wav.there - _LEAST_MISSED
 
 
 def _differs(stated: float, heard: float) -> str:
@@ -169,19 +177,56 @@ def soundfile() -> Any:
 
 
 @contextmanager
-def _libsndfile(file: "FileIO | _Rest") -> Iterator[Any]:
+def _libsndfile(file: FileIO | ByteSource) -> Iterator[Any]:
     """A file as a ``soundfile.SoundFile``; None where libsndfile does not know it."""
     library = soundfile()
     file.seek(0)
     try:
-        # By descriptor, which is faster than through Python; of a part of a file there is none.
-        source = file if isinstance(file, _Rest) else file.fileno()
-        sound = library.SoundFile(source, closefd=False)
+        # By descriptor, which is faster than through Python.
+        sound = library.SoundFile(file if isinstance(file, ByteSource) else file.fileno(), closefd=False)
     except library.SoundFileError:
+        _check(file)
         yield None
         return
     with sound:
-        yield sound
+        try:
+            yield sound
+        except Exception:
+            _check(file)
+            raise
+        _check(file)
+
+
+def _check(file: FileIO | ByteSource) -> None:
+    if isinstance(file, ByteSource):
+        file.check()
+
+
+def _is_libsndfiles(sound: Any) -> bool:
+    """Whether libsndfile decodes all of an opened file."""
+    return sound is not None and sound.frames > 0 and not sound.subtype.startswith("MPEG")
+
+
+def _mended(file: FileIO, sizes: SampleSize | None) -> FileIO | ByteSource:
+    """A file as libsndfile hears it to its end."""
+    return ByteSource(file, instead=sizes.mended) if sizes is not None and sizes.mended[1] else file
+
+
+def _otherwise(sound: Any, wav: WavLength, sizes: SampleSize | None) -> str:
+    """How what libsndfile hears of a file differs from its header; empty where it does not."""
+    heard = there = sound.frames / sound.samplerate
+    stated, zeros = heard * _stated_share(sound), 0.0
+    if wav.there:
+        stated, there, zeros = wav.stated, wav.there, wav.zeros
+    elif sizes is not None and sizes.zeros:
+        zeros = heard * (sizes.there / sizes.stated - 1)
+    elif sizes is not None:
+        stated = heard * sizes.stated / sizes.there
+    if zeros > _LEAST_MISSED:
+        return f"{zeros:.2f} s of zeros behind the {heard:.2f} s that its header says are left out"
+    if stated > there + _LOSSLESS_TOLERANCE or stated < there - _LEAST_MISSED:
+        return _differs(stated, heard)
+    return ""
 
 
 def _libsndfile_blocks(sound: Any, first: int = 0) -> Iterator[Block]:
@@ -197,6 +242,8 @@ def _libsndfile_blocks(sound: Any, first: int = 0) -> Iterator[Block]:
         while len(samples := sound.read(frames, dtype="float64", always_2d=True)):
             yield Block(samples, sound.samplerate)
     except soundfile().SoundFileError as error:
+        if getattr(error, "code", 0) == _SYSTEM_ERROR:  # which one it does not say
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         raise AudioError(f"cannot be decoded further ({_reason(error)})") from error
 
 
@@ -213,35 +260,13 @@ def _stated_share(sound: Any) -> float:
 # ---- Ogg
 
 
-class _Rest(RawIOBase):
-    """A file from a byte on, as if it began there."""
-
-    def __init__(self, file: FileIO, start: int) -> None:
-        self._file, self._start = file, start
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(self._start + offset if whence == 0 else offset, whence) - self._start
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-
 def _ogg(path: Path, file: FileIO, note: Note) -> Iterator[Block]:
     """The blocks of an Ogg file, of all streams that are chained in it one after the other (RFC 3533)."""
     parts, of_first, heard = 0, 0.0, 0.0
     following: int | None = 0
     try:
         while following is not None:
-            with _libsndfile(_Rest(file, following) if parts else file) as sound:
+            with _libsndfile(ByteSource(file, following) if parts else file) as sound:
                 if sound is None and parts:
                     raise AudioError("a part that is chained to it cannot be decoded")
                 if sound is None:
@@ -302,7 +327,7 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
     if (kind := what_else(path)) is not None:
         raise AudioError(f"cannot be decoded as audio: it is {kind}")
     av = _pyav(f"decoding {path.name}")
-    with _opened(av, path, to_the_end=stated is not None) as container:
+    with _opened(av, path, to_the_end=stated is not None) as (container, source):
         # 1. Which track, and how long it is by its header.
         stream = container.streams.best("audio")
         if stream is None:
@@ -330,13 +355,16 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
                         raise AudioError(f"its samples are of a kind that is not read ({frame.format.name})")
                     told.heard += frame.samples / frame.sample_rate
                     yield from gathered.add(frame)
+            source.check()
             told.ended = True
             yield from gathered.rest()
-        except (AudioError, av.FFmpegError) as error:
+        except (AudioError, OSError, av.FFmpegError) as error:
             yield from gathered.rest()
+            source.check()
             if isinstance(error, AudioError):
                 raise
-            raise AudioError(f"cannot be decoded further ({_words(error)})") from error
+            # Without FFmpeg's error, which may be the system's by its type and is not: see ByteSource.
+            raise AudioError(f"cannot be decoded further ({_words(error)})") from None
         # 3. Say what was otherwise than the header says, as far as it was heard.
         finally:
             if text := told.sentence():
@@ -356,19 +384,21 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _opened(av: Any, path: Path, *, to_the_end: bool) -> Iterator[Any]:
+def _opened(av: Any, path: Path, *, to_the_end: bool) -> Iterator[tuple[Any, ByteSource]]:
+    """A file as an ``av.container.InputContainer``, and the bytes that it reads."""
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     if to_the_end:
         options["ignore_length"] = "1"
-    try:
+    with path.open("rb", buffering=0) as file:
         # "file:" because a colon in a name would be taken for an address. Tags are in any encoding.
-        container = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise OSError(error.errno, error.strerror) from error
-    except av.FFmpegError as error:
-        raise AudioError(f"cannot be decoded as audio ({_words(error)})") from error
-    with container:
-        yield container
+        source = ByteSource(file, name=f"file:{path}")
+        try:
+            container = av.open(source, container_options=options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            source.check()
+            raise AudioError(f"cannot be decoded as audio ({_words(error)})") from None
+        with container:
+            yield container, source
 
 
 def _words(error: Any) -> str:

@@ -71,12 +71,14 @@ class Windows(Iterator[Clip]):
     """The windows of a recording, one after the other; :func:`read_windows` makes it.
 
     Attributes:
+        whole: Seconds of a window, but for the last one.
         sampling_rate: The recording's, in Hz; 0 before the first window.
         channels: How many it has.
         seconds: How much of it has been heard: when the windows have ended, its length.
     """
 
     def __init__(self, path: Path, *, window: float, hop: float, channel: int | None, note: Note | None) -> None:
+        self.whole = round(window * SAMPLING_RATE) / SAMPLING_RATE
         self._listening = _Listening(path, channel, note)
         self._clips = self._cut(round(window * SAMPLING_RATE), round(hop * SAMPLING_RATE))
 
@@ -190,19 +192,21 @@ def read_parts(
     parts: Iterable[tuple[float, float]],
     *,
     channel: int | None = None,
+    mixed: bool = True,
     note: Note | None = None,
 ) -> "Iterator[tuple[np.ndarray[Any, Any], int] | AudioError]":
     """Many parts of a recording, each as :func:`read_samples` gives it, in one way through the recording.
 
     Args:
         path: As in :func:`read_windows`, and so ``channel`` and ``note``.
+        mixed: As in :func:`read_samples`.
         parts: Start and length of each, in seconds, in the order of their starts; they may overlap.
 
     Returns:
         For each part its samples and their rate, or what is wrong with it.
     """
     parts, given = list(parts), 0
-    listening = _Listening(Path(path), channel, note)
+    listening = _Listening(Path(path), channel, note, mixed=mixed)
     with suppress(AudioError), listening.named():
         for _, samples, rate in _parts(listening, parts):
             given += 1
@@ -214,7 +218,7 @@ def read_parts(
             yield AudioError(f"{path}: {listening.broken}")
             continue
         try:
-            yield read_samples(path, start=start, seconds=seconds, channel=channel, note=note)
+            yield read_samples(path, start=start, seconds=seconds, channel=channel, mixed=mixed, note=note)
         except AudioError as error:
             yield error
 
@@ -289,11 +293,23 @@ def _cut_out(samples: "np.ndarray[Any, Any]", rate: int, start: float) -> Clip:
 
 
 def read_samples(
-    path: str | Path, *, seconds: float, start: float = 0.0, channel: int | None = None, note: Note | None = None
+    path: str | Path,
+    *,
+    seconds: float,
+    start: float = 0.0,
+    channel: int | None = None,
+    mixed: bool = True,
+    note: Note | None = None,
 ) -> "tuple[np.ndarray[Any, Any], int]":
     """Decode a part of a recording, and nothing behind it.
 
     A recording that breaks in this part is heard up to there, if that is 0.5 s or more, and ``note`` is told.
+
+    Args:
+        path: As in :func:`read_windows`, and so ``channel`` and ``note``; but all channels are given, not their mean.
+        seconds: How long the part is.
+        start: Where it begins, in seconds.
+        mixed: Whether the channels will be mixed: then more than 16 are refused, and what a mean loses is noted.
 
     Returns:
         float64 ``[samples]``, or ``[samples, channels]`` of several, and their rate in Hz: those from
@@ -304,7 +320,7 @@ def read_samples(
     """
     import numpy as np
 
-    listening = _Listening(Path(path), channel, note)
+    listening = _Listening(Path(path), channel, note, mixed=mixed)
     with listening.named():
         taken: list[np.ndarray[Any, Any]] = []
         frames = rate = 0
@@ -360,6 +376,7 @@ class _Listening:
         path: The recording.
         channel: What is heard of it: a channel, counted from 1, or None for all.
         note: Is told what a user should know.
+        mixed: Whether all are heard as their mean.
         rate: Its rate in Hz, and ``channels`` how many it has; 0 at first.
         seconds: Where we are.
         broken: Why it ended before its end.
@@ -368,13 +385,14 @@ class _Listening:
     path: Path
     channel: int | None
     note: Note | None
+    mixed: bool = True
     rate: int = 0
     channels: int = 0
     seconds: float = 0.0
     broken: AudioError | None = None
 
     def __post_init__(self) -> None:
-        self._levels = Levels(mixed=self.channel is None)
+        self._levels = Levels(mixed=self.mixed and self.channel is None)
 
     def tell(self, text: str) -> None:
         """Note a sentence about the recording."""
@@ -408,9 +426,9 @@ class _Listening:
         import numpy as np
 
         channels = block.samples.shape[1]
-        if self.channel is None:
+        if self.channel is None and self.mixed:
             check_channels(channels)
-        elif self.channel > channels:
+        elif self.channel is not None and self.channel > channels:
             raise AudioError(f"there is no channel {self.channel}; it has {channels}")
         samples = block.samples if self.channel is None else block.samples[:, self.channel - 1 : self.channel]
         whole = bool(np.isfinite(samples).all())

@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 from mergekit_bio.audio.wav_chunks import wav_chunks
 
-#: A recorder whose clock was never set begins in 1970, or in 1980.
-_FIRST_YEAR = 1990
+#: A recorder whose clock was never set begins in 1970, or in 1980; one that is set wrongly may end with the calendar.
+_FIRST_YEAR, _LAST_YEAR = 1990, 2100
 
 #: Chunks of text are small; whatever is longer is not read.
 _LONGEST_TEXT = 1 << 20
@@ -61,10 +61,10 @@ class RecordingTime:
 
 
 def recording_time(path: Path) -> RecordingTime | None:
-    """When a recording was made; None where neither the file nor its name tells, or its clock was not set."""
+    """When a recording was made; None where neither the file nor its name tells, or its clock was not set right."""
     guano, comment = _written_into(path)
     time = _of_guano(guano) or _of_audiomoth(comment) or _of_name(path.stem)
-    return time if time and time.began.year >= _FIRST_YEAR else None
+    return time if time and _FIRST_YEAR <= time.began.year <= _LAST_YEAR else None
 
 
 def _of_guano(fields: Mapping[str, str]) -> RecordingTime | None:

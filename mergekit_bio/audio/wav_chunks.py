@@ -1,9 +1,12 @@
 """The chunks of a WAV file (RIFF, RF64, BW64): which there are, and how long its samples are."""
 
+import errno
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import FileIO
 from typing import BinaryIO
 
@@ -44,36 +47,113 @@ def wav_chunks(file: BinaryIO | FileIO) -> Iterator[tuple[bytes, int, int | None
         position += size + size % 2
 
 
-def wav_seconds(file: FileIO) -> tuple[float, float]:
-    """How long a WAV is by its header, and how long if its samples go on to the file's end; of other files 0 and 0.
+@dataclass(frozen=True)
+class WavLength:
+    """How long a WAV is, in seconds. Of other files all are 0.
 
-    Where other chunks follow the samples both are the same. The sizes of a recorder whose battery died are 0, or those
-    of an earlier moment; beyond 4 GB, what is left of them in 32 bits; of a WAV out of a pipe, infinite.
+    Attributes:
+        stated: By its header. The sizes of a recorder whose battery died are 0, or those of an earlier moment; beyond
+            4 GB, what is left of them in 32 bits; of a WAV out of a pipe, infinite.
+        there: If its samples go on to the file's end; the same where something else follows them.
+        zeros: How much of the file behind its samples is zero, to the file's end, and no sound.
     """
+
+    stated: float = 0.0
+    there: float = 0.0
+    zeros: float = 0.0
+
+
+def wav_length(file: FileIO) -> WavLength:
+    """How long a WAV is by its header, and by its size."""
     bytes_a_second = 0
     for name, position, size in wav_chunks(file):
         if name == b"fmt ":
             *_, bytes_a_second = struct.unpack("<HHII", file.read(12).ljust(12, b"\0"))
         elif name == b"data":
-            return _seconds_of(file, position, size, bytes_a_second) if bytes_a_second else (0, 0)
-    return 0, 0
+            return _length_of(file, position, size, bytes_a_second) if bytes_a_second else WavLength()
+    return WavLength()
 
 
-def _seconds_of(file: FileIO, position: int, size: int | None, bytes_a_second: int) -> tuple[float, float]:
+def _length_of(file: FileIO, position: int, size: int | None, bytes_a_second: int) -> WavLength:
     """The same for samples that begin at a place and have a size."""
     end = file.seek(0, 2)
     there = (end - position) / bytes_a_second
     if size is None:
-        return math.inf, there
-    if size and size < end - position:
-        file.seek(position + size)
-        behind = file.read(64)
-        # Padding is no sound, nor is a chunk, which begins at once or at the next even byte. Samples that look like its
-        # name are followed by what would be a size beyond the end of the file.
-        chunk = re.match(rb"\0?([ -~]{4})(....)", behind, re.DOTALL)
-        is_chunk = chunk and (
-            chunk[1] in _BEHIND_SAMPLES or position + size + chunk.end() + int.from_bytes(chunk[2], "little") <= end
-        )
-        if len(behind) < 64 or is_chunk or not behind.strip(b"\0"):
-            return there, there
-    return size / bytes_a_second, there
+        return WavLength(math.inf, there)
+    behind = position + size
+    if size and behind < end:
+        if is_zero_from(file, behind):
+            return WavLength(there, there, (end - behind) / bytes_a_second)
+        if end - behind < 64 or are_chunks(file, behind, RIFF) or (behind % 2 and are_chunks(file, behind + 1, RIFF)):
+            return WavLength(there, there)
+    return WavLength(size / bytes_a_second, there)
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """How chunks of a family of files are laid out.
+
+    Attributes:
+        head: Name and size, in the words of ``struct``.
+        counted: Bytes of the head that the size counts too.
+        aligned: Contents are filled up to multiples of this.
+    """
+
+    head: str
+    counted: int
+    aligned: int
+
+    def read(self, file: FileIO, position: int) -> tuple[bytes, int] | None:
+        """The name of the chunk at a place, and the size of its content; None where the file ends before."""
+        file.seek(position)
+        head = file.read(struct.calcsize(self.head))
+        if len(head) < struct.calcsize(self.head):
+            return None
+        name, size = struct.unpack(self.head, head)
+        return name, size - self.counted
+
+    def following(self, position: int, size: int) -> int:
+        """Where the chunk begins that follows one at a place."""
+        return position + struct.calcsize(self.head) + size + -size % self.aligned
+
+
+RIFF = ChunkLayout("<4sI", 0, 2)
+
+
+def are_chunks(file: FileIO, position: int, layout: ChunkLayout) -> bool:
+    """Whether chunks stand behind a file's samples, and not more samples.
+
+    Samples may look like a chunk's name, and be followed by what may be its size. But they hardly look like one chunk
+    after the other to the file's end, or to zeros.
+    """
+    end = file.seek(0, 2)
+    first = position
+    while position < end - 1:  # a last byte may fill up a chunk
+        head = layout.read(file, position)
+        if head is None or not _NAME.fullmatch(head[0][:4]):
+            return position > first and is_zero_from(file, position)
+        if head[0] in _BEHIND_SAMPLES:
+            return True
+        if head[1] < 0:
+            return False
+        position = layout.following(position, head[1])
+    return position <= end + layout.aligned
+
+
+def is_zero_from(file: FileIO, position: int) -> bool:
+    """Whether a file is zero from a place to its end, as where a recorder has reserved more than it wrote."""
+    zeros = bytes(1 << 18)
+    while True:
+        try:
+            # The holes of a sparse file are passed over.
+            position = os.lseek(file.fileno(), position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole
+                return True
+        file.seek(position)
+        block = file.read(len(zeros))
+        if block != zeros[: len(block)]:
+            return False
+        if not block:
+            return True
+        position += len(block)

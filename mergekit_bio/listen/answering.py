@@ -173,8 +173,9 @@ def ask_archive(
         summary, best = _summed_up(journal, heard, most=request.clips[0] if request.clips else 0)
         clips, clips_error = 0, None
         if request.clips is not None:
+            cut = partial(read_parts, mixed=False)
             try:
-                clips = write_clips(best.ranked(), request.clips[1], cut=read_parts, note=listener.note)
+                clips = write_clips(best.ranked(), request.clips[1], cut=cut, note=listener.note)
             except OutputError as error:  # after all answers are there: they are not lost for it
                 clips_error = str(error)
         return Outcome(

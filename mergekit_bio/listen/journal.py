@@ -13,7 +13,7 @@ from typing import Any
 from mergekit_bio.audio.recording import decoder
 from mergekit_bio.errors import OutputError, RunError
 from mergekit_bio.listen.asking import AnsweredWindow
-from mergekit_bio.listen.reading import Ended, OpenRecording, place_of, stamp_of
+from mergekit_bio.listen.reading import Ended, OpenRecording, content_of, place_of, stamp_of
 from mergekit_bio.listen.selected import Span
 from mergekit_bio.outside_data import changes
 
@@ -170,8 +170,8 @@ class Journal:
     ) -> tuple[list[OpenRecording], int]:
         """Which of these recordings have windows that are not answered, in their order.
 
-        One that has changed since is to be heard anew. One that failed is only tried again once it, or what decodes
-        it, has changed.
+        One that has changed since is to be heard anew. One that failed is only tried again once it, the permission to
+        read it, or what decodes it has changed.
 
         Args:
             paths: The recordings.
@@ -203,9 +203,10 @@ class Journal:
                 number, stamp_before, state, decoded_by = known
                 values = (os.fsencode(path), position, stamp, number)
                 self._db.execute("UPDATE recordings SET path = ?, position = ?, stamp = ? WHERE id = ?", values)
-                if stamp != stamp_before or (state == "failed" and decoded_by != decoder()):
+                is_other = content_of(stamp) != content_of(stamp_before)
+                if is_other or (state == "failed" and (stamp != stamp_before or decoded_by != decoder())):
                     answered = self._db.execute("DELETE FROM windows WHERE recording = ?", (number,)).rowcount
-                    changed += answered > 0 and stamp != stamp_before
+                    changed += answered > 0 and is_other
                     state = "open"
                 if state == "open":
                     self._db.execute("UPDATE recordings SET state = 'open', error = NULL WHERE id = ?", (number,))

@@ -20,7 +20,7 @@ from mergekit_bio.audio.recording import decoder
 from mergekit_bio.checkpoint.header import build_header
 from mergekit_bio.errors import RunError
 from mergekit_bio.listen.publishing import problems_with, whole_file
-from mergekit_bio.listen.reading import Ended, OpenRecording, stamp_of
+from mergekit_bio.listen.reading import Ended, OpenRecording, content_of, stamp_of
 from mergekit_bio.outside_data import changes
 
 FORMATS = (".safetensors", ".npz")
@@ -115,7 +115,8 @@ class Parts:
                 if self._is_current(name, note):
                     self.rows[name] += count
             for name, error in note["ended"].items():
-                if self._is_current(name, note) and (error is None or note["decoder"] == decoder()):
+                may_be_mended = note["decoder"] != decoder() or note["stamps"][name] != self._stamps.get(name)
+                if self._is_current(name, note) and (error is None or not may_be_mended):
                     ended.add(name)
                     if error is not None:
                         self.failed[name] = error
@@ -216,7 +217,7 @@ class Parts:
 
     def _is_current(self, name: str, note: Mapping[str, Any]) -> bool:
         """Whether what a part says of a recording is about the file as it is."""
-        return bool(note["stamps"][name] == self._stamps.get(name))
+        return content_of(note["stamps"][name]) == content_of(self._stamps.get(name, ""))
 
     def _runs(self, names: Sequence[str]) -> list[tuple[Path, int, int]]:
         """Where the rows of recordings stand, in order: a part, the first row there, and the one after the last.

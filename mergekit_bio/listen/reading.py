@@ -26,6 +26,8 @@ _DECODED = 8
 _TOGETHER = 16
 #: Seconds after which a thread that waits looks whether it is still needed.
 _PATIENCE = 0.1
+#: In the stamp of a file that may not be read.
+_UNREADABLE = " unreadable"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Ended:
         error: Why it is no use, or not from some second on.
         notes: What a user should know of it.
         passing: Whether the error need not be the recording's own, such as that of a disk that has gone: it is tried
-            again the next time.
+            again the next time, from where it breaks.
         deadly: Whether workers died of it.
     """
 
@@ -93,12 +95,18 @@ def each_once(paths: Sequence[Path]) -> list[Path]:
 
 
 def stamp_of(path: str | Path) -> tuple[str, int]:
-    """What changes with a file's content, and its size in bytes."""
+    """What changes with a file's content, or with the permission to read it; and its size in bytes."""
     try:
         stat = Path(path).stat()
+        readable = os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
     except OSError:  # gone since it was found: whoever opens it says so
         return "gone", 0
-    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+    return f"{stat.st_size} {stat.st_mtime_ns}{'' if readable else _UNREADABLE}", stat.st_size
+
+
+def content_of(stamp: str) -> str:
+    """What of a stamp changes with a file's content."""
+    return stamp.replace(_UNREADABLE, "")
 
 
 class Cuts(Protocol):
@@ -111,6 +119,10 @@ class Cuts(Protocol):
     @property
     def seconds(self) -> float:
         """How long the recording is, as far as it was heard."""
+
+    @property
+    def whole(self) -> float:
+        """Seconds of a window that no end and no break has cut; 0 where each has its own length."""
 
     def __iter__(self) -> Iterator[Clip]: ...
 
@@ -134,7 +146,12 @@ def windows_of(*, window: float, hop: float, channel: int | None) -> Cut:
 
 
 class _NamedWindows:
-    """The windows of a recording that tables name. It is not heard to its end: how long it is, its header says."""
+    """The windows of a recording that tables name. It is not heard to its end: how long it is, its header says.
+
+    A break cuts none of them: what lies before it is not given.
+    """
+
+    whole = 0.0
 
     def __init__(self, path: str, windows: Sequence[Span], channel: int | None, note: Note) -> None:
         self._windows = windows
@@ -278,17 +295,26 @@ class WindowReader:
     def _windows_into(self, recording: OpenRecording, buffer: "Queue[Window | Ended | BaseException]") -> Ended:
         notes: list[str] = []
         windows, error, passing = self._cut(recording, notes.append), None, False
+        held: Window | None = None
         try:
             for number, clip in enumerate(windows):
                 if self._stopped:
                     break
+                if held is not None:
+                    self._put(held, buffer)
+                    held = None
                 if number >= recording.first:
-                    self._put(Window(recording.path, number, clip, self._is_quiet(clip)), buffer)
+                    held = Window(recording.path, number, clip, self._is_quiet(clip))
         except AudioError as failure:
             error = str(failure)
-            passing = _is_the_systems(failure) or not Path(recording.path).exists()
+            passing = _passes(failure, recording.path)
+            # The next time the window that the break has cut is whole.
+            if passing and held is not None and held.clip.end - held.clip.start < windows.whole - 1e-6:
+                held = None
         finally:
             windows.close()
+        if held is not None:
+            self._put(held, buffer)
         return Ended(recording.path, windows.seconds, windows.sampling_rate or None, error, tuple(notes), passing)
 
     def _put(self, item: Window | Ended | BaseException, buffer: "Queue[Window | Ended | BaseException]") -> None:
@@ -298,8 +324,14 @@ class WindowReader:
                 return
 
 
-def _is_the_systems(error: BaseException | None) -> bool:
-    """Whether the system's error is behind it: a disk, a network or a permission."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__
-    return error is not None
+def _passes(error: AudioError, path: str) -> bool:
+    """Whether an error is a disk's or a network's, and not the recording's own.
+
+    A permission that is lacking is: it may stay away, and once it is given, the recording's stamp is another.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    if isinstance(cause, PermissionError):
+        return False
+    return cause is not None or not os.access(path, os.F_OK)

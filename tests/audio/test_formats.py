@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mergekit_bio.audio.clip import Clip
-from mergekit_bio.audio.decoding import stated_length
+from mergekit_bio.audio.decoding import decode, stated_length
 from mergekit_bio.audio.recording import read_clip, read_clips, read_parts, read_samples, read_windows
 from mergekit_bio.errors import AudioError
 from mergekit_bio.listen.reading import OpenRecording, windows_of
@@ -277,3 +277,18 @@ def test_of_a_video_the_sound_is_heard_and_of_several_tracks_one_that_is_named(v
     assert frequencies[np.abs(np.fft.rfft(heard)).argmax()] == pytest.approx(440, abs=2)
     several = [f"{videos / name}: there are 2 audio tracks in it; number 1 is heard"]
     assert notes == (several if name == "tracks.mkv" else [])
+
+
+@pytest.mark.parametrize("name", ["flac.mkv", "a.webm"])
+def test_what_ffmpeg_calls_the_systems_error_in_a_file_that_was_cut_off_is_the_files(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    """ "Input/output error", say, in its header; the next time it would be the same."""
+    if not (folder / name).exists():
+        pytest.skip(f"this ffmpeg cannot write {name}")
+    whole = (folder / name).read_bytes()
+    for end in range(50, 800, 50):
+        (tmp_path / name).write_bytes(whole[:end])
+        with pytest.raises(AudioError) as caught:
+            list(decode(tmp_path / name, note=str))
+        assert caught.value.__cause__ is None

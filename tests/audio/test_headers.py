@@ -1,13 +1,16 @@
 """Recordings whose headers lie are heard to their end, and a note says so."""
 
+import errno
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from audio.failing_disk import fail_reads
 
-from mergekit_bio.audio.decoding import stated_length
+from mergekit_bio.audio.decoding import decode, stated_length
 from mergekit_bio.audio.recording import read_samples, read_windows
 from mergekit_bio.errors import AudioError
 
@@ -63,19 +66,128 @@ def test_a_wav_is_as_long_as_its_samples_whatever_its_sizes_say(tmp_path, data: 
 
 
 @pytest.mark.parametrize(
-    "behind", [b"LIST\x04\0\0\0INFO", b"guan\x90\0\0\0" + b"GUANO|Version: 1" * 9, bytes(5000), b"\xff\x01"]
+    "behind",
+    [
+        b"LIST\x04\0\0\0INFO",
+        b"guan\x90\0\0\0" + b"GUANO|Version: 1" * 9,
+        b"mine\x80\0\0\0" + b"\x01" * 128 + b"too \x02\0\0\0\xff\xff" + bytes(500),
+        bytes(4000),
+        b"\xff\x01",
+    ],
 )
 def test_what_stands_behind_a_wavs_samples_is_not_heard(tmp_path, behind: bytes) -> None:
     (tmp_path / "a.wav").write_bytes(written(tmp_path / "a.wav", "WAV") + behind)
     assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [], [(0, 10), (10, 12.3)])
 
 
-def test_samples_that_look_like_a_chunks_name_are_heard(tmp_path) -> None:
-    """A stale size ends where the next samples, of 8 bits, read "wxyz"."""
-    loud = np.tile(np.frombuffer(b"wxyz\xf0\xf1\xf2\xf3", np.uint8).astype(float) / 128 - 1, RATE)
+@pytest.mark.parametrize("size", [b"\xf0\xf1\xf2\xf3", b"\x11\0\0\0"])
+def test_samples_that_look_like_a_chunks_name_are_heard(tmp_path, size: bytes) -> None:
+    """A stale size ends where the next samples, of 8 bits, read "wxyz" and a number."""
+    loud = np.tile(np.frombuffer(b"wxyz" + size, np.uint8).astype(float) / 128 - 1, RATE)
     whole = written(tmp_path / "a.wav", "WAV", loud, subtype="PCM_U8")
     (tmp_path / "a.wav").write_bytes(with_wav_sizes(whole, 4 * RATE, 36))
     assert heard(tmp_path / "a.wav")[:2] == (8.0, ["its header says 4.00 s; 8.00 s are heard"])
+
+
+def test_silence_where_a_stale_size_ends_is_heard_and_what_follows(tmp_path) -> None:
+    """A recorder that lost its power wrote 6 s into its header, and digital silence goes on for a second there."""
+    samples = SAMPLES.copy()
+    samples[6 * RATE : 7 * RATE] = 0
+    whole = written(tmp_path / "a.wav", "WAV", samples)
+    (tmp_path / "a.wav").write_bytes(with_wav_sizes(whole, 2 * 6 * RATE, 36 + 2 * 6 * RATE))
+    note = "its header says 6.00 s; 12.30 s are heard"
+    assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [note], [(0, 10), (10, 12.3)])
+
+
+def test_a_day_of_nothing_behind_the_samples_is_left_out_with_a_note_and_costs_nothing(tmp_path) -> None:
+    """A sparse file: read through, it would be 40 GB."""
+    written(tmp_path / "a.wav", "WAV")
+    seconds = 40e9 / 2 / RATE
+    os.truncate(tmp_path / "a.wav", 44 + 2 * len(SAMPLES) + 40_000_000_000)
+    note = f"{seconds:.2f} s of zeros behind the 12.30 s that its header says are left out"
+    assert heard(tmp_path / "a.wav") == (pytest.approx(SECONDS), [note], [(0, 10), (10, 12.3)])
+    assert stated_length(tmp_path / "a.wav") == (RATE, pytest.approx(SECONDS))
+    with (tmp_path / "a.wav").open("r+b") as file:  # and with sound behind the hole all of it is
+        file.seek(-2000, 2)
+        file.write(b"\x10\x20" * 1000)
+    assert stated_length(tmp_path / "a.wav") == (RATE, pytest.approx(SECONDS + seconds))
+
+
+#: Of each format: where the size of its samples stands, how it is written, and what it counts beside them.
+SIZES = {
+    "AIFF": (lambda content: content.index(b"SSND") + 4, ">I", 8),
+    "AU": (lambda content: 8, ">I", 0),
+    "CAF": (lambda content: content.index(b"data") + 4, ">q", 4),
+    "W64": (lambda content: content.index(b"data\xf3") + 16, "<q", 24),
+}
+HALF = "its header says 6.15 s; 12.30 s are heard"
+
+
+def with_size(content: bytes, form: str, size: int) -> bytes:
+    """With another size of the samples, in bytes."""
+    find, kind, more = SIZES[form]
+    at = find(content)
+    assert struct.unpack_from(kind, content, at)[0] == 2 * len(SAMPLES) + more, "as libsndfile has written it"
+    return patched(content, at, struct.pack(kind, size + more))
+
+
+@pytest.mark.parametrize("form", SIZES)
+@pytest.mark.parametrize(("size", "note"), [(len(SAMPLES) - 1, HALF), (0, NO_LENGTH)])
+def test_other_formats_are_as_long_as_their_samples_too(tmp_path, form: str, size: int, note: str) -> None:
+    whole = written(tmp_path / "a", form)
+    expected, _ = soundfile.read(tmp_path / "a")
+    assert heard(tmp_path / "a")[1] == []
+    (tmp_path / "a").write_bytes(with_size(whole, form, size))
+
+    assert heard(tmp_path / "a") == (pytest.approx(SECONDS, abs=1e-4), [note], [(0, 10), (10, 12.3)])
+    assert np.array_equal(read_samples(tmp_path / "a", seconds=60)[0][: len(expected)], expected)
+    part = slice(round(9.5 * RATE), round(11.5 * RATE))
+    assert np.array_equal(read_samples(tmp_path / "a", start=9.5, seconds=2)[0], expected[part])
+    assert stated_length(tmp_path / "a") == (RATE, pytest.approx(SECONDS, abs=1e-4))
+
+
+def test_an_aiff_whose_power_was_lost_before_any_size_was_written_is_heard(tmp_path) -> None:
+    """FORM 46, no frames in COMM, and 8 in SSND: those of its own fields."""
+    whole = with_size(written(tmp_path / "a", "AIFF"), "AIFF", 0)
+    without = patched(whole, whole.index(b"COMM") + 10, bytes(4))
+    (tmp_path / "a").write_bytes(patched(without, 4, struct.pack(">I", 46)))
+    assert heard(tmp_path / "a") == (pytest.approx(SECONDS), [NO_LENGTH], [(0, 10), (10, 12.3)])
+
+
+@pytest.mark.parametrize(
+    ("form", "behind", "notes"),
+    [
+        ("AIFF", b"NAME\0\0\0\x10Acrocephalus 123" + b"AUTH\0\0\x08\0" + b"me" * 1024, []),
+        ("CAF", b"info\0\0\0\0\0\0\x40\0" + b"by\0me\0" * 2730 + b"abcd", []),
+        ("AU", bytes(22_050), ["0.50 s of zeros behind the 12.30 s that its header says are left out"]),
+        ("AIFF", bytes(22_050), ["0.50 s of zeros behind the 12.30 s that its header says are left out"]),
+        ("CAF", bytes(22_050), ["0.50 s of zeros behind the 12.30 s that its header says are left out"]),
+    ],
+)
+def test_what_stands_behind_other_formats_samples_is_not_heard(tmp_path, form: str, behind: bytes, notes) -> None:
+    (tmp_path / "a").write_bytes(written(tmp_path / "a", form) + behind)
+    assert heard(tmp_path / "a") == (pytest.approx(SECONDS), notes, [(0, 10), (10, 12.3)])
+
+
+@pytest.mark.parametrize("form", ["WAV", "AIFF", "stale CAF", "OGG", "chained OGG", "FLAC", "MP3"])
+def test_a_disk_that_fails_is_told_from_a_recording_that_does(tmp_path, form: str, capfd) -> None:
+    noise = np.random.default_rng(1).uniform(-0.5, 0.5, 40 * RATE)
+    whole = written(tmp_path / "a", form.split()[-1], noise)
+    if form == "chained OGG":
+        (tmp_path / "a").write_bytes(written(tmp_path / "a", "OGG", SAMPLES[: 5 * RATE]) + whole)
+    if form == "stale CAF":
+        (tmp_path / "a").write_bytes(patched(whole, whole.index(b"data") + 4, struct.pack(">q", RATE)))
+    notes: list[str] = []
+    blocks = decode(tmp_path / "a", note=notes.append)
+    seconds = 0.0
+    with pytest.raises(OSError) as caught:
+        for block in blocks:
+            seconds += len(block.samples) / block.rate
+            if seconds > 9:
+                fail_reads(tmp_path / "a")
+    assert caught.value.errno == errno.EIO
+    assert 9 < seconds < 35
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_part_of_a_recording_that_cannot_be_sought_in_is_the_whole_ones(tmp_path) -> None:

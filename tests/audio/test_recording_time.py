@@ -132,6 +132,21 @@ def test_guanos_formats_of_a_time_are_read(tmp_path: Path, written: str, read: s
     assert found.at(0)[:23] == read[:23] and found.at(0)[-6:] == read[-6:]
 
 
+@pytest.mark.parametrize("timestamp", ["9999-12-31T23:59:59", "9999-12-31T23:59:59-14:00", "2101-01-01T00:00:00Z"])
+def test_a_clock_that_was_set_to_the_calendars_end_tells_nothing(tmp_path: Path, timestamp: str) -> None:
+    guano = f"GUANO|Version: 1.0\nTimestamp: {timestamp}\n".encode()
+    guano += b" " * (len(guano) % 2)
+    chunk = b"guan" + struct.pack("<I", len(guano)) + guano
+    assert recording_time(with_chunk(tmp_path / "20180406_191730.wav", chunk, before_data=False)) is None
+
+
+def test_audiomoths_comment_of_the_calendars_end_tells_nothing(tmp_path: Path) -> None:
+    comment = b"Recorded at 23:59:59 31/12/9999 (UTC) by AudioMoth\0\0"
+    inner = b"INFOICMT" + struct.pack("<I", len(comment)) + comment
+    chunk = b"LIST" + struct.pack("<I", len(inner)) + inner
+    assert recording_time(with_chunk(tmp_path / "a.wav", chunk, before_data=True)) is None
+
+
 def test_time_expansion_is_taken_back(tmp_path: Path) -> None:
     text = "GUANO|Version: 1.0\nTimestamp: 2012-03-29T03:58:01\nTE: 10\n"
     text += " " * (len(text) % 2)

@@ -4,11 +4,13 @@ import csv
 import random
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from listen.archive import QUESTION, Listening, ask
 
 from mergekit_bio.audio.finding import find_recordings
 from mergekit_bio.errors import AudioError, OutputError
@@ -70,6 +72,21 @@ def test_files_are_the_recordings_samples(tmp_path: Path, recording: Path) -> No
     heard, rate = soundfile.read(tmp_path / "clips" / rows[0]["file"], dtype="int16")
     whole, _ = soundfile.read(recording, dtype="int16")
     assert rate == 44_100 and (heard == whole[round(2.5 * rate) : 5 * rate]).all()
+
+
+def test_all_channels_of_an_array_of_microphones_of_which_one_is_heard_are_cut(tmp_path: Path, merged: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (3 * 16_000, 17))
+    (tmp_path / "array").mkdir()
+    soundfile.write(tmp_path / "array/a.wav", samples, 16_000)
+    question = replace(QUESTION, channel=3, choices=("marsh wren", "sora"))
+    listening = Listening()
+
+    outcome = ask(merged, tmp_path / "array", question=question, clips=(1, tmp_path / "clips"), listener=listening)
+
+    (clip,) = (tmp_path / "clips").rglob("*.wav")
+    whole, _ = soundfile.read(tmp_path / "array/a.wav", dtype="int16")
+    assert outcome.clips == 1 and not [note for note in listening.notes if "channel" in note]
+    assert np.array_equal(soundfile.read(clip, dtype="int16")[0], whole)
 
 
 def test_another_call_replaces_what_was_written_and_nothing_else(tmp_path: Path, recording: Path) -> None:

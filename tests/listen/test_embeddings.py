@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from listen.archive import WINDOWS, Listening, write_recording
+from listen.archive import WINDOWS, Listening, for_everybody, unprivileged, write_recording
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -279,6 +279,16 @@ def test_what_could_not_be_read_because_the_disk_went_is_embedded_when_it_is_bac
     gone.rename(recordings)
     done = embed(merged, recordings, out)
     assert (done.clips, done.failed, done.broken) == (len(WINDOWS) + 8 * 13, {}, {})
+
+
+def test_a_recording_that_may_not_be_read_is_named_and_the_others_are_embedded(archive: Path, merged: Path) -> None:
+    with for_everybody(archive) as recordings, for_everybody(merged) as model:
+        (recordings / "a.wav").chmod(0)
+        out = recordings.parent / "birds.npz"
+        with unprivileged():
+            done = embed(model, recordings, out)
+        assert done.clips == len(WINDOWS) - 1 and out.exists()
+        assert list(done.failed) == [str(recordings / "a.wav")]
 
 
 def test_how_long_a_recording_is_that_only_ffmpeg_reads_is_known(tmp_path: Path) -> None:

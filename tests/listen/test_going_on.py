@@ -9,7 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from listen.archive import QUESTION, WINDOWS, Listening, ask, rows_without_a_table, write_recording
+from listen.archive import (
+    QUESTION,
+    WINDOWS,
+    Listening,
+    ask,
+    for_everybody,
+    rows_without_a_table,
+    unprivileged,
+    write_recording,
+)
 
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.errors import AudioError, EngineError, OutputError, RunError
@@ -108,6 +117,33 @@ def test_a_recording_that_failed_is_tried_again_once_it_has_changed(
     write_recording(bad, 12)
     assert ask(merged, recordings, out).failed == {}
     assert sum(asked) == len(WINDOWS) + 2 and len(table(tmp_path)) == len(WINDOWS) + 2
+
+
+def test_what_may_not_be_read_is_a_failure_of_its_own_and_tried_again_once_it_may(
+    archive: Path, merged: Path, asked: list[int]
+) -> None:
+    with for_everybody(archive) as recordings, for_everybody(merged) as model:
+        ask(model, recordings)  # imports everything, which may lie where only root may read
+        asked.clear()
+        for number in range(11):
+            write_recording(recordings / f"site 0/{number:02d}.wav", 3)
+            (recordings / f"site 0/{number:02d}.wav").chmod(0)
+        out = recordings.parent / "birds.csv"
+        with unprivileged():
+            outcome = ask(model, recordings, out)
+            assert len(outcome.failed) == 11 and all("Permission denied" in error for error in outcome.failed.values())
+            assert outcome.windows == sum(asked) == len(WINDOWS)
+            ask(model, recordings, out)
+            assert sum(asked) == len(WINDOWS), "not tried again"
+        for number in range(10):
+            (recordings / f"site 0/{number:02d}.wav").chmod(0o644)
+        (recordings / "a.wav").chmod(0)
+        with unprivileged():
+            outcome = ask(model, recordings, out)
+        assert sum(asked) == outcome.windows == len(WINDOWS) + 10, (
+            "what was answered stays, whether it may be read or not"
+        )
+        assert list(outcome.failed) == [str(recordings / "site 0/10.wav")]
 
 
 class Vanishing(Listening):

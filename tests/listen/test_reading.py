@@ -4,7 +4,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from audio.failing_disk import fail_reads
 from listen.archive import WINDOWS, write_recording
 
 from mergekit_bio.audio.recording import read_windows
@@ -80,6 +83,47 @@ def test_it_reads_so_far_ahead_and_no_further_and_ends_when_it_is_closed(tmp_pat
     assert AHEAD <= len(decoded) < 100
     reader.close()
     assert threading.active_count() == threads and len(decoded) < 100
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav"])
+def test_a_window_that_a_failing_disk_cuts_is_left_for_the_next_time(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"night.{suffix}"
+    write_recording(file, 45, 16_000)
+
+    def cut(recording, note):
+        windows = read_windows(recording.path, note=note)
+        following = type(windows).__next__
+
+        class Failing(type(windows)):
+            def __next__(self):
+                clip = following(self)
+                fail_reads(file)
+                return clip
+
+        windows.__class__ = Failing
+        return windows
+
+    def taken(reader) -> tuple[list[tuple[int, float, float]], Ended]:
+        *windows, ended = reader.take(100)
+        reader.close()
+        return [(item.number, item.clip.start, item.clip.end) for item in windows], ended
+
+    before, broken = taken(reader_of([file], cut))
+    assert broken.passing and "Input/output error" in broken.error
+    assert before == [(0, 0.0, 10.0), (1, 10.0, 20.0)] and 20 <= broken.seconds < 45
+    behind, ended = taken(reader_of([file], first=len(before)))
+    assert behind == [(2, 20.0, 30.0), (3, 30.0, 40.0), (4, 40.0, 45.0)] and ended.error is None
+
+
+def test_a_recording_that_breaks_for_good_keeps_its_last_window(tmp_path: Path) -> None:
+    samples = np.zeros(27 * 8_000)
+    samples[25 * 8_000] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 8_000, subtype="FLOAT")
+    reader = reader_of([tmp_path / "a.wav"])
+    *windows, ended = reader.take(100)
+    reader.close()
+    assert [(item.clip.start, item.clip.end) for item in windows] == [(0, 10), (10, 20), (20, 25)]
+    assert not ended.passing and "breaks after 25.00 s" in ended.error
 
 
 def test_more_may_be_asked_for_than_wait(tmp_path: Path) -> None:
