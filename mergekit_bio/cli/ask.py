@@ -26,7 +26,7 @@ from mergekit_bio.cli.engine_options import (
     WorkersOption,
     key_value,
 )
-from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
+from mergekit_bio.cli.listening import ChannelOption, DeviceOption, ListenOutput, tell_failed
 from mergekit_bio.cli.summary import print_summary
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def ask(
     engine_option: EngineOption = None,
     workers: WorkersOption = None,
     ray: RayOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from mergekit_bio.cli.console import JsonOption, QuietOption
 from mergekit_bio.cli.engine_options import RayOption
-from mergekit_bio.cli.listening import ChannelOption, ListenOutput, tell_failed
+from mergekit_bio.cli.listening import ChannelOption, DeviceOption, ListenOutput, tell_failed
 
 
 def embed(
@@ -37,10 +37,7 @@ def embed(
         ),
     ] = None,
     ray: RayOption = None,
-    device: Annotated[
-        str,
-        typer.Option(help="auto, cpu, cuda or cuda:N. Of every worker; cuda:N is one GPU, and so for one process."),
-    ] = "auto",
+    device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -16,6 +16,9 @@ ChannelOption = Annotated[
         metavar="mean|N", help="The mean of all channels, or the number of one, from 1 as in Raven and Audacity."
     ),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:N; cuda:N is one GPU, and so for one process.")
+]
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -116,6 +116,8 @@ def test_rows_are_in_the_order_of_the_recordings_whatever_order_they_come_in(len
         held.close()
         if not coming:
             return
+        for part in Path(scratch, "parts").glob("*.safetensors"):
+            assert recordings_of(part) == sorted(recordings_of(part)), "so that it is read in few runs"
         out = Path(scratch, f"e{name}")
         held.join(out)
         found = load_file(out) if name == ".safetensors" else dict(np.load(out))
