@@ -347,6 +347,7 @@ def _ffmpeg(path: Path, note: Note, stated: float | None = None) -> Iterator[Blo
                 try:
                     frames = packet.decode()
                 except av.FFmpegError as error:
+                    source.check()  # it is the packet that the disk's error has cut
                     told.damaged(error)
                     continue
                 for frame in frames:

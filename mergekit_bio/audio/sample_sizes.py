@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from io import FileIO
 
-from mergekit_bio.audio.wav_chunks import ChunkLayout, are_chunks, is_zero_from
+from mergekit_bio.audio.wav_chunks import ChunkLayout, are_chunks, is_chunk_name, is_zero_from
 
 _AIFF = ChunkLayout(">4sI", 0, 2)
 _CAF = ChunkLayout(">4sq", 0, 1)
@@ -64,7 +64,7 @@ def sample_size(file: FileIO) -> SampleSize | None:
                 _W64: (0, b""),
             }
             return _size_of(file, content + before, max(0, size - before), end, layout, mended[layout])
-        if size < 0:
+        if size < 0 or not is_chunk_name(name):
             return None
         position = layout.following(position, size)
     return None

@@ -33,7 +33,7 @@ def wav_chunks(file: BinaryIO | FileIO) -> Iterator[tuple[bytes, int, int | None
         file.seek(position)
         name, said = struct.unpack("<4sI", file.read(8))
         position += 8
-        if not _NAME.fullmatch(name):
+        if not is_chunk_name(name):
             return
         size: int | None = said
         if name == b"ds64":
@@ -120,6 +120,11 @@ class ChunkLayout:
 RIFF = ChunkLayout("<4sI", 0, 2)
 
 
+def is_chunk_name(name: bytes) -> bool:
+    """Whether a chunk may have this name; W64's are longer, and begin as the others do."""
+    return _NAME.fullmatch(name[:4]) is not None
+
+
 def are_chunks(file: FileIO, position: int, layout: ChunkLayout) -> bool:
     """Whether chunks stand behind a file's samples, and not more samples.
 
@@ -130,7 +135,7 @@ def are_chunks(file: FileIO, position: int, layout: ChunkLayout) -> bool:
     first = position
     while position < end - 1:  # a last byte may fill up a chunk
         head = layout.read(file, position)
-        if head is None or not _NAME.fullmatch(head[0][:4]):
+        if head is None or not is_chunk_name(head[0]):
             return position > first and is_zero_from(file, position)
         if head[0] in _BEHIND_SAMPLES:
             return True
