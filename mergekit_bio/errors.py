@@ -1,5 +1,7 @@
 """Every error a user can cause, each one line: what happened, where, and what to do."""
 
+from collections.abc import Sequence
+
 
 class MergekitBioError(Exception):
     """Base of all errors that the command line prints as one line, without a traceback."""
@@ -55,6 +57,19 @@ class RunError(MergekitBioError):
 
 class EngineError(MergekitBioError):
     """An inference engine cannot be started, or failed."""
+
+
+class FlagError(MergekitBioError):
+    """A flag that an engine does not have, or a value that it cannot read.
+
+    Args:
+        message: What is wrong, in the words of who reads the flags.
+        known: The flags that there are.
+    """
+
+    def __init__(self, message: str, known: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.known = known
 
 
 class MissingPackageError(MergekitBioError):

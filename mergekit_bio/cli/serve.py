@@ -1,5 +1,6 @@
 """``mergekit-bio serve``: an OpenAI-compatible server for a merged checkpoint, or for every strength of an adapter."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def serve(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -68,6 +70,7 @@ def serve(
       mergekit-bio serve merged/half --api-key KEY --tensor-parallel-size 2
       mergekit-bio serve --page                     # and in a browser, at /page
     """
+    from mergekit_bio.errors import FlagError
     from mergekit_bio.serve.command import serve as start
     from mergekit_bio.serve.request_log import STANDARD_OUTPUT
     from mergekit_bio.serve.settings import ServeSettings
@@ -87,7 +90,19 @@ def serve(
     )
     options = {"base": base, "adapter": adapter, "alpha": alpha}
     given_options = {key: value for key, value in options.items() if value is not None}
-    start(source=_source(checkpoints, given_options, dial=dial), flags=flags, settings=settings, page=page)
+    source = _source(checkpoints, given_options, dial=dial)
+    try:
+        start(source=source, flags=flags, settings=settings, page=page)
+    except FlagError as error:
+        own = [name for option in context.command.params for name in option.opts if name.startswith("-")]
+        raise typer.BadParameter(_advised(str(error), [*own, *error.known])) from None
+
+
+def _advised(problem: str, known: list[str]) -> str:
+    """What is wrong with a flag; of one that is unknown, which one may have been meant."""
+    _, _, unknown = problem.partition("unrecognized arguments: ")
+    near = get_close_matches(unknown.partition(" ")[0].partition("=")[0], known, n=1)
+    return f"{problem}; did you mean {near[0]}?" if near else problem
 
 
 def _source(checkpoints: list[str], options: dict[str, Any], *, dial: bool) -> "str | DialRequest":

@@ -187,15 +187,13 @@ class HttpEngine:
 
     def _address(self, server: str) -> str:
         """What the paths of questions are added to."""
-        return server.rstrip("/").removesuffix("/v1")
+        return with_scheme(server).rstrip("/").removesuffix("/v1")
 
     def _choose_model(self, model: str | None) -> str:
         """The model to ask first, which every server has."""
         self._offered = self._in_common()
         if model is not None and not _offers(self._offered, model):
-            raise EngineError(
-                f"not every server offers the model {model}; in common are: {', '.join(self._offered) or 'none'}"
-            )
+            raise EngineError(f"not every server offers the model {model}; in common are: {_in_words(self._offered)}")
         if not self._offered:
             raise EngineError(f"the servers {', '.join(self._servers)} have no model in common")
         return model or self._offered[0]
@@ -271,7 +269,10 @@ class HttpEngine:
         """
         name = Path(checkpoint).name
         if not _offers(self._offered, name):
-            raise EngineError(f"the servers do not offer {name}; start them with: mergekit-bio serve ... {checkpoint}")
+            raise EngineError(
+                f"the servers do not offer {name}; they offer {_in_words(self._offered)}. Ask for one of these, or "
+                f"start them with: mergekit-bio serve ... {checkpoint}"
+            )
         told = [self._wait_for(self._get(f"{server}/{name}/info")) for server in self._servers]
         revisions = {str(info.get("model_revision")) for info in told}
         if len(revisions) > 1:
@@ -438,6 +439,21 @@ class HttpEngine:
 def _offers(offered: Sequence[str], name: str) -> bool:
     """Whether servers have a model: they list it, or it is a strength of one that they list, such as ``NAME@0.35``."""
     return name in offered or name.rpartition("@")[0] in offered
+
+
+def with_scheme(server: str) -> str:
+    """A server's address; one without ``http://`` or ``https://`` is taken for the first."""
+    return server if "://" in server else f"http://{server}"
+
+
+def _in_words(offered: Sequence[str]) -> str:
+    """The models that servers list; the strengths of one stand together."""
+    together: dict[str, list[str]] = {}
+    for name in offered:
+        model, at, _ = name.rpartition("@")
+        together.setdefault(f"{model}@" if at else name, []).append(name)
+    named = [names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" for names in together.values()]
+    return ", ".join(named) or "none"
 
 
 @dataclass(frozen=True)

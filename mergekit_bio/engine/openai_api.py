@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from mergekit_bio.audio.layout import AUDIO_SLOT
 from mergekit_bio.audio.prompt import render_prompt
-from mergekit_bio.engine.http import HttpEngine
+from mergekit_bio.engine.http import HttpEngine, with_scheme
 from mergekit_bio.engine.http_questions import Question, wav_in_base64
 from mergekit_bio.engine.interface import EngineSettings, Generation, Prompt
 from mergekit_bio.errors import EngineError
@@ -47,7 +47,7 @@ class OpenAiEngine(HttpEngine):
         super().__init__(servers, model=model, api_key=key, **settings)
 
     def _address(self, server: str) -> str:
-        server = server.rstrip("/")
+        server = with_scheme(server).rstrip("/")
         return server if urlsplit(server).path else f"{server}/v1"
 
     def _choose_model(self, model: str | None) -> str:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,11 +15,13 @@ from typing import Any, NoReturn
 from mergekit_bio.audio.chat_template import server_chat_template
 from mergekit_bio.audio.layout import LLAMA3_TEMPLATE
 from mergekit_bio.checkpoint.directory import inside
+from mergekit_bio.checkpoint.manifest import checkpoints_of_sweep
 from mergekit_bio.checkpoint.source import resolve
 from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.engine.vllm.dial import LARGEST
-from mergekit_bio.errors import EngineError, MissingPackageError
+from mergekit_bio.errors import EngineError, FlagError, MissingPackageError
 from mergekit_bio.outside_data import read_json
+from mergekit_bio.serve.address import address_errors, check_certificate
 from mergekit_bio.serve.dial import DialRequest, PreparedDial, prepared_dial
 from mergekit_bio.serve.keys import check_vllms_keys, is_open_to_all, read_keys
 from mergekit_bio.serve.request_log import STANDARD_OUTPUT, RequestLog
@@ -51,10 +54,8 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
 
     Raises:
         EngineError: A flag is one that a dial sets itself.
+        FlagError: vLLM cannot read a flag.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     from mergekit_bio.engine.vllm.plugin import worker_class
     from mergekit_bio.engine.vllm.start import engine_dtype
 
@@ -90,15 +91,48 @@ def parse_flags(checkpoint: Path, names: Sequence[str], flags: Sequence[str], di
         if flag not in given
         for part in (flag, *([value] if isinstance(value, str) else value))
     ]
-    parser = make_arg_parser(FlexibleArgumentParser(prog="mergekit-bio serve", description="vLLM's options"))
-    args = parser.parse_args(["--model", str(checkpoint), *ours, *flags])
-    validate_parsed_serve_args(args)
+    args = _parsed(["--model", str(checkpoint), *ours, *flags])
     if dial is not None and args.max_cpu_loras is None:
         args.max_cpu_loras = max(KEPT_STRENGTHS, args.max_loras)
     args.middleware = [*args.middleware, "mergekit_bio.serve.guard.Guard"]  # around a user's own
     if getattr(args, "grpc", False):
         raise EngineError("--grpc: this server's routes and its guard are HTTP's; leave it out")
     return args
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that vLLM cannot read, before anything is fetched or made.
+
+    Raises:
+        FlagError: A flag or its value is unknown, or a checkpoint stands behind the flags.
+    """
+    if (checkpoint := _parsed(flags).model_tag) is not None:
+        raise FlagError(f"{checkpoint}: what is served stands before the flags: serve {checkpoint} {flags[0]} ...")
+
+
+def _parsed(flags: Sequence[str]) -> Any:
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    try:
+        args = _flag_parser().parse_args(list(flags))
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:
+        raise FlagError(" ".join(str(error).removeprefix("Error: ").split())) from error
+    return args
+
+
+@cache
+def _flag_parser() -> Any:
+    """vLLM's parser, which says in one line what is wrong."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            known = tuple(flag for action in self._actions for flag in action.option_strings)
+            raise FlagError(message, known)
+
+    return make_arg_parser(Parser(prog="mergekit-bio serve", description="vLLM's options"))
 
 
 def cache_options(args: Any, flags: Sequence[str]) -> dict[str, Any]:
@@ -136,7 +170,7 @@ def serve(
         MissingPackageError: vLLM is not installed, or Gradio, which the page needs.
     """
     from mergekit_bio.engine.vllm.cpu_memory import cache_memory
-    from mergekit_bio.engine.vllm.leaving import leave_without_leaks
+    from mergekit_bio.engine.vllm.leaving import keep_ctrl_c_for_this_process, leave_without_leaks
     from mergekit_bio.engine.vllm.plugin import register, require_vllm
     from mergekit_bio.engine.vllm.start import interruptible, objections
 
@@ -153,6 +187,7 @@ def serve(
     if page and find_spec("gradio") is None:
         raise MissingPackageError("gradio", "page", "serve --page")
     register()
+    check_flags(flags)
     with ExitStack() as stack:
         # 1. What is served, on the disk.
         dial: PreparedDial | None = None
@@ -163,10 +198,16 @@ def serve(
             checkpoint, names = dial.model, [dial.name, *source.aliases]
         else:
             found = resolve(source)
+            if several := checkpoints_of_sweep(found.path):
+                raise EngineError(
+                    f"{source}: is a sweep; name one of the folders in it: {', '.join(path.name for path in several)}. "
+                    f"All of them are served with: mergekit-bio serve {source}/* --dial"
+                )
             checkpoint, names = found.path.resolve(), [found.name]
         # 2. vLLM's arguments, and what our parts in its processes need to know.
         args = parse_flags(checkpoint, names, flags, dial)
         check_vllms_keys(args.api_key)
+        check_certificate(args)
         if settings.request_log is not None:
             args.middleware.append("mergekit_bio.serve.request_log.RequestLogger")
             args.disable_uvicorn_access_log |= settings.request_log == STANDARD_OUTPUT
@@ -206,7 +247,8 @@ def serve(
 
         # 3. The server, until a signal comes.
         signal.signal(signal.SIGINT, _interrupt)
-        with interruptible(), objections(Path(args.model)):
+        keep_ctrl_c_for_this_process()
+        with interruptible(), objections(Path(args.model)), address_errors(args):
             ServeSubcommand.cmd(args)
 
 

@@ -19,6 +19,7 @@ from mergekit_bio.engine.vllm.dial import without_strengths_in_metrics
 from mergekit_bio.engine.vllm.grammars import GrammarCheck
 from mergekit_bio.engine.vllm.online import ChoiceScorer, prepare_requests
 from mergekit_bio.errors import AudioError, MergekitBioError
+from mergekit_bio.serve.address import announce_when_ready
 from mergekit_bio.serve.asking import check_size, choose, generate
 from mergekit_bio.serve.guard import DOCUMENT_KEY, MODEL_KEY
 from mergekit_bio.serve.media import decode_base64, fetch, read_clip, read_local
@@ -82,6 +83,8 @@ class PredictionsEndpoint:
         state.mergekit_bio_scorer = ChoiceScorer(engine_client, state.mergekit_bio_tokenization)
         if settings.request_log is not None:
             count_tokens(engine_client)
+        if engine_client.engine_core.client_index == 0:  # of several API servers the first one says it
+            state.mergekit_bio_announcement = asyncio.create_task(announce_when_ready(state, settings, args))
 
 
 @router.post("/predict")

@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mergekit_bio.engine.vllm.dial import LARGEST
+from mergekit_bio.engine.vllm.log import leave_out_the_usual_at_the_end
 from mergekit_bio.outside_data import is_text
 from mergekit_bio.serve.keys import Keys, vllms_keys
-from mergekit_bio.serve.page.login import KEY_NAME, KEYS, LOGIN, LOGOUT, UPLOAD, is_of_page, key_of_visitor
+from mergekit_bio.serve.page.login import HOME, KEY_NAME, KEYS, LOGIN, LOGOUT, UPLOAD, is_of_page, key_of_visitor
 from mergekit_bio.serve.request_log import note
 from mergekit_bio.serve.settings import OPEN_PATHS, PAGE, ServeSettings
 
@@ -112,6 +113,7 @@ class Guard:
         def noted(timeout: float | None = None) -> None:
             seconds = timeout or 0.0
             self._lets_go_at = time.monotonic() + max(seconds / 2, seconds - _ENDING_SECONDS)
+            leave_out_the_usual_at_the_end()
             shutdown(timeout=timeout)
 
         engine.shutdown = noted
@@ -213,7 +215,7 @@ class Guard:
         key = key_of_visitor(scope)
         scope[KEY_NAME] = None if key is None else keys.name_of(key)
         note(key=scope[KEY_NAME])
-        if scope[KEY_NAME] is not None or scope["path"] in (PAGE, LOGIN, LOGOUT):
+        if scope[KEY_NAME] is not None or scope["path"] in (HOME, PAGE, LOGIN, LOGOUT):
             return
         if scope["type"] != "http" or (scope["method"], scope["path"]) != ("GET", f"{PAGE}/"):
             raise _Refused(401, f"log in at {PAGE}")

@@ -197,8 +197,19 @@ def test_servers_must_be_there_and_have_the_model():
         HttpEngine([])
     engine = HttpEngine([both.url])
     assert engine.load("sweep/b") == "r"
-    with pytest.raises(EngineError, match="do not offer c"):
+    with pytest.raises(EngineError, match=r"do not offer c; they offer a, b\. Ask for one of these"):
         engine.load("sweep/c")
+    dial = HttpEngine([Echo(models=("owl", "half", "owl@0", "owl@0.1", "owl@0.2")).url])
+    with pytest.raises(EngineError, match=r"they offer owl, half, owl@0 to owl@0\.2\."):
+        dial.load("wren")
+
+
+@pytest.mark.parametrize("behind", ["", "/", "/v1"])
+def test_an_address_needs_no_scheme(behind):
+    address = Echo().url.removeprefix("http://") + behind
+    assert HttpEngine([address]).load("m") == "r"
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1/models cannot be reached"):
+        HttpEngine(["127.0.0.1:9"])
 
 
 @pytest.mark.parametrize("option", [{"concurrency": "x"}, {"concurrency": 0}, {"timeout": "x"}, {"timeout": -1}])

@@ -133,12 +133,13 @@ def test_what_is_louder_than_16_bits_is_clipped_not_wrapped():
 )
 def test_an_address_is_what_openais_own_client_takes(behind, path):
     ours, theirs = Model(), Model()
-    OpenAiEngine([ours.url + behind], model="m").generate([Prompt("a")], Decoding())
+    for address in (ours.url, ours.url.removeprefix("http://")):
+        OpenAiEngine([address + behind], model="m").generate([Prompt("a")], Decoding())
     base = theirs.url + (behind or "/v1")
     openai.OpenAI(base_url=base, api_key="k").chat.completions.create(
         model="m", messages=[{"role": "user", "content": "a"}]
     )
-    assert ours.paths == theirs.paths == [path]
+    assert theirs.paths == [path] and ours.paths == [path, path]
 
 
 def test_the_key_is_the_one_given_else_openais(monkeypatch):

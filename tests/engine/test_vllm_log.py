@@ -14,7 +14,7 @@ import torch
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.engine.interface import Decoding, Prompt
-from mergekit_bio.engine.vllm.log import USUAL, leave_out_the_usual, left_out, stderr_without
+from mergekit_bio.engine.vllm.log import USUAL, USUAL_AT_THE_END, leave_out_the_usual, left_out, stderr_without
 
 
 def ask_and_move(first: str, second: str) -> None:
@@ -80,7 +80,7 @@ def test_the_number_of_threads_is_vllms_while_it_runs_and_can_be_set_again_after
 def test_every_message_that_is_left_out_is_one_of_vllms():
     """In the source of the module whose logger it is, so that none outlives the release that it was written for."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    for name, beginnings in USUAL.items():
+    for name, beginnings in (USUAL | USUAL_AT_THE_END).items():
         source = Path(importlib.util.find_spec(name).origin).read_text()
         joined = re.sub(r'"\s*\n\s*"', "", source)
         assert [beginning for beginning in beginnings if f'"{beginning}' not in joined] == []

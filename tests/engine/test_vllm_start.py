@@ -90,6 +90,8 @@ def test_an_engine_that_does_not_come_up_is_an_error_and_a_bug_is_a_traceback(tm
         raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
     with pytest.raises(RuntimeError, match="a bug"), objections(tmp_path):
         raise RuntimeError("a bug")
+    with pytest.raises(KeyError, match="a bug"), objections(tmp_path):
+        raise KeyError("a bug")
 
 
 @pytest.mark.long

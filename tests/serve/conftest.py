@@ -39,8 +39,9 @@ class Server:
     request_log: Path
     uploads: list[Path] = field(default_factory=list)  # what the page was sent
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+    def interrupt(self) -> int:
+        """Ctrl-C, which a terminal sends to all of its processes."""
+        os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(60)
 
 
@@ -110,7 +111,7 @@ def server(sweep, tmp_path_factory):
             "--dial",
             *flags,
         ]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     running = Server(f"http://127.0.0.1:{port}", process, sweep, folder, log, requests)
     try:
         _wait_until_up(running, seconds=270)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,54 @@ def test_a_flag_that_vllm_objects_to_is_named_in_one_line(sweep, command_line, m
     line = f"error: {model}: vLLM cannot start: gpu_memory_utilization: Input should be less than or equal to 1"
     assert code == 1 and err.splitlines()[-1] == line
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prot", "8770"], "unrecognized arguments: --prot; did you mean --port?"),
+        (["--tensor_paralel_size=2"], "--tensor-paralel-size=2; did you mean --tensor-parallel-size?"),
+        (["--request-logs", "f"], "did you mean --request-log?"),  # ours, not vLLM's
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice requires --tool-call-parser"),
+        (["--config", "flags.txt"], "Config file must be of a yaml/yml type"),
+        (["--port", "high"], "argument --port: invalid int value: 'high'"),
+        (["--port", "8770", "merged/half"], "merged/half: what is served stands before the flags"),
+    ],
+)
+def test_a_flag_that_nobody_knows_is_told_before_anything_is_fetched(command_line, flags, said):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    code, out, err = command_line("serve", "--base", "owl/nothing", "--adapter", "owl/nothing", *flags)
+    assert code == 2 and said in " ".join(err.split())
+    assert not out and len(err.splitlines()) < 8
+
+
+def test_an_address_that_cannot_be_had_is_told_in_one_line_by_vllms_own_try(sweep, command_line, monkeypatch):
+    """Before any process of vLLM's is started."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    monkeypatch.setattr("os.environ", os.environ.copy())
+    half = sweep["alpha-0.50"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (["--port", port], f"port {port} of 127.0.0.1 is in use; give another --port"),
+            (["--host", "203.0.113.9"], "--host 203.0.113.9: this machine has no such address; give one that it has"),
+            (["--port", "70000"], "--port 70000: write a number from 1 to 65535"),
+        ]
+        for flags, said in cases:
+            code, out, err = command_line("serve", half, *flags)
+            assert code == 1 and err.splitlines()[-1].startswith(f"error: {said}")
+            assert "Traceback" not in out + err
+    code, out, err = command_line("serve", half, "--enable-auto-tool-choice", "--tool-call-parser", "owl")
+    assert code == 1 and f"error: {half}: vLLM cannot start: invalid tool call parser: owl" in err.splitlines()[-1]
+
+
+def test_a_sweep_is_no_checkpoint_and_says_how_one_or_all_of_it_are_served(sweep, command_line):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    folder = sweep["alpha-0.50"].parent
+    code, _, err = command_line("serve", folder)
+    said = err.splitlines()[-1]
+    assert code == 1 and said.startswith(f"error: {folder}: is a sweep; name one of the folders in it: alpha-0.00, ")
+    assert said.endswith(f"mergekit-bio serve {folder}/* --dial")
 
 
 def test_a_page_says_what_to_install_and_that_it_has_one_server(sweep, command_line, monkeypatch):

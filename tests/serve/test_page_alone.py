@@ -38,7 +38,8 @@ def test_a_browser_comes_in_by_its_form_behind_a_proxy_too(log, root_path):
         Served(*login.ROUTES, polled, root_path=root_path, key=KEY) as served,
         httpx.Client(base_url=served.url + root_path, headers={"x-forwarded-proto": "https"}) as browser,
     ):
-        assert browser.get("/page").headers["location"] == f"{root_path}/page/"
+        for address in ("/", "/page"):
+            assert browser.get(address).headers["location"] == f"{root_path}/page/"
         assert f'action="{root_path}/page/login"' in browser.get("/page/").text
         assert browser.get("/page/config").status_code == 401
         assert browser.post("/page/login", data={"key": "wrong"}).status_code == 401
@@ -54,7 +55,7 @@ def test_a_browser_comes_in_by_its_form_behind_a_proxy_too(log, root_path):
         assert browser.get("/page/config", headers=held).status_code == 401
     paths = [(entry["path"], entry["status"]) for entry in entries(log)]
     refused = [("/page/config", 401), ("/page/login", 401), *((path, 401) for path in PATHS[:2]), ("/page/config", 401)]
-    assert [entry for entry in paths if entry[0] != "/page"] == refused
+    assert [entry for entry in paths if entry[0] not in ("/", "/page")] == refused
 
 
 def test_a_cookie_is_good_as_long_as_its_key_and_twelve_hours_at_most(monkeypatch):

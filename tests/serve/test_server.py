@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import httpx
 import numpy as np
@@ -255,6 +256,18 @@ def test_numbers_that_no_machine_holds_are_the_clients_error(client, http):
     good, *bad = predict(http, *sampled).json()["responses"]
     assert good["error"] is None
     assert all("generation_config.top_k" in entry["error"] for entry in bad)
+
+
+def test_a_server_that_listens_says_once_where_it_is_and_what_to_ask_for(server, http):
+    assert http.get("/").status_code == (307 if find_spec("gradio") else 404)
+    page = f"; page: {server.url}/page" if find_spec("gradio") else ""
+    wanted = f"ready: {server.url}/v1, models {NAME}@0 to {NAME}@2, alpha-0.50, alpha-1.00{page}"
+    deadline = time.monotonic() + 30
+    while "ready: " not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    said = [line for line in server.log.read_text().splitlines() if line.startswith(("ready", "note: anybody"))]
+    assert said == [wanted]
 
 
 def test_the_models_are_listed_and_another_is_not_found(client):
@@ -854,7 +867,7 @@ def test_many_strengths_leave_the_server_as_large_as_it_was(client, http, server
     assert len(http.get("/metrics").text) < 2**20
 
 
-def test_sigterm_in_the_middle_ends_cleanly(server, http):
+def test_ctrl_c_in_the_middle_ends_cleanly(server, http):
     """The last test: it stops the server. Some have not sent their request whole, one does not read its answer."""
     outcome = []
 
@@ -873,7 +886,7 @@ def test_sigterm_in_the_middle_ends_cleanly(server, http):
     request = threading.Thread(target=ask)
     request.start()
     assert server.process.poll() is None
-    assert server.stop() == 0
+    assert server.interrupt() == 0
     request.join(30)
     for link in links:
         link.close()

@@ -4,9 +4,12 @@ import atexit
 import gc
 import multiprocessing
 import os
+import signal
 
 #: How vLLM calls its processes, with a number behind it or without.
 _VLLMS = ("ApiServer", "EngineCore", "VllmWorker")
+#: Says that Ctrl-C is a server's, and not also its engine's.
+_VARIABLE = "MERGEKIT_BIO_CTRL_C_IS_THE_SERVERS"
 
 
 def leave_quickly_if_vllms() -> None:
@@ -32,3 +35,24 @@ def leave_without_leaks() -> None:
 def _silence_if_frozen() -> None:
     if gc.get_freeze_count():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def keep_ctrl_c_for_this_process() -> None:
+    """Have the engine of the server that this process becomes leave Ctrl-C to it.
+
+    A terminal sends Ctrl-C to all processes. An engine that ends by itself looks to its server like one that has died:
+    requests fail, and pages are written on it. The server ends its engine, after Ctrl-C as after SIGTERM.
+    """
+    os.environ[_VARIABLE] = "1"
+    # vLLM's engine is forked or spawned. A forked one has loaded this package already, and calls nothing of it again.
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}))
+
+
+def leave_ctrl_c_to_the_server() -> None:
+    """In an engine's process: do what :func:`keep_ctrl_c_for_this_process` wants, if it was called.
+
+    It is for processes that were spawned, and called when vLLM has set its own handlers.
+    """
+    engines = multiprocessing.current_process().name.startswith(("EngineCore", "VllmWorker"))
+    if engines and _VARIABLE in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

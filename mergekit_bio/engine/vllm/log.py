@@ -29,6 +29,9 @@ USUAL = {
     "vllm.triton_utils.importing": ("Triton is installed, but doesn't include CPU backend",),
 }
 
+#: The same of a server's end: an engine that has been stopped gives no more answers, and vLLM calls that a failure.
+USUAL_AT_THE_END = {"vllm.v1.engine.async_llm": ("AsyncLLM output_handler failed.",)}
+
 
 class _LeaveOut(logging.Filter):
     def __init__(self, beginnings: tuple[str, ...]) -> None:
@@ -45,9 +48,18 @@ def leave_out_the_usual() -> None:
     It is for programs, not for libraries: call it where the program is imported, for vLLM's processes import their
     program again, before they import vLLM.
     """
-    for logger, beginnings in USUAL.items():
-        logging.getLogger(logger).addFilter(_LeaveOut(beginnings))
+    _leave_out(USUAL)
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
+
+
+def leave_out_the_usual_at_the_end() -> None:
+    """Leave out what vLLM says where its engine is stopped on purpose; called when it is, in the server's process."""
+    _leave_out(USUAL_AT_THE_END)
+
+
+def _leave_out(messages: Mapping[str, tuple[str, ...]]) -> None:
+    for logger, beginnings in messages.items():
+        logging.getLogger(logger).addFilter(_LeaveOut(beginnings))
 
 
 @contextmanager

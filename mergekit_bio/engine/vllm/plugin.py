@@ -2,7 +2,7 @@
 
 from mergekit_bio.audio.layout import ARCHITECTURE
 from mergekit_bio.engine.vllm.failures import tell_failures
-from mergekit_bio.engine.vllm.leaving import leave_quickly_if_vllms
+from mergekit_bio.engine.vllm.leaving import leave_ctrl_c_to_the_server, leave_quickly_if_vllms
 from mergekit_bio.errors import EngineError, MissingPackageError
 
 #: vLLM changes its model interface between releases; this is the one that ``model`` is written for.
@@ -20,6 +20,7 @@ def register() -> None:
 
     tell_failures()
     leave_quickly_if_vllms()
+    leave_ctrl_c_to_the_server()
     import mergekit_bio.model  # noqa: F401 -- registers the configuration and the processor with Transformers
 
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)

@@ -11,6 +11,9 @@ from mergekit_bio.engine.tokenization import read_audio_model_config
 from mergekit_bio.engine.vllm.failures import first_failure
 from mergekit_bio.errors import EngineError
 
+#: What vLLM's servers say of a parser that they do not have, in a KeyError.
+_UNKNOWN_PARSERS = ("'invalid tool call parser", "'invalid reasoning parser")
+
 
 class _Interruption(BaseException):
     """A KeyboardInterrupt that vLLM does not know."""
@@ -78,12 +81,14 @@ def objections(checkpoint: Path) -> Iterator[None]:
     with first_failure() as cause:
         try:
             yield
-        except (ValueError, TypeError, torch.OutOfMemoryError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, ValidationError):
                 of_option = {str(fault["loc"][0]) if fault["loc"] else "": fault["msg"] for fault in error.errors()}
                 reason = "; ".join(f"{option}: {message}".removeprefix(": ") for option, message in of_option.items())
             elif isinstance(error, TypeError):
                 reason = f"is every option of the type that it needs? ({error})"
+            elif isinstance(error, KeyError) and str(error).startswith(_UNKNOWN_PARSERS):
+                reason = str(error.args[0])
             elif isinstance(error, (ValueError, torch.OutOfMemoryError)):
                 reason = str(error)
             elif str(error).startswith("Engine core initialization failed"):

@@ -13,6 +13,8 @@ from mergekit_bio.serve.settings import PAGE
 
 #: The page's form, and the way out.
 LOGIN, LOGOUT = f"{PAGE}/login", f"{PAGE}/logout"
+#: What people type who know the server's address alone.
+HOME = "/"
 #: Where recordings are sent, below it.
 UPLOAD = "/gradio_api/upload"
 
@@ -58,8 +60,8 @@ class Visitors:
 
 
 def is_of_page(path: str) -> bool:
-    """Whether a path is the page's or below it."""
-    return path == PAGE or path.startswith(f"{PAGE}/")
+    """Whether a path is the page's or below it, or the server's first address, which leads to the page."""
+    return path in (HOME, PAGE) or path.startswith(f"{PAGE}/")
 
 
 def key_of_visitor(scope: Scope) -> bytes | None:
@@ -134,7 +136,10 @@ def _form(request: Request, *, status: int, problem: str = "") -> HTMLResponse:
 
 
 #: What the application gets for them.
-ROUTES = [Route(PAGE, page), Route(LOGIN, form), Route(LOGIN, log_in, methods=["POST"]), Route(LOGOUT, log_out)]
+ROUTES = [
+    Route(HOME, page), Route(PAGE, page),
+    Route(LOGIN, form), Route(LOGIN, log_in, methods=["POST"]), Route(LOGOUT, log_out),
+]  # fmt: skip
 
 _FORM = """<!doctype html>
 <html lang="en">
