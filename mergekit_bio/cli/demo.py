@@ -107,10 +107,10 @@ _WIDTH = 80
 _INDENT = " " * 3
 #: What a recipe asks, and what asks Llama-3.1-8B with NatureLM-audio the same.
 _ASKED = {
-    "demo_named": ("Ask what fine-tuning asked", "mergekit-bio eval watkins"),
-    "demo": ("Ask to pick species it never heard from a list", "mergekit-bio eval closed_set"),
-    "demo_combined": ("Ask for both names in one answer", "mergekit-bio eval watkins"),
-    "demo_in_context": ("Ask with audio examples", "mergekit-bio eval in_context_1"),
+    "demo_named": ("Ask what fine-tuning asked", "mergekit-bio eval watkins --model sweep"),
+    "demo": ("Ask to pick species it never heard from a list", "mergekit-bio eval closed_set --model sweep"),
+    "demo_combined": ("Ask for both names in one answer", "mergekit-bio eval watkins --model sweep"),
+    "demo_in_context": ("Ask with audio examples", "mergekit-bio eval in_context_1 --model sweep"),
 }
 
 

@@ -10,14 +10,14 @@ from mergekit_bio.cli.console import JsonOption, Output, QuietOption
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+_STYLES = {"ok": "green", "optional": "cyan", "warning": "yellow", "problem": "red"}
 
 
 def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Look at packages, GPU, vLLM, hub access and disk; say what is missing and what to do about it.
 
     A problem keeps the default models from being merged here, and makes the exit code 1; a warning limits asking,
-    serving or evaluating. --quiet prints these two only.
+    serving or evaluating; what is optional, only some need. --quiet prints problems and warnings only.
 
     \b
     Examples:
@@ -29,7 +29,7 @@ def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     output = Output(as_json=as_json, quiet=quiet)
     output.note("looking around; importing vLLM takes some seconds\n")
     findings = list(diagnose())
-    wrong = [finding for finding in findings if finding.state != "ok"]
+    wrong = [finding for finding in findings if finding.state in ("warning", "problem")]
     problems = sum(finding.state == "problem" for finding in wrong)
 
     def draw(console: "Console") -> None:

@@ -203,7 +203,8 @@ mergekit-bio ask . recording.wav --prompt "What is the common name for the focal
 mergekit-bio serve .
 ```
 
-For text only (llama.cpp, plain Llama loaders), merge again with `--text-only`."""
+For text only, llama.cpp's converter takes this directory and leaves the audio encoder out; for other loaders of a plain
+Llama (lm-evaluation-harness, mergekit, `AutoModelForCausalLM` alone) merge again with `--text-only`."""
     return f"""\
 ## How to load it
 

@@ -43,7 +43,13 @@ def beside(tmp_path: Path) -> Path:
 def package(folder: Path, name: str, release: str, *, code: str | None = None, requires: tuple[str, ...] = ()) -> None:
     metadata = folder / f"{name.replace('-', '_')}-{release}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
-    lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {release}", "Provides-Extra: eval"]
+    lines = [
+        "Metadata-Version: 2.4",
+        f"Name: {name}",
+        f"Version: {release}",
+        "Provides-Extra: eval",
+        "Provides-Extra: page",
+    ]
     metadata.write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
     if code is not None:
         (folder / name).mkdir()
@@ -92,7 +98,7 @@ def test_names_versions_devices_and_formats_of_this_machine(tmp_path: Path) -> N
     for name in ("torch", "safetensors", "huggingface-hub", "transformers", "datasets", "peft"):
         assert (found[name]["state"], found[name]["detail"]) == ("ok", version(name))
     assert "WAV" in found["audio formats"]["detail"]
-    assert {"Python", "mergekit-bio", "GPU", "disk", "memory", "SPICE (optional)"} <= found.keys()
+    assert {"Python", "mergekit-bio", "GPU", "disk", "memory", "SPICE"} <= found.keys()
     if find_spec("vllm"):
         assert found["vLLM"]["state"] == "ok", found["vLLM"]
 
@@ -245,7 +251,10 @@ def test_a_vllm_that_hangs_does_not_take_doctor_along(beside: Path, monkeypatch:
 def test_missing_and_outdated_packages_come_with_the_command_that_brings_them(
     beside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs = ("owl-ears>=2; extra == 'eval'", "bat-ears; extra == 'eval'", "pyyaml>=99", "datasets>=4; extra == 'eval'")
+    needs = (
+        "owl-ears>=2; extra == 'eval'", "bat-ears; extra == 'eval'", "pyyaml>=99", "datasets>=4; extra == 'eval'",
+        "moth-page; extra == 'page'", "moth-page; extra == 'dev'",
+    )  # fmt: skip
     package(beside, "mergekit-bio", "0.1.0", requires=needs)
     package(beside, "datasets", "3.6.0")
     monkeypatch.syspath_prepend(beside)
@@ -255,6 +264,7 @@ def test_missing_and_outdated_packages_come_with_the_command_that_brings_them(
     assert found["eval packages"]["fix"] == "pip install 'mergekit-bio[eval]'"
     assert (found["datasets"]["state"], found["datasets"]["fix"]) == ("warning", "pip install 'datasets>=4'")
     assert (found["pyyaml"]["state"], found["pyyaml"]["fix"]) == ("problem", "pip install 'pyyaml>=99'")
+    assert (found["moth-page"]["state"], found["moth-page"]["fix"]) == ("optional", "pip install 'mergekit-bio[page]'")
 
 
 def test_a_torch_that_cannot_be_imported_is_one_problem_and_no_traceback(beside: Path, tmp_path: Path) -> None:

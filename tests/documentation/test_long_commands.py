@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,11 @@ PROBES = [command for command in EVALUATIONS if "--probe" in command.words]
 
 
 def once_each(commands: Iterable[Block]) -> Iterator[Any]:
-    """Of commands that differ in where they write, or in a variable, the first; the others are soaks."""
+    """Of commands that differ in a variable, in where they write or what they ask, the first; the others are soaks."""
     run: set[tuple[str, ...]] = set()
     for command in commands:
         words = command.words[command.words.index("mergekit-bio") :]
-        kind = tuple(word for before, word in zip(["", *words], words, strict=False) if "--out" not in (before, word))
+        kind = tuple(word for before, word in pairwise(["", *words]) if not {"--out", "--model"} & {before, word})
         yield pytest.param(command, marks=pytest.mark.soak if kind in run else pytest.mark.long)
         run.add(kind)
 
@@ -217,12 +218,12 @@ def check(programs: Path = PYTHONS) -> None:
 
 
 @made
-def test_the_environment_lacks_nothing_but_what_the_readme_says_is_left_out() -> None:
+def test_the_environment_lacks_nothing_but_what_the_installation_page_says_is_left_out() -> None:
     check()
     audio, codec, vision = left_out()
     assert [name for name in (audio, codec, vision) if find_spec(name)] == []
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"vLLM lists {audio}, {vision} and {codec} among its requirements" in readme
+    page = " ".join((ROOT / "docs/install.md").read_text().split())
+    assert f"vLLM lists {audio}, {vision} and {codec} among its requirements" in page
 
 
 def test_completion_installs_as_it_stands(tmp_path: Path) -> None:
