@@ -71,19 +71,31 @@ def test_a_choice_that_no_answer_can_be_is_its_items_error(http):
         assert said in entry["error"] and entry["predictions"] == []
 
 
-def running(http) -> float:
-    """Requests that the engine has now."""
+def answered(http) -> float:
+    """Requests that the engine has answered so far, those of lists among them."""
     lines = http.get("/metrics").text.splitlines()
-    kinds = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(kinds))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total{"))
+
+
+def until(reached) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_idle(http) -> bool:
+    before = answered(http)
+    time.sleep(0.5)
+    return answered(http) == before
 
 
 def test_a_long_list_holds_nobody_up_and_ends_when_its_client_leaves(server, http, sounds):
     items = [item(str(n), audios=[wav(sounds[n])], choices=MANY) for n in range(4)]
     body = json.dumps({"schema_version": "predictions_v1", "requests": items}).encode()
-    start = server.request_log.stat().st_size
+    start, before = server.request_log.stat().st_size, answered(http)
     link = connection(server, "/predict", length=len(body), sent=body)
-    until(lambda: running(http))
+    until(lambda: answered(http) > before + 20)
     # 1. Others are answered meanwhile: freely, and from lists of their own.
     for asked in (item("a"), item("a", choices=CHOICES), item("a", audios=[wav(sounds[5])], choices=CHOICES)):
         (entry,) = predict(http, asked).json()["responses"]
@@ -92,7 +104,7 @@ def test_a_long_list_holds_nobody_up_and_ends_when_its_client_leaves(server, htt
     assert select.select([link], [], [], 0) == ([], [], [])  # the long lists are not answered yet
     # 2. Its client leaves.
     link.close()
-    until(lambda: not running(http))
+    until(lambda: is_idle(http))
 
     def left() -> list[dict]:
         lines = map(json.loads, server.request_log.read_text()[start:].splitlines())
@@ -103,26 +115,15 @@ def test_a_long_list_holds_nobody_up_and_ends_when_its_client_leaves(server, htt
     assert (entry["path"], entry["audio_seconds"], entry["complete"]) == ("/predict", 1 + 2 + 3 + 4, False)
 
 
-def until(reached) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_lists_are_logged_and_counted(server, http, sounds):
-    def successes() -> float:
-        lines = http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total{"))
-
-    before = successes()
+    before = answered(http)
     with logged(server, wanted=1) as found:
         items = [item(str(n), audios=[wav(sounds[n])], choices=CHOICES) for n in range(2)]
         responses = predict(http, *items, path=f"/{B}/predict").json()["responses"]
     (entry,) = found
     assert entry["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in responses)
     assert (entry["completion_tokens"], entry["audio_seconds"], entry["model"]) == (0, 3, f"{NAME}@1")
-    assert successes() >= before + 2 * len(CHOICES)
+    assert answered(http) >= before + 2 * len(CHOICES)
 
 
 LABELS = (*CHOICES, "none of these")

@@ -24,11 +24,13 @@ from mergekit_bio.engine.vllm.requests import (
     sampling_params,
     split_query,
 )
+from mergekit_bio.engine.vllm.turns import Turns
 from mergekit_bio.errors import PromptError
 
-#: One-token requests that the engine has at once for all lists of choices together, or half of its batch if that is
-#: less: enough to keep it busy, and others find room.
+#: One-token requests that the engine has at once for all lists of choices together: enough to keep it busy.
 _QUERIES_AT_ONCE = 64
+#: Of these a list has its share, or asks for so many if that is more: a short one is to be done in a few turns.
+_OF_A_LIST = 4
 #: Tokens of a list's choices together, at most: each may be a request.
 _MOST_TOKENS = 50_000
 #: Lists whose tokens are kept: all windows of an archive are asked about the same one.
@@ -96,8 +98,9 @@ async def answer(
 class ChoiceScorer:
     """Scores choices as whole answers. However many lists there are, others' requests find room in the engine.
 
-    A list of a thousand choices is thousands of requests for one token. Of all lists together the engine has a bounded
-    number at once, and every list the same share of it: a short one is not behind a long one.
+    A list of a thousand choices is thousands of requests for one token. The engine has at most so many of them at once
+    that half of its batch and of a step's tokens are left. All lists share these; where there are more lists, they take
+    turns.
 
     Args:
         engine: vLLM's ``EngineClient``.
@@ -106,7 +109,11 @@ class ChoiceScorer:
 
     def __init__(self, engine: Any, tokenization: Tokenization) -> None:
         self._engine, self._tokenization = engine, tokenization
-        self._room = max(1, min(_QUERIES_AT_ONCE, engine.vllm_config.scheduler_config.max_num_seqs // 2))
+        scheduler, cache = engine.vllm_config.scheduler_config, engine.vllm_config.cache_config
+        # Of its prompt a request reads less than a block anew: whole ones lie in the prefix cache.
+        fits = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // cache.block_size) // 2
+        self._room = max(1, min(_QUERIES_AT_ONCE, fits))
+        self._turns = Turns(self._room)
         self._lists = 0  # under way
         self._trie = lru_cache(_LISTS_KEPT)(self._make_trie)
 
@@ -134,11 +141,16 @@ class ChoiceScorer:
         request, length = await _request(self._engine, self._tokenization, prompt, clips, room=longest + 1)
         ends = self._tokenization.eos_token_ids
 
+        had = 0
+
         async def ask(node: Node) -> list[float]:
+            nonlocal had
             logprobs: list[float] = []
             for query in split_query(Query(0, node.tokens, node.candidates(ends))):
                 params = one_token(logprob_token_ids=list(query.candidates))
-                output = await _run(self._engine, continued(request, query.tokens), params, adapter)
+                had += 1
+                async with self._turns.turn(had):
+                    output = await _run(self._engine, continued(request, query.tokens), params, adapter)
                 logprobs += candidate_logprobs(query, output)
             return logprobs
 
@@ -174,13 +186,13 @@ class ChoiceScorer:
     async def _ask_together(
         self, ask: Callable[[Node], Coroutine[Any, Any, list[float]]], nodes: Sequence[Node]
     ) -> list[list[float]]:
-        """Ask about places, at each moment about as many at once as this list's share is."""
+        """Ask about places, a few at once: what all lists together want must not be a long queue."""
         answers: dict[Node, list[float]] = {}
         running: dict[asyncio.Task[list[float]], Node] = {}
         waiting = deque(nodes)
         try:
             while waiting or running:
-                while waiting and len(running) < max(1, self._room // self._lists):
+                while waiting and len(running) < max(_OF_A_LIST, self._room // self._lists):
                     node = waiting.popleft()
                     running[asyncio.create_task(ask(node))] = node
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
