@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -58,15 +59,25 @@ def _root(
     pass
 
 
-COMMANDS = (
-    merge.merge, rebuild.rebuild, inspect.inspect, verify.verify, push.push, ask.ask, embed.embed, report.report,
-    demo.demo, doctor.doctor,
-)  # fmt: skip
-for command in COMMANDS:
-    app.command()(command)
-app.command("eval")(eval.evaluate)
+#: In the order in which a user meets them, each with what the list of all says of it, whole in 80 columns.
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (demo.demo, "Try all of it on a small model: merge, ask, score, in a minute."),
+    "doctor": (doctor.doctor, "Say what this machine lacks, and how to mend it."),
+    "merge": (merge.merge, "Fold a LoRA or a fine-tune into a base, at any strength."),
+    "inspect": (inspect.inspect, "Say what a model or an adapter is."),
+    "verify": (verify.verify, "Check that a checkpoint is just what the merge wrote."),
+    "push": (push.push, "Publish a checkpoint, or a sweep, on the Hugging Face Hub."),
+    "rebuild": (rebuild.rebuild, "Make a merged checkpoint again from its receipt."),
+    "ask": (ask.ask, "Ask a merged model about recordings, one or an archive."),
+    "embed": (embed.embed, "Turn recordings into vectors."),
+    "eval": (eval.evaluate, "Ask every checkpoint of a recipe, and score the answers."),
+    "report": (report.report, "Score finished runs again; draw tables, figures, a page."),
+    "serve": (serve.serve, "Serve OpenAI's API with audio, at any strength; a page, too."),
+}
+for name, (command, summary) in COMMANDS.items():
+    rest_is_vllms = {"ignore_unknown_options": name == "serve"}  # the options that are not ours
+    app.command(name, short_help=summary, context_settings=rest_is_vllms)(command)
 app.add_typer(recipes.app, name="recipes")
-app.command(context_settings={"ignore_unknown_options": True})(serve.serve)  # the rest are vLLM's flags
 
 
 def main() -> NoReturn:

@@ -110,13 +110,16 @@ def ask(
 
     \b
     Examples:
-      mergekit-bio ask merged/alpha-0.50 wren.wav --prompt "What is the common name for the focal species in the audio?"
-      mergekit-bio ask merged/alpha-0.50 a.flac b.mp3 -p "Is <AudioHere> the same species as <AudioHere>?" --json
-      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out birds.csv
-      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which species is it?" --out labels/ --format audacity
-      mergekit-bio ask merged/alpha-0.50 recordings/ -p "Which of {species_list}?" --choices birds.txt --clips 5 clips/
-      mergekit-bio ask NatureLM-audio@0.5 recordings/ -p "Which?" --choices birds.txt --server http://HOST:8000
-      mergekit-bio ask merged/alpha-0.50 wren.wav -p "Which species is it?" --windows wren.Table.1.selections.txt
+      mergekit-bio ask merged/half wren.wav --prompt "Which species is it?"
+      mergekit-bio ask merged/half a.flac b.mp3 \\
+          --prompt "Is <AudioHere> the same species as <AudioHere>?"
+      mergekit-bio ask merged/half birds/ -p "Which species is it?" -o birds.csv
+      mergekit-bio ask merged/half birds/ -p "Which?" -o labels/ --format audacity
+      mergekit-bio ask merged/half birds/ -p "Which of {species_list}?" \\
+          --choices species.txt --clips 5 clips/
+      mergekit-bio ask merged/half wren.wav -p "Which?" --windows wren.txt
+      mergekit-bio ask NatureLM-audio@0.5 wren.wav -p "Which species is it?" \\
+          --server http://HOST:8000
     """
     from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.layout import AUDIO_SLOT

@@ -51,10 +51,10 @@ def embed(
 
     \b
     Examples:
-      mergekit-bio embed merged/alpha-0.50 recordings/ --out embeddings.safetensors
-      mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav --window 5 --out wren.npz
-      mergekit-bio embed merged/alpha-0.50 archive/ --no-prefixes --dtype float16 --out archive.safetensors
-      mergekit-bio embed merged/alpha-0.50 archive/ --workers 8 --out archive.safetensors
+      mergekit-bio embed merged/half recordings/ --out embeddings.safetensors
+      mergekit-bio embed EarthSpeciesProject/NatureLM-audio wren.wav -o wren.npz
+      mergekit-bio embed merged/half archive/ --dtype float16 --out archive.npz
+      mergekit-bio embed merged/half archive/ --workers 8 --out archive.npz
     """
     from mergekit_bio.audio.finding import find_recordings
     from mergekit_bio.audio.recording import check_windows, parse_channel
@@ -81,7 +81,7 @@ def embed(
             "prefixes": embedded.prefixes,
         },
         lambda console: console.print(
-            f"{embedded.clips} clips of {embedded.recordings} recordings -> {out}", soft_wrap=True
+            f"{embedded.clips} windows of {embedded.recordings} recordings -> {out}", soft_wrap=True
         ),
         lines=[str(out)],
     )  # fmt: skip

@@ -39,7 +39,9 @@ def evaluate(
     ] = None,
     alpha: Annotated[
         list[str] | None,
-        typer.Option("--alpha", "-a", help="Strengths instead of the recipe's: 0.5, or 0:1:0.1. Repeatable."),
+        typer.Option(
+            "--alpha", "-a", metavar="ALPHA", help="Strengths instead of the recipe's: 0.5, or 0:1:0.1. Repeatable."
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -92,10 +94,11 @@ def evaluate(
     \b
     Examples:
       mergekit-bio eval closed_set
-      mergekit-bio eval my_birds.yaml --model merged/alpha-0.40 --limit 50
+      mergekit-bio eval my_birds.yaml --model merged/half --limit 50
       mergekit-bio eval closed_set --dry-run --probe 60
       mergekit-bio eval closed_set --fetch-only
-      mergekit-bio eval closed_set --engine http --api openai --server https://api.openai.com/v1 --model-name gpt-audio
+      mergekit-bio eval closed_set --engine http --api openai \\
+          --server https://api.openai.com/v1 --model-name gpt-audio
     """
     from mergekit_bio.engine.interface import EngineSettings
     from mergekit_bio.errors import RecipeError

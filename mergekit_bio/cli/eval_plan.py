@@ -56,7 +56,7 @@ def print_plan(
         if document["to_merge"]:
             console.print(f"to merge first: {', '.join(document['to_merge'])}")
         lines = [
-            f"{plan.rows} answers in {len(plan.cells)} cells by the {plan.engine} engine, to {plan.out}",
+            f"{_answers_in_words(document)} by the {plan.engine} engine, to {plan.out}",
             _tokens_in_words(document),
             *(_probe_in_words(measured) if measured else []),
             "nothing was written to the run's directory (--dry-run)"
@@ -71,6 +71,16 @@ def print_plan(
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "?" if value is None else str(value)
+
+
+def _answers_in_words(document: dict[str, Any]) -> str:
+    """How many answers are asked for: ``1,650 answers of 11 checkpoints to 1 query``."""
+    checkpoints = len({cell["checkpoint"] for cell in document["cells"]})
+    queries = len({(cell["dataset"], cell["query"]) for cell in document["cells"]})
+    return (
+        f"{document['answers']:,} answers of {checkpoints} checkpoint{'s'[: checkpoints != 1]} "
+        f"to {queries} quer{'y' if queries == 1 else 'ies'}"
+    )
 
 
 def _tokens_in_words(document: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ def inspect(
     \b
     Examples:
       mergekit-bio inspect EarthSpeciesProject/NatureLM-audio
-      mergekit-bio inspect merged/NatureLM-audio-alpha-0.50 --json
+      mergekit-bio inspect merged/half --json
     """
     from mergekit_bio.adapter.inspect import inspect as describe
     from mergekit_bio.checkpoint.source import resolve

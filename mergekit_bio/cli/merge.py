@@ -28,13 +28,15 @@ def _default(key: str) -> str:
 
 def merge(
     base: Annotated[
-        str | None, typer.Option(help=f"Directory or hub id[@revision] of the base. {_default('base')}")
+        str | None,
+        typer.Option(metavar="DIR|ID", help=f"Directory or hub id[@revision] of the base. {_default('base')}"),
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="DIR|ID",
             help="Directory or hub id[/folder][@revision]; repeat it to sum several; ADAPTER=0.3 has its own strength. "
-            f"{_default('adapter')}"
+            f"{_default('adapter')}",
         ),
     ] = None,
     alpha: Annotated[
@@ -42,6 +44,7 @@ def merge(
         typer.Option(
             "--alpha",
             "-a",
+            metavar="ALPHA",
             help="Strength: 0.5; a sweep 0:1:0.1; by module 'q_proj=0.3,o_proj=0.6' or layer '0.5,layers.0-15=0.2' "
             "(what is not named gets the plain number; without one it stays the base); from the first layer to the "
             "last '0.5,layers=0.2..0.8'. Repeatable.",
@@ -115,8 +118,8 @@ def merge(
 
     \b
     Examples:
-      mergekit-bio merge --alpha 0.5
-      mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep/
+      mergekit-bio merge --alpha 0.5 --out merged/half
+      mergekit-bio merge --base llama/ --adapter lora/ --alpha 0:1:0.1 --out sweep
     """
     from mergekit_bio.errors import HubError
     from mergekit_bio.hub.push import PushedFile, check_ready, push_sweep

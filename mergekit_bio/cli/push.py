@@ -38,9 +38,9 @@ def push(
 
     \b
     Examples:
-      mergekit-bio push merged/NatureLM-audio-alpha-0.50 owl/Llama-3.1-8B-NatureLM --private
-      mergekit-bio push merged/sweep owl/Llama-3.1-8B-NatureLM-sweep --dry-run
-      mergekit-bio push merged/NatureLM-audio-alpha-0.50 owl/Llama-3.1-8B-NatureLM-receipt --receipt
+      mergekit-bio push merged/half owl/Llama-3.1-8B-NatureLM --private
+      mergekit-bio push sweep owl/Llama-3.1-8B-NatureLM-sweep --dry-run
+      mergekit-bio push merged/half owl/Llama-3.1-8B-NatureLM-receipt --receipt
     """
     from mergekit_bio.checkpoint.manifest import checkpoints_of_sweep
     from mergekit_bio.errors import HubError

@@ -12,12 +12,12 @@ from mergekit_bio.cli.console import JsonOption, Output, QuietOption, human_byte
 def rebuild(
     receipt: Annotated[str, typer.Argument(metavar="RECEIPT", help="A merge.json, or a hub id[@revision] with one.")],
     out: Annotated[Path, typer.Option(help="Directory to make.")],
-    base: Annotated[str | None, typer.Option(help="Where the base is now, if it has moved.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="Where the adapters are now, in their order.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR|ID", help="Where the base is now, if it has moved.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="DIR|ID", help="Where the adapters are now, in their order.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N; the bytes are the same.")] = "auto",
-    fsync: Annotated[
-        bool, typer.Option("--fsync/--no-fsync", help="Wait until all is on the disk. [default: fsync]")
-    ] = True,
+    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Wait until all is on the disk.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

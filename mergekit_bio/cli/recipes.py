@@ -14,9 +14,9 @@ app = typer.Typer(
 )
 
 
-@app.command("list")
+@app.command("list", short_help="List the recipes.")
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """List the recipes: name, datasets, number of queries and checkpoints.
+    """List the recipes: name, what it is for, number of queries and checkpoints.
 
     \b
     Examples:
@@ -24,7 +24,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
       mergekit-bio recipes list --json
     """
     from mergekit_bio.eval.recipe.schema import load_recipe
-    from mergekit_bio.eval.recipe.shipped import shipped_recipes
+    from mergekit_bio.eval.recipe.shipped import purpose, shipped_recipes
 
     recipes = {name: load_recipe(file).recipe for name, file in shipped_recipes().items()}
 
@@ -32,22 +32,27 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False) -> Non
         from rich import box
         from rich.table import Table
 
-        rows = Table("recipe", "datasets", "queries", "checkpoints", box=box.SIMPLE_HEAD)
+        rows = Table("recipe", "what it asks", "queries", "alphas", box=box.SIMPLE_HEAD)
         for name, recipe in recipes.items():
-            datasets = [choice.name for choice in recipe.datasets]
-            shown = datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets"
-            checkpoints = len(recipe.merge.strengths) if recipe.merge else len(recipe.checkpoints)
-            rows.add_row(name, shown, str(len(recipe.queries) or "own"), str(checkpoints))
+            if recipe.merge:  # the others, the demo's, ask what only the demo makes
+                queries = str(len(recipe.queries) or "own")
+                rows.add_row(name, purposes[name], queries, str(len(recipe.merge.strengths)))
         console.print(rows)
+        demo = ", ".join(name for name, recipe in recipes.items() if not recipe.merge)
+        console.print(f"and the demo's, where mergekit-bio demo --out has made their sweep: {demo}")
 
+    purposes = {name: purpose(file) for name, file in shipped_recipes().items()}
     document = [
-        {"name": name, "file": str(file), "datasets": [choice.name for choice in recipes[name].datasets]}
+        {
+            "name": name, "purpose": purposes[name], "file": str(file),
+            "datasets": [choice.name for choice in recipes[name].datasets],
+        }
         for name, file in shipped_recipes().items()
-    ]
+    ]  # fmt: skip
     Output(as_json=as_json, quiet=quiet).result(document, table, recipes)
 
 
-@app.command("show")
+@app.command("show", short_help="Print a recipe, checked, with its defaults.")
 def show_recipe(
     recipe: Annotated[str, typer.Argument(help="The name of a recipe, or a YAML file.")],
     as_json: JsonOption = False,
@@ -81,7 +86,7 @@ def show_recipe(
     output.result({"recipe": as_recipe}, lambda console: console.print(text, soft_wrap=True), text.splitlines())
 
 
-@app.command("copy")
+@app.command("copy", short_help="Copy a recipe, to start your own from.")
 def copy_recipe(
     recipe: Annotated[str, typer.Argument(help="The name of a recipe.")],
     # A text, because a path has no slash at its end.

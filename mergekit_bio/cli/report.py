@@ -29,8 +29,9 @@ def report(
     label_map: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="FILE",
             help="CSV file (label,scientific) instead of the run's, for the datasets whose labels it has; at hand: "
-            "watkins_corrected.csv, cbi_corrected.csv. Repeatable."
+            "watkins_corrected.csv, cbi_corrected.csv. Repeatable.",
         ),
     ] = None,
     choose_on: Annotated[

@@ -24,9 +24,12 @@ def serve(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help=f"Of the dial: directory or hub id[@revision]. [default: {MergeRequest.base}]")
+        str | None,
+        typer.Option(help=f"Base of the dial: directory or hub id[@revision]. [default: {MergeRequest.base}]"),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help=f"Likewise; one LoRA. [default: {MergeRequest.adapter}]")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help=f"Adapter of the dial: one LoRA. [default: {MergeRequest.adapter}]")
+    ] = None,
     alpha: Annotated[str | None, typer.Option(help="The strength that NAME alone stands for. [default: 0.5]")] = None,
     dial: Annotated[
         bool, typer.Option("--dial", help="Serve every strength of what the checkpoints were merged from, unmerged.")
@@ -46,10 +49,12 @@ def serve(
         int, typer.Option(min=1, help="Most items in a /predict request, if so many recordings fit into one.")
     ] = 8,
     max_audio_seconds: Annotated[float, typer.Option(min=0.5, help="Longest recording.")] = 600.0,
-    beams: Annotated[int, typer.Option(min=1, max=16, help="Of /predict, where a request does not say.")] = 2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of /predict, where a request does not say.")] = 300,
+    beams: Annotated[int, typer.Option(min=1, max=16, help="Beams of /predict, unless the request says.")] = 2,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer of /predict, in tokens, unless the request says.")
+    ] = 300,
     system_turns: Annotated[
-        Literal["drop", "keep"], typer.Option(help="Of /predict: NatureLM-audio was trained without.")
+        Literal["drop", "keep"], typer.Option(help="System turns in /predict: NatureLM-audio was trained without.")
     ] = "drop",
 ) -> None:
     """Serve OpenAI's API with audio in chat, and the predictions_v1 contract, on one port.

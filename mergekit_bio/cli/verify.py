@@ -18,8 +18,10 @@ def verify(
         bool,
         typer.Option("--against-sources", help="Compare copies byte by byte and fold every tensor again in float64."),
     ] = False,
-    base: Annotated[str | None, typer.Option(help="Where the base is now, if it has moved.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="Where the adapters are now, in their order.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR|ID", help="Where the base is now, if it has moved.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="DIR|ID", help="Where the adapters are now, in their order.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -27,7 +29,7 @@ def verify(
 
     \b
     Examples:
-      mergekit-bio verify merged/NatureLM-audio-alpha-0.50
+      mergekit-bio verify merged/half
       mergekit-bio verify sweep/alpha-0.30 --against-sources
     """
     from mergekit_bio.checkpoint.directory import Checkpoint

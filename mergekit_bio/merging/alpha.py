@@ -239,6 +239,11 @@ def _parse(text: str) -> float:
     try:
         value = float(text)
     except ValueError as error:
+        if re.fullmatch(r"\d+,\d+", text):
+            point = text.replace(",", ".")
+            raise AlphaError(
+                f"--alpha: {text!r} is not a number; write {point}, or --alpha for each strength"
+            ) from error
         raise AlphaError(
             f"--alpha: {text!r} is not a number, a sweep such as 0:1:0.1, or a list such as q_proj=0.3,o_proj=0.6"
         ) from error

@@ -5,7 +5,7 @@ Importing this package makes Transformers' Auto classes load merged directories:
     import mergekit_bio.model
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-    model = AutoModelForMultimodalLM.from_pretrained("merged/alpha-0.50")
+    model = AutoModelForMultimodalLM.from_pretrained("merged/half")
 
 Raises:
     MissingPackageError: Transformers is not installed.

@@ -27,11 +27,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_help_has_two_examples_that_can_be_typed(words: tuple[str, ...]) -> None:
-    shown = run(*words, "--help").stdout
+def test_help_fits_a_terminal_and_has_two_examples_that_can_be_typed(words: tuple[str, ...]) -> None:
+    shown = run(*words, "--help", COLUMNS="80").stdout
 
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
     (block,) = re.findall(r"^  Examples:\n((?:    .+\n)+)", shown, re.MULTILINE)
-    examples = block.splitlines()
+    examples = block.replace("\\\n", "").splitlines()
     assert len(examples) >= 2
     for example in examples:
         typed = shlex.split(example.split(" && ")[0])

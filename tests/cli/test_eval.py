@@ -85,7 +85,7 @@ def test_without_a_report_only_predictions_are_made(recipe, tmp_path):
 def test_a_dry_run_prints_the_cells_and_writes_nothing(recipe, tmp_path):
     done = run(recipe, "--out", tmp_path / "run", "--dry-run", "--limit", "3", *ON_CPU)
     assert done.exit_code == 0, done.output
-    assert "3 answers in 1 cells by the transformers engine" in done.stdout.replace("\n", " ")
+    assert "3 answers of 1 checkpoint to 1 query by the transformers engine" in done.stdout.replace("\n", " ")
     document = json.loads(run(recipe, "--out", tmp_path / "run", "--dry-run", "--json", *ON_CPU).stdout)
     assert document["answers"] == 4 and document["to_merge"] == []
     assert not (tmp_path / "run").exists()

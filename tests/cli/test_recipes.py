@@ -1,4 +1,5 @@
 import json
+import re
 
 import yaml
 from typer.testing import CliRunner
@@ -15,8 +16,12 @@ def run(*arguments):
 
 
 def test_the_list_names_them_all():
-    assert "closed_set" in run("list").stdout
-    names = [row["name"] for row in json.loads(run("list", "--json").stdout)]
+    shown = run("list").stdout
+    assert "Which of all 40 species of unseen families is it?" in shown
+    rows = json.loads(run("list", "--json").stdout)
+    assert all(re.fullmatch("[A-Z].{10,100}", row["purpose"]) for row in rows)
+    names = [row["name"] for row in rows]
+    assert all(name in shown for name in names)
     assert names == run("list", "--quiet").stdout.split()
     assert {"closed_set", "in_context_5", "beans_zero"} <= set(names)
 

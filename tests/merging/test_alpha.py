@@ -104,6 +104,11 @@ def test_nonsense_is_one_line(text):
     assert "\n" not in str(error.value)
 
 
+def test_a_decimal_comma_is_told_how_to_be_written():
+    with pytest.raises(AlphaError, match=r"'0,35' is not a number; write 0\.35"):
+        parse_alphas(["0,35"])
+
+
 def test_the_same_strength_twice_is_refused():
     with pytest.raises(AlphaError, match=r"0\.50 is given twice"):
         parse_alphas(["0:1:0.5", "0.5"])

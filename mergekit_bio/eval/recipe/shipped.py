@@ -1,7 +1,9 @@
 """The recipes and label maps that come with the package: where they are, how they are named and copied."""
 
+import re
 import shutil
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from mergekit_bio.errors import OutputError, RecipeError
@@ -12,6 +14,12 @@ from mergekit_bio.outside_data import nearest, read_yaml
 def shipped_recipes() -> Mapping[str, Path]:
     """Name -> file of the recipes that come with the package."""
     return {file.stem: file for file in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def purpose(file: Path) -> str:
+    """What a recipe is for: its first comment, up to the first full stop, colon or question mark."""
+    comment = " ".join(line.strip("# ") for line in takewhile(re.compile("#.").match, file.read_text().splitlines()))
+    return re.split(r"[.:](?=\s|$)|(?<=\?)(?=\s|$)", comment)[0]
 
 
 def find_recipe(name: str) -> Path:
