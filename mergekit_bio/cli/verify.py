@@ -50,7 +50,7 @@ def verify(
             )
 
     def draw(console: "Console") -> None:
-        columns = ("files", "hashes right") + (("copied", "folded again", "off by, ulp") if against_sources else ())
+        columns = ("files", "hashes right") + (("copied", "folded again", "last places off") if against_sources else ())
         table = table_of_numbers(f"{directory}: as merged", "checkpoint", *columns)
         for result in results:
             row: list[object] = [result.files, result.hashed]
