@@ -14,14 +14,21 @@ class ByteSource(RawIOBase):
     Args:
         file: The file, without a buffer. It stays open.
         start: Its byte that is the first.
+        end: Its byte behind the last; None for the file's end.
         instead: Bytes that stand in the file's stead, and where, counted from ``start``.
         name: What a library that asks is told.
     """
 
     def __init__(
-        self, file: FileIO, start: int = 0, *, instead: tuple[int, bytes] = (0, b""), name: str = "recording"
+        self,
+        file: FileIO,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        instead: tuple[int, bytes] = (0, b""),
+        name: str = "recording",
     ) -> None:
-        self._file, self._start, self._instead = file, start, instead
+        self._file, self._start, self._end, self._instead = file, start, end, instead
         self._failure: BaseException | None = None
         self.name = name
 
@@ -39,7 +46,8 @@ class ByteSource(RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             position = self.tell()
-            count = self._file.readinto(buffer)
+            left = len(buffer) if self._end is None else max(0, self._end - self._start - position)
+            count = self._file.readinto(memoryview(buffer)[:left])
         except BaseException as failure:  # none may pass through a library that is not Python's
             self._failure = failure
             return 0
@@ -49,7 +57,11 @@ class ByteSource(RawIOBase):
         return count
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(self._start + offset if whence == 0 else offset, whence) - self._start
+        if whence == 0:
+            offset += self._start
+        elif whence == 2 and self._end is not None:
+            offset, whence = self._end + offset, 0
+        return self._file.seek(offset, whence) - self._start
 
     def tell(self) -> int:
         return self._file.tell() - self._start

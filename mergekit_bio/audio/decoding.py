@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,9 @@ def stated_length(path: Path) -> tuple[int, float]:
             head = file.read(HEAD_BYTES)
             wav = wav_length(file)
             stale = _is_stale(wav)
-            if head[:4] in (*_LIBSNDFILES, b"OggS"):
+            if head[:4] == b"OggS" and (length := _ogg_length(file)) is not None:
+                return length
+            if head[:4] in _LIBSNDFILES:
                 with _libsndfile(_mended(file, sample_size(file))) as sound:
                     if _is_libsndfiles(sound):
                         return sound.samplerate, wav.there if stale else sound.frames / sound.samplerate
@@ -283,6 +286,23 @@ def _ogg(path: Path, file: FileIO, note: Note) -> Iterator[Block]:
             several = f"{parts} Ogg streams are" if following is None else "more than one Ogg stream is"
             total = f"; {heard:.2f} s are heard" if following is None else ""
             note(f"{several} chained in it, the first of {of_first:.2f} s{total}")
+
+
+def _ogg_length(file: FileIO) -> tuple[int, float] | None:
+    """The rate in Hz of the first stream of an Ogg file, and the seconds of all; None where libsndfile knows none."""
+    starts: list[int | None] = [0]
+    while starts[-1] is not None:
+        starts.append(_next_chained(file, starts[-1]))
+    rate, seconds = 0, 0.0
+    for start, end in pairwise(starts):
+        assert start is not None
+        # Each by itself: libsndfile has no length of one that streams of another rate follow.
+        with _libsndfile(ByteSource(file, start, end)) as sound:
+            if sound is None:
+                break
+            rate = rate or sound.samplerate
+            seconds += sound.frames / sound.samplerate
+    return (rate, seconds) if rate else None
 
 
 def _next_chained(file: FileIO, position: int) -> int | None:

@@ -111,9 +111,7 @@ class Windows(Iterator[Clip]):
 
     def _resampled(self) -> "Iterator[torch.Tensor]":
         """The recording as mono float64 blocks at 16 kHz, up to where it breaks."""
-        # Streams of several rates may be chained in one file. Each is resampled by itself.
-        for rate, blocks in groupby(self._listening.blocks(), key=lambda block: block.rate):
-            yield from resample_blocks((_mono(block.samples) for block in blocks), sampling_rate=rate)
+        yield from _resampled(self._listening)
         if not self._listening.broken:
             check_duration(round(self.seconds * self.sampling_rate), self.sampling_rate)
 
@@ -179,12 +177,43 @@ def read_clips(
         parts: Start and length of each, in seconds, in the order of their starts; they may overlap.
 
     Raises:
-        AudioError: The recording is no use, breaks before the end of a part, or ends before it begins.
+        AudioError: The recording is no use, or breaks before the end of a part; by :class:`BehindTheEnd` where less
+            than half a second of a part is there. (Of more, the part is shorter.)
     """
+    parts, given = list(parts), 0
     listening = _Listening(Path(path), channel, note)
-    with listening.named():
-        for start, samples, rate in _parts(listening, _checked_parts(parts)):
+    with listening.named(), suppress(_Changes):
+        for (start, seconds), (_, samples, rate) in zip(parts, _parts(listening, _checked_parts(parts)), strict=True):
+            if len(samples) < min(MIN_SECONDS, seconds) * rate - 1:
+                raise BehindTheEnd(f"of {start:g} to {start + seconds:g} s only {len(samples) / rate:.2f} s are there")
             yield _cut_out(samples, rate, start)
+            given += 1
+    # Over a change of the rate each part is heard by itself.
+    for start, seconds in _checked_parts(parts[given:]):
+        yield _clip_over_changes(Path(path), start, seconds, channel)
+
+
+class BehindTheEnd(AudioError):
+    """Of a part of a recording less than half a second is there."""
+
+
+class _Changes(AudioError):
+    """A recording's rate or channels change."""
+
+
+def _clip_over_changes(path: Path, start: float, seconds: float, channel: int | None) -> Clip:
+    """A part of a recording in which streams of several rates are chained: each resampled, then cut."""
+    listening = _Listening(path, channel, note=None)  # whoever came to the change was told
+    asked = round(seconds * SAMPLING_RATE)
+    with listening.named():
+        _, samples = next(_cut(_resampled(listening, start), asked, asked), (0, None))
+        if listening.broken and (samples is None or samples.numel() < asked):
+            raise listening.broken
+        if samples is None:
+            there = max(0.0, listening.seconds - start)
+            raise BehindTheEnd(f"of {start:g} to {start + seconds:g} s only {there:.2f} s are there")
+        waveform = fit(samples, clip_samples=samples_of(CLIP_SECONDS))
+        return Clip(waveform, start=start, end=start + samples.numel() / SAMPLING_RATE)
 
 
 def read_parts(
@@ -251,7 +280,7 @@ def _parts(
             if block is None:
                 break
             if rate and (block.rate, block.samples.shape[1]) != (rate, held.shape[1]):
-                raise AudioError(f"its rate or channels change after {listening.seconds:.2f} s")
+                raise _Changes(f"its rate or channels change after {listening.seconds:.2f} s")
             if not rate:
                 rate, held_from = block.rate, round(start * block.rate)
                 held = block.samples
@@ -267,7 +296,7 @@ def _parts(
             raise listening.broken
         if not len(samples):
             its_length = f"; it is {listening.seconds:.2f} s long" if listening.seconds < start else ""
-            raise AudioError(f"there is nothing from {start:g} s on{its_length}")
+            raise BehindTheEnd(f"there is nothing from {start:g} s on{its_length}")
         yield start, samples, rate
 
 
@@ -448,6 +477,13 @@ def _mono(samples: "np.ndarray[Any, Any]") -> "torch.Tensor":
     import torch
 
     return torch.from_numpy(samples).mean(dim=1)
+
+
+def _resampled(listening: "_Listening", start: float = 0.0) -> "Iterator[torch.Tensor]":
+    """What is heard from a place on as mono float64 blocks at 16 kHz."""
+    # Streams of several rates may be chained in one file. Each is resampled by itself.
+    for rate, blocks in groupby(listening.blocks(start), key=lambda block: block.rate):
+        yield from resample_blocks((_mono(block.samples) for block in blocks), sampling_rate=rate)
 
 
 def _cut(blocks: "Iterable[torch.Tensor]", window: int, hop: int) -> "Iterator[tuple[int, torch.Tensor]]":

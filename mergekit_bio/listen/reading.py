@@ -13,7 +13,7 @@ from typing import Protocol
 
 from mergekit_bio.audio.clip import Clip
 from mergekit_bio.audio.decoding import Note, stated_length
-from mergekit_bio.audio.recording import read_clips, read_windows
+from mergekit_bio.audio.recording import BehindTheEnd, read_clips, read_windows
 from mergekit_bio.audio.waveform import MIN_RATE
 from mergekit_bio.errors import AudioError
 from mergekit_bio.listen.selected import Span
@@ -148,22 +148,34 @@ def windows_of(*, window: float, hop: float, channel: int | None) -> Cut:
 class _NamedWindows:
     """The windows of a recording that tables name. It is not heard to its end: how long it is, its header says.
 
-    A break cuts none of them: what lies before it is not given.
+    A break cuts none of them: what lies before it is not given. The recording's end does, and those of which less than
+    half a second is there are left out with a note.
     """
 
     whole = 0.0
 
     def __init__(self, path: str, windows: Sequence[Span], channel: int | None, note: Note) -> None:
-        self._windows = windows
+        self._windows, self._note = windows, note
         self._clips = read_clips(path, [(start, end - start) for start, end in windows], channel=channel, note=note)
         self.sampling_rate, self.seconds = stated_length(Path(path))
 
     def __iter__(self) -> Iterator[Clip]:
-        for clip, (_, end) in zip(self._clips, self._windows, strict=False):
-            if abs(clip.end - end) < 1 / MIN_RATE:  # as it was named, and not as the next sample is
-                clip.end = end
-            self.seconds = max(self.seconds, clip.end)
-            yield clip
+        given = 0
+        try:
+            for clip, (_, end) in zip(self._clips, self._windows, strict=False):
+                if abs(clip.end - end) < 1 / MIN_RATE:  # as it was named, and not as the next sample is
+                    clip.end = end
+                self.seconds = max(self.seconds, clip.end)
+                yield clip
+                given += 1
+        except AudioError as error:
+            if not isinstance(error.__cause__, BehindTheEnd):
+                raise
+            # Those that begin later are behind the end too.
+            others = len(self._windows) - given - 1
+            start, end = self._windows[-1]
+            more = f", and so are {others} more, to that of {start:g} to {end:g} s" if others else ""
+            self._note(f"{error}: left out{more}")
 
     def close(self) -> None:
         """Close the file."""

@@ -11,7 +11,7 @@ import soundfile
 from audio.failing_disk import fail_reads
 
 from mergekit_bio.audio.decoding import decode, stated_length
-from mergekit_bio.audio.recording import read_samples, read_windows
+from mergekit_bio.audio.recording import read_clips, read_samples, read_windows
 from mergekit_bio.errors import AudioError
 
 RATE = 22_050
@@ -254,6 +254,25 @@ def test_mp3s_one_behind_the_other_are_all_heard(tmp_path) -> None:
     assert note == f"its header says 12.36 s; {seconds:.2f} s are heard"
 
 
+def test_named_parts_are_heard_on_both_sides_of_a_change_of_the_rate_and_across_it(tmp_path) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(8 * 48_000) / 48_000)  # at half the rate 16 s of 500 Hz
+    chained = [written(tmp_path / "a.ogg", "OGG", tone, rate) for rate in (48_000, 24_000)]
+    (tmp_path / "a.ogg").write_bytes(b"".join(chained))
+    notes: list[str] = []
+
+    clips = list(read_clips(tmp_path / "a.ogg", [(1, 3), (5.7, 5), (12, 2), (22.7, 4)], note=notes.append))
+
+    spans = [(1, 4), (5.7, 10.7), (12, 14), (22.7, 24)]
+    assert [(clip.start, clip.end) for clip in clips] == [pytest.approx(span, abs=1e-3) for span in spans]
+    before, across, behind, last = (clip.waveform for clip in clips)
+    assert [hertz(before[:48_000]), hertz(across[:36_000])] == pytest.approx([1000, 1000], abs=1)
+    low = [hertz(across[38_000:80_000]), hertz(behind[:32_000]), hertz(last[:20_000])]
+    assert low == pytest.approx([500, 500, 500], abs=1)
+    assert notes == [f"{tmp_path / 'a.ogg'}: more than one Ogg stream is chained in it, the first of 8.00 s"]
+    with pytest.raises(AudioError, match=r"a\.ogg: of 23\.8 to 26\.8 s only 0\.20 s are there"):
+        list(read_clips(tmp_path / "a.ogg", [(7, 2), (23.8, 3)]))
+
+
 def hertz(samples) -> float:
     """The strongest frequency of samples at 16 kHz."""
     return 16_000 / len(samples) * np.abs(np.fft.rfft(samples)).argmax()
@@ -283,6 +302,7 @@ def test_chained_ogg_streams_are_all_heard_each_at_its_own_rate(tmp_path, subtyp
 
     assert reading.seconds == pytest.approx(9 + 18 + 5, abs=0.01)
     assert notes == [f"{tmp_path / 'a.ogg'}: 3 Ogg streams are chained in it, the first of 9.00 s; 32.00 s are heard"]
+    assert stated_length(tmp_path / "a.ogg") == (48_000, pytest.approx(32, abs=0.01))
     assert hertz(first.waveform[:128_000]) == pytest.approx(1000, abs=1)
     assert hertz(second.waveform) == pytest.approx(500, abs=1)
     assert hertz(third.waveform[:96_000]) == pytest.approx(500, abs=1)

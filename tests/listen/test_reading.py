@@ -115,6 +115,18 @@ def test_a_window_that_a_failing_disk_cuts_is_left_for_the_next_time(tmp_path: P
     assert behind == [(2, 20.0, 30.0), (3, 30.0, 40.0), (4, 40.0, 45.0)] and ended.error is None
 
 
+def test_windows_that_are_named_behind_a_recordings_end_are_left_out_and_noted(tmp_path: Path) -> None:
+    write_recording(tmp_path / "a.wav", 24, 8_000)
+    named = OpenRecording(str(tmp_path / "a.wav"), windows=((1, 3), (22, 26), (23.8, 26), (40, 44)))
+    reader = WindowReader([named], windows_of(window=10.0, hop=10.0, channel=None), prepare=list, ahead=AHEAD)
+    *windows, ended = reader.take(100)
+    reader.close()
+    assert [(item.clip.start, item.clip.end) for item in windows] == [(1, 3), (22, 24)]
+    assert (ended.seconds, ended.error) == (24, None)
+    left_out = "of 23.8 to 26 s only 0.20 s are there: left out, and so are 1 more, to that of 40 to 44 s"
+    assert ended.notes == (f"{tmp_path / 'a.wav'}: {left_out}",)
+
+
 def test_a_recording_that_breaks_for_good_keeps_its_last_window(tmp_path: Path) -> None:
     samples = np.zeros(27 * 8_000)
     samples[25 * 8_000] = np.nan
