@@ -136,7 +136,6 @@ def with_size(content: bytes, form: str, size: int) -> bytes:
 def test_other_formats_are_as_long_as_their_samples_too(tmp_path, form: str, size: int, note: str) -> None:
     whole = written(tmp_path / "a", form)
     expected, _ = soundfile.read(tmp_path / "a")
-    assert heard(tmp_path / "a")[1] == []
     (tmp_path / "a").write_bytes(with_size(whole, form, size))
 
     assert heard(tmp_path / "a") == (pytest.approx(SECONDS, abs=1e-4), [note], [(0, 10), (10, 12.3)])
