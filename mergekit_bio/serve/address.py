@@ -19,6 +19,8 @@ from mergekit_bio.serve.settings import PAGE, ServeSettings
 
 #: How often a server that starts is asked whether it listens.
 _LOOK_SECONDS = 0.05
+#: What vLLM's arguments are given where another server has begun to listen at their address first.
+_TAKEN = "mergekit_bio_address_is_taken"
 #: Hosts that stand for every address of the machine, as vLLM reads them -> the address that is tried from itself.
 _EVERYWHERE: Mapping[str | None, str] = {None: "127.0.0.1", "": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -61,6 +63,8 @@ def address_errors(args: Any) -> Iterator[None]:
     """
     try:
         yield
+        if getattr(args, _TAKEN, False):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     except OverflowError as error:
         if not str(error).startswith("bind()"):
             raise
@@ -128,7 +132,10 @@ def _is_loopback(host: str | None) -> bool:
 
 
 async def announce_when_ready(state: Any, settings: ServeSettings, args: Any) -> None:
-    """Say on stderr that a server is ready, as soon as it listens.
+    """Say on stderr that a server is ready, as soon as it listens; stop it where it cannot.
+
+    Two servers that start at the same time may both have bound one port. The second that listens is refused, which
+    uvloop, the event loop, keeps to itself: it has no socket then.
 
     Args:
         state: Of vLLM's application, where it puts its ``uvicorn.Server``.
@@ -138,5 +145,9 @@ async def announce_when_ready(state: Any, settings: ServeSettings, args: Any) ->
     while not ((server := getattr(state, "server", None)) and server.started):
         await asyncio.sleep(_LOOK_SECONDS)
     sockets = [listening for each in getattr(server, "servers", ()) for listening in each.sockets]
+    if None in sockets:
+        setattr(args, _TAKEN, True)
+        server.should_exit = True
+        return
     port = args.port if args.uds or not sockets else sockets[0].getsockname()[1]
     print(announcement(settings, args, port=port), file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Where a server listens, and what it says of that. No engine is needed."""
 
+import asyncio
 import socket
 import subprocess
 from argparse import Namespace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_bio.errors import EngineError
-from mergekit_bio.serve.address import address_errors, announcement, check_certificate
+from mergekit_bio.serve.address import address_errors, announce_when_ready, announcement, check_certificate
 from mergekit_bio.serve.settings import DialSettings, ServeSettings
 
 DIAL = DialSettings("/none", 500, {}, "r", "w")
@@ -75,6 +76,36 @@ def test_what_is_wrong_with_an_address_is_told_by_its_flag(tmp_path):
             with socket.socket(family) as refuses, pytest.raises(error, match=message):  # noqa: SIM117
                 with address_errors(arguments(**where)):
                     refuses.bind(address)
+
+
+def test_of_two_servers_that_bound_one_port_the_second_ends_and_says_why(capsys):
+    uvloop, uvicorn = (pytest.importorskip(name, reason="it comes with vLLM") for name in ("uvloop", "uvicorn"))
+    listeners = [socket.socket() for _ in "ab"]
+    for listener in listeners:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+        listener.bind(("127.0.0.1", listeners[0].getsockname()[1]))
+    args = arguments(port=listeners[0].getsockname()[1])
+    servers = [uvicorn.Server(uvicorn.Config(nothing, log_level="error", lifespan="off")) for _ in "ab"]
+
+    async def serve_both() -> None:
+        first, second = (
+            asyncio.create_task(server.serve([listener])) for server, listener in zip(servers, listeners, strict=True)
+        )
+        for server in servers:
+            await announce_when_ready(Namespace(server=server), ServeSettings(names=("half",)), args)
+        await second
+        assert not first.done()
+        servers[0].should_exit = True
+        await first
+
+    message = f"port {args.port} of 127.0.0.1 is in use; give another --port"
+    with pytest.raises(EngineError, match=message), address_errors(args):
+        uvloop.run(serve_both())
+    assert capsys.readouterr().err == f"ready: http://127.0.0.1:{args.port}/v1, model half\n"
+
+
+async def nothing(scope, receive, send) -> None:
+    """An application."""
 
 
 def test_other_errors_of_the_system_are_no_addresss():
