@@ -134,7 +134,7 @@ def test_the_http_engine_scores_as_transformers_does_over_several_servers(server
     engine = HttpEngine(servers, api_key=KEY, concurrency=4)
     clips = [
         Clip.from_samples(samples / 2**15, sampling_rate=16_000, seconds=seconds)
-        for samples in sounds
+        for samples in sounds[:3]
         for seconds in (3.0, 10.0)
     ]
     prompts = [Prompt(QUESTION), *(Prompt(QUESTION, [one]) for one in clips)]
