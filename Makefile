@@ -48,9 +48,9 @@ demo: .venv/.ready
 	$(ACTIVATE)
 
 # vLLM wants a process that nothing else has used: each of these has one of its own, two at a time. Of the others, two
-# processes take one file after the other.
-VLLM_TESTS := tests/demo/test_first_commands.py tests/documentation/test_long_commands.py tests/engine tests/serve \
-	tests/eval/test_run_loop.py tests/eval/test_clip_lengths.py tests/eval/test_workers.py
+# processes take one file after the other. What takes longest comes first.
+VLLM_TESTS := tests/demo/test_first_commands.py tests/documentation/test_long_commands.py tests/eval/test_workers.py \
+	tests/engine tests/serve tests/eval/test_run_loop.py tests/eval/test_clip_lengths.py
 # What a process prints stays together, where make can do that.
 TOGETHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
