@@ -110,9 +110,9 @@ def _without_links(paths: list[Path], root: Path, left_out: _LeftOut) -> list[Pa
     if not any(path.is_symlink() for path in paths):
         return paths
     files = {path.resolve() for path in paths if not path.is_symlink()}
-    links = [path for path in paths if path.is_symlink() and path.resolve() in files]
-    left_out.links += [str(path.relative_to(root)) for path in links]
-    return [path for path in paths if path not in set(links)]
+    links = {path for path in paths if path.is_symlink() and path.resolve() in files}
+    left_out.links += [str(path.relative_to(root)) for path in sorted(links)]
+    return [path for path in paths if path not in links]
 
 
 def _below(folder: Path, root: Path, entered: set[tuple[int, int]], left_out: _LeftOut) -> Iterator[Path]:

@@ -41,8 +41,10 @@ def find_tables(paths: Sequence[Path]) -> list[Path]:
     """
     tables: list[Path] = []
     for path in paths:
-        below = (file for file in path.rglob("*") if _may_be_table(file.relative_to(path))) if path.is_dir() else ()
-        inside = sorted(filter(Path.is_file, below)) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            below = sorted(filter(Path.is_file, path.rglob("*")))
+            inside = [file for file in below if _may_be_table(file.relative_to(path))]
         if not inside:
             raise AudioError(f"{path}: holds no tables ({', '.join(_SUFFIXES)})")
         tables += inside

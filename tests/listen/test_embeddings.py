@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from listen.archive import WINDOWS, Listening, for_everybody, unprivileged, write_recording
+from listen.archive import WINDOWS, Listening, write_recording
+from permissions import for_everybody, unprivileged
 from safetensors import safe_open
 from safetensors.numpy import load_file
 

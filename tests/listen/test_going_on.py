@@ -14,11 +14,10 @@ from listen.archive import (
     WINDOWS,
     Listening,
     ask,
-    for_everybody,
     rows_without_a_table,
-    unprivileged,
     write_recording,
 )
+from permissions import for_everybody, unprivileged
 
 from mergekit_bio.engine.transformers import TransformersEngine
 from mergekit_bio.errors import AudioError, EngineError, OutputError, RunError

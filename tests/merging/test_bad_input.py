@@ -7,8 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from merging.refusal import refused
 from merging.tiny import Case, train, write_base
+from permissions import for_everybody, unprivileged
 from safetensors.torch import load_file, save_file
 
 import mergekit_bio
@@ -454,24 +454,9 @@ def test_an_output_under_a_file(sources: Path) -> None:
     assert str(sources / "file" / "merged") in merge(sources, out=sources / "file" / "merged")
 
 
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Not root, whom permissions do not stop."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def test_a_place_that_may_not_be_written(sources: Path) -> None:
     merge_once(sources)  # imports everything, which may lie where only root may read
-    with tempfile.TemporaryDirectory() as folder:  # which others than root can reach
-        root = shutil.copytree(sources, Path(folder) / "sources")
-        for path in (Path(folder), *Path(folder).rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+    with for_everybody(sources) as root:
         place = root / "read-only"
         place.mkdir(mode=0o555)
         with unprivileged():
